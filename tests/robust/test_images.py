@@ -1,0 +1,308 @@
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from robust.images import (
+    ImageError,
+    decode_image,
+    decode_png,
+    encode_png,
+    fit_image,
+    to_float,
+    to_rgb,
+    to_uint8,
+)
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def photo(width: int = 40, height: int = 30) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    channels = (x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height))
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
+    header = struct.pack(">2I5B", width, height, bits, colour, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), *extra, pixels, chunk(b"IEND", b"")]
+    )
+
+
+def pixel(data: bytes, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+    value = decode_image(data).getpixel(at)
+    assert isinstance(value, tuple)
+    return value
+
+
+def kind_of(data: bytes, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, **options)
+    assert len(str(caught.value)) < 200
+    return caught.value.kind
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_decodes_each_format_by_content(kind: str) -> None:
+    image = decode_image(encoded(photo(), kind, quality=95))
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+    difference = np.asarray(image).astype(int) - np.asarray(photo())
+    assert np.abs(difference).mean() < (0.001 if kind == "PNG" else 6)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_other_formats_are_unsupported(kind: str) -> None:
+    data = encoded(photo(), kind)
+    assert kind_of(data) == "unsupported"
+    with pytest.raises(ImageError, match=f"found a {kind}"):
+        decode_image(data)
+
+
+def test_no_bytes_and_unknown_bytes() -> None:
+    assert kind_of(b"") == "empty"
+    assert kind_of(b"hello, hello") == "unsupported"
+    with pytest.raises(ImageError) as caught:
+        decode_image(b"secret-secret")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_pixel_cap_is_inclusive(kind: str) -> None:
+    data = encoded(photo(), kind)
+    assert decode_image(data, max_pixels=1200).size == (40, 30)
+    assert kind_of(data, max_pixels=1199) == "too_large"
+
+
+def test_a_png_bomb_is_refused_from_its_header() -> None:
+    rows = zlib.compressobj()
+    body = b"".join([rows.compress(bytes(3750)) for _ in range(2000)]) + rows.flush()
+    header = struct.pack(">2I5B", 30_000, 30_000, 1, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body)
+    assert len(bomb) < 20_000
+    assert kind_of(bomb) == "too_large"
+
+
+def test_sizes_that_pillow_would_warn_of_pass_under_a_larger_cap() -> None:
+    data = png(100_000, 1000, 1, 0, bytes(12_501) * 1000)
+    assert decode_image(data, max_pixels=100_000_000).size == (100_000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("body", "at"),
+    [(b"VP8X", 24), (b"VP8L", 21), (b"VP8 ", 26)],
+)
+def test_webp_bombs_are_refused_from_their_header(body: bytes, at: int) -> None:
+    data = bytearray(b"RIFF\x40\0\0\0WEBP" + body + bytes(60))
+    data[at : at + 6] = b"\xff" * 6
+    assert kind_of(bytes(data)) == "too_large"
+
+
+def test_a_jpeg_bomb_is_refused_from_its_header() -> None:
+    data = bytearray(encoded(photo(), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    assert kind_of(bytes(data)) == "too_large"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_files_truncated_anywhere_are_broken(kind: str) -> None:
+    data = encoded(photo(), kind)
+    assert {kind_of(data[:length]) for length in range(16, len(data))} == {"broken"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = decode_image(encoded(photo(), kind, exif=exif, quality=100))
+    # The corner that the tag says is the top left one.
+    corner = {1: (0, 0), 2: (39, 0), 3: (39, 29), 4: (0, 29)}.get(orientation)
+    corner = corner or {5: (0, 0), 6: (0, 29), 7: (39, 29), 8: (39, 0)}[orientation]
+    assert upright.size == ((40, 30) if orientation < 5 else (30, 40))
+    np.testing.assert_allclose(upright.getpixel((0, 0)), photo().getpixel(corner), atol=12)
+
+
+def test_broken_exif_is_ignored() -> None:
+    for exif in (b"Exif\0\0II", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40):
+        data = encoded(photo(), "JPEG", exif=exif)
+        assert decode_image(data).size == (40, 30)
+
+
+def test_alpha_is_composited_on_white() -> None:
+    for colour, expected in {
+        (255, 0, 0, 0): (255, 255, 255),
+        (255, 0, 0, 255): (255, 0, 0),
+        (0, 0, 0, 51): (204, 204, 204),
+    }.items():
+        assert pixel(encoded(Image.new("RGBA", (2, 2), colour), "PNG")) == expected
+        lossless = encoded(Image.new("RGBA", (2, 2), colour), "WEBP", lossless=True, exact=True)
+        assert pixel(lossless) == expected
+    assert pixel(encoded(Image.new("LA", (2, 2), (0, 51)), "PNG")) == (204, 204, 204)
+
+
+def test_palettes_and_their_transparency() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    opaque = encoded(image, "PNG")
+    assert [pixel(opaque, (x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+    for transparency, second in ((1, (255, 255, 255)), (bytes([255, 51]), (204, 204, 255))):
+        data = encoded(image, "PNG", transparency=transparency)
+        assert [pixel(data, (x, 0)) for x in (0, 1)] == [(255, 0, 0), second]
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "expected"),
+    [
+        (1, b"\x40", 1, [0, 255]),
+        (2, b"\xe0", 3, [255, 170]),
+        (2, b"\xe0", 2, [255, 255]),
+        (4, b"\x5a", 5, [255, 170]),
+        (8, b"\x55\xaa", 0x55, [255, 170]),
+        (16, b"\x55\x55\xaa\xaa", 0x5555, [255, 170]),
+    ],
+)
+def test_a_transparent_grey_of_any_depth(
+    bits: int, row: bytes, key: int, expected: list[int]
+) -> None:
+    data = png(2, 1, bits, 0, b"\0" + row, chunk(b"tRNS", struct.pack(">H", key)))
+    assert [pixel(data, (x, 0))[0] for x in (0, 1)] == expected
+
+
+def test_a_transparent_colour_of_16_bits() -> None:
+    rows = b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 0, 65535)
+    data = png(2, 1, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 65535, 0, 0)))
+    assert [pixel(data, (x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    values = [0, 257, 256 * 128, 257 * 200, 65535]
+    data = png(5, 1, 16, 0, b"\0" + struct.pack(">5H", *values))
+    assert [pixel(data, (x, 0)) for x in range(5)] == [(v,) * 3 for v in (0, 1, 128, 200, 255)]
+    assert pixel(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65535, 257 * 7, 0))) == (255, 7, 0)
+
+
+def test_grey_and_cmyk_become_rgb() -> None:
+    assert pixel(encoded(Image.new("L", (8, 8), 77), "PNG")) == (77, 77, 77)
+    red = np.array(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")))
+    np.testing.assert_allclose(red, (255, 0, 0), atol=3)
+    np.testing.assert_allclose(pixel(encoded(Image.new("L", (8, 8), 77), "JPEG")), 77, atol=1)
+
+
+def test_modes_without_a_range_are_refused() -> None:
+    for image in (Image.new("F", (2, 2)), Image.new("I", (2, 2), 70_000)):
+        with pytest.raises(ImageError) as caught:
+            to_rgb(image)
+        assert caught.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_the_first_frame_of_an_animation(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert pixel(data) == (255, 0, 0)
+
+
+def test_metadata_of_any_kind_passes_in_silence() -> None:
+    body = struct.pack(">2I", 0, 0)  # an animation of no frames: Pillow warns of it
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7)))  # and refuses this
+    assert pixel(png(1, 1, 8, 0, b"\0\x07", chunk(b"acTL", body), text)) == (7, 7, 7)
+
+
+def damage(original: bytes) -> Callable[[list[tuple[float, int]], float], bytes]:
+    def apply(changes: list[tuple[float, int]], keep: float) -> bytes:
+        data = bytearray(original[: 1 + int(keep * len(original))])
+        for place, value in changes:
+            data[int(place * len(data)) - 1] = value
+        return bytes(data)
+
+    return apply
+
+
+def outcome(data: bytes) -> None:
+    try:
+        image = decode_image(data, max_pixels=100_000)
+    except ImageError:
+        return
+    assert image.mode == "RGB"
+
+
+CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(FORMATS), changes=CHANGES, keep=st.floats(0.5, 1))
+def test_damaged_files_give_an_image_or_an_image_error(
+    kind: str, changes: list[tuple[float, int]], keep: float
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    outcome(damage(encoded(photo(), kind, exif=exif))(changes, keep))
+
+
+MAGICS = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF....WEBP", b"RIFF....WEBPVP8X")
+
+
+@settings(max_examples=150, deadline=None)
+@given(magic=st.sampled_from(MAGICS), tail=st.binary(max_size=200))
+def test_any_bytes_give_an_image_or_an_image_error(magic: bytes, tail: bytes) -> None:
+    outcome(magic + tail)
+
+
+def test_fitting_the_right_size_is_exact() -> None:
+    image = photo(32, 32)
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(fit_image(image, 32), expected)
+
+
+def test_fitting_crops_the_centre() -> None:
+    values = np.zeros((4, 10, 3), np.uint8)
+    values[:, 3:7] = 200
+    assert (fit_image(Image.fromarray(values), 4) == 200).all()
+    assert (fit_image(Image.fromarray(values.swapaxes(0, 1).copy()), 4) == 200).all()
+
+
+def test_fitting_is_antialiased() -> None:
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    fitted = fit_image(Image.fromarray(board), 8)
+    assert fitted.shape == (3, 8, 8)
+    assert fitted.dtype == torch.uint8
+    assert ((fitted > 120) & (fitted < 135)).all()
+    assert fit_image(photo(3, 2), 32).shape == (3, 32, 32)
+
+
+def test_float_and_back_is_the_identity() -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(values)
+    assert floats.dtype == torch.float32
+    assert (floats.min(), floats.max()) == (0, 1)
+    assert torch.equal(to_uint8(floats), values)
+    assert to_uint8(torch.tensor([-0.1, 0.5 / 255 + 1e-4, 1.2])).tolist() == [0, 1, 255]
+
+
+def test_png_and_back_is_the_identity() -> None:
+    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    assert torch.equal(decode_png(encode_png(image)), image)
+    for bad in (image.float(), image[:1], image[None]):
+        with pytest.raises(ValueError, match="expected a uint8 image"):
+            encode_png(bad)
