@@ -95,8 +95,8 @@ def test_the_pixel_cap_is_inclusive(kind: str) -> None:
 def test_a_png_bomb_is_refused_from_its_header() -> None:
     rows = zlib.compressobj()
     body = b"".join([rows.compress(bytes(3750)) for _ in range(2000)]) + rows.flush()
-    header = struct.pack(">2I5B", 30_000, 30_000, 1, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body)
+    header = chunk(b"IHDR", struct.pack(">2I5B", 30_000, 30_000, 1, 0, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
     assert len(bomb) < 20_000
     assert kind_of(bomb) == "too_large"
 
