@@ -1,0 +1,1 @@
+"""A robust image classifier: the library under training and serving."""

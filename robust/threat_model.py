@@ -1,0 +1,134 @@
+"""Threat models: how far from an image an attack may go, and the geometry of that ball."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+# Distances are compared in float32; this much over eps is rounding, not an escape from the ball.
+TOLERANCE = 1e-6
+
+
+def parse_eps(value: str | float) -> float:
+    """Read a size in pixel units, written ``8/255`` or as a number.
+
+    Returns a float in [0, 1] for Linf-like sizes; L2 sizes may be larger, so only the sign and
+    finiteness are checked here. Raises ValueError that names what came.
+    """
+    try:
+        if isinstance(value, str) and "/" in value:
+            numerator, denominator = value.split("/")
+            number = float(numerator) / float(denominator)
+        else:
+            number = float(value)
+    except (ValueError, ZeroDivisionError):
+        shown = str(value)[:40]
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {shown!r}") from None
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"expected a size of at least 0, got {number}")
+    return number
+
+
+def format_eps(eps: float) -> str:
+    """Write a size the way people do: ``8/255`` where it is a whole number of grey levels."""
+    levels = eps * 255
+    if eps <= 1 and abs(levels - round(levels)) < 1e-4:
+        return f"{round(levels)}/255"
+    return f"{eps:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """The ball of radius `eps` in `norm` around an image, cut by the pixel range [0, 1].
+
+    All methods take images float32 (N, C, H, W). `eps` is in pixel units: at most 1 for `linf`,
+    any non-negative length for `l2`. Raises ValueError for another norm or size.
+    """
+
+    norm: Norm = "linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"expected a norm out of {', '.join(NORMS)}, got {self.norm!r}")
+        if not math.isfinite(self.eps) or self.eps < 0:
+            raise ValueError(f"expected eps of at least 0, got {self.eps}")
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(
+                f"expected an linf eps in [0, 1] pixel units, such as 8/255, got {self.eps:g}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.norm} {format_eps(self.eps)}"
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Distance of each pair of images in this norm, float32 (N,)."""
+        return distance(x_adv, x, self.norm)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The point of the ball around `x`, cut by [0, 1], that `x_adv` is pulled back to."""
+        if self.norm == "linf":
+            return torch.clamp(x_adv, (x - self.eps).clamp_min(0), (x + self.eps).clamp_max(1))
+        delta = x_adv - x
+        length = _lengths(delta)
+        # Cutting at the pixel range afterwards moves every pixel towards x, so stays in the ball.
+        return (x + delta * (self.eps / length.clamp_min(self.eps)).nan_to_num(0)).clamp(0, 1)
+
+    def noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A random offset within the radius: uniform for `linf`, uniform in volume for `l2`."""
+        if self.norm == "linf":
+            # Not a Gaussian: a small one vanishes in half precision.
+            uniform = torch.rand(x.shape, generator=generator, device=x.device)
+            return self.eps * (2 * uniform - 1)
+        direction = torch.randn(x.shape, generator=generator, device=x.device)
+        radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+        radius = radius ** (1 / x[0].numel())
+        return self.eps * radius * direction / _lengths(direction)
+
+    def random_start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """`x` moved by `noise` and projected."""
+        return self.project(x + self.noise(x, generator), x)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The step of length one in this norm that follows `gradient` best; 0 where it is 0."""
+        if self.norm == "linf":
+            return gradient.sign()
+        # Scaled first: the squares of a tiny gradient would underflow to a zero length.
+        scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
+        return scaled / _lengths(scaled).clamp_min(1e-12)
+
+    def round_inside(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Round `x_adv` to 8 bits without leaving the ball around the 8-bit images `x`.
+
+        The result is exactly what a PNG of it decodes to.
+        """
+        origin = (x * 255).round()
+        levels = (x_adv * 255).round()
+        if self.norm == "linf":
+            reach = math.floor(self.eps * 255 + 1e-4)
+            levels = torch.clamp(levels, origin - reach, origin + reach)
+        else:
+            outside = _lengths(levels - origin) > self.eps * 255 * (1 + TOLERANCE)
+            towards = origin + (x_adv * 255 - origin).trunc()
+            levels = torch.where(outside, towards, levels)
+        return levels.clamp(0, 255) / 255
+
+
+def distance(x_adv: Tensor, x: Tensor, norm: Norm) -> Tensor:
+    """Distance of each pair of images (N, C, H, W) in pixel units, float32 (N,)."""
+    delta = (x_adv - x).flatten(1)
+    if norm == "linf":
+        return delta.abs().amax(dim=1)
+    length: Tensor = torch.linalg.vector_norm(delta, dim=1)
+    return length
+
+
+def _lengths(delta: Tensor) -> Tensor:
+    return distance(delta, torch.zeros_like(delta), "l2").view(-1, 1, 1, 1)
