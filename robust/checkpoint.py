@@ -1,0 +1,213 @@
+"""Checkpoints: a plain state dict beside a JSON sidecar, read safely and written atomically."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robust import files
+from robust.classifier import Architecture, Classifier
+from robust.sidecar import Sidecar, parse_sidecar
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used: which file, what was expected, what was found."""
+
+    def __init__(self, path: Path | str, expected: str, found: str) -> None:
+        super().__init__(f"{path}: expected {expected}, found {found}")
+        self.path, self.expected, self.found = str(path), expected, found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded classifier, in eval mode, with its sidecar. `sha256` is that of the weights file."""
+
+    classifier: Classifier
+    sidecar: Sidecar
+    sha256: str
+    path: Path
+
+
+def sidecar_path(path: Path) -> Path:
+    """The sidecar beside a weights file: the same name with ending ``.json``."""
+    return path.with_suffix(".json")
+
+
+def save_checkpoint(
+    path: Path | str,
+    classifier: Classifier,
+    sidecar: Sidecar,
+    *,
+    dtype: torch.dtype = torch.float16,
+) -> Sidecar:
+    """Write the weights as a plain state dict and the sidecar beside them; return the sidecar.
+
+    Both are staged and flushed before the first rename, weights go first, and a sidecar staged for
+    weights already in place is found again by `load_checkpoint`: a crash at any moment leaves a
+    pair that loads. Raises CheckpointError when the disk is full or the folder not writable.
+    """
+    path = Path(path)
+    state = {
+        key: value.detach().cpu().to(dtype) if value.is_floating_point() else value.detach().cpu()
+        for key, value in classifier.net.state_dict().items()
+    }
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise CheckpointError(path, f"finite weights in {dtype}", "NaN or infinite ones")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    weights = buffer.getvalue()
+    sidecar = replace(sidecar, weights_sha256=sha256(weights).hexdigest())
+    target, pending = sidecar_path(path), _pending_path(path)
+    try:
+        staged = files.stage(path, lambda file: file.write(weights))
+        try:
+            files.write_json(pending, sidecar.to_dict())
+            files.commit(staged, path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            pending.unlink(missing_ok=True)
+            raise
+        files.commit(pending, target)
+    except OSError as error:
+        raise CheckpointError(path, "a folder that can be written to", _reason(error)) from error
+    return sidecar
+
+
+def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load a checkpoint: with its sidecar, or a bare state dict whose keys say what it is.
+
+    Weights are read with ``weights_only=True`` and against the sidecar's SHA-256. Raises
+    CheckpointError naming the file, what was expected and what was found.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(path, "a checkpoint", _reason(error)) from error
+    digest = sha256(data).hexdigest()
+    sidecar = _read_sidecar(path, digest)
+    state = _read_state(path, data)
+    if sidecar is None:
+        architecture = infer_architecture(path, state)
+        sidecar = Sidecar(
+            architecture=architecture,
+            classes=tuple(str(k) for k in range(architecture.num_classes)),
+            weights_sha256=digest,
+        )
+    classifier = Classifier(sidecar.architecture)
+    _fill(path, classifier, state)
+    classifier.eval().requires_grad_(False).to(device)
+    return Checkpoint(classifier=classifier, sidecar=sidecar, sha256=digest, path=path)
+
+
+def infer_architecture(path: Path, state: Mapping[str, Tensor]) -> Architecture:
+    """Read architecture, stem and K off the keys and shapes of a bare state dict.
+
+    What they can't tell is taken as relu, 32 pixels, no normalisation. Raises CheckpointError.
+    """
+    expected = "the keys of torchvision's resnet18, resnet34 or resnet50"
+    stem, head = state.get("conv1.weight"), state.get("fc.weight")
+    if stem is None or head is None or stem.ndim != 4 or head.ndim != 2:
+        shown = ", ".join(list(state)[:3]) or "none"
+        raise CheckpointError(path, expected, f"{len(state)} keys such as {shown}"[:200])
+    blocks = [
+        len({m[1] for key in state if (m := re.match(rf"layer{layer}\.(\d+)\.", key))})
+        for layer in (1, 2, 3, 4)
+    ]
+    bottleneck = "layer1.0.conv3.weight" in state
+    archs = {(False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34"}
+    archs[(True, (3, 4, 6, 3))] = "resnet50"
+    arch = archs.get((bottleneck, tuple(blocks)))  # type: ignore[arg-type]
+    kernel = tuple(stem.shape[2:])
+    stems = {(7, 7): "imagenet", (3, 3): "cifar"}
+    if arch is None or kernel not in stems:
+        kind = "bottleneck" if bottleneck else "basic"
+        raise CheckpointError(path, expected, f"{kind} blocks {blocks} behind a {kernel} stem")
+    try:
+        return Architecture(arch=arch, stem=stems[kernel], num_classes=len(head))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CheckpointError(path, expected, str(error)) from None
+
+
+def _pending_path(path: Path) -> Path:
+    return sidecar_path(path).with_suffix(".json.new")
+
+
+def _read_sidecar(path: Path, digest: str) -> Sidecar | None:
+    """The sidecar of these weights; None where there is none at all."""
+    mismatch = None
+    for candidate in (sidecar_path(path), _pending_path(path)):
+        try:
+            sidecar = parse_sidecar(candidate.read_bytes())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(candidate, "a sidecar", _reason(error)) from error
+        except ValueError as error:
+            mismatch = mismatch or CheckpointError(candidate, "a valid sidecar", str(error))
+            continue
+        if sidecar.weights_sha256 == digest:
+            return sidecar
+        mismatch = mismatch or CheckpointError(
+            path, f"weights with SHA-256 {sidecar.weights_sha256[:80]} as in its sidecar", digest
+        )
+    if mismatch:
+        raise mismatch
+    return None
+
+
+def _read_state(path: Path, data: bytes) -> dict[str, Tensor]:
+    expected = "a state dict saved by torch.save"
+    if not data:
+        raise CheckpointError(path, expected, "an empty file")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"a pickle that asks for {refused[1]}" if refused else "a file that is none"
+        raise CheckpointError(path, expected, found) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(path, expected, f"a truncated or foreign file ({reason})") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise CheckpointError(path, "a plain dict of names and tensors", type(state).__name__)
+    return state
+
+
+def _fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into the network, or say which key is wrong and how."""
+    own = classifier.net.state_dict()
+    name = f"{classifier.architecture.arch} with {classifier.architecture.num_classes} classes"
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    # Older torch wrote no batch counters; nothing depends on them.
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        found = f"{len(missing)} keys missing ({', '.join(missing[:3])})" if missing else ""
+        more = f"{len(unexpected)} unknown ({', '.join(unexpected[:3])})" if unexpected else ""
+        raise CheckpointError(
+            path, f"the keys of {name}", " and ".join(filter(None, (found, more)))
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(
+                path,
+                f"{key} of shape {tuple(own[key].shape)} ({name})",
+                f"shape {tuple(value.shape)}",
+            )
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(path, "finite weights", f"NaN or infinite ones in {key}")
+    classifier.net.load_state_dict(dict(state), strict=False)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error) or type(error).__name__).lower()
