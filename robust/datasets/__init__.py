@@ -1,0 +1,7 @@
+"""Labelled image sets: one loader for every form, and one error for anything else."""
+
+from robust.datasets.dataset import Dataset, check_labels
+from robust.datasets.errors import DatasetError
+from robust.datasets.load import load_dataset
+
+__all__ = ["Dataset", "DatasetError", "check_labels", "load_dataset"]
