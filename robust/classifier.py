@@ -78,6 +78,17 @@ class Classifier(nn.Module):
         logits: Tensor = self.net(x)
         return logits.float()
 
+    def zero_residuals(self) -> None:
+        """Set the last norm of every residual branch to zero, so that each block starts as identity.
+
+        Source: Goyal et al. 2017, arXiv:1706.02677.
+        """
+        for module in self.net.modules():
+            if isinstance(module, torchvision.models.resnet.Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, torchvision.models.resnet.BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
 
 def _build_resnet(architecture: Architecture) -> nn.Module:
     build = getattr(torchvision.models, architecture.arch)

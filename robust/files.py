@@ -63,6 +63,16 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def from_json(data: bytes) -> Any:
+    """The value of JSON text. Raises ValueError."""
+    return json.loads(data)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, and ValueError for text that is no JSON."""
+    return from_json(path.read_bytes())
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal. Raises OSError."""
     with path.open("rb") as file:
