@@ -1,0 +1,62 @@
+"""Adversarial examples for training: as few passes as the recipe asks, nothing recorded."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robust.attacks import Model, frozen
+from robust.threat_model import ThreatModel
+from training.recipe import AdversarialPart
+
+
+def make_adversarial(
+    model: Model,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    part: AdversarialPart,
+    threat_model: ThreatModel,
+    generator: torch.Generator,
+    divergence: bool = False,
+) -> Tensor:
+    """Attack images float32 (N, 3, H, W) in [0, 1] as `part` says; same shape, in eval mode.
+
+    `targets` (N, K) are distributions: labels, or with `divergence` (TRADES) the model's own
+    clean prediction. `n-fgsm` leaves the ball on purpose, see `AdversarialPart`.
+    """
+    eps, kind = threat_model.eps, part.kind
+    if kind == "clean" or eps == 0:
+        return x
+    steps = part.steps if kind == "pgd" else 1
+    alpha = part.alpha or default_alpha(part, eps)
+    with frozen(model, x.device):
+        if kind == "n-fgsm":
+            start = x + 2 * threat_model.noise(x, generator)
+            return start + alpha * threat_model.steepest(_gradient(model, start, targets))
+        if divergence:
+            # The clean image is the minimum of the divergence, where the gradient vanishes.
+            x_adv = threat_model.project(x + 0.1 * threat_model.noise(x, generator), x)
+        else:
+            x_adv = x if kind == "fgsm" else threat_model.random_start(x, generator)
+        for _ in range(steps):
+            gradient = _gradient(model, x_adv, targets)
+            x_adv = threat_model.project(x_adv + alpha * threat_model.steepest(gradient), x)
+        return x_adv
+
+
+def default_alpha(part: AdversarialPart, eps: float) -> float:
+    """The step, in pixel units, of a part that names none."""
+    if part.kind == "fgsm-rs":
+        return 1.25 * eps
+    if part.kind == "pgd":
+        return min(eps, max(eps / 4, 2.5 * eps / part.steps))
+    return eps
+
+
+def _gradient(model: Model, x_adv: Tensor, targets: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x_adv = x_adv.detach().requires_grad_(True)
+        loss = F.cross_entropy(model(x_adv), targets, reduction="sum")
+        return torch.autograd.grad(loss, x_adv)[0]

@@ -1,0 +1,283 @@
+"""Recipes: everything that decides what a training run does, as data.
+
+Each technique is a field and has a value that switches it off. A further recipe is one more
+function in `RECIPES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from robust.classifier import Activation, Arch, Stem
+from robust.threat_model import Norm
+
+EPS = 8 / 255  # pixel units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes to each image, drawn per image on the device."""
+
+    crop_padding: int = 4
+    """Pixels of reflected border before a random crop back to size. 0: no crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip. 0: none."""
+    rotation: float = 0.0
+    """Largest angle in degrees, uniform on both sides. 0: none."""
+    jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation. 0: none."""
+    cutout: int = 0
+    """Side in pixels of the square set to mid-grey. 0: none (DeVries & Taylor 2017)."""
+    mixup: float = 0.0
+    """Beta parameter of mixup (Zhang et al. 2018). 0: none; adversarial parts are never mixed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialPart:
+    """One share of the loss: images attacked in a given way."""
+
+    kind: Literal["clean", "fgsm", "fgsm-rs", "n-fgsm", "pgd"]
+    """`fgsm`: no start. `fgsm-rs`: uniform start in the ball (Wong et al. 2020). `n-fgsm`: noise
+    of twice eps and no clipping to the ball, does not collapse (de Jorge et al. 2022)."""
+    share: float = 1.0
+    """Weight in the loss; the shares of a phase add up to 1."""
+    steps: int = 1
+    """Gradient steps of `pgd`; the others take one."""
+    alpha: float = 0.0
+    """Step in pixel units. 0: eps for `fgsm` and `n-fgsm`, 1.25 eps for `fgsm-rs`, for `pgd` a
+    quarter of eps or what crosses the ball."""
+
+
+CLEAN = (AdversarialPart(kind="clean"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with one kind of loss and one learning-rate schedule."""
+
+    name: str
+    epochs: int
+    """Passes over the training images. 0: the phase is left out."""
+    parts: tuple[AdversarialPart, ...] = CLEAN
+    """What the loss is made of."""
+    loss: Literal["cross-entropy", "trades"] = "cross-entropy"
+    """`trades`: clean loss plus `trades_beta` times the divergence of the attacked prediction
+    from the clean one (Zhang et al. 2019); takes exactly one attacked part."""
+    trades_beta: float = 6.0
+    split: bool = False
+    """True: each image goes to one part only, in the proportion of the shares. False: every
+    image goes through every part."""
+    learning_rate: float = 0.1
+    """Peak, reached after the warm-up, then a cosine down to 0."""
+    warmup: float = 0.05
+    """Share of the phase's steps in which the rate rises linearly. 0: none."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether any part of the loss is attacked."""
+        return any(part.kind != "clean" for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. Validated on construction: ValueError names the field."""
+
+    name: str
+    phases: tuple[Phase, ...]
+
+    arch: Arch = "resnet50"
+    stem: Stem = "imagenet"
+    activation: Activation = "relu"
+    input_size: int = 32
+    """Pixels a side."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Normalisation inside the classifier; 0 and 1 leave it to the first batch norm, so that the
+    bare weights take pixels in [0, 1]."""
+    zero_init_residual: bool = False
+    """Start every residual branch at zero (Goyal et al. 2017)."""
+
+    norm: Norm = "linf"
+    eps: float = EPS
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    """Of SGD, Nesterov's. 0: plain SGD."""
+    weight_decay: float = 5e-4
+    """On weights of convolutions and the head; never on norms and biases. 0: none."""
+    batch_size: int = 128
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes. 0: none."""
+    gradient_clip: float = 1.0
+    """Largest global L2 norm of the gradient. 0: no clipping."""
+    ema_decay: float = 0.999
+    """Averaged weights, per step, lower while the run is young. 0: no averaging."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the device multiplies it in hardware (CUDA, CPUs with AMX)."""
+
+    held_out: float = 0.02
+    """Stratified share of the training data that is never trained on and picks the model."""
+    monitor_limit: int = 1000
+    """Held-out images scored after each epoch. 0: all."""
+    select: Literal["pgd", "mean"] = "pgd"
+    """The model kept: the best PGD-10 accuracy on the held-out images, or the best mean of that
+    and the clean one; the later of equals."""
+
+    def __post_init__(self) -> None:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names) or not any(phase.epochs for phase in self.phases):
+            raise ValueError(f"phases: expected different names and some epochs, got {names}")
+        for phase in self.phases:
+            _check_phase(phase)
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size: expected at least 2, got {self.batch_size}")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected [0, 1), got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases together."""
+        return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether any phase that runs is adversarial."""
+        return any(phase.is_adversarial for phase in self.phases if phase.epochs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def _check_phase(phase: Phase) -> None:
+    total = sum(part.share for part in phase.parts)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"{phase.name}: expected shares that add up to 1, got {total:g}")
+    if phase.epochs < 0 or phase.learning_rate <= 0 or not 0 <= phase.warmup < 1:
+        raise ValueError(
+            f"{phase.name}: expected epochs >= 0, learning_rate > 0 and a warmup in [0, 1), got "
+            f"{phase.epochs}, {phase.learning_rate:g} and {phase.warmup:g}"
+        )
+    attacked = [part for part in phase.parts if part.kind != "clean"]
+    if phase.loss == "trades" and (len(attacked) != 1 or len(phase.parts) != 1):
+        raise ValueError(f"{phase.name}: expected trades with one attacked part, got {phase.parts}")
+    augmentation = phase.augmentation
+    if augmentation.mixup and phase.is_adversarial:
+        raise ValueError(f"{phase.name}: expected mixup in a clean phase only")
+    if min(augmentation.crop_padding, augmentation.cutout, augmentation.rotation) < 0:
+        raise ValueError(f"{phase.name}: expected augmentation sizes of at least 0")
+
+
+def classic() -> Recipe:
+    """The baseline's own schedule: 100 clean epochs, then 50 of half clean, half FGSM or PGD-20.
+
+    Its mistakes are left out: the model is picked on held-out images by PGD accuracy, attacks
+    leave batch norm alone, and averaged weights are kept. Hours on a GPU.
+    """
+    augmentation = Augmentation(crop_padding=4, flip=0.5, rotation=10, jitter=0.1, cutout=8)
+    return Recipe(
+        name="classic",
+        weight_decay=1e-4,
+        batch_size=256,
+        phases=(
+            Phase(
+                name="clean",
+                epochs=100,
+                warmup=0.05,
+                augmentation=Augmentation(
+                    crop_padding=4, flip=0.5, rotation=10, jitter=0.1, cutout=8, mixup=0.2
+                ),
+            ),
+            Phase(
+                name="adversarial",
+                epochs=50,
+                parts=(
+                    AdversarialPart(kind="clean", share=0.5),
+                    AdversarialPart(kind="fgsm", share=0.25),
+                    AdversarialPart(kind="pgd", share=0.25, steps=20, alpha=2 / 255),
+                ),
+                split=True,
+                augmentation=augmentation,
+            ),
+        ),
+    )
+
+
+def cpu() -> Recipe:
+    """A robust ResNet-50 from 50,000 images on two CPU cores within 2.5 hours.
+
+    AdamW, because SGD stays at chance for hundreds of steps on so short a schedule; mild
+    augmentation and N-FGSM, because there is no time to overfit or for more attack steps.
+    """
+    return Recipe(
+        name="cpu",
+        optimizer="adamw",
+        weight_decay=0.05,
+        zero_init_residual=True,
+        ema_decay=0.998,
+        phases=(
+            Phase(name="clean", epochs=3, learning_rate=2e-3, warmup=0.1),
+            Phase(
+                name="adversarial",
+                epochs=10,
+                learning_rate=1.4e-3,
+                parts=(
+                    AdversarialPart(kind="clean", share=0.15),
+                    AdversarialPart(kind="n-fgsm", share=0.85),
+                ),
+                split=True,
+            ),
+        ),
+    )
+
+
+def quick() -> Recipe:
+    """Minutes on a laptop: shows the whole pipeline on a small data set such as `digits`."""
+    return Recipe(
+        name="quick",
+        arch="resnet18",
+        optimizer="adamw",
+        weight_decay=0.05,
+        zero_init_residual=True,
+        ema_decay=0.99,
+        batch_size=64,
+        held_out=0.1,
+        phases=(
+            Phase(
+                name="clean",
+                epochs=4,
+                learning_rate=2e-3,
+                augmentation=Augmentation(
+                    crop_padding=2, flip=0, rotation=10, jitter=0.1, cutout=4, mixup=0.2
+                ),
+            ),
+            Phase(
+                name="adversarial",
+                epochs=8,
+                learning_rate=1e-3,
+                parts=(
+                    AdversarialPart(kind="clean", share=0.25),
+                    AdversarialPart(kind="n-fgsm", share=0.25),
+                    AdversarialPart(kind="pgd", share=0.5, steps=3),
+                ),
+                split=True,
+                augmentation=Augmentation(crop_padding=2, flip=0, rotation=5),
+            ),
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"classic": classic, "cpu": cpu, "quick": quick}
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError that lists the names there are."""
+    if name not in RECIPES:
+        raise ValueError(f"expected a recipe out of {', '.join(RECIPES)}, got {name[:40]!r}")
+    return RECIPES[name]()

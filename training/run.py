@@ -1,0 +1,389 @@
+"""A training run: both phases through one loop, resumable at any step."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from robust import files
+from robust.attacks import resolve_attack
+from robust.checkpoint import load_checkpoint, save_checkpoint
+from robust.classifier import Architecture, Classifier
+from robust.datasets import Dataset, stratified_split
+from robust.evaluation import evaluate
+from robust.sidecar import DataRecord, Sidecar
+from robust.threat_model import ThreatModel
+from training.augment import augment, mixup
+from training.ema import AveragedModel
+from training.monitor import Board, score, warnings_for, write_metrics
+from training.objective import objective
+from training.optimise import autocast, learning_rate, make_optimizer, uses_bf16
+from training.recipe import Phase, Recipe
+from training.state import Best, RunFolder, RunState, TrainingError, load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+STATE_SECONDS = 300.0  # between saves of the state within an epoch
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One step done, for whoever shows it."""
+
+    phase: Phase
+    epoch: int  # from 1, over all phases
+    epochs: int
+    step: int  # from 1, within the epoch
+    steps: int
+    loss: float
+    learning_rate: float
+    images_per_second: float
+    row: dict[str, Any] | None = None  # the epoch's metrics, once it is scored
+
+
+Observer = Callable[[Progress], None]
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    out: Path,
+    device: torch.device,
+    seed: int = 0,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    observe: Observer = lambda progress: None,
+) -> Sidecar:
+    """Train, keep the best model on held-out images, and write the checkpoint `out` at the end.
+
+    The run's own files go to ``runs/NAME`` beside it; the state there is saved after each epoch,
+    every few minutes and when `should_stop` says so, after which Stopped is raised. With
+    `resume` a run goes on from there; on the CPU its result is bit-equal to one that was never
+    stopped. Raises TrainingError when another run holds the output, an unfinished run would be
+    lost, `resume` meets another recipe, data or seed, the loss is no number, or the disk is full.
+    """
+    folder = RunFolder.of(out)
+    with folder.locked():
+        try:
+            run = _Run(recipe, dataset, folder=folder, device=device, seed=seed, resume=resume)
+            if run.finished:
+                logger.info("%s: this run is finished; %s is its result", folder.path, out)
+                return load_checkpoint(out).sidecar
+            run.start()
+            run.loop(should_stop, observe)
+            return run.finish(out)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise TrainingError(f"{folder.path}: could not be written: {reason}") from error
+
+
+class _Run:
+    """The parts of a run and its position; `train` is its only caller."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        *,
+        folder: RunFolder,
+        device: torch.device,
+        seed: int,
+        resume: bool,
+    ) -> None:
+        self.recipe, self.dataset, self.folder = recipe, dataset, folder
+        self.device, self.seed = device, seed
+        self.threat_model = ThreatModel(norm=recipe.norm, eps=recipe.eps)
+        self.bf16 = uses_bf16(recipe, device)
+        self.num_classes = len(dataset.classes)
+        self.manifest = self._manifest()
+        self.state, self.finished = self._initial_state(resume)
+        if self.finished:
+            return
+        kept, held_out = stratified_split(dataset.labels, recipe.held_out, seed=seed)
+        if len(kept) < recipe.batch_size:
+            raise TrainingError(
+                f"{dataset.name}: expected at least one batch of {recipe.batch_size} images to "
+                f"train on, found {len(kept)} beside {len(held_out)} held out"
+            )
+        # Everything stays on the device as bytes; no loader has to keep up.
+        self.images, self.labels = dataset.images[kept].to(device), dataset.labels[kept].to(device)
+        self.held_images, self.held_labels = dataset.images[held_out], dataset.labels[held_out]
+        self.steps = len(kept) // recipe.batch_size
+        self._build()
+
+    def _manifest(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed."""
+        data = DataRecord(
+            name=self.dataset.name, count=len(self.dataset), sha256=self.dataset.sha256
+        )
+        return {"recipe": self.recipe.to_dict(), "data": vars(data), "seed": self.seed}
+
+    def _initial_state(self, resume: bool) -> tuple[RunState, bool]:
+        folder = self.folder
+        saved = files.read_json(folder.manifest) if folder.manifest.exists() else {}
+        if resume and saved:
+            for key, value in files.from_json(files.to_json(self.manifest)).items():
+                if saved.get(key) != value:
+                    raise TrainingError(
+                        f"{folder.path}: expected to resume with the same recipe, data and seed, "
+                        f"found another {key}"
+                    )
+            if saved.get("finished"):
+                return RunState(), True
+            if folder.state.exists():
+                return load_state(folder.state), False
+        if folder.state.exists():
+            raise TrainingError(
+                f"{folder.path}: holds an unfinished run; pass --resume to go on with it, or "
+                "remove that folder to start over"
+            )
+        return RunState(), False
+
+    def _build(self) -> None:
+        recipe = self.recipe
+        architecture = Architecture(
+            arch=recipe.arch,
+            stem=recipe.stem,
+            activation=recipe.activation,
+            num_classes=self.num_classes,
+            input_size=recipe.input_size,
+            mean=recipe.mean,
+            std=recipe.std,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.model = Classifier(architecture)
+        if recipe.zero_init_residual:
+            self.model.zero_residuals()
+        self.model = self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = AveragedModel(self.model, recipe.ema_decay)
+        self.optimizer = make_optimizer(self.model, recipe)
+        if self.state.model:
+            self.model.load_state_dict(self.state.model)
+            self.averaged.module.load_state_dict(self.state.averaged)
+            self.averaged.steps = self.state.averaged_steps
+            self.optimizer.load_state_dict(self.state.optimizer)
+
+    def start(self) -> None:
+        """Bring the run's files to the state, and open its reports."""
+        files.write_json(self.folder.manifest, {**self.manifest, "versions": versions()})
+        write_metrics(self.folder.metrics, self.state.history)
+        self.board = Board(self.folder.tensorboard, done=len(self.state.history))
+        self.clock = time.monotonic() - self.state.seconds
+
+    def loop(self, should_stop: Callable[[], bool], observe: Observer) -> None:
+        """Run what is left of all phases."""
+        state = self.state
+        try:
+            while state.phase < len(self.recipe.phases):
+                phase = self.recipe.phases[state.phase]
+                while state.epoch < phase.epochs:
+                    self._epoch(phase, should_stop, observe)
+                state.phase, state.epoch = state.phase + 1, 0
+                self.optimizer = make_optimizer(self.model, self.recipe)
+        finally:
+            self.board.close()
+
+    def _epoch(self, phase: Phase, should_stop: Callable[[], bool], observe: Observer) -> None:
+        state, recipe = self.state, self.recipe
+        order = torch.randperm(len(self.images), generator=self._generator("order", "cpu"))
+        total, began, first = phase.epochs * self.steps, time.monotonic(), state.step
+        saved = began
+
+        def progress(rate: float, row: dict[str, Any] | None = None) -> Progress:
+            seconds = time.monotonic() - began
+            return Progress(
+                phase=phase,
+                epoch=len(state.history) + (row is None),
+                epochs=recipe.epochs,
+                step=state.step,
+                steps=self.steps,
+                loss=state.epoch_loss / max(1, state.step),
+                learning_rate=rate,
+                images_per_second=(state.step - first) * recipe.batch_size / seconds,
+                row=row,
+            )
+
+        rate = 0.0
+        while state.step < self.steps:
+            rate = learning_rate(phase, state.epoch * self.steps + state.step, total)
+            batch = order[state.step * recipe.batch_size : (state.step + 1) * recipe.batch_size]
+            state.epoch_loss += self._step(phase, batch.to(self.device), rate)
+            state.step += 1
+            observe(progress(rate))
+            if should_stop():
+                self._save()
+                raise Stopped
+            if time.monotonic() - saved > STATE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+        speed = progress(rate).images_per_second
+        row = self._score(phase, rate, speed)
+        observe(progress(rate, row))
+        state.epoch, state.step, state.epoch_loss = state.epoch + 1, 0, 0.0
+        self._save()
+
+    def _step(self, phase: Phase, batch: Tensor, rate: float) -> float:
+        """One update of the weights; returns the loss."""
+        recipe, generator = self.recipe, self._generator("step", self.device)
+        x = augment(self.images[batch].float() / 255, phase.augmentation, generator)
+        targets = F.one_hot(self.labels[batch], self.num_classes).float()
+        if phase.augmentation.mixup:
+            x, targets = mixup(x, targets, phase.augmentation.mixup, generator)
+        x = x.contiguous(memory_format=torch.channels_last)
+        self.model.train()
+        with autocast(self.bf16, self.device):
+            loss = objective(
+                self.model,
+                x,
+                targets,
+                phase=phase,
+                threat_model=self.threat_model,
+                label_smoothing=recipe.label_smoothing,
+                generator=generator,
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = loss.item()
+        if value != value or abs(value) == float("inf"):
+            raise TrainingError(
+                f"the loss became {value} in phase {phase.name}, epoch {self.state.epoch + 1}, "
+                f"step {self.state.step + 1}; lower learning_rate or set gradient_clip"
+            )
+        if recipe.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.averaged.update(self.model)
+        return value
+
+    def _score(self, phase: Phase, rate: float, speed: float) -> dict[str, Any]:
+        """Score the averaged weights on held-out images, keep them if they are the best."""
+        state, limit = self.state, self.recipe.monitor_limit or None
+        trained = time.monotonic() - self.clock
+        accuracies = score(
+            self.averaged.module,
+            self.held_images[:limit],
+            self.held_labels[:limit],
+            num_classes=self.num_classes,
+            threat_model=self.threat_model,
+            device=self.device,
+        )
+        state.seconds = time.monotonic() - self.clock
+        row: dict[str, Any] = {
+            "epoch": len(state.history) + 1,
+            "phase": phase.name,
+            "adversarial": phase.is_adversarial,
+            "loss": state.epoch_loss / self.steps,
+            "learning_rate": rate,
+            **accuracies,
+            "n": len(self.held_images[:limit]),
+            "images_per_second": speed,
+            "seconds": state.seconds,
+            "scoring_seconds": state.seconds - trained,
+        }
+        state.history.append(row)
+        for message in warnings_for(state.history):
+            logger.warning("epoch %d: %s", row["epoch"], message)
+        if row["adversarial"] or not self.recipe.is_adversarial:
+            self._keep_if_best(row)
+        self.board.add(row)
+        return row
+
+    def _keep_if_best(self, row: dict[str, Any]) -> None:
+        value = row["pgd"]
+        if self.recipe.select == "mean":
+            value = (row["pgd"] + row["clean"]) / 2
+        if self.state.best is None or value >= self.state.best.score:
+            weights = {k: v.clone() for k, v in self.averaged.module.state_dict().items()}
+            self.state.best = Best(score=value, epoch=row["epoch"], weights=weights)
+
+    def _save(self) -> None:
+        state = self.state
+        state.seconds = time.monotonic() - self.clock
+        state.model = self.model.state_dict()
+        state.averaged = self.averaged.module.state_dict()
+        state.averaged_steps = self.averaged.steps
+        state.optimizer = self.optimizer.state_dict()
+        save_state(self.folder.state, state)
+        write_metrics(self.folder.metrics, state.history)
+
+    def _generator(self, purpose: str, device: torch.device | str) -> torch.Generator:
+        """Random numbers that depend on seed and position only, so that resuming is exact."""
+        state = self.state
+        position = [self.seed, state.phase, state.epoch]
+        position.append(state.step + 1 if purpose == "step" else 0)
+        mixed = 0
+        for number in position:
+            mixed = (mixed * 1_000_003 + number + 1) % (2**63 - 25)
+        return torch.Generator(device).manual_seed(mixed)
+
+    def finish(self, out: Path) -> Sidecar:
+        """Write the kept weights with their sidecar, scored as they are written."""
+        best = self.state.best
+        assert best is not None
+        self.averaged.module.load_state_dict(best.weights)
+        classifier = self.averaged.module
+        assert isinstance(classifier, Classifier)
+        sidecar = Sidecar(
+            architecture=classifier.architecture,
+            classes=self.dataset.classes,
+            threat_model=self.threat_model,
+            recipe={**self.recipe.to_dict(), "kept_epoch": best.epoch},
+            data=DataRecord(**self.manifest["data"]),
+            seed=self.seed,
+            versions=versions(),
+            device=device_name(self.device),
+            duration_seconds=round(self.state.seconds, 1),
+        )
+        classifier.half().float()  # as it will be stored, so that the stored model is scored
+        result = evaluate(
+            classifier,
+            self.held_images,
+            self.held_labels,
+            num_classes=self.num_classes,
+            attacks=[
+                resolve_attack("fgsm", self.threat_model),
+                resolve_attack("pgd-20", self.threat_model),
+            ],
+            device=self.device,
+            batch_size=250,
+        )
+        results = [{"data": "held out from training", **r.to_dict()} for r in result.accuracies]
+        sidecar = save_checkpoint(out, classifier, replace(sidecar, evaluation=results))
+        manifest = {**self.manifest, "versions": versions(), "finished": True}
+        files.write_json(self.folder.manifest, manifest)
+        self.folder.state.unlink(missing_ok=True)
+        return sidecar
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, such as ``cpu (2 threads)`` or the name of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
