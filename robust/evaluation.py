@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Accuracy:
     correct: int
     n: int
     per_class: tuple[tuple[int, int], ...]  # right and all, for each class
+    seconds: float = field(default=0.0, compare=False)  # spent on it
 
     @property
     def label(self) -> str:
@@ -43,6 +45,7 @@ class Accuracy:
             "n": self.n,
             "interval": [low, high],
             "per_class": [right / n if n else None for right, n in self.per_class],
+            "seconds": self.seconds,
         }
         if self.attack:
             values |= {
@@ -162,21 +165,31 @@ def evaluate_batches(
     for start in range(0, len(images), batch_size):
         x = images[start : start + batch_size].to(device).float() / 255
         y = labels[start : start + batch_size].to(device)
+        begin = time.perf_counter()
         correct = _predict(model, x) == y
         seen.add(y)
         right.add(y[correct])
+        right.seconds += time.perf_counter() - begin
         survives = correct.clone()
         for attack, tally in zip(attacks, robust, strict=True):
+            begin = time.perf_counter()
             withstood = correct.clone()
             if bool(correct.any()):
                 withstood[correct] = _withstands(model, attack, x[correct], y[correct], start)
             tally.add(y[withstood])
+            tally.seconds += time.perf_counter() - begin
             survives &= withstood
         worst.add(y[survives])
 
         def accuracy(tally: _Tally, attack: AttackSettings | None) -> Accuracy:
             per_class = tuple(zip(tally.counts, seen.counts, strict=True))
-            return Accuracy(attack=attack, correct=tally.sum, n=seen.sum, per_class=per_class)
+            return Accuracy(
+                attack=attack,
+                correct=tally.sum,
+                n=seen.sum,
+                per_class=per_class,
+                seconds=tally.seconds,
+            )
 
         yield Evaluation(
             n=seen.sum,
@@ -188,10 +201,11 @@ def evaluate_batches(
 
 
 class _Tally:
-    """Counts of images of each class."""
+    """Counts of images of each class, and the time they took."""
 
     def __init__(self, num_classes: int) -> None:
         self.counts = [0] * num_classes
+        self.seconds = 0.0
 
     def add(self, labels: Tensor) -> None:
         for k, count in enumerate(labels.bincount(minlength=len(self.counts)).tolist()):
