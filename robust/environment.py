@@ -1,0 +1,40 @@
+"""What a measured number depends on: versions and the device, in words."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def project_version() -> str:
+    """The installed version of this project, ``unknown`` where it runs without being installed."""
+    try:
+        return metadata.version("robust")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of this project, Python, torch and torchvision."""
+    import torch
+    import torchvision
+
+    return {
+        "robust": project_version(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }
+
+
+def device_in_words(device: torch.device) -> str:
+    """The device as people name it: the GPU's own name, or ``cpu (2 threads)``."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
