@@ -1,0 +1,53 @@
+"""Bring the labels of a data set to the classes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from robust.datasets import Dataset, DatasetError, check_labels
+
+
+def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    """The data set with the labels and class names of a model that knows `classes`.
+
+    Names are matched, in whatever order they come and also where the data has only some of them.
+    Where either side has plain numbers for names, labels are taken as they are. Raises
+    DatasetError for a name the model does not know, or more classes than it has.
+    """
+    classes = tuple(classes)
+    if dataset.classes == classes:
+        return dataset
+    if _numbered(dataset.classes) or _numbered(classes):
+        check_labels(dataset, len(classes))
+        return replace(dataset, classes=classes)
+    unknown = [name for name in dataset.classes if name not in classes]
+    if unknown:
+        raise DatasetError(
+            dataset.name,
+            expected=f"the model's classes {_shown(classes)}",
+            found=f"{_shown(dataset.classes)}, of which it does not know {_shown(unknown)}",
+        )
+    index = torch.tensor([classes.index(name) for name in dataset.classes])
+    return replace(dataset, labels=index[dataset.labels], classes=classes)
+
+
+def first_images(dataset: Dataset, count: int) -> Dataset:
+    """The first `count` images; where all are sorted by class, as folders are, evenly spread ones.
+
+    The first images of sorted data would be of one class only.
+    """
+    n = len(dataset)
+    if count < n and bool((dataset.labels.diff() >= 0).all()):
+        return dataset.subset(torch.arange(count) * n // count)
+    return dataset.limit(count)
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    return all(name == str(k) for k, name in enumerate(names))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
