@@ -1,0 +1,188 @@
+"""Export: the weights in a file that loads without this project."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robust import files
+from robust.checkpoint import Checkpoint, sidecar_path
+from robust.classifier import Architecture, Classifier
+
+Format = Literal["torchvision", "safetensors", "onnx"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+TOLERANCE = 1e-4  # most that logits may differ between torch and the exported ONNX model
+OPSET = 18
+
+
+def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) -> str:
+    """Write the float32 weights to `path`, atomically, and return how to load them.
+
+    `torchvision` is a state dict for torchvision's own model and `safetensors` the same with what
+    else must be known as metadata; `onnx` is the whole model, `images` float32 (N, 3, S, S) in
+    [0, 1] to `logits`. Raises ValueError for another format, an output that would replace the
+    checkpoint, or a model that the format cannot hold exactly, and OSError.
+    """
+    path = Path(path)
+    inputs = {item.resolve() for item in (checkpoint.path, sidecar_path(checkpoint.path))}
+    if path.resolve() in inputs:
+        raise ValueError(f"expected another file than the checkpoint itself, got {path}")
+    writers = {"torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
+    if format not in writers:
+        raise ValueError(f"expected a format out of {', '.join(FORMATS)}, got {format!r}")
+    data, usage = writers[format](checkpoint, path)
+    files.write_atomic(path, lambda file: file.write(data))
+    return usage
+
+
+def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
+    architecture = checkpoint.classifier.architecture
+    if architecture.normalises:
+        # Folded into conv1 it would be wrong along the border, where zero padding comes after it.
+        raise ValueError(
+            "expected a model without normalisation for the torchvision format, got mean "
+            f"{architecture.mean} and std {architecture.std}: use onnx or safetensors"
+        )
+    buffer = io.BytesIO()
+    torch.save(_float32_state(checkpoint.classifier), buffer)
+    load = f"model.load_state_dict(torch.load({path.name!r}, weights_only=True))"
+    return buffer.getvalue(), f"{_rebuild(architecture)}; {load}; model.eval()"
+
+
+def _safetensors(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
+    from safetensors.torch import save
+
+    architecture = checkpoint.classifier.architecture
+    metadata = {
+        "format": "pt",
+        **_describe(checkpoint),
+        "mean": json.dumps(architecture.mean),
+        "std": json.dumps(architecture.std),
+    }
+    data: bytes = save(_float32_state(checkpoint.classifier), metadata=metadata)
+    load = f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
+    usage = f"{_rebuild(architecture)}; {load}; model.eval()"
+    if architecture.normalises:
+        mean, std = list(architecture.mean), list(architecture.std)
+        usage += f"; model takes (images - {mean}) / {std}, channel by channel"
+    return data, usage
+
+
+def _onnx(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError:
+        raise ValueError(
+            "expected the packages onnx and onnxscript, found none: pip install 'robust[onnx]'"
+        ) from None
+    classifier = Classifier(checkpoint.classifier.architecture)
+    classifier.load_state_dict(checkpoint.classifier.state_dict())
+    classifier.eval()
+    size = classifier.architecture.input_size
+    example = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with _quiet():
+        program = torch.onnx.export(
+            classifier,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, _describe(checkpoint))
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    # Another batch size than the traced one: what was traced must hold for any.
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = classifier(images).numpy()
+    gap = float(np.abs(_run_onnx(data, images.numpy()) - expected).max())
+    if not gap <= TOLERANCE:
+        raise RuntimeError(f"the exported model is off by {gap:g} in its logits")
+    usage = (
+        f"onnxruntime.InferenceSession({path.name!r}).run(['logits'], {{'images': images}}), "
+        f"images float32 (N, 3, {size}, {size}) in [0, 1]"
+    )
+    return data, usage
+
+
+def _run_onnx(data: bytes, images: np.ndarray) -> np.ndarray:
+    try:
+        import onnxruntime
+    except ImportError:  # not needed to export: ONNX's own, slow evaluator checks as well
+        from onnx.reference import ReferenceEvaluator
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "model.onnx")
+            file.write_bytes(data)
+            (logits,) = ReferenceEvaluator(str(file)).run(["logits"], {"images": images})
+            return np.asarray(logits)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": images})
+    return np.asarray(logits)
+
+
+def _float32_state(classifier: Classifier) -> dict[str, Tensor]:
+    return {
+        key: value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+        for key, value in classifier.net.state_dict().items()
+    }
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, str]:
+    architecture = checkpoint.classifier.architecture
+    return {
+        "architecture": architecture.arch,
+        "stem": architecture.stem,
+        "activation": architecture.activation,
+        "classes": json.dumps(checkpoint.sidecar.classes, ensure_ascii=False),
+        "input_size": str(architecture.input_size),
+        "source_sha256": checkpoint.sha256,
+    }
+
+
+def _rebuild(architecture: Architecture) -> str:
+    """Python statements that build the bare network with torch and torchvision alone."""
+    lines = [
+        f"model = torchvision.models.{architecture.arch}(num_classes={architecture.num_classes})"
+    ]
+    if architecture.stem == "cifar":
+        lines.append("model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
+        lines.append("model.maxpool = torch.nn.Identity()")
+    if architecture.activation == "silu":
+        lines.append(
+            "[setattr(m, 'relu', torch.nn.SiLU()) for m in model.modules() if hasattr(m, 'relu')]"
+        )
+    return "; ".join(lines)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes on its own inner workings off the terminal."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in names:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
