@@ -1,0 +1,13 @@
+"""The commands that work on a checkpoint at the terminal.
+
+Nothing here imports torch before a command runs, so that help is immediate.
+"""
+
+import click
+
+from robust.commands.attack import attack
+from robust.commands.evaluate import evaluate
+from robust.commands.export import export
+from robust.commands.predict import predict
+
+commands: list[click.Command] = [predict, attack, evaluate, export]

@@ -1,0 +1,75 @@
+"""How results are shown at the terminal and written to files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def plain(text: str) -> str:
+    """`text` without line breaks or control characters: names come from files of others."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by padding; those whose cells are all numbers to the right."""
+    cells = [[plain(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [
+        all(cell.replace(".", "", 1).isdigit() for cell in column[1:])
+        for column in zip(*cells, strict=True)
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    )
+
+
+def percent(share: float) -> str:
+    """A share as ``12.3%``."""
+    return f"{100 * share:.1f}%"
+
+
+def write_report(path: Path, value: Any) -> None:
+    """Write `value` as JSON to a file, atomically, or to standard output for ``-``."""
+    from robust.files import to_json, write_json
+
+    if str(path) == "-":
+        click.echo(to_json(value), nl=False)
+    else:
+        write_json(path.resolve(), value)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line for each tenth of the work."""
+
+    def __init__(self, total: int, *, title: str, unit: str) -> None:
+        self.total, self.title, self.unit = total, title, unit
+        self.done, self.tenths = 0, 0
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=title, unit=unit, leave=False)
+
+    def update(self, done: int, note: str) -> None:
+        """Show that `done` of the total are through, with `note` on the state so far."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(done - self.done)
+        elif done * 10 // self.total > self.tenths:
+            self.tenths = done * 10 // self.total
+            click.echo(f"{self.title}: {done}/{self.total} {self.unit}, {note}", err=True)
+        self.done = done
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self.bar is not None:
+            self.bar.close()
