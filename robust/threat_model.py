@@ -112,12 +112,11 @@ class ThreatModel:
         origin = (x * 255).round()
         levels = (x_adv * 255).round()
         if self.norm == "linf":
-            reach = math.floor(self.eps * 255 + 1e-4)
-            levels = torch.clamp(levels, origin - reach, origin + reach)
+            most = math.floor(self.eps * 255 + 1e-4)
+            levels = torch.clamp(levels, origin - most, origin + most)
         else:
-            outside = _lengths(levels - origin) > self.eps * 255 * (1 + TOLERANCE)
-            towards = origin + (x_adv * 255 - origin).trunc()
-            levels = torch.where(outside, towards, levels)
+            reach = self.eps * 255 * (1 + TOLERANCE)
+            levels = origin + _shorten(levels - origin, x_adv * 255 - origin, reach)
         return levels.clamp(0, 255) / 255
 
 
@@ -132,3 +131,18 @@ def distance(x_adv: Tensor, x: Tensor, norm: Norm) -> Tensor:
 
 def _lengths(delta: Tensor) -> Tensor:
     return distance(delta, torch.zeros_like(delta), "l2").view(-1, 1, 1, 1)
+
+
+def _shorten(rounded: Tensor, exact: Tensor, reach: float) -> Tensor:
+    """Take values of `rounded` back by one towards zero until no row is longer than `reach`.
+
+    Those go first that rounding carried furthest beyond `exact`; all together are enough.
+    """
+    whole, fine = rounded.flatten(1).double(), exact.flatten(1).double()
+    overshoot = whole.abs() - fine.abs()
+    order = overshoot.argsort(dim=1, descending=True)
+    gain = torch.where(overshoot > 0, 2 * whole.abs() - 1, 0.0).gather(1, order)
+    excess = whole.square().sum(dim=1, keepdim=True) - reach**2
+    taken = (gain > 0) & (gain.cumsum(dim=1) - gain < excess)
+    back = torch.zeros_like(whole).scatter(1, order, taken.double())
+    return (whole - back * whole.sign()).view_as(rounded).to(rounded.dtype)
