@@ -101,6 +101,7 @@ class ThreatModel:
         if self.norm == "linf":
             return gradient.sign()
         # Scaled first: the squares of a tiny gradient would underflow to a zero length.
+        gradient = gradient.nan_to_num()  # as `sign` has it: no direction where there is none
         scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
         return scaled / _lengths(scaled).clamp_min(1e-12)
 
