@@ -34,12 +34,12 @@ def dataset_from_arrays(
     or none; `labels` are whole numbers `(N,)`. Without `classes` the names are `0`, `1`, ...
     Raises DatasetError for anything else, and for more than `max_images`.
     """
-    pixels, targets = _tensor(source, "images", images), _tensor(source, "labels", labels)
+    pixels = _tensor(source, "images", images)
     if len(pixels) == 0:
         raise DatasetError(source, expected="at least one image", found="none")
     check_count(source, len(pixels), max_images)
     pixels = _channels_first(source, pixels)
-    targets = whole_labels(source, targets, count=len(pixels))
+    targets = whole_labels(source, labels, count=len(pixels))
     return Dataset(
         images=_resized(source, _uint8(source, pixels), size),
         labels=targets,
@@ -54,8 +54,9 @@ def check_count(source: str, count: int, max_images: int | None) -> None:
         raise DatasetError(source, expected=f"at most {max_images} images", found=str(count))
 
 
-def whole_labels(source: str, labels: Tensor, *, count: int) -> Tensor:
+def whole_labels(source: str, values: Tensor | npt.NDArray[np.generic], *, count: int) -> Tensor:
     """Check labels of any numeric type `(N,)` or `(N, 1)` and return them as int64 `(N,)`."""
+    labels = _tensor(source, "labels", values)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.shape != (count,):

@@ -137,7 +137,7 @@ def test_missing_arrays_files_and_unknown_names(tmp_path: Path) -> None:
     assert refusal(tmp_path / "x.npz") == "none named labels"
     (tmp_path / "x.csv").write_text("1,2")
     assert refusal(tmp_path / "x.csv") == ".csv"
-    with pytest.raises(DatasetError, match="nowhere: expected a file, a folder or a known name"):
+    with pytest.raises(DatasetError, match="nowhere: expected a file, a folder, 'cifar10'"):
         load_dataset("nowhere")
 
 

@@ -1,0 +1,73 @@
+"""Which names a pickle may mention. None of them is ever imported for its sake."""
+
+import re
+import sys
+from enum import Enum
+
+
+class Role(Enum):
+    """What may be done with a name."""
+
+    DATA = "data"
+    """Known to pickled.py, which builds tensors, arrays and images of it."""
+    STAND_IN = "stand-in"
+    """A data set class: holds attributes, takes no arguments."""
+    INERT = "inert"
+    """Part of a transform or of an image's metadata: whatever it is, it stays unbuilt."""
+
+
+_DATA = frozenset(
+    {
+        "_codecs.encode",
+        "builtins.bytes",
+        "collections.OrderedDict",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "PIL.Image.Image",
+        "torch.Size",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_tensor_v2",
+    }
+    | {
+        f"numpy.{core}.{name}"
+        for core in ("core", "_core")
+        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+    }
+)
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_CLASS = r"_?[A-Z][A-Za-z0-9_]*"
+_DATA_CLASS = re.compile(
+    r"torch\.[A-Z][A-Za-z0-9]*Storage|torch\.storage\.(Untyped|Typed)Storage"
+    r"|PIL\.[A-Z][A-Za-z0-9]*Plugin\.[A-Z][A-Za-z0-9]*ImageFile"
+)
+_INERT = re.compile(
+    rf"torchvision\.transforms(\.[a-z0-9_]+)*\.{_CLASS}"
+    r"|torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|bool)"
+    r"|builtins\.(set|frozenset)"
+    r"|PIL\.PngImagePlugin\.iTXt|PIL\.TiffImagePlugin\.IFDRational"
+)
+_LIBRARY_STAND_IN = re.compile(
+    rf"(torch\.utils\.data|torchvision\.datasets)(\.[a-z0-9_]+)*\.{_CLASS}"
+)
+_USER_STAND_IN = re.compile(rf"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.{_CLASS}")
+# Classes of these do more than hold data, and a data set of the user's is never among them.
+_LIBRARIES = sys.stdlib_module_names | {
+    *("numpy", "PIL", "torch", "torchvision"),
+    *("pip", "pkg_resources", "robust", "setuptools", "scipy", "sklearn", "app", "training"),
+    *("commands", "cPickle", "exceptions", "os2", "popen2", "urllib2", "StringIO"),  # Python 2
+}
+
+
+def role_of(module: str, name: str) -> tuple[str, Role] | None:
+    """The full name, in Python 3's spelling, and what may be done with it; None to refuse it."""
+    path = f"{_PYTHON_2.get(module, module)}.{name}"
+    if path in _DATA or _DATA_CLASS.fullmatch(path):
+        return path, Role.DATA
+    if _INERT.fullmatch(path):
+        return path, Role.INERT
+    if _LIBRARY_STAND_IN.fullmatch(path):
+        return path, Role.STAND_IN
+    library = module.split(".")[0] in _LIBRARIES or module in _PYTHON_2
+    if not library and "." not in name and _USER_STAND_IN.fullmatch(path):
+        return path, Role.STAND_IN
+    return None
