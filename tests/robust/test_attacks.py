@@ -1,0 +1,322 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import AttackResult, AttackSettings, fgsm, pgd, resolve_attack
+from robust.threat_model import ThreatModel
+
+EPS = 8 / 255
+LINF, L2 = ThreatModel(eps=EPS), ThreatModel(norm="l2", eps=0.25)
+
+
+def ones(x: Tensor) -> Tensor:
+    return torch.ones(len(x), dtype=torch.int64)
+
+
+def run_pgd(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, **changes: object
+) -> AttackResult:
+    settings: dict[str, object] = {"threat_model": LINF, "alpha": EPS / 4, "steps": 10}
+    return pgd(model, x, y, **(settings | changes))  # type: ignore[arg-type]
+
+
+# The margin of a linear model falls by exactly eps times the dual norm of its weights.
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda *args: fgsm(*args, threat_model=LINF),
+        lambda *args: pgd(*args, threat_model=LINF, alpha=EPS / 4, steps=10),
+        lambda *args: pgd(*args, threat_model=LINF, alpha=EPS / 4, steps=4, random_start=False),
+    ],
+    ids=["fgsm", "pgd", "pgd without a start"],
+)
+def test_linf_margin_falls_by_eps_times_the_l1_norm(
+    linear: nn.Module, x: Tensor, attack: Callable[..., AttackResult]
+) -> None:
+    result = attack(linear, x, ones(x))
+    fall = linear.margin(x) - linear.margin(result.x_adv)
+    torch.testing.assert_close(fall, EPS * linear.w.abs().sum().expand(8), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda *args: fgsm(*args, threat_model=L2),
+        lambda *args: pgd(*args, threat_model=L2, alpha=0.1, steps=60),
+        lambda *args: pgd(*args, threat_model=L2, alpha=0.1, steps=3, random_start=False),
+    ],
+    ids=["fgsm", "pgd", "pgd without a start"],
+)
+def test_l2_margin_falls_by_eps_times_the_l2_norm(
+    linear: nn.Module, x: Tensor, attack: Callable[..., AttackResult]
+) -> None:
+    result = attack(linear, x, ones(x))
+    fall = linear.margin(x) - linear.margin(result.x_adv)
+    torch.testing.assert_close(fall, 0.25 * linear.w.norm().expand(8), rtol=1e-3, atol=0)
+
+
+def test_result_is_what_the_model_sees(linear: nn.Module, x: Tensor) -> None:
+    y = torch.arange(8) % 2
+    result = run_pgd(linear, x, y)
+    torch.testing.assert_close(result.logits, linear(result.x_adv))
+    assert torch.equal(result.success, linear(result.x_adv).argmax(dim=1) != y)
+    assert torch.equal(result.distance, LINF.distance(result.x_adv, x))
+    assert bool((result.distance <= EPS + 1e-6).all())
+    assert not result.x_adv.requires_grad
+    assert not result.logits.requires_grad
+
+
+def test_result_stays_in_the_pixel_range(linear: nn.Module) -> None:
+    x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).round()
+    for threat_model in (ThreatModel(eps=0.3), ThreatModel(norm="l2", eps=3.0)):
+        result = run_pgd(linear, x, ones(x), threat_model=threat_model, alpha=0.1)
+        assert result.x_adv.min() >= 0
+        assert result.x_adv.max() <= 1
+        assert bool((result.distance > 0.9 * 0.3).all())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_eps_zero_is_the_identity(linear: nn.Module, x: Tensor, norm: str) -> None:
+    threat_model = ThreatModel(norm=norm, eps=0.0)  # type: ignore[arg-type]
+    for result in (
+        fgsm(linear, x, ones(x), threat_model=threat_model),
+        run_pgd(linear, x, ones(x), threat_model=threat_model, alpha=0.1),
+    ):
+        assert torch.equal(result.x_adv, x)
+        assert torch.equal(result.success, linear(x).argmax(dim=1) != 1)
+
+
+def test_target_is_reached_where_it_can_be(x: Tensor) -> None:
+    w = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    target = torch.full((8,), 2)
+
+    def model(images: Tensor) -> Tensor:
+        # Logits pull class 2 up from behind; from 0.02 on the L1 norms decide.
+        return torch.stack([(images * row).flatten(1).sum(1) for row in w], dim=1)
+
+    y = model(x).argmax(dim=1)
+    chosen = y != 2
+    x, y, target = x[chosen], y[chosen], target[chosen]
+    result = run_pgd(
+        model, x, y, target=target, threat_model=ThreatModel(eps=0.25), alpha=0.05, steps=20
+    )
+    assert bool(result.success.all())
+    assert torch.equal(model(result.x_adv).argmax(dim=1), target)
+    short = run_pgd(model, x, y, target=target, threat_model=ThreatModel(eps=1e-4), alpha=1e-4)
+    assert not bool(short.success.any())
+    # Where it fails, the target has still come nearer.
+    before = model(x).log_softmax(1)[:, 2]
+    assert bool((short.logits.log_softmax(1)[:, 2] > before).all())
+
+
+def test_untargeted_and_targeted_agree_on_two_classes(linear: nn.Module, x: Tensor) -> None:
+    y = ones(x)
+    untargeted = run_pgd(linear, x, y)
+    targeted = run_pgd(linear, x, y, target=1 - y)
+    torch.testing.assert_close(untargeted.x_adv, targeted.x_adv)
+
+
+def test_early_stop_finds_the_same_successes_for_less(
+    make_linear: Callable[..., nn.Module], x: Tensor
+) -> None:
+    w = make_linear().w
+    middle = (x * w).flatten(1).sum(1).median().item()
+    model = make_linear(bias=-middle + 0.3)  # some images fall at once, some later, some never
+    y = ones(x)
+    whole = run_pgd(model, x, y, restarts=2)
+    early = run_pgd(model, x, y, restarts=2, early_stop=True)
+    assert 0 < int(whole.success.sum()) < 8
+    assert torch.equal(whole.success, early.success)
+    assert int(early.forwards.sum()) < int(whole.forwards.sum())
+    torch.testing.assert_close(early.logits, model(early.x_adv))
+
+
+def test_restarts_go_on_with_survivors_only(
+    make_linear: Callable[..., nn.Module], x: Tensor
+) -> None:
+    model = make_linear()
+    margins = model.margin(x)
+    model.bias = -(margins.min().item() + EPS * model.w.abs().sum().item()) - 0.01
+    y = (model.margin(x) > 0).long()  # all right when clean; some within reach, some not
+    model.images = 0
+    result = run_pgd(model, x, y, steps=5, restarts=3)
+    survivors = ~result.success
+    assert 0 < int(survivors.sum()) < 8
+    assert set(result.forwards[result.success].tolist()) == {6}
+    assert set(result.forwards[survivors].tolist()) == {18}
+    assert torch.equal(result.backwards * 6, result.forwards * 5)
+    assert model.images == int(result.forwards.sum())
+
+
+class Moody(nn.Module):
+    """Parts in different modes, a frozen part, gradients in place; draws from the global state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm, self.held = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.drop, self.head = nn.Dropout(), nn.Linear(4, 2)
+        self.train()
+        self.held.eval()
+        self.head.bias.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.calls, self.fail_at = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        assert not any(module.training for module in self.modules())
+        assert not any(parameter.requires_grad for parameter in self.parameters())
+        if self.calls == self.fail_at:
+            raise KeyError("the model broke")
+        x = x + 0 * torch.rand(1)
+        logits: Tensor = self.head(self.drop(self.held(self.norm(self.conv(x)))).mean((2, 3)))
+        return logits
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    return [
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad.tolist() for parameter in model.parameters() if parameter.grad is not None],
+        [value.tolist() for value in model.state_dict().values()],
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    ]
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 3])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd-3"])
+def test_model_is_left_as_it_was(attack: str, fail_at: int, x: Tensor) -> None:
+    model = Moody()
+    model.fail_at = fail_at
+    before = snapshot(model)
+    settings = resolve_attack(attack, LINF)
+    if fail_at and not (attack == "fgsm" and fail_at == 3):
+        with pytest.raises(KeyError):
+            settings.run(model, x, ones(x))
+    else:
+        settings.run(model, x, ones(x))
+    assert model.calls > 0
+    assert snapshot(model) == before
+
+
+def test_works_where_gradients_are_off(linear: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        result = fgsm(linear, x, ones(x), threat_model=LINF)
+    assert torch.equal(result.x_adv, fgsm(linear, x, ones(x), threat_model=LINF).x_adv)
+    assert result.distance.min().item() == pytest.approx(EPS, rel=1e-4)
+
+
+def test_masked_gradient_is_visible_as_no_change(linear: nn.Module, x: Tensor) -> None:
+    result = fgsm(lambda images: linear(images.round()), x, ones(x), threat_model=LINF)
+    assert torch.equal(result.distance, torch.zeros(8))
+
+
+def test_nan_gradient_never_leaves_the_ball(x: Tensor) -> None:
+    def model(images: Tensor) -> Tensor:
+        value = images.flatten(1).sum(dim=1)
+        broken = (value - value.detach()).abs().sqrt()  # an infinite slope times zero
+        return torch.stack([-value - broken, value], dim=1)
+
+    for threat_model in (LINF, L2):
+        result = run_pgd(model, x, ones(x), threat_model=threat_model)
+        assert bool(result.x_adv.isfinite().all())
+        assert not bool(result.success.any())
+
+
+def test_same_generator_same_result(x: Tensor, linear: nn.Module) -> None:
+    def attacked(seed: int | None) -> Tensor:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return run_pgd(linear, x, ones(x), alpha=0.001, steps=1, generator=generator).x_adv
+
+    assert torch.equal(attacked(3), attacked(3))
+    assert torch.equal(attacked(None), attacked(0))
+    assert not torch.equal(attacked(3), attacked(4))
+    torch.rand(5)
+    assert torch.equal(attacked(3), attacked(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.full((2, 3, 4, 4), torch.nan)}, r"images in \[0, 1\], got values from nan"),
+        ({"x": torch.full((2, 3, 4, 4), 1.01)}, r"images in \[0, 1\]"),
+        ({"x": torch.full((2, 3, 4, 4), -0.01)}, r"images in \[0, 1\]"),
+        ({"x": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, "expected float images"),
+        ({"x": torch.zeros(3, 4, 4)}, "expected float images"),
+        (
+            {"x": torch.zeros(0, 3, 4, 4), "y": torch.zeros(0, dtype=torch.int64)},
+            "at least 1 image",
+        ),
+        ({"y": torch.ones(2)}, "labels int64"),
+        ({"y": torch.ones(2, dtype=torch.int32)}, "labels int64"),
+        ({"y": torch.ones(3, dtype=torch.int64)}, "labels int64"),
+        ({"target": torch.zeros(2)}, "targets int64"),
+        ({"target": torch.tensor([0, 1])}, "target other than the label"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"restarts": 0}, "at least 1 step and 1 restart"),
+        ({"alpha": -0.1}, "alpha of at least 0"),
+        ({"alpha": float("nan")}, "alpha of at least 0"),
+    ],
+)
+def test_pgd_refuses(linear: nn.Module, change: dict[str, object], message: str) -> None:
+    x, y = torch.full((2, 3, 4, 4), 0.5), torch.ones(2, dtype=torch.int64)
+    settings = {"x": x, "y": y, "threat_model": LINF, "alpha": 0.01, "steps": 1} | change
+    with pytest.raises(ValueError, match=message):
+        pgd(linear, settings.pop("x"), settings.pop("y"), **settings)  # type: ignore[arg-type]
+
+
+# Attacks by name.
+
+
+def test_defaults_are_filled_in() -> None:
+    assert resolve_attack("pgd", LINF) == AttackSettings(
+        name="pgd",
+        threat_model=LINF,
+        alpha=EPS / 4,
+        steps=20,
+        restarts=1,
+        random_start=True,
+        seed=0,
+    )
+    settings = resolve_attack("fgsm", LINF, seed=5)
+    assert (settings.alpha, settings.steps, settings.random_start) == (EPS, 1, False)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 50])
+def test_default_steps_cross_the_ball(steps: int) -> None:
+    settings = resolve_attack(f"pgd-{steps}", LINF)
+    assert settings.alpha <= EPS
+    assert settings.steps * settings.alpha >= min(2.5, steps) * EPS - 1e-9
+
+
+def test_labels_and_costs() -> None:
+    assert resolve_attack("fgsm", LINF).label == "fgsm"
+    assert resolve_attack("pgd", LINF).label == "pgd-20"
+    assert resolve_attack("pgd-50", LINF, restarts=5).label == "pgd-50x5"
+    assert resolve_attack("fgsm", LINF).cost == 3
+    assert resolve_attack("pgd-50", LINF, restarts=5).cost == 505
+
+
+@pytest.mark.parametrize("name", ["", "PGD", "pgd-", "pgd-x", "fgsm-3", "cw", "pgd-1234567", "a b"])
+def test_unknown_attacks_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected an attack out of fgsm, pgd"):
+        resolve_attack(name, LINF)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"restarts": -1}])
+def test_settings_out_of_range_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1 step"):
+        resolve_attack("pgd", LINF, **changes)  # type: ignore[arg-type]
+
+
+def test_cost_is_what_is_spent(make_linear: Callable[..., nn.Module], x: Tensor) -> None:
+    model = make_linear(bias=1000.0)  # nothing fools it
+    settings = resolve_attack("pgd-4", LINF, restarts=3)
+    result = settings.run(model, x, ones(x))
+    assert set((result.forwards + result.backwards).tolist()) == {settings.cost}
