@@ -9,21 +9,26 @@ def stratified_split(labels: Tensor, held_out: int | float, *, seed: int) -> tup
 
     Labels int64 (N,); `held_out` is a count, or a share in (0, 1). Returns the sorted indices int64
     of the kept and of the held-out images: disjoint, complete, the same for a seed. The held-out
-    count is exact (largest remainder), but every class keeps at least one image. Raises ValueError
-    unless both parts get an image.
+    count is exact (largest remainder) and every class of two images or more keeps one; a class of
+    one is held out only where the count needs it. Raises ValueError when that can't be had, or one
+    part would be empty.
     """
     n = len(labels)
     wanted = round(held_out * n) if isinstance(held_out, float) else held_out
     if not 0 < wanted < n:
         raise ValueError(f"expected to hold out 1 to {n - 1} of {n} images, got {held_out}")
     counts = labels.bincount()
-    exact = counts.double() * wanted / n
-    quota = torch.minimum(exact.floor().long(), (counts - 1).clamp_min(0))
-    remainders = (exact - quota).argsort(descending=True, stable=True).tolist()
+    limit = (counts - 1).clamp_min(0)
+    if wanted > int(limit.sum()):
+        limit = torch.where(counts == 1, 1, limit)
+    if wanted > int(limit.sum()):
+        most = int(limit.sum())
+        raise ValueError(f"expected to hold out at most {most} of {n} images, got {held_out}")
+    share = counts * wanted  # in n-ths of an image, so that remainders are exact
+    quota = torch.minimum(share // n, limit)
+    order_of_need = (share - quota * n).argsort(descending=True, stable=True).tolist()
     while int(quota.sum()) < wanted:
-        open_classes = [k for k in remainders if quota[k] < counts[k] - 1]
-        if not open_classes:
-            break
+        open_classes = [k for k in order_of_need if quota[k] < limit[k]]
         for k in open_classes[: wanted - int(quota.sum())]:
             quota[k] += 1
     generator = torch.Generator().manual_seed(seed)
