@@ -16,6 +16,7 @@ Activation = Literal["relu", "silu"]
 ARCHS: tuple[Arch, ...] = get_args(Arch)
 STEMS: tuple[Stem, ...] = get_args(Stem)
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+MAX_CLASSES = 100_000  # beyond any real set; a broken sidecar must not ask for all memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,11 @@ class Architecture:
                 raise ValueError(
                     f"expected {field} out of {', '.join(allowed)}, got {getattr(self, field)!r}"
                 )
-        if self.num_classes < 2:
-            raise ValueError(f"expected at least 2 classes, got {self.num_classes}")
+        for field in ("num_classes", "input_size"):
+            if type(getattr(self, field)) is not int:  # a sidecar may hold anything
+                raise ValueError(f"expected {field} a whole number, got {getattr(self, field)!r}")
+        if not 2 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"expected 2 to {MAX_CLASSES} classes, got {self.num_classes}")
         if not 8 <= self.input_size <= 1024:
             raise ValueError(f"expected an input size of 8 to 1024 pixels, got {self.input_size}")
         if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
@@ -79,7 +83,7 @@ class Classifier(nn.Module):
         return logits.float()
 
     def zero_residuals(self) -> None:
-        """Set the last norm of every residual branch to zero, so that each block starts as identity.
+        """Set the last norm of every residual branch to zero: each block starts as identity.
 
         Source: Goyal et al. 2017, arXiv:1706.02677.
         """

@@ -1,0 +1,90 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+
+from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_state_dict_is_torchvisions(arch: str, stem: str) -> None:
+    with torch.device("meta"):
+        net = Classifier(Architecture(arch=arch, stem=stem)).net  # type: ignore[arg-type]
+        own = getattr(torchvision.models, arch)(num_classes=10)
+    assert list(net.state_dict()) == list(own.state_dict())
+    assert net.state_dict()["fc.weight"].shape[0] == 10
+
+
+def test_normalisation_is_inside(make_classifier: Callable[..., Classifier]) -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    bare, normalising = make_classifier(), make_classifier(mean=mean, std=std)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    by_hand = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(normalising(x), bare.net(by_hand))
+        assert torch.equal(bare(x), bare.net(x))
+    assert normalising.architecture.normalises
+    assert not bare.architecture.normalises
+    assert normalising.state_dict().keys() == bare.state_dict().keys()
+
+
+def test_cifar_stem_keeps_the_resolution(make_classifier: Callable[..., Classifier]) -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    sides = {}
+    for stem in STEMS:
+        net = make_classifier(stem=stem).net
+        with torch.inference_mode():
+            sides[stem] = net.maxpool(net.conv1(x)).shape[-1]
+    assert sides == {"imagenet": 8, "cifar": 32}
+
+
+def test_silu_replaces_every_relu(make_classifier: Callable[..., Classifier]) -> None:
+    kinds = {type(module).__name__ for module in make_classifier(activation="silu").modules()}
+    assert "SiLU" in kinds
+    assert "ReLU" not in kinds
+
+
+def test_logits_are_float32_also_from_half_precision(
+    make_classifier: Callable[..., Classifier],
+) -> None:
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert make_classifier()(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arch": "resnet101"}, "expected arch out of resnet18, resnet34, resnet50"),
+        ({"arch": []}, "expected arch"),
+        ({"stem": "vit"}, "expected stem out of"),
+        ({"activation": "gelu"}, "expected activation out of"),
+        ({"num_classes": 1}, "expected 2 to 100000 classes, got 1"),
+        ({"num_classes": 10**9}, "expected 2 to 100000 classes"),
+        ({"num_classes": 10.0}, "num_classes a whole number"),
+        ({"num_classes": True}, "num_classes a whole number"),
+        ({"input_size": 4}, "8 to 1024 pixels"),
+        ({"input_size": 32.5}, "input_size a whole number"),
+        ({"mean": (0.0, 0.0)}, "mean of 3 finite"),
+        ({"mean": (0.0, 0.0, math.nan)}, "mean of 3 finite"),
+        ({"std": (1.0, 0.0, 1.0)}, "std of 3 positive"),
+    ],
+)
+def test_architecture_refuses(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Architecture(**fields)  # type: ignore[arg-type]
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="expected a device such as auto"):
+        resolve_device("banana")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without one")
+def test_absent_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a CUDA device"):
+        resolve_device("cuda")
