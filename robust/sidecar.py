@@ -55,7 +55,7 @@ def parse_sidecar(text: bytes) -> Sidecar:
     """Read and validate a sidecar. Raises ValueError that says what was expected and what came."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected JSON, got text that breaks off or is malformed: {error}"
         ) from None
