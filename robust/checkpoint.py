@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -16,6 +18,9 @@ from torch import Tensor
 from robust import files
 from robust.classifier import Architecture, Classifier
 from robust.sidecar import Sidecar, parse_sidecar
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
 
 
 class CheckpointError(ValueError):
@@ -54,7 +59,9 @@ def save_checkpoint(
     weights already in place is found again by `load_checkpoint`: a crash at any moment leaves a
     pair that loads. Raises CheckpointError when the disk is full or the folder not writable.
     """
-    path = Path(path)
+    path = _weights_path(path)
+    if sidecar.architecture != classifier.architecture:
+        raise CheckpointError(path, f"a sidecar of {classifier.architecture}", "another one's")
     state = {
         key: value.detach().cpu().to(dtype) if value.is_floating_point() else value.detach().cpu()
         for key, value in classifier.net.state_dict().items()
@@ -67,13 +74,15 @@ def save_checkpoint(
     sidecar = replace(sidecar, weights_sha256=sha256(weights).hexdigest())
     target, pending = sidecar_path(path), _pending_path(path)
     try:
+        _finish_interrupted_save(path)
         staged = files.stage(path, lambda file: file.write(weights))
         try:
             files.write_json(pending, sidecar.to_dict())
             files.commit(staged, path)
         except BaseException:
-            staged.unlink(missing_ok=True)
-            pending.unlink(missing_ok=True)
+            if staged.exists():  # else the weights are in place and need the pending sidecar
+                staged.unlink()
+                pending.unlink(missing_ok=True)
             raise
         files.commit(pending, target)
     except OSError as error:
@@ -87,7 +96,7 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
     Weights are read with ``weights_only=True`` and against the sidecar's SHA-256. Raises
     CheckpointError naming the file, what was expected and what was found.
     """
-    path = Path(path)
+    path = _weights_path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -137,6 +146,26 @@ def infer_architecture(path: Path, state: Mapping[str, Tensor]) -> Architecture:
         raise CheckpointError(path, expected, str(error)) from None
 
 
+def _weights_path(path: Path | str) -> Path:
+    path = Path(path)
+    if path == sidecar_path(path):
+        raise CheckpointError(path, "the weights beside the sidecar", "the sidecar's own name")
+    return path
+
+
+def _finish_interrupted_save(path: Path) -> None:
+    """Put the sidecar in place that a crash between the two renames left pending.
+
+    The next save would write over it, and should that fail nothing would describe the weights.
+    """
+    pending = _pending_path(path)
+    if not pending.exists() or not path.exists():
+        return
+    with contextlib.suppress(ValueError):
+        if parse_sidecar(pending.read_bytes()).weights_sha256 == files.sha256_file(path):
+            files.commit(pending, sidecar_path(path))
+
+
 def _pending_path(path: Path) -> Path:
     return sidecar_path(path).with_suffix(".json.new")
 
@@ -169,12 +198,14 @@ def _read_state(path: Path, data: bytes) -> dict[str, Tensor]:
     if not data:
         raise CheckpointError(path, expected, "an empty file")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on unusual pickles: the error below says more
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f"a pickle that asks for {refused[1]}" if refused else "a file that is none"
         raise CheckpointError(path, expected, found) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # torch raises whatever it trips over in a broken file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(path, expected, f"a truncated or foreign file ({reason})") from None
     if not isinstance(state, dict) or not all(
@@ -204,6 +235,10 @@ def _fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> No
                 f"{key} of shape {tuple(own[key].shape)} ({name})",
                 f"shape {tuple(value.shape)}",
             )
+        floating = own[key].is_floating_point()
+        if value.dtype not in (_FLOATS if floating else _INTEGERS) or value.is_sparse:
+            expected = f"{key} of {'floats' if floating else 'whole numbers'}"
+            raise CheckpointError(path, expected, f"{value.dtype} in {value.layout}")
         if not bool(value.isfinite().all()):
             raise CheckpointError(path, "finite weights", f"NaN or infinite ones in {key}")
     classifier.net.load_state_dict(dict(state), strict=False)
