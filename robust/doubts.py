@@ -28,7 +28,7 @@ def doubts(evaluation: Evaluation) -> tuple[str, ...]:
         ):
             found.append(
                 f"{item.label} fooled none of {evaluation.clean.correct} images: "
-                "its gradient is likely masked, and the accuracy no bound"
+                "unless this data is that easy, gradients are masked and the accuracy is no bound"
             )
     for weak in evaluation.attacks:
         for strong in evaluation.attacks:

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from robust.datasets import Dataset, DatasetError
+from robust.matching import first_images, match_classes
+
+CLASSES = ("cat", "dog", "frog", "ship")
+
+
+def dataset(classes: tuple[str, ...], labels: list[int]) -> Dataset:
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).to(torch.uint8)
+    return Dataset(images=images, labels=torch.tensor(labels), classes=classes, name="folder")
+
+
+def test_same_names_pass() -> None:
+    data = dataset(CLASSES, [0, 3])
+    assert match_classes(data, CLASSES) is data
+
+
+def test_names_in_another_order_are_mapped() -> None:
+    matched = match_classes(dataset(("ship", "frog", "dog", "cat"), [0, 1, 2, 3, 0]), CLASSES)
+    assert matched.labels.tolist() == [3, 2, 1, 0, 3]
+    assert matched.classes == CLASSES
+
+
+def test_some_of_the_names_are_mapped() -> None:
+    assert match_classes(dataset(("dog", "ship"), [0, 1, 1]), CLASSES).labels.tolist() == [1, 3, 3]
+
+
+def test_numbers_are_taken_as_they_are() -> None:
+    assert match_classes(dataset(("0", "1", "2"), [2, 0]), CLASSES).labels.tolist() == [2, 0]
+    assert match_classes(dataset(CLASSES, [3, 1]), ("0", "1", "2", "3")).labels.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "message"),
+    [
+        (("cat", "wolf"), [0, 1], "does not know wolf"),
+        (("a", "b"), [0, 1], "expected the model's classes cat, dog, frog, ship"),
+        ((*CLASSES, "wolf"), [0, 4], "does not know wolf"),
+        (("0", "1", "2", "3", "4"), [0, 4], "labels from 0 to 3"),
+    ],
+)
+def test_other_classes_are_refused(
+    classes: tuple[str, ...], labels: list[int], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        match_classes(dataset(classes, labels), CLASSES)
+
+
+def test_first_images() -> None:
+    mixed = dataset(("a", "b"), [0, 1, 0, 1, 1, 0])
+    assert first_images(mixed, 3).images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert len(first_images(mixed, 100)) == 6
+
+
+def test_first_images_of_sorted_data_are_of_every_class() -> None:
+    data = dataset(("a", "b", "c"), [0] * 10 + [1] * 10 + [2] * 10)
+    some = first_images(data, 6)
+    assert some.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert first_images(data, 30).images.equal(data.images)

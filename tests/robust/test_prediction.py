@@ -1,0 +1,159 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import resolve_attack
+from robust.classifier import Classifier
+from robust.images import decode_png, encode_png, to_float
+from robust.prediction import amplify, attack_image, find_class, predict, top_classes
+from robust.threat_model import ThreatModel
+
+CLASSES = ("cat", "dog", "frog", "ship")
+
+
+@pytest.fixture(scope="module")
+def model(make_classifier: Callable[..., Classifier]) -> Classifier:
+    return make_classifier()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+def test_predict_is_the_softmax_of_eval_mode(model: Classifier, photo: Tensor) -> None:
+    x = to_float(torch.stack([photo, photo.flip(2)]))
+    with torch.inference_mode():
+        expected = model(x).softmax(dim=1)
+    model.train()
+    try:
+        probabilities = predict(model, x)
+        assert model.training
+    finally:
+        model.eval()
+    torch.testing.assert_close(probabilities, expected)
+    assert not probabilities.is_inference()
+
+
+def test_predict_refuses_logits_that_mean_nothing() -> None:
+    with pytest.raises(ValueError, match="expected finite logits"):
+        predict(lambda x: torch.full((len(x), 2), torch.nan), torch.zeros(1, 3, 4, 4))
+
+
+def test_top_classes() -> None:
+    probabilities = torch.tensor([0.1, 0.6, 0.05, 0.25])
+    first, second = top_classes(probabilities, CLASSES, 2)
+    assert (first.label, first.index, second.label) == ("dog", 1, "ship")
+    assert first.probability == pytest.approx(0.6)
+    assert len(top_classes(probabilities, CLASSES, 100)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "index"),
+    [
+        ("dog", CLASSES, 1),
+        (" dog ", CLASSES, 1),
+        ("3", CLASSES, 3),
+        (0, CLASSES, 0),
+        ("1", ("2", "1", "0"), 1),
+        ("0", ("2", "1", "0"), 2),  # a name wins over an index
+    ],
+)
+def test_find_class(name: str | int, classes: tuple[str, ...], index: int) -> None:
+    assert find_class(name, classes) == index
+
+
+@pytest.mark.parametrize("name", ["bird", "4", "-1", "1.0", "", "9" * 30, "²"])
+def test_find_class_refuses(name: str) -> None:
+    with pytest.raises(ValueError, match="expected a class out of cat, dog, frog, ship"):
+        find_class(name, CLASSES)
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd-5"])
+@pytest.mark.parametrize(
+    "ball",
+    [ThreatModel(eps=8 / 255), ThreatModel(eps=0.03), ThreatModel(norm="l2", eps=0.5)],
+    ids=str,
+)
+def test_what_is_returned_is_what_was_scored(
+    model: Classifier, photo: Tensor, attack: str, ball: ThreatModel
+) -> None:
+    outcome = attack_image(model, photo, settings=resolve_attack(attack, ball))
+    decoded = decode_png(encode_png(outcome.image))
+    torch.testing.assert_close(outcome.after, predict(model, to_float(decoded)[None])[0])
+    torch.testing.assert_close(outcome.before, predict(model, to_float(photo)[None])[0])
+    assert outcome.label == int(outcome.before.argmax())
+    assert outcome.success == (int(outcome.after.argmax()) != outcome.label)
+    assert not outcome.already_wrong
+    levels = decoded.double() - photo.double()
+    assert outcome.linf == levels.abs().max().item() / 255
+    assert outcome.l2 == pytest.approx(levels.norm().item() / 255)
+    assert (outcome.linf if ball.norm == "linf" else outcome.l2) <= ball.eps * (1 + 1e-6)
+    assert outcome.linf > 0
+    assert torch.equal(outcome.perturbation, amplify(decoded, photo))
+
+
+def test_attack_lowers_the_margin(linear: nn.Module) -> None:
+    photo = torch.full((3, 4, 4), 128, dtype=torch.uint8)
+    settings = resolve_attack("fgsm", ThreatModel(eps=4 / 255))
+    label = int(linear.margin(to_float(photo)[None]).item() > 0)
+    outcome = attack_image(linear, photo, settings=settings)
+    sign = 1 if label else -1
+    before, after = (sign * linear.margin(to_float(i)[None]).item() for i in (photo, outcome.image))
+    assert before - after == pytest.approx(4 / 255 * linear.w.abs().sum().item(), rel=1e-4)
+
+
+def test_label_and_target(model: Classifier, photo: Tensor) -> None:
+    before = predict(model, to_float(photo)[None])[0]
+    first, second, *_, last = before.argsort(descending=True).tolist()
+    settings = resolve_attack("pgd", ThreatModel(eps=32 / 255))
+    outcome = attack_image(model, photo, settings=settings, target=second)
+    assert outcome.success
+    assert int(outcome.after.argmax()) == second
+    outcome = attack_image(model, photo, last, settings=settings)
+    assert outcome.already_wrong
+    assert outcome.label == last
+    with pytest.raises(ValueError, match="target other than the label"):
+        attack_image(model, photo, settings=settings, target=first)
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_classes_out_of_range_are_refused(model: Classifier, photo: Tensor, index: int) -> None:
+    settings = resolve_attack("fgsm", ThreatModel())
+    with pytest.raises(ValueError, match="expected a label from 0 to 3"):
+        attack_image(model, photo, index, settings=settings)
+    with pytest.raises(ValueError, match="expected a target from 0 to 3"):
+        attack_image(model, photo, settings=settings, target=index)
+
+
+def test_image_must_be_8_bit(model: Classifier, photo: Tensor) -> None:
+    with pytest.raises(ValueError, match="expected a uint8 image"):
+        attack_image(model, to_float(photo), settings=resolve_attack("fgsm", ThreatModel()))
+
+
+def test_seed_decides(model: Classifier, photo: Tensor) -> None:
+    def image(seed: int) -> Tensor:
+        settings = resolve_attack("pgd-2", ThreatModel(), alpha=0.001, seed=seed)
+        return attack_image(model, photo, settings=settings).image
+
+    assert torch.equal(image(1), image(1))
+    assert not torch.equal(image(1), image(2))
+
+
+def test_passes_are_counted(linear: nn.Module) -> None:
+    photo = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    outcome = attack_image(linear, photo, settings=resolve_attack("pgd-7", ThreatModel()))
+    assert (outcome.forwards, outcome.backwards) == (10, 7)
+    assert linear.images == outcome.forwards
+
+
+def test_amplify() -> None:
+    x = torch.full((3, 1, 3), 100, dtype=torch.uint8)
+    x_adv = x + torch.tensor([0, 4, 2], dtype=torch.uint8)
+    assert amplify(x_adv, x)[0, 0].tolist() == [128, 255, 192]
+    assert amplify(x, x_adv)[0, 0].tolist() == [128, 1, 64]
+    assert amplify(x, x).unique().tolist() == [128]
+    assert amplify(torch.full_like(x, 255), torch.zeros_like(x)).unique().tolist() == [255]
