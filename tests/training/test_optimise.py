@@ -1,0 +1,80 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from robust.classifier import Architecture, Classifier
+from training.ema import AveragedModel
+from training.optimise import learning_rate, make_optimizer, uses_bf16
+from training.recipe import Phase, quick
+
+
+def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
+    phase = Phase(name="a", epochs=1, learning_rate=0.4, warmup=0.1)
+    rates = [learning_rate(phase, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.04)
+    assert rates[9] == rates[10] == pytest.approx(0.4)
+    assert rates[55] == pytest.approx(0.2)
+    assert rates[99] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(Phase(name="a", epochs=1, learning_rate=0.4, warmup=0), 0, 10) == 0.4
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_norms_and_biases_are_not_decayed(optimizer: str) -> None:
+    model = Classifier(Architecture(arch="resnet18"))
+    recipe = replace(quick(), optimizer=optimizer, weight_decay=0.3)  # type: ignore[arg-type]
+    decayed, others = make_optimizer(model, recipe).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(
+        "conv" in n or "downsample.0" in n or "fc.w" in n
+        for n in (names[id(p)] for p in decayed["params"])
+    )
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_sgd_is_nesterov_or_plain() -> None:
+    model = nn.Linear(2, 2)
+    group = make_optimizer(model, replace(quick(), optimizer="sgd")).param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+    group = make_optimizer(model, replace(quick(), optimizer="sgd", momentum=0.0)).param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.0, False)
+
+
+def test_the_average_has_buffers_of_its_own_and_follows() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    averaged = AveragedModel(model, decay=0.9)
+    averaged.steps = 1000  # past the warm-up
+    start = {key: value.clone() for key, value in averaged.module.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    model(torch.randn(8, 4) + 5)
+    assert torch.equal(averaged.module.state_dict()["1.running_mean"], start["1.running_mean"])
+    averaged.update(model)
+    for key, value in averaged.module.state_dict().items():
+        theirs = model.state_dict()[key]
+        expected = theirs
+        if value.is_floating_point():
+            expected = 0.9 * start[key] + 0.1 * theirs
+        assert torch.allclose(value, expected), key
+    assert not averaged.module.training
+
+
+def test_no_decay_copies_the_model() -> None:
+    model = nn.Linear(3, 3)
+    averaged = AveragedModel(model, decay=0.0)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    averaged.update(model)
+    assert torch.allclose(averaged.module.weight, model.weight)  # type: ignore[arg-type]
+
+
+def test_precision_can_be_forced() -> None:
+    cpu = torch.device("cpu")
+    assert uses_bf16(replace(quick(), precision="bf16"), cpu)
+    assert not uses_bf16(replace(quick(), precision="fp32"), cpu)

@@ -1,0 +1,93 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from training.recipe import (
+    RECIPES,
+    AdversarialPart,
+    Augmentation,
+    Phase,
+    Recipe,
+    classic,
+    cpu,
+    named_recipe,
+    quick,
+)
+
+HALF = (AdversarialPart(kind="pgd", share=0.5),)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_has_two_phases_and_is_json(name: str) -> None:
+    recipe = named_recipe(name)
+    assert recipe.name == name
+    assert [phase.is_adversarial for phase in recipe.phases] == [False, True]
+    assert json.loads(json.dumps(recipe.to_dict()))["name"] == name
+
+
+def test_classic_is_the_baselines_schedule() -> None:
+    recipe = classic()
+    clean, adversarial = recipe.phases
+    assert (clean.epochs, adversarial.epochs) == (100, 50)
+    assert (recipe.optimizer, recipe.momentum, recipe.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert (recipe.batch_size, recipe.label_smoothing, recipe.gradient_clip) == (256, 0.1, 1.0)
+    assert clean.learning_rate == 0.1
+    assert clean.augmentation.mixup > 0
+    for phase in recipe.phases:
+        used = phase.augmentation
+        assert (used.crop_padding, used.flip, used.rotation) == (4, 0.5, 10)
+        assert (used.jitter, used.cutout) == (0.1, 8)
+    shares = {part.kind: part.share for part in adversarial.parts}
+    assert shares == {"clean": 0.5, "fgsm": 0.25, "pgd": 0.25}
+    assert adversarial.parts[2].steps == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"phases": ()}, "some epochs"),
+        ({"phases": (Phase(name="a", epochs=0),)}, "some epochs"),
+        ({"phases": (Phase(name="a", epochs=1), Phase(name="a", epochs=1))}, "different names"),
+        ({"phases": (Phase(name="a", epochs=1, learning_rate=0),)}, "learning_rate"),
+        (
+            {
+                "phases": (
+                    Phase(name="a", epochs=1, parts=(AdversarialPart(kind="pgd", share=0.5),)),
+                )
+            },
+            "add up to 1",
+        ),
+        ({"phases": (Phase(name="a", epochs=1, loss="trades"),)}, "one attacked part"),
+        (
+            {
+                "phases": (
+                    Phase(
+                        name="a",
+                        epochs=1,
+                        parts=(AdversarialPart(kind="fgsm"),),
+                        augmentation=Augmentation(mixup=0.2),
+                    ),
+                )
+            },
+            "mixup in a clean phase",
+        ),
+        ({"batch_size": 1}, "batch_size"),
+        ({"held_out": 0.0}, "held_out"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)
+def test_a_wrong_recipe_says_which_field(change: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        replace(quick(), **change)  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="classic, cpu, quick, got 'slow'"):
+        named_recipe("slow")
+
+
+def test_the_shipped_recipe_leaves_normalisation_to_the_first_batch_norm() -> None:
+    recipe: Recipe = cpu()
+    assert (recipe.mean, recipe.std) == ((0.0,) * 3, (1.0,) * 3)
+    assert (recipe.arch, recipe.stem, recipe.activation) == ("resnet50", "imagenet", "relu")

@@ -1,0 +1,249 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust import files
+from robust.checkpoint import load_checkpoint, save_checkpoint
+from robust.classifier import Architecture, Classifier
+from robust.datasets import Dataset
+from robust.sidecar import Sidecar
+from training import run as run_module
+from training.recipe import AdversarialPart, Phase, Recipe
+from training.run import Progress, Stopped, train
+from training.state import RunFolder, TrainingError
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Recipe, colours: Dataset) -> Path:
+    """The checkpoint of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("finished") / "model.pt"
+    train(tiny, colours, out=out, device=CPU)
+    return out
+
+
+def stop_after(count: int):  # type: ignore[no-untyped-def]
+    calls = iter(range(1, count + 1))
+    return lambda: next(calls, count) >= count
+
+
+def test_a_run_writes_a_checkpoint_with_its_whole_record(
+    finished: Path, tiny: Recipe, colours: Dataset
+) -> None:
+    checkpoint = load_checkpoint(finished)
+    sidecar = checkpoint.sidecar
+    assert sidecar.classes == colours.classes
+    assert sidecar.recipe["name"] == "tiny"
+    assert sidecar.data is not None
+    assert (sidecar.data.name, sidecar.data.count) == ("colours", 80)
+    assert sidecar.data.sha256 == colours.sha256
+    assert sidecar.seed == 0
+    assert {row["attack"] for row in sidecar.evaluation} == {"clean", "fgsm", "pgd-20"}
+    assert all(row["n"] == 16 for row in sidecar.evaluation)
+    assert torch.load(finished, weights_only=True)["fc.weight"].dtype == torch.float16
+    assert sidecar.recipe["kept_epoch"] in (2, 3)  # never one of the clean phase
+
+
+def test_a_run_keeps_its_metrics_beside_the_checkpoint(finished: Path) -> None:
+    folder = RunFolder.of(finished)
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["phase"] for row in rows] == ["clean", "adversarial", "adversarial"]
+    assert all(0 <= row["pgd"] <= row["clean"] <= 1 for row in rows)
+    assert json.loads(folder.manifest.read_text())["recipe"]["name"] == "tiny"
+    assert list(folder.tensorboard.glob("events.*"))
+    assert not folder.state.exists()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 11])  # in each phase, and at the end of an epoch
+def test_a_resumed_run_ends_bit_equal(
+    steps: int, finished: Path, tiny: Recipe, colours: Dataset, out: Path
+) -> None:
+    with pytest.raises(Stopped):
+        train(tiny, colours, out=out, device=CPU, should_stop=stop_after(steps))
+    assert not out.exists()
+    train(tiny, colours, out=out, device=CPU, resume=True)
+    assert out.read_bytes() == finished.read_bytes()
+    mine, theirs = (RunFolder.of(path).metrics.read_text() for path in (out, finished))
+    timings = ("seconds", "scoring_seconds", "images_per_second")
+
+    def numbers(text: str) -> list[dict[str, object]]:
+        rows = [json.loads(line) for line in text.splitlines()]
+        return [{k: v for k, v in row.items() if k not in timings} for row in rows]
+
+    assert numbers(mine) == numbers(theirs)
+
+
+def test_a_run_killed_outright_resumes_bit_equal(
+    finished: Path, tiny: Recipe, colours: Dataset, out: Path
+) -> None:
+    script = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.training.small import colours, tiny\n"
+        "from training.run import train\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "train(tiny(), colours(), out=Path(sys.argv[1]), device=torch.device('cpu'),\n"
+        "      observe=lambda p: print(p.epoch, p.step, flush=True))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, out, str(torch.get_num_threads())],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.split() == ["2", "2"]:  # inside the second epoch
+            process.kill()
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    assert RunFolder.of(out).state.exists()
+    train(tiny, colours, out=out, device=CPU, resume=True)
+    assert out.read_bytes() == finished.read_bytes()
+
+
+def test_another_run_on_the_same_output_is_refused(
+    tiny: Recipe, colours: Dataset, out: Path
+) -> None:
+    with RunFolder.of(out).locked(), pytest.raises(TrainingError, match="another training run"):
+        train(tiny, colours, out=out, device=CPU)
+
+
+def test_an_unfinished_run_is_not_overwritten(tiny: Recipe, colours: Dataset, out: Path) -> None:
+    with pytest.raises(Stopped):
+        train(tiny, colours, out=out, device=CPU, should_stop=lambda: True)
+    with pytest.raises(TrainingError, match="unfinished run; pass --resume"):
+        train(tiny, colours, out=out, device=CPU)
+    assert RunFolder.of(out).state.exists()
+
+
+@pytest.mark.parametrize("changed", ["recipe", "seed", "data"])
+def test_resuming_something_else_is_refused(
+    changed: str, tiny: Recipe, colours: Dataset, out: Path
+) -> None:
+    with pytest.raises(Stopped):
+        train(tiny, colours, out=out, device=CPU, should_stop=lambda: True)
+    recipe = replace(tiny, label_smoothing=0.2) if changed == "recipe" else tiny
+    data = colours.subset(range(79)) if changed == "data" else colours
+    with pytest.raises(TrainingError, match=f"found another {changed}"):
+        train(recipe, data, out=out, device=CPU, seed=int(changed == "seed"), resume=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    tiny: Recipe, colours: Dataset, tmp_path: Path, finished: Path
+) -> None:
+    before = finished.read_bytes()
+    sidecar = train(tiny, colours, out=finished, device=CPU, resume=True)
+    assert finished.read_bytes() == before
+    assert sidecar == load_checkpoint(finished).sidecar
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tiny: Recipe, colours: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(Architecture(arch="resnet18", num_classes=2))
+    good = Sidecar(architecture=classifier.architecture, classes=("a", "b"))
+    save_checkpoint(out, classifier, good)
+    before = out.read_bytes()
+
+    def full(path: Path, write: object) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = files.stage
+    monkeypatch.setattr(
+        files, "stage", lambda p, w: full(p, w) if p.name == "state.pt" else real(p, w)
+    )
+    with pytest.raises(TrainingError, match=r"state\.pt: .*No space left"):
+        train(tiny, colours, out=out, device=CPU)
+    assert out.read_bytes() == before
+    assert load_checkpoint(out).sidecar.classes == ("a", "b")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    tiny: Recipe, colours: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        run_module, "objective", lambda *args, **kwargs: torch.tensor(torch.nan, requires_grad=True)
+    )
+    with pytest.raises(TrainingError, match="the loss became nan in phase clean, epoch 1, step 1"):
+        train(tiny, colours, out=out, device=CPU)
+
+
+def test_too_few_images_are_refused(tiny: Recipe, colours: Dataset, out: Path) -> None:
+    with pytest.raises(TrainingError, match="at least one batch of 16 images"):
+        train(tiny, colours.limit(16), out=out, device=CPU)
+
+
+def test_a_run_learns(tiny: Recipe, colours: Dataset, out: Path) -> None:
+    phase = replace(tiny.phases[0], epochs=6)
+    train(replace(tiny, phases=(phase,)), colours, out=out, device=CPU)
+    rows = [json.loads(line) for line in RunFolder.of(out).metrics.read_text().splitlines()]
+    assert rows[-1]["clean"] >= 0.9
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "sgd", "weight_decay": 5e-4},
+        {"ema_decay": 0.0},
+        {"gradient_clip": 0.0},
+        {"label_smoothing": 0.0},
+        {"precision": "bf16"},
+        {"stem": "cifar", "activation": "silu", "mean": (0.5,) * 3, "std": (0.25,) * 3},
+        {"norm": "l2", "eps": 0.5},
+        {"select": "mean", "zero_init_residual": True},
+    ],
+)
+def test_every_technique_can_be_switched(
+    change: dict[str, object], tiny: Recipe, colours: Dataset, out: Path
+) -> None:
+    phase = Phase(
+        name="adversarial",
+        epochs=1,
+        learning_rate=1e-3,
+        parts=(AdversarialPart(kind="n-fgsm"),),
+    )
+    recipe = replace(tiny, phases=(phase,), **change)  # type: ignore[arg-type]
+    progress: list[Progress] = []
+    train(recipe, colours, out=out, device=CPU, observe=progress.append)
+    assert load_checkpoint(out).classifier.architecture.stem == recipe.stem
+    assert [p.step for p in progress] == [1, 2, 3, 4, 4]
+    assert progress[-1].row is not None
+
+
+def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
+    folder = RunFolder.of(tmp_path / "model.pt")
+    script = (
+        "import sys, time; from pathlib import Path; from training.state import RunFolder\n"
+        "with RunFolder.of(Path(sys.argv[1])).locked():\n"
+        "    print('held', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "model.pt"],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(TrainingError, match="another training run"), folder.locked():
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    time.sleep(0.01)
+    with folder.locked():
+        pass
