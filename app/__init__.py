@@ -1,0 +1,1 @@
+"""The HTTP service: predict, attack and evaluate with one checkpoint."""

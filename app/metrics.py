@@ -1,0 +1,66 @@
+"""What Prometheus sees of one service."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.process_collector import ProcessCollector
+
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The counters of one application, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "robust_requests",
+            "Requests answered.",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self.latency = Histogram(
+            "robust_request_seconds",
+            "From the first byte of a request to the last of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.in_flight = Gauge("robust_requests_in_flight", "Requests in hand.", registry=registry)
+        self.queue_wait = Histogram(
+            "robust_queue_wait_seconds",
+            "From admission to the device.",
+            ["kind"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.queued = Gauge(
+            "robust_queued_forwards",
+            "Work admitted and not finished, in forward passes.",
+            ["kind"],
+            registry=registry,
+        )
+        self.batch_images = Histogram(
+            "robust_batch_images",
+            "Images that shared a forward pass of predictions.",
+            buckets=_IMAGES,
+            registry=registry,
+        )
+        self.device_seconds = Counter(
+            "robust_device_seconds", "Time spent on the device.", ["kind"], registry=registry
+        )
+        self.rejected = Counter(
+            "robust_rejected", "Work turned away.", ["reason"], registry=registry
+        )
+        self.jobs = Gauge("robust_jobs", "Evaluations held.", ["state"], registry=registry)
+        self.model = Info("robust_model", "The model that is served.", registry=registry)
+        self.reloads = Counter(
+            "robust_reloads",
+            "New checkpoints taken over or refused.",
+            ["result"],
+            registry=registry,
+        )
+        for result in ("ok", "failed"):
+            self.reloads.labels(result)

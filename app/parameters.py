@@ -1,0 +1,216 @@
+"""The parameters of the routes: from text to values, with errors that name the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from app.errors import FieldError, InvalidParameters
+from app.model import ServedModel
+from app.settings import Settings
+from robust.attacks import ATTACKS, AttackSettings, resolve_attack
+from robust.prediction import find_class
+from robust.threat_model import Norm, ThreatModel, format_eps, parse_eps
+
+P = TypeVar("P", bound=BaseModel)
+
+DEFAULT_ATTACKS = ("fgsm", "pgd")
+DEFAULT_L2_EPS = 0.5
+MAX_ATTACKS = 8  # named in one request
+
+
+def _size(value: object) -> float:
+    try:
+        return parse_eps(str(value))
+    except ValueError:
+        raise PydanticCustomError(
+            "size", "a size of at least 0, as a number or a fraction such as 8/255"
+        ) from None
+
+
+Size = Annotated[
+    float,
+    BeforeValidator(_size),
+    WithJsonSchema({"type": "string", "examples": ["8/255", "0.03"]}),
+]
+
+
+class _Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PredictParameters(_Parameters):
+    """What POST /predict takes beside images."""
+
+    top_k: int = Field(
+        default=5, ge=1, le=1000, description="How many classes to name, likeliest first."
+    )
+
+
+class AttackParameters(_Parameters):
+    """What every route that attacks takes."""
+
+    attack: list[str] = Field(
+        default_factory=lambda: list(DEFAULT_ATTACKS),
+        min_length=1,
+        max_length=MAX_ATTACKS,
+        description=f"Repeatable: {', '.join(ATTACKS)}, or pgd-N for N steps. Default: both.",
+        examples=[["pgd"]],
+    )
+    norm: Norm | None = Field(
+        default=None, description="linf or l2. Default: the norm the model was trained for."
+    )
+    eps: Size | None = Field(
+        default=None,
+        description="Radius of the ball in pixel units, 8/255 or a number. Default: the model's.",
+    )
+    alpha: Size | None = Field(
+        default=None, description="Step length of pgd in pixel units. Default: a quarter of eps."
+    )
+    steps: int | None = Field(default=None, ge=1, description="Steps of pgd. Default: 20.")
+    restarts: int | None = Field(default=None, ge=1, description="Runs of pgd. Default: 1.")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Of the random starts.")
+
+
+class AttackImageParameters(AttackParameters):
+    """What POST /attack takes beside an image."""
+
+    label: str | None = Field(
+        default=None,
+        description="The class to lead away from, by name or index. Default: the prediction.",
+    )
+    target: str | None = Field(
+        default=None, description="A class to lead to, by name or index. Default: any other."
+    )
+
+
+class EvaluateParameters(AttackParameters):
+    """What POST /evaluate takes beside a data set."""
+
+    dataset: str | None = Field(
+        default=None, description="The name of a data set that the operator registered."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Score only the first images.")
+
+
+def parse(kind: type[P], values: Mapping[str, Sequence[str]]) -> P:
+    """Build `kind` from texts by name, some repeated. Raises InvalidParameters."""
+    lists = {name for name, item in kind.model_fields.items() if item.annotation == list[str]}
+    errors = [
+        FieldError(field=_safe_name(name), expected="one value", got=f"{len(texts)}")
+        for name, texts in values.items()
+        if len(texts) > 1 and name not in lists
+    ]
+    if errors:
+        raise InvalidParameters(errors)
+    plain = {name: list(texts) if name in lists else texts[0] for name, texts in values.items()}
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields)
+        raise InvalidParameters(field_errors(error.errors(), known=known)) from None
+
+
+def field_errors(errors: Sequence[Any], *, known: str = "") -> list[FieldError]:
+    """Pydantic's errors in our words, without the text that came."""
+    found = []
+    for error in errors:
+        parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+        expected = error["msg"].removeprefix("Input should be ")
+        got = describe(error.get("input"))
+        if error["type"] == "extra_forbidden":
+            expected, got = f"one of the parameters {known}", "another one"
+        found.append(
+            FieldError(field=_safe_name(parts[0] if parts else "body"), expected=expected, got=got)
+        )
+    return found
+
+
+def describe(value: object) -> str:
+    """What came, in words that repeat numbers but no text."""
+    if isinstance(value, str):
+        number = re.fullmatch(r"[-+0-9./eE]{1,24}", value)
+        return value if number else f"text of {len(value)} characters" if value else "nothing"
+    if isinstance(value, int | float):
+        return str(value)[:24]
+    return f"{len(value)} values" if isinstance(value, list) else "another kind of value"
+
+
+def resolve_threat_model(
+    parameters: AttackParameters, model: ServedModel, settings: Settings
+) -> ThreatModel:
+    """Norm and eps, the model's own where left out. Raises InvalidParameters past the cap."""
+    own = model.threat_model
+    norm = parameters.norm or own.norm
+    eps = parameters.eps
+    if eps is None:
+        eps = own.eps if norm == own.norm else DEFAULT_L2_EPS if norm == "l2" else 8 / 255
+        eps = min(eps, settings.max_eps(norm))
+    if eps > settings.max_eps(norm):
+        expected = f"at most {format_eps(settings.max_eps(norm))} under {norm}"
+        raise InvalidParameters([FieldError(field="eps", expected=expected, got=f"{eps:g}")])
+    return ThreatModel(norm=norm, eps=eps)
+
+
+def resolve_attacks(
+    parameters: AttackParameters, model: ServedModel, settings: Settings
+) -> list[AttackSettings]:
+    """The attacks with every parameter filled in. Raises InvalidParameters naming each fault."""
+    threat_model = resolve_threat_model(parameters, model, settings)
+    errors, attacks = [], []
+    given = {
+        name: getattr(parameters, name)
+        for name in ("alpha", "steps", "restarts")
+        if getattr(parameters, name) is not None
+    }
+    for name in parameters.attack:
+        try:
+            attack = resolve_attack(name, threat_model, seed=parameters.seed, **given)
+        except ValueError:
+            expected = f"an attack out of {', '.join(ATTACKS)}, or pgd-N"
+            errors.append(FieldError(field="attack", expected=expected, got=describe(name)))
+            continue
+        named = "steps" if parameters.steps is not None else "attack"
+        for field, value, most in (
+            (named, attack.steps, settings.max_steps),
+            ("restarts", attack.restarts, settings.max_restarts),
+        ):
+            if value > most:
+                errors.append(FieldError(field=field, expected=f"at most {most}", got=f"{value}"))
+        attacks.append(attack)
+    if not errors and given and all(attack.name == "fgsm" for attack in attacks):
+        errors = [
+            FieldError(field=field, expected="an attack of several steps for it", got="only fgsm")
+            for field in given
+        ]
+    if errors:
+        raise InvalidParameters(list(dict.fromkeys(errors)))
+    return attacks
+
+
+def resolve_class(text: str | None, field: str, classes: Sequence[str]) -> int | None:
+    """The index of a class given by name or index. Raises InvalidParameters."""
+    if text is None:
+        return None
+    try:
+        return find_class(text, classes)
+    except ValueError:
+        expected = f"a class name or an index from 0 to {len(classes) - 1}"
+        raise InvalidParameters(
+            [FieldError(field=field, expected=expected, got=describe(text))]
+        ) from None
+
+
+def _safe_name(name: str) -> str:
+    return name if re.fullmatch(r"[a-z_]{1,32}", name) else "unknown"

@@ -1,0 +1,143 @@
+"""Every error answer, made in this one place as application/problem+json (RFC 9457)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import errors
+from app.errors import FieldError
+from app.parameters import field_errors
+from robust.datasets import DatasetError
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_SECONDS = 5  # where nothing was measured: while draining, or after the device thread died
+CLIENT_CLOSED_REQUEST = 499  # not registered; for the log, as the client does not see it
+
+
+class Fault(BaseModel):
+    """One thing wrong with the request."""
+
+    field: str = Field(description="The parameter or part of the body.", examples=["eps"])
+    expected: str = Field(examples=["a size of at least 0"])
+    got: str = Field(examples=["-1"])
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 describes it."""
+
+    type: str = Field(examples=["urn:robust:problem:invalid-parameters"])
+    title: str = Field(examples=["Invalid parameters"])
+    status: int = Field(examples=[422])
+    detail: str = Field(examples=["eps: expected a size of at least 0"])
+    instance: str = Field(examples=["urn:robust:request:5f1c"])
+    request_id: str = Field(examples=["5f1c"])
+    errors: list[Fault] = Field(default_factory=list)
+
+
+def problem(
+    request_id: str,
+    status: int,
+    title: str,
+    detail: str,
+    *,
+    faults: Sequence[FieldError] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An error answer; `title` also names its type."""
+    body = Problem(
+        type=f"urn:robust:problem:{title.lower().replace(' ', '-')}",
+        title=title,
+        status=status,
+        detail=detail,
+        instance=f"urn:robust:request:{request_id}",
+        request_id=request_id,
+        errors=[Fault(field=f.field, expected=f.expected, got=f.got) for f in faults],
+    )
+    return Response(
+        body.model_dump_json(), status_code=status, media_type=MEDIA_TYPE, headers=headers
+    )
+
+
+def problem_of(request_id: str, error: Exception) -> Response:
+    """The answer for any exception. One that is not ours becomes a 500 that tells nothing."""
+    match error:
+        case errors.UnusableImages():
+            status, title = _IMAGE_STATUS[error.kind]
+            return problem(request_id, status, title, str(error), faults=error.errors)
+        case errors.InvalidParameters():
+            return problem(request_id, 422, "Invalid parameters", str(error), faults=error.errors)
+        case errors.Overloaded():
+            headers = {"Retry-After": str(error.retry_after)}
+            return problem(request_id, 429, "Overloaded", str(error), headers=headers)
+        case errors.NotReady() | errors.EngineStopped():
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            return problem(request_id, 503, "Not ready", str(error), headers=headers)
+        case errors.ServiceError():
+            status, title = _STATUS[type(error)]
+            return problem(request_id, status, title, str(error) or title)
+        case DatasetError():
+            fault = FieldError(field="file", expected=error.expected, got=error.found)
+            detail = f"expected {error.expected}, found {error.found}"
+            return problem(request_id, 422, "Unusable data set", detail, faults=[fault])
+        case RequestValidationError():
+            faults = field_errors(error.errors())
+            detail = str(errors.InvalidParameters(faults))
+            return problem(request_id, 422, "Invalid parameters", detail, faults=faults)
+        case HTTPException():
+            title = HTTPStatus(error.status_code).phrase.capitalize()
+            detail = _DETAILS.get(error.status_code, title)
+            return problem(request_id, error.status_code, title, detail, headers=error.headers)
+    return problem(request_id, 500, "Internal error", "The service failed; the log says why.")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` with a problem. What no handler knows, the middleware catches."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return problem_of(request.state.request_id, error)
+
+    for kind in (errors.ServiceError, DatasetError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """These statuses for the OpenAPI document of a route."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": schema}},
+        }
+        for status in statuses
+    }
+
+
+_STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
+    errors.BadRequest: (400, "Bad request"),
+    errors.NotFound: (404, "Not found"),
+    errors.SlowBody: (408, "Request timeout"),
+    errors.Conflict: (409, "Conflict"),
+    errors.BodyTooLarge: (413, "Too large"),
+    errors.ClientGone: (CLIENT_CLOSED_REQUEST, "Client closed request"),
+    errors.Cancelled: (CLIENT_CLOSED_REQUEST, "Client closed request"),
+    errors.DeadlineExceeded: (504, "Deadline exceeded"),
+}
+_IMAGE_STATUS = {
+    "empty": (400, "Empty image"),
+    "broken": (400, "Broken image"),
+    "unsupported": (415, "Unsupported image"),
+    "too_large": (413, "Too large"),
+}
+_DETAILS = {
+    404: "There is nothing under this address; /docs lists the routes.",
+    405: "This address does not take this method; the Allow header lists those it takes.",
+}

@@ -1,0 +1,86 @@
+"""The settings of the service, each read from the environment variable ROBUST_<NAME>."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from robust.threat_model import Norm
+
+
+class Settings(BaseSettings):
+    """Everything the service can be told. Raises pydantic's ValidationError for a bad value."""
+
+    model_config = SettingsConfigDict(env_prefix="ROBUST_", frozen=True, extra="ignore")
+
+    checkpoint: Path = Field(
+        default=Path("models/robust_model.pt"), description="Weights to serve."
+    )
+    device: str = Field(
+        default="auto", description="auto, cpu or cuda; auto takes CUDA where there is one."
+    )
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of the device thread; 0 leaves it to torch."
+    )
+    datasets: Path | None = Field(
+        default=None,
+        description="Folder whose entries POST /evaluate knows by name.",
+    )
+
+    max_body_bytes: int = Field(
+        default=64 * 2**20, ge=1, description="Largest request body, in bytes."
+    )
+    max_requests: int = Field(
+        default=256, ge=1, description="Most POST requests in hand at once; past it 429."
+    )
+    max_images: int = Field(default=64, ge=1, description="Most images in one POST /predict.")
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, description="Most pixels of an image, checked before decoding."
+    )
+    max_upload_images: int = Field(
+        default=10_000, ge=1, description="Most images of a set uploaded to POST /evaluate."
+    )
+    max_eps_linf: float = Field(
+        default=64 / 255, ge=0, le=1, description="Largest eps under linf, in pixel units."
+    )
+    max_eps_l2: float = Field(
+        default=10.0, ge=0, description="Largest eps under l2, in pixel units."
+    )
+    max_steps: int = Field(default=200, ge=1, description="Most steps of an attack.")
+    max_restarts: int = Field(default=10, ge=1, description="Most restarts of an attack.")
+
+    max_batch: int = Field(
+        default=64, ge=1, description="Most images that predictions of several requests share."
+    )
+    queue_limit: int = Field(
+        default=4096, ge=1, description="Most queued work, in forward passes; past it 429."
+    )
+    deadline_seconds: float = Field(
+        default=30.0, gt=0, description="Longest wait for a prediction or an attack; past it 504."
+    )
+    max_jobs: int = Field(
+        default=16, ge=1, description="Most evaluations queued or running at once; past it 429."
+    )
+    job_expiry_seconds: float = Field(
+        default=3600.0, gt=0, description="How long a finished evaluation can be asked for."
+    )
+    reload_seconds: float = Field(
+        default=2.0, gt=0, description="Seconds between looks for a new checkpoint."
+    )
+    grace_seconds: float = Field(
+        default=20.0, ge=0, description="Longest wait for requests in hand after SIGTERM."
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe lines that are logged."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines as text or as JSON objects."
+    )
+
+    def max_eps(self, norm: Norm) -> float:
+        """The largest eps accepted in this norm."""
+        return self.max_eps_linf if norm == "linf" else self.max_eps_l2
