@@ -1,0 +1,235 @@
+"""The engine: one thread that owns the device and never lets it idle while there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from app.errors import DeadlineExceeded, EngineStopped, ServiceError
+from app.metrics import Metrics
+from app.model import ServedModel
+from app.queue import Kind, Work, WorkQueue
+from robust.images import to_float
+from robust.prediction import predict
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_STOPPED = EngineStopped("The device thread has stopped.")
+
+
+class Session:
+    """What a function on the device gets: a model to call, with pauses for more urgent work.
+
+    Calling it maps images to logits as any model does. Before that it serves what goes ahead, and
+    raises Cancelled or DeadlineExceeded when nobody waits for the result any more.
+    """
+
+    def __init__(self, engine: Engine, work: Work) -> None:
+        self._engine, self._work = engine, work
+        self.model = work.model
+        self.device = work.model.device
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._engine.serve(below=self._work.kind)
+        self._work.check()
+        return self.model.logits(x)
+
+    def seconds(self) -> float:
+        """Time on the device so far, without what was served in between."""
+        return self._engine.own_seconds()
+
+
+class Engine:
+    """Runs predictions in shared batches, and attacks and evaluations one after the other.
+
+    The thread takes what is queued as soon as the device is free; there is no timer. Predictions
+    go ahead of attacks, and both of evaluations, between the steps of the latter.
+    """
+
+    def __init__(
+        self, *, queue_limit: int, max_batch: int, threads: int = 0, metrics: Metrics | None = None
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        self._queue = WorkQueue(queue_limit, self._metrics)
+        self._max_batch, self._threads = max_batch, threads
+        self._thread = threading.Thread(target=self._main, name="device", daemon=True)
+        self._started, self._nested = 0.0, 0.0  # of the work on top of the stack
+        self._running: list[Work] = []
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that owns the device runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Refuse further work, stop what runs at its next step, and wait for the thread."""
+        self._queue.close(EngineStopped("The service is shutting down."))
+        for work in list(self._running):
+            work.abandoned = True
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def retry_after(self) -> int:
+        """Whole seconds after which there should be room again."""
+        return self._queue.retry_after()
+
+    async def predict(
+        self, model: ServedModel, images: Tensor, *, deadline: float | None = None
+    ) -> Tensor:
+        """Probabilities float32 (n, K) of images uint8 (n, 3, H, W) of the model's size.
+
+        Raises Overloaded, DeadlineExceeded or EngineStopped.
+        """
+        work = Work(
+            kind=Kind.PREDICT, model=model, cost=len(images), deadline=deadline, images=images
+        )
+        probabilities: Tensor = await self._result(work)
+        return probabilities
+
+    async def run(
+        self,
+        kind: Kind,
+        model: ServedModel,
+        function: Callable[[Session], T],
+        *,
+        cost: int,
+        deadline: float | None = None,
+    ) -> T:
+        """Run `function` on the device thread; cancelling this stops it between two steps.
+
+        Raises what the function raises, Overloaded, DeadlineExceeded or EngineStopped.
+        """
+        work = Work(kind=kind, model=model, cost=cost, deadline=deadline, function=function)
+        result: T = await self._result(work)
+        return result
+
+    async def _result(self, work: Work) -> Any:
+        work.check()
+        self._queue.put(work)
+        left = None if work.deadline is None else work.deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                return await asyncio.wrap_future(work.future)
+        except TimeoutError:
+            raise DeadlineExceeded("The work did not finish before its deadline.") from None
+        finally:
+            work.abandon()
+
+    # What follows runs on the device thread.
+
+    def serve(self, *, below: Kind) -> None:
+        """Do what waits now and goes ahead of `below`; what comes meanwhile waits for next time."""
+        now = time.monotonic()
+        while work := self._queue.take(below=below, admitted_before=now):
+            self._do(work)
+
+    def own_seconds(self) -> float:
+        """Time since the work on top of the stack began, without work nested in it."""
+        return time.perf_counter() - self._started - self._nested
+
+    def _main(self) -> None:
+        try:
+            if self._threads:
+                torch.set_num_threads(self._threads)
+            while self._queue.wait():
+                if work := self._queue.take():
+                    self._do(work)
+        except BaseException:
+            logger.critical("the device thread died", exc_info=True)
+        finally:
+            self._queue.close(_STOPPED)
+
+    def _do(self, work: Work) -> None:
+        if work.kind is not Kind.PREDICT:
+            if self._begin(work):
+                self._run(work)
+            return
+        batch = [work, *self._queue.take_fellows(work, self._max_batch - work.cost)]
+        batch = [item for item in batch if self._begin(item)]
+        if batch:
+            self._predict(batch)
+
+    def _begin(self, work: Work) -> bool:
+        """Whether to do this work: not if its client has gone or its deadline has passed."""
+        if not work.future.set_running_or_notify_cancel():
+            self._metrics.rejected.labels("cancelled").inc()
+            return False
+        self._metrics.queue_wait.labels(work.kind.label).observe(time.monotonic() - work.admitted)
+        try:
+            work.check()
+        except ServiceError as error:
+            self._metrics.rejected.labels("deadline").inc()
+            work.future.set_exception(error)
+            return False
+        return True
+
+    def _predict(self, batch: list[Work]) -> None:
+        model = batch[0].model
+        images = torch.cat([work.images for work in batch if work.images is not None])
+        try:
+            with self._on_device(batch):
+                probabilities = predict(model.logits, to_float(images.to(model.device)))
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            logger.warning("a batch of %d requests failed; trying each alone", len(batch))
+            for work in batch:
+                self._predict([work])
+            return
+        except BaseException:
+            _fail(batch)
+            raise
+        self._metrics.batch_images.observe(len(images))
+        for work, rows in zip(
+            batch, torch.split(probabilities, [w.cost for w in batch]), strict=True
+        ):
+            work.future.set_result(rows)
+
+    def _run(self, work: Work) -> None:
+        assert work.function is not None
+        try:
+            with self._on_device([work]):
+                result = work.function(Session(self, work))
+        except Exception as error:
+            work.future.set_exception(error)
+        except BaseException:
+            _fail([work])
+            raise
+        else:
+            work.future.set_result(result)
+
+    @contextmanager
+    def _on_device(self, batch: list[Work]) -> Iterator[None]:
+        """Count the time of `batch` as its own, not as that of the work it goes ahead of."""
+        kind, cost = batch[0].kind, sum(work.cost for work in batch)
+        outer = self._started, self._nested
+        self._started, self._nested = time.perf_counter(), 0.0
+        self._running += batch
+        try:
+            yield
+            self._queue.measure(kind, cost, self.own_seconds())
+        finally:
+            own, total = self.own_seconds(), time.perf_counter() - self._started
+            self._metrics.device_seconds.labels(kind.label).inc(own)
+            self._started, self._nested = outer[0], outer[1] + total
+            del self._running[-len(batch) :]
+
+
+def _fail(batch: list[Work]) -> None:
+    for work in batch:
+        if not work.future.done():
+            work.future.set_exception(_STOPPED)

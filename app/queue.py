@@ -1,0 +1,158 @@
+"""Work waiting for the device: who goes first, and how much is let in."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor
+
+from app.errors import Cancelled, DeadlineExceeded, EngineStopped, Overloaded
+from app.metrics import Metrics
+from app.model import ServedModel
+
+MAX_RETRY_SECONDS = 120
+
+
+class Kind(IntEnum):
+    """Kinds of work; the lower goes ahead of the higher between the latter's steps."""
+
+    PREDICT = 0
+    ATTACK = 1
+    EVALUATE = 2
+
+    @property
+    def label(self) -> str:
+        """The name in metrics."""
+        return self.name.lower()
+
+
+@dataclass(eq=False, kw_only=True)
+class Work:
+    """Something for the device: images to classify together with others, or a function to run.
+
+    `cost` counts forward passes, a backward pass as one; `deadline` is on the monotonic clock.
+    """
+
+    kind: Kind
+    model: ServedModel
+    cost: int
+    deadline: float | None = None
+    images: Tensor | None = None  # uint8 (n, 3, H, W)
+    function: Callable[..., Any] | None = None
+    future: Future[Any] = field(default_factory=Future)
+    admitted: float = field(default_factory=time.monotonic)
+    abandoned: bool = False
+
+    def check(self) -> None:
+        """Raise Cancelled or DeadlineExceeded when nobody waits for the result any more."""
+        if self.abandoned:
+            raise Cancelled("The work was given up.")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise DeadlineExceeded("The work did not finish before its deadline.")
+
+    def abandon(self) -> None:
+        """Nobody waits for this: drop it from the queue, or stop it at its next step."""
+        self.abandoned = True
+        self.future.cancel()
+
+
+class WorkQueue:
+    """A bounded queue for each kind of work, for one consuming thread and any producers.
+
+    Work is let in while what would go ahead of it or beside it costs at most `limit` forward
+    passes; evaluations are bounded by their number elsewhere.
+    """
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit, self._metrics = limit, metrics
+        self._changed = threading.Condition()
+        self._queues: dict[Kind, deque[Work]] = {kind: deque() for kind in Kind}
+        self._pending = dict.fromkeys(Kind, 0)  # admitted and not finished
+        self._pace: dict[Kind, float] = {}  # seconds for one forward pass, measured
+        self._closed: EngineStopped | None = None
+
+    def put(self, work: Work) -> None:
+        """Let work in. Raises Overloaded past the limit, EngineStopped after `close`."""
+        with self._changed:
+            if self._closed:
+                raise self._closed
+            ahead = [kind for kind in Kind if kind <= work.kind]
+            if work.kind is not Kind.EVALUATE and (
+                sum(self._pending[kind] for kind in ahead) + work.cost > self._limit
+            ):
+                self._metrics.rejected.labels("queue").inc()
+                raise Overloaded("The queue is full.", retry_after=self._wait_seconds(ahead))
+            self._count(work.kind, work.cost)
+            self._queues[work.kind].append(work)
+            self._changed.notify()
+        work.future.add_done_callback(lambda _: self._leave(work))
+
+    def take(self, *, below: Kind | None = None, admitted_before: float = math.inf) -> Work | None:
+        """The next work, of a kind that goes ahead of `below`; None when there is none."""
+        with self._changed:
+            for kind in Kind:
+                queue = self._queues[kind]
+                if below is not None and kind >= below:
+                    return None
+                if queue and queue[0].admitted < admitted_before:
+                    return queue.popleft()
+        return None
+
+    def take_fellows(self, first: Work, room: int) -> list[Work]:
+        """Further work of the same kind and model, in order, costing at most `room`."""
+        fellows: list[Work] = []
+        with self._changed:
+            queue = self._queues[first.kind]
+            while queue and queue[0].model is first.model and queue[0].cost <= room:
+                fellows.append(queue.popleft())
+                room -= fellows[-1].cost
+        return fellows
+
+    def wait(self) -> bool:
+        """Sleep until there is work; False once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or any(self._queues.values()))
+            return self._closed is None
+
+    def measure(self, kind: Kind, cost: int, seconds: float) -> None:
+        """Remember how long `cost` forward passes took."""
+        pace = seconds / max(cost, 1)
+        with self._changed:
+            self._pace[kind] = 0.8 * self._pace.get(kind, pace) + 0.2 * pace
+
+    def close(self, reason: EngineStopped) -> None:
+        """Refuse further work and fail what waits."""
+        with self._changed:
+            self._closed = self._closed or reason
+            waiting = [work for queue in self._queues.values() for work in queue]
+            self._changed.notify_all()
+        for work in waiting:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_exception(reason)
+
+    def retry_after(self) -> int:
+        """Whole seconds until the work let in so far is done, at the pace measured."""
+        with self._changed:
+            return self._wait_seconds(list(Kind))
+
+    def _wait_seconds(self, kinds: list[Kind]) -> int:
+        seconds = sum(self._pending[kind] * self._pace.get(kind, 0.0) for kind in kinds)
+        return min(max(math.ceil(seconds), 1), MAX_RETRY_SECONDS)
+
+    def _leave(self, work: Work) -> None:
+        with self._changed:
+            self._count(work.kind, -work.cost)
+            if work in self._queues[work.kind]:  # given up before its turn
+                self._queues[work.kind].remove(work)
+
+    def _count(self, kind: Kind, cost: int) -> None:
+        self._pending[kind] += cost
+        self._metrics.queued.labels(kind.label).set(self._pending[kind])
