@@ -1,0 +1,107 @@
+"""The model in service, and taking over a new checkpoint without dropping a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import torch
+
+from app.engine import Engine, Session
+from app.errors import NotReady
+from app.metrics import Metrics
+from app.model import ServedModel, load_model
+from app.queue import Kind
+from robust.checkpoint import CheckpointError, sidecar_path
+from robust.prediction import predict
+
+logger = logging.getLogger(__name__)
+
+Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class Models:
+    """Holds the model that new work is admitted with; work in hand keeps the one it began with."""
+
+    def __init__(self, path: Path, *, device: torch.device, metrics: Metrics) -> None:
+        self._path, self._device, self._metrics = path, device, metrics
+        self._current: ServedModel | None = None
+        self._seen: Signature = ()
+        self._asked = asyncio.Event()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a model."""
+        return self._current is not None
+
+    @property
+    def current(self) -> ServedModel:
+        """The model in service. Raises NotReady before there is one."""
+        if self._current is None:
+            raise NotReady("The model is loading.")
+        return self._current
+
+    def load(self) -> None:
+        """Load the first model. Raises CheckpointError."""
+        self._seen = self._signature()
+        self._take(load_model(self._path, self._device))
+
+    def ask(self) -> None:
+        """Look at the files again, changed or not."""
+        self._seen = ()
+        self._asked.set()
+
+    async def watch(self, engine: Engine, seconds: float) -> None:
+        """Take over every new checkpoint, until cancelled. A broken one is refused and logged."""
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            self._asked.clear()
+            signature = await asyncio.to_thread(self._signature)
+            if signature == self._seen:
+                continue
+            self._seen = signature
+            try:
+                model = await asyncio.to_thread(load_model, self._path, self._device)
+                await warm(engine, model)
+            except Exception as error:
+                self._metrics.reloads.labels("failed").inc()
+                known = isinstance(error, CheckpointError)
+                logger.error(
+                    "refused the new checkpoint; the old one serves on: %s",
+                    error,
+                    exc_info=None if known else error,
+                )
+            else:
+                self._take(model)
+                self._metrics.reloads.labels("ok").inc()
+                logger.info("took over the checkpoint %s", model.sha256)
+
+    def _take(self, model: ServedModel) -> None:
+        self._current = model
+        self._metrics.model.info({"sha256": model.sha256, "arch": model.sidecar.architecture.arch})
+
+    def _signature(self) -> Signature:
+        return tuple(map(_stamp, (self._path, sidecar_path(self._path))))
+
+
+async def warm(engine: Engine, model: ServedModel) -> None:
+    """Run `model` once on the device thread. Raises ValueError when it answers NaN."""
+
+    def once(session: Session) -> None:
+        size = model.input_size
+        predict(session, torch.full((1, 3, size, size), 0.5, device=session.device))
+
+    await engine.run(Kind.ATTACK, model, once, cost=0)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,0 +1,145 @@
+"""One service: its settings and everything that lives as long as it does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from app.engine import Engine
+from app.errors import ClientGone
+from app.jobs import Jobs
+from app.metrics import Metrics
+from app.models import Models, warm
+from app.settings import Settings
+from robust.classifier import resolve_device
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+WORKERS = 4  # threads that decode and encode; Pillow releases the interpreter meanwhile
+
+
+class Service:
+    """What the routes share. Raises ValueError for a device that is not there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.models = Models(
+            settings.checkpoint, device=resolve_device(settings.device), metrics=self.metrics
+        )
+        self.engine = Engine(
+            queue_limit=settings.queue_limit,
+            max_batch=settings.max_batch,
+            threads=settings.threads,
+            metrics=self.metrics,
+        )
+        self.jobs = Jobs(self.engine, settings, self.metrics)
+        self.in_flight = InFlight(self.metrics)
+        self.ready = False
+        self.draining = False
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="codec")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Load and warm the model, serve, and stop. Raises CheckpointError."""
+        if not self.models.loaded:
+            await asyncio.to_thread(self.models.load)
+        self.engine.start()
+        watcher = None
+        try:
+            await warm(self.engine, self.models.current)
+            watcher = asyncio.create_task(
+                self.models.watch(self.engine, self.settings.reload_seconds)
+            )
+            self.ready = True
+            yield
+        finally:
+            self.ready = False
+            if watcher:
+                watcher.cancel()
+            await self.jobs.close()
+            await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
+            self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def drain(self) -> None:
+        """Take no new work and wait for the requests in hand, as long as the grace time."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(self.settings.grace_seconds):
+                await self.in_flight.none()
+        except TimeoutError:
+            logger.warning("%d requests did not finish in time", self.in_flight.count)
+
+    async def beside(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run `function` in a worker thread: decoding and encoding never hold the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, function, *arguments)
+
+    def deadline(self, request: Request) -> float:
+        """When the answer is due, on the monotonic clock."""
+        arrived: float = request.state.arrived
+        return arrived + self.settings.deadline_seconds
+
+
+class InFlight:
+    """Counts the requests in hand."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.count = 0
+        self.posts = 0
+        self._metrics = metrics
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def track(self, method: str) -> Iterator[None]:
+        """Count one request as long as the block runs."""
+        self._add(1, method)
+        try:
+            yield
+        finally:
+            self._add(-1, method)
+
+    async def none(self) -> None:
+        """Wait until no request is in hand."""
+        await self._idle.wait()
+
+    def _add(self, change: int, method: str) -> None:
+        self.count += change
+        self.posts += change * (method == "POST")
+        self._metrics.in_flight.set(self.count)
+        if self.count:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, or, when the client hangs up first, ClientGone and `work` cancelled.
+
+    The body must have been read: what comes after it is only the hanging up.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("The client hung up.")
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
