@@ -1,0 +1,55 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+
+from app import documents, problem
+from app.documents import Application
+from app.middleware import LimitMiddleware, RequestMiddleware
+from app.routes import attack, evaluate, predict, status
+from app.service import Service
+from app.settings import Settings
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service as an ASGI application; it loads its model when it starts.
+
+    `app.state.service` is the `Service` behind it. Starting raises CheckpointError for a
+    checkpoint that can't be used; this function raises ValueError for a device not there.
+    """
+    service = Service(settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = Application(
+        title="robust",
+        summary="Classify images, attack the classifier, and measure how robust it is.",
+        version=_version(),
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    problem.install(app)
+    documents.install(app)
+    for module in (predict, attack, evaluate, status):
+        app.include_router(module.router(service))
+    # The last one added is the outermost.
+    app.add_middleware(LimitMiddleware, service=service)
+    app.add_middleware(RequestMiddleware, service=service)
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("robust")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"

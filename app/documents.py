@@ -1,0 +1,97 @@
+"""The OpenAPI document and its page, which needs nothing from outside."""
+
+from __future__ import annotations
+
+from importlib.resources import files as package_files
+from typing import Any, Literal
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic import BaseModel
+from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.staticfiles import StaticFiles
+
+from app.problem import Problem
+
+ASSETS = "/docs/assets"
+PNG_ANSWER: dict[str, Any] = {
+    "description": "The attacks, or the image alone when asked for with `Accept: image/png`.",
+    "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+}
+_FILE = {"type": "string", "format": "binary"}
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
+
+
+class Application(FastAPI):
+    """FastAPI whose document has the schema of our errors."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The document, made once."""
+        document = super().openapi()
+        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(schema.pop("$defs", {}))
+        schemas["Problem"] = schema
+        return document
+
+
+def body(
+    parameters: type[BaseModel], *, files: Literal["image", "images", "set"]
+) -> dict[str, Any]:
+    """The request body of a route for the document: a form with files, or the file alone."""
+    form = parameters.model_json_schema()
+    assert "$defs" not in form, "nested models have no place in a form"
+    file: dict[str, Any] = dict(_FILE)
+    if files == "images":
+        file = {"type": "array", "items": _FILE, "minItems": 1}
+    form["properties"] = {"file": file} | {
+        name: _without_null(schema) for name, schema in form["properties"].items()
+    }
+    form["required"] = [] if files == "set" else ["file"]
+    encoding = {
+        name: {"style": "form", "explode": True}
+        for name, schema in form["properties"].items()
+        if schema.get("type") == "array" and name != "file"
+    }
+    raw = ("application/octet-stream",) if files == "set" else _IMAGE_TYPES
+    return {
+        "requestBody": {
+            "required": True,
+            "description": "The parameters may stand in the query too.",
+            "content": {
+                "multipart/form-data": {"schema": form, "encoding": encoding},
+                **{kind: {"schema": _FILE} for kind in raw},
+            },
+        }
+    }
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A form leaves a field out and never says null; Swagger shows such a field rightly."""
+    kinds = [kind for kind in schema.pop("anyOf", []) if kind != {"type": "null"}]
+    if kinds:
+        schema.pop("default", None)
+    return {**(kinds[0] if kinds else {}), **schema}
+
+
+def install(app: FastAPI) -> None:
+    """Add /docs with its assets, and send / there."""
+    static = package_files("fastapi_offline") / "static"
+    app.mount(ASSETS, StaticFiles(directory=str(static)), name="docs-assets")
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.get("/docs")
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",  # relative, so that it works behind a path prefix too
+            title=app.title,
+            swagger_js_url="docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="docs/assets/swagger-ui.css",
+            swagger_favicon_url="docs/assets/favicon.png",
+        )
+
+    @routes.get("/")
+    async def root() -> RedirectResponse:
+        return RedirectResponse("docs")
+
+    app.include_router(routes)

@@ -1,0 +1,137 @@
+"""Around every request: its id, its log line and metrics, and limits that hold before routing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import logs
+from app.errors import BodyTooLarge, NotReady, Overloaded, ServiceError, SlowBody
+from app.problem import problem_of
+from app.service import Service
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestMiddleware:
+    """Names, counts, times and logs each request, and answers what nothing inside did."""
+
+    def __init__(self, app: ASGIApp, *, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrived = time.monotonic()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=arrived)
+        token = logs.request_id.set(request_id)
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._name(MutableHeaders(scope=message), request_id)
+            await send(message)
+
+        with self._service.in_flight.track(scope["method"]):
+            try:
+                await self._app(scope, receive, send_named)
+            except Exception as error:
+                logger.exception("the request failed")
+                if not status:
+                    await problem_of(request_id, error)(scope, receive, send_named)
+            finally:
+                self._count(scope, status, time.monotonic() - arrived)
+                logs.request_id.reset(token)
+
+    def _name(self, headers: MutableHeaders, request_id: str) -> None:
+        headers["X-Request-ID"] = request_id
+        headers["X-Content-Type-Options"] = "nosniff"
+        if self._service.models.loaded:
+            headers.setdefault("X-Model-SHA256", self._service.models.current.sha256)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route, metrics = _route_of(scope), self._service.metrics
+        metrics.requests.labels(route, _method_of(scope), str(status)).inc()
+        metrics.latency.labels(route).observe(seconds)
+        level = logging.DEBUG if route in ("/livez", "/readyz", "/metrics") else logging.INFO
+        logger.log(level, "%s %s %d %.1f ms", _method_of(scope), route, status, 1000 * seconds)
+
+
+class LimitMiddleware:
+    """Turns work away before its body is read, and stops bodies that grow too large or too slow."""
+
+    def __init__(self, app: ASGIApp, *, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._admit(scope)
+        except ServiceError as error:
+            await problem_of(scope["state"]["request_id"], error)(scope, receive, send)
+            return
+        await self._app(scope, self._limited(scope, receive), send)
+
+    def _admit(self, scope: Scope) -> None:
+        service, settings = self._service, self._service.settings
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdigit() and int(declared[:20]) > settings.max_body_bytes:
+            service.metrics.rejected.labels("body").inc()
+            raise BodyTooLarge(settings.max_body_bytes)
+        if scope["method"] != "POST":
+            return
+        if service.draining:
+            raise NotReady("The service is shutting down.")
+        if service.in_flight.posts > settings.max_requests:
+            service.metrics.rejected.labels("requests").inc()
+            raise Overloaded(
+                "Too many requests are in hand.", retry_after=service.engine.retry_after()
+            )
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        settings = self._service.settings
+        latest = scope["state"]["arrived"] + settings.deadline_seconds
+        size, complete = 0, False
+
+        async def receive_limited() -> Message:
+            nonlocal size, complete
+            if complete:  # what comes now is the client hanging up, whenever it likes
+                return await receive()
+            try:
+                async with asyncio.timeout(latest - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise SlowBody("The body did not arrive in time.") from None
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if size > settings.max_body_bytes:
+                self._service.metrics.rejected.labels("body").inc()
+                raise BodyTooLarge(settings.max_body_bytes)
+            return message
+
+        return receive_limited
+
+
+def _route_of(scope: Scope) -> str:
+    """The route's template: the path itself may be anything."""
+    return getattr(scope.get("route"), "path", None) or "unmatched"
+
+
+def _method_of(scope: Scope) -> str:
+    known = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+    return scope["method"] if scope["method"] in known else "other"

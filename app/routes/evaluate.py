@@ -1,0 +1,105 @@
+"""POST /evaluate and the jobs it makes: accuracy, clean and under attack, of a labelled set."""
+
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from app.documents import body
+from app.jobs import Job, ended, watch
+from app.parameters import EvaluateParameters, parse, resolve_attacks
+from app.problem import documented
+from app.schemas import JobStatus
+from app.service import Service, unless_gone
+from app.sets import load_set
+from app.uploads import read_upload
+from app.views import job_status
+
+
+def router(service: Service) -> APIRouter:
+    """The routes on `service`."""
+    routes = APIRouter(prefix="/evaluate", tags=["evaluate"])
+
+    async def find(id: str) -> Job:
+        return service.jobs.get(id)
+
+    Found = Annotated[Job, Depends(find)]
+
+    @routes.post(
+        "",
+        summary="Measure accuracy on a labelled set",
+        status_code=202,
+        responses={
+            200: {"model": JobStatus, "description": "Done within the time of `Prefer: wait=N`."},
+            **documented(400, 408, 413, 422, 429, 503),
+        },
+        openapi_extra=body(EvaluateParameters, files="set"),
+    )
+    async def evaluate(request: Request, response: Response) -> JobStatus:
+        """Start an evaluation of an uploaded npz or pt, or of a registered set.
+
+        The answer names the job and its address. With `Prefer: wait=N` it waits up to N seconds
+        for the result.
+        """
+        service.jobs.check_room()
+        upload = await read_upload(request, max_files=1)
+        parameters = parse(EvaluateParameters, upload.parameters)
+        model = service.models.current
+        attacks = resolve_attacks(parameters, model, service.settings)
+        dataset = await service.beside(
+            lambda: load_set(
+                upload.files,
+                parameters.dataset,
+                limit=parameters.limit,
+                model=model,
+                settings=service.settings,
+            )
+        )
+        job = service.jobs.submit(model, dataset, attacks)
+        response.headers["Location"] = str(request.url_for("job", id=job.id).path)
+        seconds = _preferred_wait(request, service.settings.deadline_seconds)
+        if seconds is not None:
+            response.headers["Preference-Applied"] = f"wait={seconds:g}"
+            if await unless_gone(request, ended(job, seconds)):
+                response.status_code = 200
+        response.headers["X-Model-SHA256"] = job.model
+        return job_status(job)
+
+    @routes.get("/{id}", name="job", summary="An evaluation so far", responses=documented(404))
+    async def job(found: Found, response: Response) -> JobStatus:
+        """State, progress and the result so far, with confidence intervals."""
+        response.headers["X-Model-SHA256"] = found.model
+        return job_status(found)
+
+    @routes.get(
+        "/{id}/events",
+        summary="An evaluation as it goes on",
+        response_class=EventSourceResponse,
+        responses=documented(404),
+    )
+    async def events(found: Found) -> AsyncIterator[ServerSentEvent]:
+        """Server-sent events: `progress` with the result so far, last `done`, `failed` or
+        `cancelled`; each carries what GET /evaluate/{id} answers.
+        """
+        async for item in watch(found):
+            event = "progress" if item.active else item.state
+            yield ServerSentEvent(event=event, data=job_status(item))
+
+    @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404, 409))
+    async def cancel(id: str, response: Response) -> JobStatus:
+        """Stop it at its next step; what came out so far stays."""
+        cancelled = service.jobs.cancel(id)
+        response.headers["X-Model-SHA256"] = cancelled.model
+        return job_status(cancelled)
+
+    return routes
+
+
+def _preferred_wait(request: Request, most: float) -> float | None:
+    """Seconds of ``Prefer: wait=N`` (RFC 7240), at most `most`; None without a valid one."""
+    for item in ",".join(request.headers.getlist("prefer")).split(","):
+        if match := re.fullmatch(r'\s*wait\s*=\s*"?([0-9]{1,6})"?\s*', item, re.IGNORECASE):
+            return min(float(match[1]), most)
+    return None

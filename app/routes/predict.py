@@ -1,0 +1,51 @@
+"""POST /predict: what the model sees in one or more images."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from app.documents import body
+from app.images import decode
+from app.parameters import PredictParameters, parse
+from app.problem import documented
+from app.schemas import ImagePrediction, PredictResponse
+from app.service import Service, unless_gone
+from app.uploads import read_upload
+from app.views import seen
+
+
+def router(service: Service) -> APIRouter:
+    """The route on `service`."""
+    routes = APIRouter(tags=["predict"])
+
+    @routes.post(
+        "/predict",
+        summary="Classify images",
+        responses=documented(400, 408, 413, 415, 422, 429, 503, 504),
+        openapi_extra=body(PredictParameters, files="images"),
+    )
+    async def predict(request: Request) -> PredictResponse:
+        """Name the likeliest classes of each image, JPEG, PNG or WebP.
+
+        Send one or several files in the form field `file`, or one image as the body.
+        """
+        upload = await read_upload(request, max_files=service.settings.max_images)
+        parameters = parse(PredictParameters, upload.parameters)
+        model = service.models.current
+
+        async def work() -> PredictResponse:
+            images = await decode(service, model, upload.files)
+            probabilities = await service.engine.predict(
+                model, images, deadline=service.deadline(request)
+            )
+            results = [
+                ImagePrediction(
+                    image=index, **seen(row, model.classes, parameters.top_k).model_dump()
+                )
+                for index, row in enumerate(probabilities)
+            ]
+            return PredictResponse(model_sha256=model.sha256, results=results)
+
+        return await unless_gone(request, work())
+
+    return routes

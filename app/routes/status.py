@@ -1,0 +1,50 @@
+"""What is served and how it fares: the model card, the probes and the metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from app.errors import EngineStopped, NotReady
+from app.problem import documented
+from app.schemas import Health, ModelCard
+from app.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """The routes on `service`."""
+    routes = APIRouter(tags=["status"])
+
+    @routes.get("/model", summary="The model in service", responses=documented(503))
+    async def model() -> ModelCard:
+        """The card of the model, with the SHA-256 of its weights."""
+        current = service.models.current
+        return ModelCard(
+            sha256=current.sha256,
+            device=str(current.device),
+            loaded=current.loaded,
+            classes=list(current.classes),
+            input_size=current.input_size,
+            card=current.sidecar.to_dict(),
+        )
+
+    @routes.get("/livez", summary="Whether the service runs", responses=documented(503))
+    async def livez() -> Health:
+        """503 once the thread that owns the device has died: restart the service."""
+        if not service.engine.alive:
+            raise EngineStopped("The device thread has stopped.")
+        return Health(status="ok")
+
+    @routes.get("/readyz", summary="Whether to send requests", responses=documented(503))
+    async def readyz() -> Health:
+        """503 while the model loads and while the service shuts down."""
+        if not service.ready or service.draining or not service.engine.alive:
+            raise NotReady("The service is loading, shutting down or broken.")
+        return Health(status="ready")
+
+    @routes.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        """In Prometheus' text form."""
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
