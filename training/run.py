@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from robust import files
@@ -20,6 +18,7 @@ from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint, save_checkpoint
 from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset, stratified_split
+from robust.environment import device_in_words, versions
 from robust.evaluation import evaluate
 from robust.sidecar import DataRecord, Sidecar
 from robust.threat_model import ThreatModel
@@ -349,7 +348,7 @@ class _Run:
             data=DataRecord(**self.manifest["data"]),
             seed=self.seed,
             versions=versions(),
-            device=device_name(self.device),
+            device=device_in_words(self.device),
             duration_seconds=round(self.state.seconds, 1),
         )
         classifier.half().float()  # as it will be stored, so that the stored model is scored
@@ -371,19 +370,3 @@ class _Run:
         files.write_json(self.folder.manifest, manifest)
         self.folder.state.unlink(missing_ok=True)
         return sidecar
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers of a run depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, such as ``cpu (2 threads)`` or the name of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
