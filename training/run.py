@@ -218,9 +218,11 @@ class _Run:
                 row=row,
             )
 
-        rate = 0.0
+        def rate_of(step: int) -> float:
+            return learning_rate(phase, state.epoch * self.steps + step, total)
+
         while state.step < self.steps:
-            rate = learning_rate(phase, state.epoch * self.steps + state.step, total)
+            rate = rate_of(state.step)
             batch = order[state.step * recipe.batch_size : (state.step + 1) * recipe.batch_size]
             state.epoch_loss += self._step(phase, batch.to(self.device), rate)
             state.step += 1
@@ -231,6 +233,7 @@ class _Run:
             if time.monotonic() - saved > STATE_SECONDS:
                 self._save()
                 saved = time.monotonic()
+        rate = rate_of(self.steps - 1)  # also when resumed between the last step and the score
         speed = progress(rate).images_per_second
         row = self._score(phase, rate, speed)
         observe(progress(rate, row))
