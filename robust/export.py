@@ -27,7 +27,7 @@ OPSET = 18
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) -> str:
-    """Write the float32 weights to `path`, atomically, and return how to load them.
+    """Write the float32 weights to `path`, atomically; return Python statements that load it.
 
     `torchvision` is a state dict for torchvision's own model and `safetensors` the same with what
     else must be known as metadata; `onnx` is the whole model, `images` float32 (N, 3, S, S) in
@@ -57,7 +57,7 @@ def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     torch.save(_float32_state(checkpoint.classifier), buffer)
     load = f"model.load_state_dict(torch.load({path.name!r}, weights_only=True))"
-    return buffer.getvalue(), f"{_rebuild(architecture)}; {load}; model.eval()"
+    return buffer.getvalue(), f"import {_rebuild(architecture)}; {load}; model.eval()"
 
 
 def _safetensors(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
@@ -72,10 +72,11 @@ def _safetensors(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     }
     data: bytes = save(_float32_state(checkpoint.classifier), metadata=metadata)
     load = f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
-    usage = f"{_rebuild(architecture)}; {load}; model.eval()"
+    usage = f"import safetensors.torch, {_rebuild(architecture)}; {load}; model.eval()"
     if architecture.normalises:
         mean, std = list(architecture.mean), list(architecture.std)
-        usage += f"; model takes (images - {mean}) / {std}, channel by channel"
+        scale = f"torch.tensor({mean}).view(3, 1, 1)) / torch.tensor({std}).view(3, 1, 1)"
+        usage += f"; normalise = lambda images: (images - {scale}"
     return data, usage
 
 
@@ -108,18 +109,24 @@ def _onnx(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     onnx.helper.set_model_props(model, _describe(checkpoint))
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
-    # Another batch size than the traced one: what was traced must hold for any.
+    _check_onnx(data, classifier)
+    usage = (
+        f"import onnxruntime; session = onnxruntime.InferenceSession({path.name!r}); "
+        "(logits,) = session.run(['logits'], {'images': images})"
+        f"  # float32 (N, 3, {size}, {size}) in [0, 1]"
+    )
+    return data, usage
+
+
+def _check_onnx(data: bytes, classifier: Classifier) -> None:
+    """Run both, on another batch size than the traced one: what was traced must hold for any."""
+    size = classifier.architecture.input_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = classifier(images).numpy()
     gap = float(np.abs(_run_onnx(data, images.numpy()) - expected).max())
     if not gap <= TOLERANCE:
         raise RuntimeError(f"the exported model is off by {gap:g} in its logits")
-    usage = (
-        f"onnxruntime.InferenceSession({path.name!r}).run(['logits'], {{'images': images}}), "
-        f"images float32 (N, 3, {size}, {size}) in [0, 1]"
-    )
-    return data, usage
 
 
 def _run_onnx(data: bytes, images: np.ndarray) -> np.ndarray:
@@ -158,10 +165,9 @@ def _describe(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _rebuild(architecture: Architecture) -> str:
-    """Python statements that build the bare network with torch and torchvision alone."""
-    lines = [
-        f"model = torchvision.models.{architecture.arch}(num_classes={architecture.num_classes})"
-    ]
+    """The rest of an import, and statements that build the bare network."""
+    build = f"torchvision.models.{architecture.arch}(num_classes={architecture.num_classes})"
+    lines = ["torch, torchvision", f"model = {build}"]
     if architecture.stem == "cifar":
         lines.append("model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
         lines.append("model.maxpool = torch.nn.Identity()")
