@@ -7,10 +7,11 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,30 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
     _fill(path, classifier, state)
     classifier.eval().requires_grad_(False).to(device)
     return Checkpoint(classifier=classifier, sidecar=sidecar, sha256=digest, path=path)
+
+
+def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) -> Sidecar:
+    """Add measured accuracies to the sidecar of `checkpoint` and return it.
+
+    A row takes the place of one with the same data, attack, norm and eps. Raises CheckpointError
+    when the weights on disk are others by now, or the sidecar can't be written.
+    """
+    path = checkpoint.path
+    try:
+        found = files.sha256_file(path)
+        if found != checkpoint.sha256:
+            raise CheckpointError(path, f"the measured weights {checkpoint.sha256}", found)
+        sidecar = _read_sidecar(path, found) or checkpoint.sidecar
+        kept = {_row_key(row): row for row in [*sidecar.evaluation, *rows]}
+        sidecar = replace(sidecar, evaluation=list(kept.values()))
+        files.write_json(sidecar_path(path), sidecar.to_dict())
+    except OSError as error:
+        raise CheckpointError(path, "a folder that can be written to", _reason(error)) from error
+    return sidecar
+
+
+def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("data", "attack", "norm", "eps"))
 
 
 def infer_architecture(path: Path, state: Mapping[str, Tensor]) -> Architecture:

@@ -16,6 +16,7 @@ from robust.checkpoint import (
     CheckpointError,
     infer_architecture,
     load_checkpoint,
+    record_evaluation,
     save_checkpoint,
     sidecar_path,
 )
@@ -495,3 +496,21 @@ def test_sidecar_of_another_architecture_is_not_saved(
     with pytest.raises(CheckpointError, match="expected a sidecar of Architecture"):
         save_checkpoint(tmp_path / "model.pt", make_classifier(), sidecar)
     assert names(tmp_path) == set()
+
+
+def test_recorded_results_stand_in_the_sidecar_once(pair: Path) -> None:
+    row = {"data": "test.npz", "attack": "fgsm", "norm": "linf", "eps": 0.1, "accuracy": 0.5}
+    other = {**row, "attack": "clean", "accuracy": 0.9}
+    before = load_checkpoint(pair).sidecar.evaluation
+    record_evaluation(load_checkpoint(pair), [row, other])
+    record_evaluation(load_checkpoint(pair), [{**row, "accuracy": 0.4}])
+    rows = load_checkpoint(pair).sidecar.evaluation[len(before) :]
+    assert [(r["attack"], r["accuracy"]) for r in rows] == [("fgsm", 0.4), ("clean", 0.9)]
+
+
+def test_results_of_other_weights_are_not_recorded(pair: Path) -> None:
+    measured = load_checkpoint(pair)
+    save_checkpoint(pair, Classifier(measured.classifier.architecture), measured.sidecar)
+    with pytest.raises(CheckpointError, match="expected the measured weights"):
+        record_evaluation(measured, [{"data": "test.npz", "attack": "clean"}])
+    assert load_checkpoint(pair).sidecar.evaluation == measured.sidecar.evaluation
