@@ -78,8 +78,8 @@ def run(arguments: Sequence[str]) -> int:
         # The reader went away, as `head` does. Python would fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError) as error:
-        if "--traceback" in arguments:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if "--traceback" in arguments or not _is_users(error):
             raise
         line = "".join(char if char.isprintable() else " " for char in _in_words(error))
         click.echo(f"robust: {line}", err=True)
@@ -87,12 +87,17 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _in_words(error: ValueError | OSError | MemoryError) -> str:
+def _is_users(error: Exception) -> bool:
+    # Told by its name: torch is not imported here.
+    return not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror.lower()}"
-    if isinstance(error, MemoryError):
-        return "expected enough memory, found too little; try a smaller --batch-size"
+    if isinstance(error, MemoryError | RuntimeError):
+        return "expected enough memory, found too little; try a smaller batch"
     return str(error) or type(error).__name__
 
 

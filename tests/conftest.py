@@ -1,5 +1,39 @@
 """What tests of every package share."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 
+from robust.checkpoint import save_checkpoint
+from robust.classifier import Architecture, Classifier
+from robust.sidecar import Sidecar
+
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+
+CLASSES = ("cat", "dog", "frog", "ship")
+
+
+@pytest.fixture(scope="session")
+def make_classifier() -> Callable[..., Classifier]:
+    def make(**fields: object) -> Classifier:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            architecture = Architecture(arch="resnet18", num_classes=4, **fields)  # type: ignore[arg-type]
+            return Classifier(architecture).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(
+    tmp_path_factory: pytest.TempPathFactory, make_classifier: Callable[..., Classifier]
+) -> Path:
+    """A float16 ResNet-18 of four classes with its sidecar. Not to be written to."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
+    classifier = make_classifier()
+    save_checkpoint(
+        path, classifier, Sidecar(architecture=classifier.architecture, classes=CLASSES)
+    )
+    return path

@@ -1,0 +1,254 @@
+"""The commands on a checkpoint, run in this process as `robust` runs them."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robust.checkpoint import load_checkpoint
+from robust.files import sha256_file
+from robust.images import decode_png, encode_png, to_float
+from robust.matching import match_classes
+from robust.prediction import predict
+from robust_cli import run
+
+Robust = Callable[..., str]
+
+
+@pytest.fixture
+def robust(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> Robust:
+    """Run a command on the checkpoint and give back what it printed."""
+
+    def call(command: str, *arguments: object) -> str:
+        texts = [command, "--checkpoint", str(checkpoint_path), *map(str, arguments)]
+        status = run(texts)
+        output = capsys.readouterr()
+        assert status == 0, output.err
+        return output.out
+
+    return call
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
+    path = tmp_path / "photo.png"
+    path.write_bytes(encode_png(pixels))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    path = tmp_path / "set.npz"
+    images = generator.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(30) % 4)
+    return path
+
+
+def probabilities(checkpoint_path: Path, image: Path) -> Tensor:
+    x = to_float(decode_png(image.read_bytes()))[None]
+    return predict(load_checkpoint(checkpoint_path).classifier, x)[0]
+
+
+# predict
+
+
+def test_predict_tells_the_likeliest(robust: Robust, checkpoint_path: Path, photo: Path) -> None:
+    expected = probabilities(checkpoint_path, photo)
+    classes = load_checkpoint(checkpoint_path).sidecar.classes
+    header, line = robust("predict", photo, "--top-k", 2).splitlines()
+    assert header.split() == ["image", "top", "1", "top", "2"]
+    first, second = expected.argsort(descending=True)[:2].tolist()
+    assert line == (
+        f"{photo}  {classes[first]} {100 * expected[first]:.1f}%  "
+        f"{classes[second]} {100 * expected[second]:.1f}%"
+    )
+
+
+def test_predict_as_json(robust: Robust, checkpoint_path: Path, photo: Path) -> None:
+    report = json.loads(robust("predict", photo, photo, "--json", "--top-k", 9))
+    assert report["weights_sha256"] == sha256_file(checkpoint_path)
+    one, other = report["predictions"]
+    assert one == other
+    assert one["image"] == str(photo)
+    assert [item["index"] for item in one["top"]] == probabilities(checkpoint_path, photo).argsort(
+        descending=True
+    ).tolist()
+    assert sum(item["probability"] for item in one["top"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_names_from_a_sidecar_cannot_reach_the_terminal(
+    checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "evil.pt"
+    shutil.copy(checkpoint_path, copy)
+    values = json.loads(checkpoint_path.with_suffix(".json").read_text())
+    values["classes"] = ["\x1b[2Jcat", "dog\nfrog", "\x07", "d"]
+    copy.with_suffix(".json").write_text(json.dumps(values))
+    assert run(["predict", "--checkpoint", str(copy), str(photo), "--top-k", "4"]) == 0
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 2
+    assert "\x1b" not in output
+    assert "\x07" not in output
+
+
+# attack
+
+
+def test_attack_reports_what_the_files_decode_to(
+    robust: Robust, checkpoint_path: Path, photo: Path, tmp_path: Path
+) -> None:
+    out, report_path = tmp_path / "out", tmp_path / "report.json"
+    printed = robust("attack", photo, "--out", out, "--json", report_path, "--eps", "4/255")
+    assert {item.name for item in out.iterdir()} == {
+        "photo-input.png",
+        "photo-fgsm.png",
+        "photo-fgsm-perturbation.png",
+        "photo-pgd-20.png",
+        "photo-pgd-20-perturbation.png",
+    }
+    report = json.loads(report_path.read_text())
+    assert report["weights_sha256"] == sha256_file(checkpoint_path)
+    original = decode_png(photo.read_bytes())
+    assert torch.equal(decode_png((out / "photo-input.png").read_bytes()), original)
+    assert [item["attack"] for item in report["attacks"]] == ["fgsm", "pgd-20"]
+    for item in report["attacks"]:
+        path = Path(item["adversarial_image"])
+        after = probabilities(checkpoint_path, path)
+        assert item["after"]["index"] == int(after.argmax())
+        assert item["after"]["probability"] == pytest.approx(float(after.max()), abs=1e-5)
+        assert item["success"] == (item["after"]["index"] != item["before"]["index"])
+        levels = decode_png(path.read_bytes()).double() - original.double()
+        assert item["linf"] == levels.abs().max().item() / 255 <= 4 / 255
+        assert item["l2"] == pytest.approx(levels.norm().item() / 255)
+        assert item["eps_text"] == "4/255"
+        perturbation = decode_png(Path(item["perturbation_image"]).read_bytes())
+        assert torch.equal(perturbation == 128, levels == 0)
+    header = printed.splitlines()[1]
+    assert header.split() == [
+        *("attack", "norm", "eps", "before", "after", "success", "linf", "l2", "seconds")
+    ]
+    assert re.search(r"^pgd-20 +linf +4/255 .* (yes|no) +4/255 ", printed, re.MULTILINE)
+
+
+def test_attack_with_everything_set(robust: Robust, photo: Path, tmp_path: Path) -> None:
+    report = json.loads(
+        robust(
+            *("attack", photo, "--attack", "pgd-3", "--norm", "l2", "--eps", "2", "--alpha", "0.5"),
+            *("--restarts", 2, "--label", "dog", "--target", 3, "--seed", 5, "--out", tmp_path),
+            *("--json", "-"),
+        )
+    )
+    (item,) = report["attacks"]
+    expected = {
+        "attack": "pgd-3x2",
+        "norm": "l2",
+        "eps": 2.0,
+        "alpha": 0.5,
+        "steps": 3,
+        "restarts": 2,
+        "seed": 5,
+        "label": "dog",
+        "target": "ship",
+    }
+    assert {key: item[key] for key in expected} == expected
+    assert (tmp_path / "photo-pgd-3x2.png").exists()
+
+
+def test_attack_away_from_another_label_says_it_was_wrong_already(
+    robust: Robust, checkpoint_path: Path, photo: Path, tmp_path: Path
+) -> None:
+    last = int(probabilities(checkpoint_path, photo).argmin())
+    printed = robust("attack", photo, "--label", last, "--attack", "fgsm", "--out", tmp_path)
+    assert "already wrong" in printed
+
+
+def test_same_attack_twice_is_done_once(robust: Robust, photo: Path, tmp_path: Path) -> None:
+    arguments = ("--attack", "pgd", "--attack", "pgd-20", "--out", tmp_path, "--json", "-")
+    assert len(json.loads(robust("attack", photo, *arguments))["attacks"]) == 1
+
+
+# evaluate
+
+
+def test_evaluate_reports(
+    robust: Robust, checkpoint_path: Path, data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    arguments = ("--attack", "fgsm", "--attack", "pgd-2", "--eps", "1/255", "--json", path)
+    printed = robust("evaluate", "--data", data, *arguments, "--batch-size", 8)
+    report = json.loads(path.read_text())
+    model = load_checkpoint(checkpoint_path).classifier
+    archive = np.load(data)
+    x = to_float(torch.from_numpy(archive["images"]).permute(0, 3, 1, 2))
+    correct = int((predict(model, x).argmax(1) == torch.from_numpy(archive["labels"])).sum())
+    clean, fgsm, pgd = report["results"]
+    assert (clean["correct"], clean["n"]) == (correct, 30)
+    assert max(fgsm["correct"], pgd["correct"]) <= correct
+    assert report["worst_case"]["correct"] <= min(fgsm["correct"], pgd["correct"])
+    assert report["weights_sha256"] == sha256_file(checkpoint_path)
+    assert (report["data"]["name"], report["data"]["count"]) == ("set.npz", 30)
+    assert re.fullmatch("[0-9a-f]{64}", report["data"]["sha256"])
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["device"].startswith(("cpu (", "NVIDIA"))
+    assert report["seconds"] > 0
+    lines = printed.splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == ["clean", "fgsm", "pgd-2", "worst"]
+    assert re.search(rf"^clean +{100 * correct / 30:.2f} .* {correct}/30 ", printed, re.MULTILINE)
+    assert "linf  1/255" in lines[3]
+
+
+def test_evaluate_shows_progress_in_plain_lines(
+    checkpoint_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--attack", "fgsm"]
+    assert run(["evaluate", *arguments, "--batch-size", "10", "--limit", "20"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("evaluate: 10/20 images, clean ")
+    assert second.startswith("evaluate: 20/20 images, clean ")
+
+
+def test_evaluate_matches_class_names(
+    robust: Robust, checkpoint_path: Path, data: Path, tmp_path: Path
+) -> None:
+    """A folder sorted by name scores as the same images do by label."""
+    from robust.datasets import load_dataset
+
+    images = load_dataset(data).images
+    model = load_checkpoint(checkpoint_path).classifier
+    names = ("ship", "cat", "dog", "frog")
+    for index, image in enumerate(images):
+        folder = tmp_path / "folder" / names[index % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:03}.png").write_bytes(encode_png(image))
+    report = json.loads(
+        robust("evaluate", "--data", tmp_path / "folder", "--attack", "fgsm", "--json", "-")
+    )
+    truth = torch.tensor([(3, 0, 1, 2)[index % 4] for index in range(30)])
+    correct = int((predict(model, to_float(images)).argmax(1) == truth).sum())
+    assert report["results"][0]["correct"] == correct
+    assert report["classes"] == ["cat", "dog", "frog", "ship"]
+    dataset = load_dataset(tmp_path / "folder")
+    assert sorted(dataset.classes) == list(dataset.classes)
+    assert match_classes(dataset, report["classes"]).class_counts() == (8, 7, 7, 8)
+
+
+# export
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "safetensors"])
+def test_export_says_how_to_load(robust: Robust, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model.bin"
+    printed = robust("export", "--format", kind, "--out", path)
+    first, second = printed.splitlines()
+    assert first == f"wrote {path}; load it with:"
+    assert "torchvision.models.resnet18(num_classes=4)" in second
+    assert path.stat().st_size > 40_000_000
