@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +19,7 @@ from app.service import Service
 
 logger = logging.getLogger(__name__)
 
+LINGER_SECONDS = 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -42,7 +44,7 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._name(MutableHeaders(scope=message), request_id)
+                self._name(MutableHeaders(scope=message), scope["state"])
             await send(message)
 
         with self._service.in_flight.track(scope["method"]):
@@ -56,11 +58,12 @@ class RequestMiddleware:
                 self._count(scope, status, time.monotonic() - arrived)
                 logs.request_id.reset(token)
 
-    def _name(self, headers: MutableHeaders, request_id: str) -> None:
-        headers["X-Request-ID"] = request_id
+    def _name(self, headers: MutableHeaders, state: dict[str, Any]) -> None:
+        headers["X-Request-ID"] = state["request_id"]
         headers["X-Content-Type-Options"] = "nosniff"
-        if self._service.models.loaded:
-            headers.setdefault("X-Model-SHA256", self._service.models.current.sha256)
+        # Set by the route, as another model may be current by now.
+        if sha256 := state.get("model_sha256") or self._service.models.sha256:
+            headers["X-Model-SHA256"] = sha256
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route, metrics = _route_of(scope), self._service.metrics
@@ -80,12 +83,15 @@ class LimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        exchange = _Exchange(self._service, scope, receive, send)
         try:
             self._admit(scope)
         except ServiceError as error:
-            await problem_of(scope["state"]["request_id"], error)(scope, receive, send)
+            exchange.cut = isinstance(error, BodyTooLarge)
+            answer = problem_of(scope["state"]["request_id"], error)
+            await answer(scope, exchange.receive, exchange.send)
             return
-        await self._app(scope, self._limited(scope, receive), send)
+        await self._app(scope, exchange.receive, exchange.send)
 
     def _admit(self, scope: Scope) -> None:
         service, settings = self._service, self._service.settings
@@ -103,28 +109,53 @@ class LimitMiddleware:
                 "Too many requests are in hand.", retry_after=service.engine.retry_after()
             )
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        settings = self._service.settings
-        latest = scope["state"]["arrived"] + settings.deadline_seconds
-        size, complete = 0, False
 
-        async def receive_limited() -> Message:
-            nonlocal size, complete
-            if complete:  # what comes now is the client hanging up, whenever it likes
-                return await receive()
-            try:
-                async with asyncio.timeout(latest - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                raise SlowBody("The body did not arrive in time.") from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > settings.max_body_bytes:
-                self._service.metrics.rejected.labels("body").inc()
-                raise BodyTooLarge(settings.max_body_bytes)
-            return message
+class _Exchange:
+    """The body of one request on its way in, and the answer that may cut it off."""
 
-        return receive_limited
+    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        settings = service.settings
+        self.cut = False
+        self._most, self._rejected = settings.max_body_bytes, service.metrics.rejected
+        self._latest = scope["state"]["arrived"] + settings.deadline_seconds
+        self._receive, self._send = receive, send
+        self._size, self._complete = 0, False
+
+    async def receive(self) -> Message:
+        if self._complete:  # what comes now is the client hanging up, whenever it likes
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._latest - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            self.cut = True
+            self._rejected.labels("slow").inc()
+            raise SlowBody("The body did not arrive in time.") from None
+        self._size += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._size > self._most:
+            self.cut = True
+            self._rejected.labels("body").inc()
+            raise BodyTooLarge(self._most)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.cut and message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Connection"] = "close"
+        elif self.cut and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+    async def _linger(self) -> None:
+        """Closing on a client that still writes would reset the connection and lose the answer."""
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                while (await self._receive()).get("more_body", False):
+                    pass
+        except TimeoutError:
+            pass
 
 
 def _route_of(scope: Scope) -> str:

@@ -12,7 +12,6 @@ from torch import Tensor
 from robust.checkpoint import load_checkpoint
 from robust.classifier import Classifier
 from robust.sidecar import Sidecar
-from robust.threat_model import ThreatModel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,11 +33,6 @@ class ServedModel:
     def input_size(self) -> int:
         """Pixels a side of the images it takes."""
         return self.sidecar.architecture.input_size
-
-    @property
-    def threat_model(self) -> ThreatModel:
-        """What it was trained to withstand; Linf 8/255 where its card does not say."""
-        return self.sidecar.threat_model or ThreatModel()
 
     def logits(self, x: Tensor) -> Tensor:
         """Images float32 (N, 3, H, W) in [0, 1] on the device to logits float32 (N, K)."""

@@ -42,6 +42,11 @@ class Models:
             raise NotReady("The model is loading.")
         return self._current
 
+    @property
+    def sha256(self) -> str | None:
+        """That of the model in service, if there is one."""
+        return self._current.sha256 if self._current else None
+
     def load(self) -> None:
         """Load the first model. Raises CheckpointError."""
         self._seen = self._signature()

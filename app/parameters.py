@@ -17,7 +17,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from app.errors import FieldError, InvalidParameters
-from app.model import ServedModel
 from app.settings import Settings
 from robust.attacks import ATTACKS, AttackSettings, resolve_attack
 from robust.prediction import find_class
@@ -26,7 +25,7 @@ from robust.threat_model import Norm, ThreatModel, format_eps, parse_eps
 P = TypeVar("P", bound=BaseModel)
 
 DEFAULT_ATTACKS = ("fgsm", "pgd")
-DEFAULT_L2_EPS = 0.5
+DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}
 MAX_ATTACKS = 8  # named in one request
 
 
@@ -68,12 +67,10 @@ class AttackParameters(_Parameters):
         description=f"Repeatable: {', '.join(ATTACKS)}, or pgd-N for N steps. Default: both.",
         examples=[["pgd"]],
     )
-    norm: Norm | None = Field(
-        default=None, description="linf or l2. Default: the norm the model was trained for."
-    )
+    norm: Norm = Field(default="linf", description="How distance is measured.")
     eps: Size | None = Field(
         default=None,
-        description="Radius of the ball in pixel units, 8/255 or a number. Default: the model's.",
+        description="Radius of the ball in pixel units. Default: 8/255 under linf, 0.5 under l2.",
     )
     alpha: Size | None = Field(
         default=None, description="Step length of pgd in pixel units. Default: a quarter of eps."
@@ -147,33 +144,21 @@ def describe(value: object) -> str:
     return f"{len(value)} values" if isinstance(value, list) else "another kind of value"
 
 
-def resolve_threat_model(
-    parameters: AttackParameters, model: ServedModel, settings: Settings
-) -> ThreatModel:
-    """Norm and eps, the model's own where left out. Raises InvalidParameters past the cap."""
-    own = model.threat_model
-    norm = parameters.norm or own.norm
-    eps = parameters.eps
-    if eps is None:
-        eps = own.eps if norm == own.norm else DEFAULT_L2_EPS if norm == "l2" else 8 / 255
-        eps = min(eps, settings.max_eps(norm))
-    if eps > settings.max_eps(norm):
-        expected = f"at most {format_eps(settings.max_eps(norm))} under {norm}"
-        raise InvalidParameters([FieldError(field="eps", expected=expected, got=f"{eps:g}")])
-    return ThreatModel(norm=norm, eps=eps)
+def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[AttackSettings]:
+    """The attacks, each once, with every parameter filled in as the terminal does.
 
-
-def resolve_attacks(
-    parameters: AttackParameters, model: ServedModel, settings: Settings
-) -> list[AttackSettings]:
-    """The attacks with every parameter filled in. Raises InvalidParameters naming each fault."""
-    threat_model = resolve_threat_model(parameters, model, settings)
-    errors, attacks = [], []
-    given = {
-        name: getattr(parameters, name)
-        for name in ("alpha", "steps", "restarts")
-        if getattr(parameters, name) is not None
-    }
+    Raises InvalidParameters naming each fault.
+    """
+    threat_model = _threat_model(parameters, settings)
+    given = parameters.model_dump(include={"alpha", "steps", "restarts"}, exclude_none=True)
+    errors = [
+        _over(name, given[name], most)
+        for name, most in (("steps", settings.max_steps), ("restarts", settings.max_restarts))
+        if given.get(name, 0) > most
+    ]
+    if errors:  # before anything is computed of a number that may be astronomical
+        raise InvalidParameters(errors)
+    attacks: list[AttackSettings] = []
     for name in parameters.attack:
         try:
             attack = resolve_attack(name, threat_model, seed=parameters.seed, **given)
@@ -181,22 +166,32 @@ def resolve_attacks(
             expected = f"an attack out of {', '.join(ATTACKS)}, or pgd-N"
             errors.append(FieldError(field="attack", expected=expected, got=describe(name)))
             continue
-        named = "steps" if parameters.steps is not None else "attack"
-        for field, value, most in (
-            (named, attack.steps, settings.max_steps),
-            ("restarts", attack.restarts, settings.max_restarts),
-        ):
-            if value > most:
-                errors.append(FieldError(field=field, expected=f"at most {most}", got=f"{value}"))
         attacks.append(attack)
-    if not errors and given and all(attack.name == "fgsm" for attack in attacks):
+        if attack.steps > settings.max_steps:
+            errors.append(_over("attack", attack.steps, settings.max_steps))
+    if not errors and all(attack.name == "fgsm" for attack in attacks):
         errors = [
-            FieldError(field=field, expected="an attack of several steps for it", got="only fgsm")
+            FieldError(field=field, expected="an attack that takes it", got="only fgsm")
             for field in given
         ]
     if errors:
         raise InvalidParameters(list(dict.fromkeys(errors)))
-    return attacks
+    return list(dict.fromkeys(attacks))
+
+
+def _over(field: str, value: int, most: int) -> FieldError:
+    what = "restarts" if field == "restarts" else "steps"
+    return FieldError(field=field, expected=f"at most {most} {what}", got=describe(str(value)))
+
+
+def _threat_model(parameters: AttackParameters, settings: Settings) -> ThreatModel:
+    norm, eps = parameters.norm, parameters.eps
+    if eps is None:
+        eps = min(DEFAULT_EPS[norm], settings.max_eps(norm))
+    if eps > settings.max_eps(norm):
+        expected = f"at most {format_eps(settings.max_eps(norm))} under {norm}"
+        raise InvalidParameters([FieldError(field="eps", expected=expected, got=f"{eps:g}")])
+    return ThreatModel(norm=norm, eps=eps)
 
 
 def resolve_class(text: str | None, field: str, classes: Sequence[str]) -> int | None:

@@ -85,8 +85,10 @@ def problem_of(request_id: str, error: Exception) -> Response:
             status, title = _STATUS[type(error)]
             return problem(request_id, status, title, str(error) or title)
         case DatasetError():
-            fault = FieldError(field="file", expected=error.expected, got=error.found)
-            detail = f"expected {error.expected}, found {error.found}"
+            # What was found may hold names out of the file.
+            got = "".join(char if char.isprintable() else "?" for char in error.found[:200])
+            fault = FieldError(field="file", expected=error.expected, got=got)
+            detail = f"expected {error.expected}"
             return problem(request_id, 422, "Unusable data set", detail, faults=[fault])
         case RequestValidationError():
             faults = field_errors(error.errors())

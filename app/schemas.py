@@ -96,6 +96,7 @@ class AccuracyResult(BaseModel):
     n: int
     interval: tuple[float, float]
     per_class: list[float | None] = Field(description="Accuracy by class; null for one not seen.")
+    seconds: float = Field(description="What it took, with what was served in between.")
     norm: str | None = None
     eps: float | None = None
     eps_text: str | None = None
@@ -121,6 +122,7 @@ class EvaluationResult(BaseModel):
     total: int
     results: list[AccuracyResult]
     worst_case: WorstCase
+    doubts: list[str] = Field(description="Reasons not to trust these numbers.")
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]

@@ -15,6 +15,7 @@ from app.engine import Engine
 from app.errors import ClientGone
 from app.jobs import Jobs
 from app.metrics import Metrics
+from app.model import ServedModel
 from app.models import Models, warm
 from app.settings import Settings
 from robust.classifier import resolve_device
@@ -81,6 +82,12 @@ class Service:
         """Run `function` in a worker thread: decoding and encoding never hold the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._workers, function, *arguments)
+
+    def model_for(self, request: Request) -> ServedModel:
+        """The model to answer `request` with; the answer will name it. Raises NotReady."""
+        model = self.models.current
+        request.state.model_sha256 = model.sha256
+        return model
 
     def deadline(self, request: Request) -> float:
         """When the answer is due, on the monotonic clock."""

@@ -9,7 +9,8 @@ from app.errors import FieldError, InvalidParameters
 from app.model import ServedModel
 from app.parameters import describe
 from app.settings import Settings
-from robust.datasets import Dataset, check_labels, load_dataset, load_upload
+from robust.datasets import Dataset, load_dataset, load_upload
+from robust.matching import first_images, match_classes
 
 
 def registered(settings: Settings) -> dict[str, Path]:
@@ -49,10 +50,8 @@ def load_set(
             names = ", ".join(known) or "none is registered"
             raise _fault("dataset", f"the name of a registered set ({names})", describe(name))
         dataset = load_dataset(known[name], size=model.input_size, train=False)
-    if limit is not None:
-        dataset = dataset.limit(limit)
-    check_labels(dataset, len(model.classes))
-    return dataset
+    dataset = match_classes(dataset, model.classes)
+    return dataset if limit is None else first_images(dataset, limit)
 
 
 def _fault(field: str, expected: str, got: str) -> InvalidParameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import parse_qs
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -13,6 +14,7 @@ from app.errors import BadRequest, ClientGone, FieldError, InvalidParameters, Se
 
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 4096
+_TEXT = 'a file in the field "file"', "text; curl sends a file with -F file=@NAME"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,8 @@ class Upload:
 async def read_upload(request: Request, *, max_files: int) -> Upload:
     """Read a multipart form with its files in the field ``file``, or the whole body as one file.
 
-    A body that is no form counts as a file whatever its declared type, and an empty one as none.
+    A body that is no form counts as a file whatever its declared type, and an empty one as none;
+    a form without files may come url-encoded.
     Parameters come from the query, or from the form, which wins. Raises BadRequest, ClientGone,
     InvalidParameters, or what the middleware raises for a body too large or too slow.
     """
@@ -36,11 +39,28 @@ async def read_upload(request: Request, *, max_files: int) -> Upload:
     try:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             body = await request.body()
+            if fields := _url_encoded(request, body):
+                return Upload(files=[], parameters=parameters | fields)
             return Upload(files=[body] if body else [], parameters=parameters)
         files, fields = await _read_form(request, max_files)
     except ClientDisconnect:
         raise ClientGone("The client hung up before its body was complete.") from None
     return Upload(files=files, parameters=parameters | fields)
+
+
+def _url_encoded(request: Request, body: bytes) -> dict[str, list[str]]:
+    """The fields of a form without files. curl declares any body so: a file is told by content."""
+    kind = request.headers.get("content-type", "").lower()
+    text = len(body) <= MAX_FIELDS * MAX_FIELD_BYTES and body.isascii() and body.find(b"\0") < 0
+    if not kind.startswith("application/x-www-form-urlencoded") or not text:
+        return {}
+    try:
+        fields = parse_qs(body.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError:
+        raise BadRequest("The form has too many fields.") from None
+    if "file" in fields:
+        raise _fault(*_TEXT)
+    return fields
 
 
 async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dict[str, list[str]]]:
@@ -70,7 +90,7 @@ async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dic
                     raise _fault('a file in the field "file"', "a file in another field")
                 files.append(await value.read())
             elif name == "file":
-                raise _fault('a file in the field "file"', "text; curl sends a file with @")
+                raise _fault(*_TEXT)
             else:
                 fields.setdefault(name, []).append(value)
     finally:

@@ -18,6 +18,8 @@ from app.schemas import (
     Seen,
 )
 from robust.attacks import AttackSettings
+from robust.doubts import doubts
+from robust.evaluation import Evaluation
 from robust.images import encode_png
 from robust.prediction import AttackOutcome, top_classes
 from robust.threat_model import format_eps
@@ -74,6 +76,11 @@ def base64_png(image: Tensor) -> str:
     return base64.b64encode(encode_png(image)).decode("ascii")
 
 
+def evaluation_result(evaluation: Evaluation) -> EvaluationResult:
+    """What an evaluation found, and whether to believe it."""
+    return EvaluationResult.model_validate({**evaluation.to_dict(), "doubts": doubts(evaluation)})
+
+
 def job_status(job: Job) -> JobStatus:
     """Where a job is."""
     evaluation = job.evaluation
@@ -86,6 +93,6 @@ def job_status(job: Job) -> JobStatus:
         attacks=[resolved(attack) for attack in job.attacks],
         created=job.created,
         finished=job.finished,
-        evaluation=EvaluationResult.model_validate(evaluation.to_dict()) if evaluation else None,
+        evaluation=None if evaluation is None else evaluation_result(evaluation),
         error=job.error,
     )

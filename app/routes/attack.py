@@ -45,8 +45,8 @@ def router(service: Service) -> APIRouter:
         """
         upload = await read_upload(request, max_files=1)
         parameters = parse(AttackImageParameters, upload.parameters)
-        model = service.models.current
-        attacks = resolve_attacks(parameters, model, service.settings)
+        model = service.model_for(request)
+        attacks = resolve_attacks(parameters, service.settings)
         label = resolve_class(parameters.label, "label", model.classes)
         target = resolve_class(parameters.target, "target", model.classes)
         as_png = _wants_png(request)
@@ -113,7 +113,6 @@ def _answer(outcomes: list[AttackOutcome], image: Tensor, model: ServedModel) ->
 def _png_answer(outcome: AttackOutcome, model: ServedModel) -> Response:
     before, after = (seen(row, model.classes) for row in (outcome.before, outcome.after))
     headers = {
-        "X-Model-SHA256": model.sha256,
         "X-Attack": outcome.settings.label,
         "X-Success": str(outcome.success).lower(),
         "X-Label": quote(model.classes[outcome.label]),

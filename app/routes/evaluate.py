@@ -22,8 +22,10 @@ def router(service: Service) -> APIRouter:
     """The routes on `service`."""
     routes = APIRouter(prefix="/evaluate", tags=["evaluate"])
 
-    async def find(id: str) -> Job:
-        return service.jobs.get(id)
+    async def find(id: str, request: Request) -> Job:
+        job = service.jobs.get(id)
+        request.state.model_sha256 = job.model
+        return job
 
     Found = Annotated[Job, Depends(find)]
 
@@ -46,8 +48,8 @@ def router(service: Service) -> APIRouter:
         service.jobs.check_room()
         upload = await read_upload(request, max_files=1)
         parameters = parse(EvaluateParameters, upload.parameters)
-        model = service.models.current
-        attacks = resolve_attacks(parameters, model, service.settings)
+        model = service.model_for(request)
+        attacks = resolve_attacks(parameters, service.settings)
         dataset = await service.beside(
             lambda: load_set(
                 upload.files,
@@ -64,13 +66,11 @@ def router(service: Service) -> APIRouter:
             response.headers["Preference-Applied"] = f"wait={seconds:g}"
             if await unless_gone(request, ended(job, seconds)):
                 response.status_code = 200
-        response.headers["X-Model-SHA256"] = job.model
         return job_status(job)
 
     @routes.get("/{id}", name="job", summary="An evaluation so far", responses=documented(404))
-    async def job(found: Found, response: Response) -> JobStatus:
+    async def job(found: Found) -> JobStatus:
         """State, progress and the result so far, with confidence intervals."""
-        response.headers["X-Model-SHA256"] = found.model
         return job_status(found)
 
     @routes.get(
@@ -88,11 +88,9 @@ def router(service: Service) -> APIRouter:
             yield ServerSentEvent(event=event, data=job_status(item))
 
     @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404, 409))
-    async def cancel(id: str, response: Response) -> JobStatus:
+    async def cancel(found: Found) -> JobStatus:
         """Stop it at its next step; what came out so far stays."""
-        cancelled = service.jobs.cancel(id)
-        response.headers["X-Model-SHA256"] = cancelled.model
-        return job_status(cancelled)
+        return job_status(service.jobs.cancel(found.id))
 
     return routes
 

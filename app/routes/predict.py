@@ -31,7 +31,7 @@ def router(service: Service) -> APIRouter:
         """
         upload = await read_upload(request, max_files=service.settings.max_images)
         parameters = parse(PredictParameters, upload.parameters)
-        model = service.models.current
+        model = service.model_for(request)
 
         async def work() -> PredictResponse:
             images = await decode(service, model, upload.files)

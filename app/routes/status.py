@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.errors import EngineStopped, NotReady
@@ -16,9 +16,9 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["status"])
 
     @routes.get("/model", summary="The model in service", responses=documented(503))
-    async def model() -> ModelCard:
+    async def model(request: Request) -> ModelCard:
         """The card of the model, with the SHA-256 of its weights."""
-        current = service.models.current
+        current = service.model_for(request)
         return ModelCard(
             sha256=current.sha256,
             device=str(current.device),
