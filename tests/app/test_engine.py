@@ -1,0 +1,371 @@
+"""The engine: who goes first, who shares a batch, who is turned away."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.engine import Engine, Session
+from app.errors import Cancelled, DeadlineExceeded, EngineStopped, Overloaded
+from app.metrics import Metrics
+from app.model import ServedModel
+from app.queue import Kind
+from robust.classifier import Architecture
+from robust.sidecar import Sidecar
+
+SIDECAR = Sidecar(architecture=Architecture(num_classes=2), classes=("dark", "light"))
+
+
+class Brightness:
+    """Two logits: 0 and the mean of the image. Writes down each batch; a black image breaks it."""
+
+    def __init__(self, log: list[str] | None = None) -> None:
+        self.batches: list[int] = []
+        self.log = [] if log is None else log
+        self.hook: Callable[[], None] = lambda: None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        self.log.append(f"batch of {len(x)}")
+        self.hook()
+        means = x.flatten(1).mean(dim=1)
+        if bool((means == 0).any()):
+            raise RuntimeError("a black image")
+        return torch.stack([torch.zeros_like(means), means], dim=1)
+
+
+def served(classifier: object) -> ServedModel:
+    return ServedModel(
+        classifier=classifier,  # type: ignore[arg-type]
+        sidecar=SIDECAR,
+        sha256="0",
+        device=torch.device("cpu"),
+        loaded=datetime.now(UTC),
+    )
+
+
+def image(level: int, n: int = 1) -> Tensor:
+    return torch.full((n, 3, 4, 4), level, dtype=torch.uint8)
+
+
+def light(level: int) -> float:
+    return float(torch.sigmoid(torch.tensor(level / 255)))
+
+
+def run(test: Callable[[Engine, Metrics], Coroutine[Any, Any, None]], **settings: int) -> None:
+    metrics = Metrics()
+    engine = Engine(
+        **{"queue_limit": 100, "max_batch": 8, "threads": 1} | settings, metrics=metrics
+    )
+    engine.start()
+    try:
+        asyncio.run(test(engine, metrics))
+    finally:
+        engine.stop(10)
+    assert not engine.alive
+
+
+class Held:
+    """Holds the device in the middle of a piece of work until released."""
+
+    def __init__(self, kind: Kind = Kind.EVALUATE, steps: int = 1) -> None:
+        self.kind, self.steps = kind, steps
+        self.entered, self.release = threading.Event(), threading.Event()
+        self.done = 0
+
+    def __call__(self, session: Session) -> int:
+        self.entered.set()
+        assert self.release.wait(10)
+        for _ in range(self.steps):
+            session(torch.ones(1, 3, 4, 4))
+            self.done += 1
+        return self.done
+
+    async def start(self, engine: Engine, model: ServedModel, **more: Any) -> "asyncio.Task[int]":
+        task = asyncio.create_task(engine.run(self.kind, model, self, cost=1, **more))
+        await asyncio.to_thread(self.entered.wait, 10)
+        return task
+
+
+async def settled() -> None:
+    """Let the tasks that were just created run until they wait for the device."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_predictions_that_wait_share_batches_and_keep_their_rows() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = Brightness()
+        held = Held()
+        task = await held.start(engine, served(Brightness()))
+        waiting = [
+            asyncio.create_task(engine.predict(shared, image(level)))
+            for shared in [served(model)]
+            for level in range(1, 13)
+        ]
+        await settled()
+        held.release.set()
+        for level, row in enumerate(await asyncio.gather(*waiting), start=1):
+            assert row.shape == (1, 2)
+            assert float(row[0, 1]) == pytest.approx(light(level), abs=1e-6)
+        assert model.batches == [8, 4]
+        await task
+
+    run(test)
+
+
+def test_models_never_share_a_batch() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        one, other = Brightness(), Brightness()
+        models = [served(one), served(other)]
+        held = Held()
+        task = await held.start(engine, served(Brightness()))
+        waiting = [asyncio.create_task(engine.predict(models[i], image(1))) for i in (0, 0, 1, 0)]
+        await settled()
+        held.release.set()
+        await asyncio.gather(*waiting, task)
+        assert (one.batches, other.batches) == ([2, 1], [1])
+
+    run(test)
+
+
+def test_urgent_work_goes_between_the_steps_of_the_rest() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        log: list[str] = []
+
+        class Step(Brightness):
+            def __init__(self, name: str) -> None:
+                super().__init__()
+                self.hook = lambda: log.append(name)
+
+        model = {kind: served(Step(kind.label)) for kind in Kind}
+        evaluation = Held(Kind.EVALUATE, steps=2)
+        task = await evaluation.start(engine, model[Kind.EVALUATE])
+        attack = Held(Kind.ATTACK, steps=2)
+        attack.release.set()
+        second = asyncio.create_task(engine.run(Kind.ATTACK, model[Kind.ATTACK], attack, cost=1))
+        predicted = asyncio.create_task(engine.predict(model[Kind.PREDICT], image(9)))
+        await settled()
+        evaluation.release.set()
+        assert await task == 2
+        assert await second == 2
+        await predicted
+        assert log == ["predict", "attack", "attack", "evaluate", "evaluate"]
+
+    run(test)
+
+
+def test_a_flood_of_predictions_does_not_stop_an_attack() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        loop = asyncio.get_running_loop()
+        model, flood = Brightness(), []
+
+        def another() -> None:
+            if len(flood) < 1000:
+                flood.append(asyncio.create_task(engine.predict(shared, image(1))))
+
+        def hook() -> None:  # each prediction brings the next before it is done
+            asyncio.run_coroutine_threadsafe(_call(another), loop).result(10)
+
+        model.hook = hook
+        shared = served(model)
+        held = Held(Kind.ATTACK, steps=3)
+        task = await held.start(engine, served(Brightness()))
+        another()
+        held.release.set()
+        assert await task == 3
+        assert len(flood) < 100
+        for item in flood:
+            item.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+
+    run(test)
+
+
+async def _call(function: Callable[[], None]) -> None:
+    function()
+    await settled()
+
+
+def test_work_past_the_limit_is_turned_away_and_told_when_to_come_back() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Brightness())
+        held = Held(Kind.ATTACK)
+        task = await held.start(engine, model)  # costs 1
+        full = asyncio.create_task(engine.run(Kind.ATTACK, model, held, cost=8))
+        await settled()
+        with pytest.raises(Overloaded) as caught:
+            await engine.run(Kind.ATTACK, model, held, cost=2)
+        assert caught.value.retry_after >= 1
+        # Attacks that wait do not keep predictions out: those go ahead of them.
+        fits = asyncio.create_task(engine.predict(model, image(1, n=10)))
+        await settled()
+        with pytest.raises(Overloaded):
+            await engine.predict(model, image(1))
+        held.release.set()
+        await asyncio.gather(task, full, fits)
+        assert (await engine.predict(model, image(1))).shape == (1, 2)
+        rejected = metrics.registry.get_sample_value("robust_rejected_total", {"reason": "queue"})
+        assert rejected == 2
+
+    run(test, queue_limit=10)
+
+
+def test_retry_after_is_the_work_ahead_at_the_measured_pace() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Brightness())
+        await engine.run(Kind.ATTACK, model, lambda session: time.sleep(0.2), cost=1)
+        held = Held(Kind.ATTACK)
+        task = await held.start(engine, model)
+        more = asyncio.create_task(engine.run(Kind.ATTACK, model, held, cost=39))
+        await settled()
+        # 40 forward passes at 0.2 s; the sleep may take longer on a busy machine, never less.
+        assert 8 <= engine.retry_after() <= 30
+        held.release.set()
+        await asyncio.gather(task, more)
+
+    run(test)
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = Brightness()
+        held = Held()
+        task = await held.start(engine, served(Brightness()))
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await engine.predict(served(model), image(1), deadline=start + 0.05)
+        assert time.monotonic() - start < 5  # told while the device is still held
+        held.release.set()
+        await task
+        assert model.batches == []
+
+    run(test)
+
+
+def test_a_deadline_stops_an_attack_between_its_steps() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        held = Held(Kind.ATTACK, steps=1000)
+        model = Brightness()
+        model.hook = lambda: time.sleep(0.01)
+        held.release.set()
+        with pytest.raises(DeadlineExceeded):
+            await engine.run(
+                Kind.ATTACK, served(model), held, cost=1, deadline=time.monotonic() + 0.1
+            )
+        await engine.predict(served(Brightness()), image(1))  # the device is free again
+        assert 0 < held.done < 100
+
+    run(test)
+
+
+def test_work_nobody_waits_for_is_dropped() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        queued, model = Brightness(), Brightness()
+        held = Held(Kind.ATTACK, steps=3)
+        task = await held.start(engine, served(model))
+        gone = asyncio.create_task(engine.predict(served(queued), image(1)))
+        await settled()
+        for item in (gone, task):
+            item.cancel()
+        await asyncio.gather(gone, task, return_exceptions=True)
+        assert metrics.registry.get_sample_value("robust_queued_forwards", {"kind": "predict"}) == 0
+        held.release.set()
+        await engine.predict(served(Brightness()), image(1))
+        assert (queued.batches, model.batches, held.done) == ([], [], 0)
+
+    run(test)
+
+
+def test_one_bad_image_does_not_fail_its_neighbours() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Brightness())
+        held = Held()
+        task = await held.start(engine, model)
+        waiting = [asyncio.create_task(engine.predict(model, image(i))) for i in (1, 0, 2)]
+        await settled()
+        held.release.set()
+        first, bad, second = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(first, Tensor)
+        assert isinstance(second, Tensor)
+        assert float(second[0, 1]) == pytest.approx(light(2), abs=1e-6)
+        assert isinstance(bad, RuntimeError)
+        await task
+
+    run(test)
+
+
+def test_a_dead_thread_fails_what_waits_and_what_comes() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Brightness())
+
+        def die(session: Session) -> None:
+            held.release.wait(10)
+            raise SystemExit
+
+        held = Held(Kind.ATTACK)
+        dying = asyncio.create_task(engine.run(Kind.ATTACK, model, die, cost=1))
+        await settled()
+        waiting = asyncio.create_task(engine.predict(model, image(1)))
+        await settled()
+        held.release.set()
+        for result in await asyncio.gather(dying, waiting, return_exceptions=True):
+            assert isinstance(result, EngineStopped)
+        while engine.alive:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineStopped):
+            await engine.predict(model, image(1))
+
+    run(test)
+
+
+def test_stopping_gives_up_work_at_its_next_step() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        held = Held(Kind.EVALUATE, steps=10)
+        task = await held.start(engine, served(Brightness()))
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 10))
+        await asyncio.sleep(0.05)
+        held.release.set()
+        with pytest.raises(Cancelled):
+            await task
+        await stopping
+        assert held.done == 0
+
+    run(test)
+
+
+def test_time_on_the_device_is_counted_once() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        slow, own = Brightness(), []
+        slow.hook = lambda: time.sleep(0.2)
+        held = Held(Kind.ATTACK)
+
+        def attack(session: Session) -> None:
+            held(session)  # the prediction that waits is served at this step
+            own.append(session.seconds())
+
+        start = time.monotonic()
+        task = asyncio.create_task(engine.run(Kind.ATTACK, served(Brightness()), attack, cost=1))
+        await asyncio.to_thread(held.entered.wait, 10)
+        predicted = asyncio.create_task(engine.predict(served(slow), image(1)))
+        await settled()
+        held.release.set()
+        await asyncio.gather(task, predicted)
+        elapsed = time.monotonic() - start
+
+        def seconds(kind: str) -> float:
+            value = metrics.registry.get_sample_value("robust_device_seconds_total", {"kind": kind})
+            assert value is not None
+            return value
+
+        assert seconds("predict") >= 0.2
+        assert seconds("predict") + seconds("attack") <= elapsed + 0.01
+        assert own[0] <= elapsed - 0.2
+
+    run(test)
