@@ -1,0 +1,146 @@
+"""``robust serve`` as a process: what it prints, what it survives, how it ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from robust.checkpoint import sidecar_path
+from tests.app.conftest import write_checkpoint
+from tests.app.serving import labelled, png, until
+
+ROOT = Path(__file__).parents[2]
+SERVE = "from app.commands import serve; serve(prog_name='robust serve')"
+
+
+def start(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVE, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ROBUST_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def fails(*arguments: str, **environment: str) -> str:
+    """The one line of a start that fails with exit code 2."""
+    process = start(*arguments, **environment)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (2, "")
+    (line,) = errors.strip().splitlines()
+    return line
+
+
+class Server:
+    def __init__(self, path: Path) -> None:
+        self.process = start("--port", "0", "--checkpoint", str(path), ROBUST_RELOAD_SECONDS="60")
+        assert self.process.stdout is not None
+        self.lines = [self.process.stdout.readline() for _ in range(2)]
+        self.url = re.findall(r"http://127\.0\.0\.1:\d+", self.lines[0])[0]
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    path = tmp_path / "robust_model.pt"
+    write_checkpoint(path)
+    server = Server(path)
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+    server.process.communicate()
+
+
+def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path) -> None:
+    # The line to paste works as it is, where there is curl.
+    command = re.fullmatch(r"  (curl -F file=@(\S+) (\S+))\n", server.lines[1])
+    assert command is not None
+    photo = ROOT / command[2] if (ROOT / command[2]).exists() else None
+    data = photo.read_bytes() if photo else png()
+    answer = httpx.post(command[3], files={"file": data}, timeout=60)
+    assert answer.status_code == 200
+    old = answer.json()["model_sha256"]
+
+    new = write_checkpoint(tmp_path / "robust_model.pt", seed=7)
+    server.process.send_signal(signal.SIGHUP)  # no need to wait for the next look
+    until(lambda: httpx.get(f"{server.url}/model", timeout=60).json()["sha256"] == new)
+    assert new != old
+
+    job = httpx.post(f"{server.url}/evaluate?attack=pgd-200", content=labelled(500), timeout=60)
+    assert job.status_code == 202
+    code, errors = server.stop()
+    assert code == 0
+    assert "Traceback" not in errors
+    assert errors.count("POST /predict 200") == 1
+
+
+def test_a_request_in_hand_is_finished(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    data = png()
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data[:10])
+        in_flight = "robust_requests_in_flight 2.0"  # that one and this
+        until(lambda: in_flight in httpx.get(f"{server.url}/metrics", timeout=60).text)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 503)
+        assert httpx.post(f"{server.url}/predict", content=data, timeout=60).status_code == 503
+        connection.sendall(data[10:])
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert server.process.wait(60) == 0
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = fails("--port", port, "--checkpoint", "/no/such/file")
+    assert re.search(rf"port {port} is in use", line)
+
+
+def test_what_is_wrong_at_the_start_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    assert "no address of this machine" in fails("--host", "192.0.2.1", "--port", "0")
+    line = fails("--port", "0", "--checkpoint", str(checkpoint), ROBUST_MAX_STEPS="0")
+    assert "ROBUST_MAX_STEPS" in line
+    assert "greater than or equal to 1" in line
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "other hash", "no device"])
+def test_a_checkpoint_that_can_not_be_used_ends_the_start(
+    checkpoint: Path, tmp_path: Path, how: str
+) -> None:
+    import click
+
+    import app.commands
+    from robust.checkpoint import CheckpointError
+
+    path = tmp_path / "robust_model.pt"
+    if how != "missing":
+        path.write_bytes(checkpoint.read_bytes()[: 1000 if how == "truncated" else None])
+        text = sidecar_path(checkpoint).read_text()
+        other = re.sub(r'"weights_sha256": "..', '"weights_sha256": "00', text)
+        sidecar_path(path).write_text(other if how == "other hash" else text)
+    arguments = ["--port", "0", "--checkpoint", str(path)]
+    arguments += ["--device", "teapot"] if how == "no device" else []
+    with pytest.raises((CheckpointError, ValueError, click.ClickException)) as caught:
+        app.commands.serve.main(arguments, standalone_mode=False)
+    assert "\n" not in str(caught.value)
+    assert ("teapot" if how == "no device" else str(path)) in str(caught.value)
+
+
+def test_help_is_quick_to_import() -> None:
+    code = "import sys, app.commands; print('torch' in sys.modules or 'fastapi' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"

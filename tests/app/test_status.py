@@ -1,0 +1,88 @@
+"""What the service tells of itself."""
+
+import re
+
+from app.queue import Kind
+from app.settings import Settings
+from robust.checkpoint import load_checkpoint
+from tests.app.serving import CLASSES, Running, labelled, png, serving, until
+
+
+def test_the_card_is_the_sidecars(running: Running, checkpoint) -> None:
+    card = running.client.get("/model").json()
+    loaded = load_checkpoint(checkpoint)
+    assert card["sha256"] == loaded.sha256
+    assert card["classes"] == list(CLASSES)
+    assert (card["device"], card["input_size"]) == ("cpu", 32)
+    assert card["card"]["architecture"]["arch"] == "resnet18"
+    assert card["card"]["weights_sha256"] == loaded.sha256
+
+
+def test_probes(running: Running) -> None:
+    assert running.client.get("/livez").json() == {"status": "ok"}
+    assert running.client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_a_dead_device_thread_fails_the_probes(checkpoint) -> None:
+    with serving(Settings(checkpoint=checkpoint, threads=1, device="cpu")) as running:
+        import asyncio
+
+        def die(_: object) -> None:
+            raise SystemExit
+
+        engine, model = running.service.engine, running.service.models.current
+        try:
+            asyncio.run(engine.run(Kind.ATTACK, model, die, cost=1))
+        except Exception as error:
+            assert type(error).__name__ == "EngineStopped"  # noqa: PT017
+        until(lambda: not engine.alive)
+        for path in ("/livez", "/readyz"):
+            assert running.client.get(path).status_code == 503
+        assert running.client.post("/predict", content=png()).status_code == 503
+
+
+def test_the_page_needs_nothing_from_outside(running: Running) -> None:
+    response = running.client.get("/", follow_redirects=True)
+    assert response.url.path == "/docs"
+    links = re.findall(r'(?:src|href)="([^"]+)"', response.text)
+    assert len(links) == 3
+    for link in links:
+        assert not link.startswith(("http:", "https:", "//"))
+        assert running.client.get(f"/{link}").status_code == 200
+    assert not re.search(r"https?://", response.text)
+
+
+def metrics(running: Running) -> dict[str, float]:
+    lines = running.client.get("/metrics").text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_metrics_count_what_happens(running: Running) -> None:
+    before = metrics(running)
+    running.client.post("/predict", files=[("file", png(1)), ("file", png(2))])
+    running.client.post("/attack?attack=fgsm", content=png())
+    running.client.post("/predict", content=b"no image")
+    running.client.post("/evaluate", files={"file": labelled(5)}, headers={"Prefer": "wait=20"})
+    running.client.get("/an/unknown/path")
+    after = metrics(running)
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    def requests(route: str, method: str, status: int) -> float:
+        return grew(f'robust_requests_total{{method="{method}",route="{route}",status="{status}"}}')
+
+    assert requests("/predict", "POST", 200) == 1
+    assert requests("/predict", "POST", 415) == 1
+    assert requests("/attack", "POST", 200) == 1
+    assert requests("unmatched", "GET", 404) == 1
+    assert grew("robust_batch_images_sum") == 2
+    assert grew('robust_queue_wait_seconds_count{kind="predict"}') == 1
+    for kind in ("predict", "attack", "evaluate"):
+        assert grew(f'robust_device_seconds_total{{kind="{kind}"}}') > 0
+    assert grew('robust_jobs{state="done"}') == 1
+    sha256 = running.service.models.current.sha256
+    assert after[f'robust_model_info{{arch="resnet18",sha256="{sha256}"}}'] == 1
+    assert after['robust_queued_forwards{kind="predict"}'] == 0
+    assert not any("unknown/path" in name for name in after)
