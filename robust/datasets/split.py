@@ -25,7 +25,7 @@ def stratified_split(labels: Tensor, held_out: int | float, *, seed: int) -> tup
         most = int(limit.sum())
         raise ValueError(f"expected to hold out at most {most} of {n} images, got {held_out}")
     share = counts * wanted  # in n-ths of an image, so that remainders are exact
-    quota = torch.minimum(share // n, limit)
+    quota = share // n
     order_of_need = (share - quota * n).argsort(descending=True, stable=True).tolist()
     while int(quota.sum()) < wanted:
         open_classes = [k for k in order_of_need if quota[k] < limit[k]]

@@ -142,6 +142,27 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     np.testing.assert_allclose(upright.getpixel((0, 0)), photo().getpixel(corner), atol=12)
 
 
+def test_exif_of_a_webp_may_start_as_in_a_jpeg() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(), "WEBP", exif=exif)
+    at = data.index(b"EXIF") + 4
+    (length,) = struct.unpack("<I", data[at : at + 4])
+    body = b"Exif\0\0" + data[at + 4 : at + 4 + length]
+    data = data[:at] + struct.pack("<I", len(body)) + body
+    data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    assert decode_image(data).size == (30, 40)
+
+
+def test_a_second_header_does_not_get_past_the_cap() -> None:
+    small, large = encoded(photo(), "PNG"), encoded(photo(300, 300), "PNG")
+    assert kind_of(small[:33] + large[8:33] + small[33:], max_pixels=1200) == "broken"
+    small, large = encoded(photo(), "JPEG"), encoded(photo(300, 300), "JPEG")
+    at, other = small.index(b"\xff\xc0"), large.index(b"\xff\xc0")
+    data = small[: at + 19] + large[other : other + 19] + small[at + 19 :]
+    assert kind_of(data, max_pixels=1200) == "broken"
+
+
 def test_broken_exif_is_ignored() -> None:
     for exif in (b"Exif\0\0II", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40):
         data = encoded(photo(), "JPEG", exif=exif)
@@ -196,9 +217,18 @@ def test_a_transparent_colour_of_16_bits() -> None:
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
-    values = [0, 257, 256 * 128, 257 * 200, 65535]
-    data = png(5, 1, 16, 0, b"\0" + struct.pack(">5H", *values))
-    assert [pixel(data, (x, 0)) for x in range(5)] == [(v,) * 3 for v in (0, 1, 128, 200, 255)]
+    expected = {
+        0: 0,
+        128: 0,
+        129: 1,
+        257: 1,
+        256 * 128: 128,
+        257 * 200: 200,
+        65407: 255,
+        65535: 255,
+    }
+    data = png(8, 1, 16, 0, b"\0" + struct.pack(">8H", *expected))
+    assert [pixel(data, (x, 0))[0] for x in range(8)] == list(expected.values())
     assert pixel(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65535, 257 * 7, 0))) == (255, 7, 0)
 
 

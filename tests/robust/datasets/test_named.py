@@ -28,6 +28,11 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert torch.equal(train.images[:, 0], train.images[:, 2])
 
 
+def test_digits_use_the_whole_range() -> None:
+    levels = load_dataset("digits", size=8).images.unique()
+    assert levels.tolist() == [round(level * 255 / 16) for level in range(17)]
+
+
 def test_digits_keep_what_they_show() -> None:
     dataset = load_dataset("digits", size=8)
     nearest = load_dataset("digits", size=8, train=False)
