@@ -155,8 +155,8 @@ def test_exif_of_a_webp_may_start_as_in_a_jpeg() -> None:
 
 
 def test_a_second_header_does_not_get_past_the_cap() -> None:
-    small, large = encoded(photo(), "PNG"), encoded(photo(300, 300), "PNG")
-    assert kind_of(small[:33] + large[8:33] + small[33:], max_pixels=1200) == "broken"
+    small, large = encoded(photo(1, 1), "PNG"), encoded(photo(), "PNG")
+    assert kind_of(small[:33] + large[8:], max_pixels=1) == "broken"
     small, large = encoded(photo(), "JPEG"), encoded(photo(300, 300), "JPEG")
     at, other = small.index(b"\xff\xc0"), large.index(b"\xff\xc0")
     data = small[: at + 19] + large[other : other + 19] + small[at + 19 :]
