@@ -243,7 +243,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     before = listing(folder)
     monkeypatch.setattr(os, "fsync", full)
     line = refused("export --checkpoint good.pt --format safetensors --out new.bin", capsys)
-    assert "no space left on device" in line
+    assert line.endswith("new.bin: no space left on device")
     assert listing(folder) == before
 
 

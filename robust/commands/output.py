@@ -43,6 +43,8 @@ def write_report(path: Path, value: Any) -> None:
 
     if str(path) == "-":
         click.echo(to_json(value), nl=False)
+    elif path.exists() and not path.is_file():  # a pipe or device: nothing to rename over
+        path.write_bytes(to_json(value))
     else:
         write_json(path.resolve(), value)
 

@@ -1,8 +1,10 @@
 """The commands on a checkpoint, run in this process as `robust` runs them."""
 
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robust.checkpoint import load_checkpoint
+from robust.commands.output import Progress, write_report
 from robust.files import sha256_file
 from robust.images import decode_png, encode_png, to_float
 from robust.matching import match_classes
@@ -239,6 +242,35 @@ def test_evaluate_matches_class_names(
     dataset = load_dataset(tmp_path / "folder")
     assert sorted(dataset.classes) == list(dataset.classes)
     assert match_classes(dataset, report["classes"]).class_counts() == (8, 7, 7, 8)
+
+
+def test_report_to_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_report(pipe, {"a": 1})
+        assert json.loads(os.read(reading, 100)) == {"a": 1}
+    finally:
+        os.close(reading)
+    assert not pipe.is_file()
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(100, title="evaluate", unit="images")
+    try:
+        progress.update(50, "clean 30.0%")
+        progress.bar.refresh()
+    finally:
+        progress.close()
+    shown = capsys.readouterr().err
+    assert "evaluate:  50%" in shown
+    assert "50/100" in shown
+    assert "clean 30.0%" in shown
+    assert "\n" not in shown  # the bar is taken off again
 
 
 # export

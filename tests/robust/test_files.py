@@ -51,6 +51,7 @@ def test_a_disk_that_refuses_leaves_the_old_file(tmp_path: Path) -> None:
     with largest_file(1000), pytest.raises(OSError, match="too large") as caught:
         files.write_atomic(path, lambda file: file.write(b"x" * 100_000))
     assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"a.bin"}
 
