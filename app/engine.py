@@ -82,9 +82,9 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def retry_after(self) -> int:
-        """Whole seconds after which there should be room again."""
-        return self._queue.retry_after()
+    def retry_after(self, kind: Kind) -> int:
+        """Whole seconds after which there should be room again for work of that kind."""
+        return self._queue.retry_after(kind)
 
     async def predict(
         self, model: ServedModel, images: Tensor, *, deadline: float | None = None

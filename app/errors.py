@@ -58,10 +58,6 @@ class NotFound(ServiceError):
     """No such thing under this address."""
 
 
-class Conflict(ServiceError):
-    """The thing is in a state in which this can't be done."""
-
-
 class Overloaded(ServiceError):
     """More work than the service holds; `retry_after` is in whole seconds."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from app.engine import Engine, Session
-from app.errors import Cancelled, Conflict, NotFound, Overloaded
+from app.errors import Cancelled, NotFound, Overloaded
 from app.metrics import Metrics
 from app.model import ServedModel
 from app.queue import Kind
@@ -71,7 +71,7 @@ class Jobs:
             self._metrics.rejected.labels("jobs").inc()
             raise Overloaded(
                 f"{self._settings.max_jobs} evaluations are queued or running.",
-                retry_after=self._engine.retry_after(),
+                retry_after=self._engine.retry_after(Kind.EVALUATE),
             )
 
     def submit(
@@ -100,22 +100,26 @@ class Jobs:
             raise NotFound("There is no evaluation of this id, or it has expired.")
         return self._jobs[id]
 
-    def cancel(self, id: str) -> Job:
-        """Stop a job at its next step. Raises NotFound, or Conflict for one that has ended."""
+    def delete(self, id: str) -> Job:
+        """Stop a job at its next step, or forget one that has ended. Raises NotFound."""
         job = self.get(id)
         if job.active:
-            assert job.task is not None
-            job.task.cancel()
-            self._finish(job, "cancelled")
-        elif job.state != "cancelled":
-            raise Conflict(f"The evaluation is {job.state} already.")
+            self._cancel(job)
+        else:
+            del self._jobs[id]
+            self._count()
         return job
 
-    async def close(self) -> None:
-        """Cancel what is queued or running."""
-        for job in list(self._jobs.values()):
+    def cancel_all(self) -> None:
+        """Stop what is queued or running."""
+        for job in self._jobs.values():
             if job.active:
-                self.cancel(job.id)
+                self._cancel(job)
+
+    def _cancel(self, job: Job) -> None:
+        assert job.task is not None
+        job.task.cancel()
+        self._finish(job, "cancelled")
 
     async def _run(self, job: Job, model: ServedModel, dataset: Dataset) -> None:
         loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import logs
 from app.errors import BodyTooLarge, NotReady, Overloaded, ServiceError, SlowBody
 from app.problem import problem_of
+from app.queue import Kind
 from app.service import Service
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class LimitMiddleware:
         if service.in_flight.posts > settings.max_requests:
             service.metrics.rejected.labels("requests").inc()
             raise Overloaded(
-                "Too many requests are in hand.", retry_after=service.engine.retry_after()
+                "Too many requests are in hand.",
+                retry_after=service.engine.retry_after(Kind.ATTACK),
             )
 
 

@@ -127,7 +127,6 @@ _STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.BadRequest: (400, "Bad request"),
     errors.NotFound: (404, "Not found"),
     errors.SlowBody: (408, "Request timeout"),
-    errors.Conflict: (409, "Conflict"),
     errors.BodyTooLarge: (413, "Too large"),
     errors.ClientGone: (CLIENT_CLOSED_REQUEST, "Client closed request"),
     errors.Cancelled: (CLIENT_CLOSED_REQUEST, "Client closed request"),

@@ -67,8 +67,9 @@ class Work:
 class WorkQueue:
     """A bounded queue for each kind of work, for one consuming thread and any producers.
 
-    Work is let in while what would go ahead of it or beside it costs at most `limit` forward
-    passes; evaluations are bounded by their number elsewhere.
+    Work is let in while it and what goes ahead of it cost at most `limit` forward passes, and could
+    be done before its deadline at the pace measured. Evaluations are bounded by their number
+    elsewhere.
     """
 
     def __init__(self, limit: int, metrics: Metrics) -> None:
@@ -84,12 +85,10 @@ class WorkQueue:
         with self._changed:
             if self._closed:
                 raise self._closed
-            ahead = [kind for kind in Kind if kind <= work.kind]
-            if work.kind is not Kind.EVALUATE and (
-                sum(self._pending[kind] for kind in ahead) + work.cost > self._limit
-            ):
+            if work.kind is not Kind.EVALUATE and not self._fits(work):
                 self._metrics.rejected.labels("queue").inc()
-                raise Overloaded("The queue is full.", retry_after=self._wait_seconds(ahead))
+                retry_after = self._in_seconds(self._wait(work.kind))
+                raise Overloaded("The queue is full.", retry_after=retry_after)
             self._count(work.kind, work.cost)
             self._queues[work.kind].append(work)
             self._changed.notify()
@@ -124,7 +123,9 @@ class WorkQueue:
 
     def measure(self, kind: Kind, cost: int, seconds: float) -> None:
         """Remember how long `cost` forward passes took."""
-        pace = seconds / max(cost, 1)
+        if not cost:  # a warm-up, slower than anything after it
+            return
+        pace = seconds / cost
         with self._changed:
             self._pace[kind] = 0.8 * self._pace.get(kind, pace) + 0.2 * pace
 
@@ -138,14 +139,22 @@ class WorkQueue:
             if work.future.set_running_or_notify_cancel():
                 work.future.set_exception(reason)
 
-    def retry_after(self) -> int:
-        """Whole seconds until the work let in so far is done, at the pace measured."""
+    def retry_after(self, kind: Kind) -> int:
+        """Whole seconds until what goes ahead of new work of that kind should be done."""
         with self._changed:
-            return self._wait_seconds(list(Kind))
+            return self._in_seconds(self._wait(kind))
 
-    def _wait_seconds(self, kinds: list[Kind]) -> int:
-        seconds = sum(self._pending[kind] * self._pace.get(kind, 0.0) for kind in kinds)
-        return min(max(math.ceil(seconds), 1), MAX_RETRY_SECONDS)
+    def _fits(self, work: Work) -> bool:
+        ahead = sum(self._pending[kind] for kind in Kind if kind <= work.kind)
+        late = work.deadline and time.monotonic() + self._wait(work.kind) > work.deadline
+        return ahead + work.cost <= self._limit and not late
+
+    def _wait(self, kind: Kind) -> float:
+        return sum(self._pending[k] * self._pace.get(k, 0.0) for k in Kind if k <= kind)
+
+    @staticmethod
+    def _in_seconds(wait: float) -> int:
+        return min(max(math.ceil(wait), 1), MAX_RETRY_SECONDS)
 
     def _leave(self, work: Work) -> None:
         with self._changed:

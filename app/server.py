@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,10 @@ class _Server(uvicorn.Server):
 
 async def _serve(server: _Server, service: Service, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_stop() -> None:
-        if stop.is_set():  # asked twice: at once, then
-            server.force_exit = server.should_exit = True
-        stop.set()
+        (hurry if stop.is_set() else stop).set()  # asked twice: wait for nobody
 
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGINT, on_stop)
@@ -86,13 +84,20 @@ async def _serve(server: _Server, service: Service, listener: socket.socket) -> 
         await asyncio.sleep(0.01)
     if server.started:
         _announce(listener, service.settings.checkpoint)
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if stop.is_set():
-        await service.drain()
+    await _first(serving, stop.wait())
+    if not serving.done():
+        await _first(service.drain(), hurry.wait())
         server.should_exit = True
-    stopping.cancel()
     await serving
+
+
+async def _first(*waits: Coroutine[Any, Any, object] | asyncio.Task[None]) -> None:
+    """Wait until one of them ends, and cancel those that were begun for this."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task, wait in zip(tasks, waits, strict=True):
+        if task is not wait:
+            task.cancel()
 
 
 def _announce(listener: socket.socket, checkpoint: Path) -> None:

@@ -65,16 +65,22 @@ class Service:
             self.ready = False
             if watcher:
                 watcher.cancel()
-            await self.jobs.close()
+            self.jobs.cancel_all()
             await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
             self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:
-        """Take no new work and wait for the requests in hand, as long as the grace time."""
+        """Take no new work and wait for the requests in hand, as long as the grace time.
+
+        Evaluations go on as long as work is waited for, and are cancelled then: those who only
+        watch one are told and leave.
+        """
         self.draining = True
         try:
             async with asyncio.timeout(self.settings.grace_seconds):
-                await self.in_flight.none()
+                await self.in_flight.until(lambda: not self.in_flight.posts)
+                self.jobs.cancel_all()
+                await self.in_flight.until(lambda: not self.in_flight.count)
         except TimeoutError:
             logger.warning("%d requests did not finish in time", self.in_flight.count)
 
@@ -102,8 +108,7 @@ class InFlight:
         self.count = 0
         self.posts = 0
         self._metrics = metrics
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._changed = asyncio.Event()
 
     @contextmanager
     def track(self, method: str) -> Iterator[None]:
@@ -114,18 +119,17 @@ class InFlight:
         finally:
             self._add(-1, method)
 
-    async def none(self) -> None:
-        """Wait until no request is in hand."""
-        await self._idle.wait()
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition`, which depends on the counts, holds."""
+        while not condition():
+            await self._changed.wait()
 
     def _add(self, change: int, method: str) -> None:
         self.count += change
         self.posts += change * (method == "POST")
         self._metrics.in_flight.set(self.count)
-        if self.count:
-            self._idle.clear()
-        else:
-            self._idle.set()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

@@ -14,12 +14,12 @@ from robust.matching import first_images, match_classes
 
 
 def registered(settings: Settings) -> dict[str, Path]:
-    """The sets in the operator's folder by name: that of the file, without its ending."""
+    """The sets in the operator's folder by name, that of a file without its ending."""
     folder = settings.datasets
     if folder is None or not folder.is_dir():
         return {}
     return {
-        path.stem: path.absolute()
+        path.name if path.is_dir() else path.stem: path.absolute()
         for path in sorted(folder.iterdir())
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.name)
     }

@@ -1,5 +1,6 @@
 """POST /evaluate and the jobs it makes: accuracy, clean and under attack, of a labelled set."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -50,14 +51,14 @@ def router(service: Service) -> APIRouter:
         parameters = parse(EvaluateParameters, upload.parameters)
         model = service.model_for(request)
         attacks = resolve_attacks(parameters, service.settings)
-        dataset = await service.beside(
-            lambda: load_set(
-                upload.files,
-                parameters.dataset,
-                limit=parameters.limit,
-                model=model,
-                settings=service.settings,
-            )
+        # Not among the threads that decode images: predictions would wait behind whole sets.
+        dataset = await asyncio.to_thread(
+            load_set,
+            upload.files,
+            parameters.dataset,
+            limit=parameters.limit,
+            model=model,
+            settings=service.settings,
         )
         job = service.jobs.submit(model, dataset, attacks)
         response.headers["Location"] = str(request.url_for("job", id=job.id).path)
@@ -87,10 +88,10 @@ def router(service: Service) -> APIRouter:
             event = "progress" if item.active else item.state
             yield ServerSentEvent(event=event, data=job_status(item))
 
-    @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404, 409))
-    async def cancel(found: Found) -> JobStatus:
-        """Stop it at its next step; what came out so far stays."""
-        return job_status(service.jobs.cancel(found.id))
+    @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404))
+    async def delete(found: Found) -> JobStatus:
+        """Stop it at its next step, keeping what came out so far; forget one that has ended."""
+        return job_status(service.jobs.delete(found.id))
 
     return routes
 

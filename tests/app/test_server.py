@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,15 +43,17 @@ def fails(*arguments: str, **environment: str) -> str:
 
 class Server:
     def __init__(self, path: Path) -> None:
-        self.process = start("--port", "0", "--checkpoint", str(path), ROBUST_RELOAD_SECONDS="60")
+        self.process = start(
+            "--port",
+            "0",
+            "--checkpoint",
+            str(path),
+            ROBUST_RELOAD_SECONDS="60",
+            ROBUST_GRACE_SECONDS="90",
+        )
         assert self.process.stdout is not None
         self.lines = [self.process.stdout.readline() for _ in range(2)]
         self.url = re.findall(r"http://127\.0\.0\.1:\d+", self.lines[0])[0]
-
-    def stop(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, errors
 
 
 @pytest.fixture
@@ -70,19 +73,25 @@ def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path
     assert command is not None
     photo = ROOT / command[2] if (ROOT / command[2]).exists() else None
     data = photo.read_bytes() if photo else png()
-    answer = httpx.post(command[3], files={"file": data}, timeout=60)
+    answer = httpx.post(command[3], files={"file": data}, timeout=120)
     assert answer.status_code == 200
     old = answer.json()["model_sha256"]
 
     new = write_checkpoint(tmp_path / "robust_model.pt", seed=7)
     server.process.send_signal(signal.SIGHUP)  # no need to wait for the next look
-    until(lambda: httpx.get(f"{server.url}/model", timeout=60).json()["sha256"] == new)
+    until(lambda: httpx.get(f"{server.url}/model", timeout=120).json()["sha256"] == new)
     assert new != old
 
-    job = httpx.post(f"{server.url}/evaluate?attack=pgd-200", content=labelled(500), timeout=60)
+    job = httpx.post(f"{server.url}/evaluate?attack=pgd-200", content=labelled(500), timeout=120)
     assert job.status_code == 202
-    code, errors = server.stop()
-    assert code == 0
+    events = f"{server.url}{job.headers['Location']}/events"
+    with httpx.stream("GET", events, timeout=120) as stream:
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert "event: cancelled" in list(stream.iter_lines())
+    _, errors = server.process.communicate(timeout=120)
+    assert server.process.returncode == 0
+    assert time.monotonic() - begun < 60  # not the whole grace time for one who only watches
     assert "Traceback" not in errors
     assert errors.count("POST /predict 200") == 1
 
@@ -90,17 +99,29 @@ def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path
 def test_a_request_in_hand_is_finished(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     data = png()
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data[:10])
         in_flight = "robust_requests_in_flight 2.0"  # that one and this
-        until(lambda: in_flight in httpx.get(f"{server.url}/metrics", timeout=60).text)
+        until(lambda: in_flight in httpx.get(f"{server.url}/metrics", timeout=120).text)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code == 503)
-        assert httpx.post(f"{server.url}/predict", content=data, timeout=60).status_code == 503
+        until(lambda: httpx.get(f"{server.url}/readyz", timeout=120).status_code == 503)
+        assert httpx.post(f"{server.url}/predict", content=data, timeout=120).status_code == 503
         connection.sendall(data[10:])
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-    assert server.process.wait(60) == 0
+    assert server.process.wait(120) == 0
+
+
+def test_asked_twice_it_waits_for_nobody(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n.")
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{server.url}/readyz", timeout=120).status_code == 503)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(120) == 0
+        assert time.monotonic() - begun < 60
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
