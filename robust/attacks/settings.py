@@ -84,7 +84,8 @@ def resolve_attack(
     """Fill in what is left out; ``pgd-50`` is `pgd` with 50 steps.
 
     `alpha` is eps for `fgsm`; for `pgd` a quarter of eps, more where so few steps could not cross
-    the ball. Raises ValueError for an unknown attack or a parameter the attack does not have.
+    the ball. `fgsm` takes none of the parameters and leaves them unused. Raises ValueError for an
+    unknown attack, or steps and restarts below 1.
     """
     match = re.fullmatch(r"([a-z]+)(?:-([0-9]{1,6}))?", name)
     base = match[1] if match else name

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write the result as JSON too; - prints it instead of the table.",
 )
+@click.option("--record", is_flag=True, help="Add the accuracies to the checkpoint's sidecar.")
 def evaluate(
     checkpoint: Path,
     data: str,
@@ -55,6 +56,7 @@ def evaluate(
     limit: int | None,
     batch_size: int,
     json_path: Path | None,
+    record: bool,
 ) -> None:
     """Measure clean and robust accuracy on labelled images.
 
@@ -64,7 +66,7 @@ def evaluate(
     \b
         robust evaluate --data cifar10 --attack pgd-50 --limit 1000
     """
-    from robust.checkpoint import load_checkpoint
+    from robust.checkpoint import load_checkpoint, record_evaluation
     from robust.classifier import resolve_device
     from robust.datasets import load_dataset
     from robust.doubts import doubts
@@ -121,6 +123,10 @@ def evaluate(
             "seconds": seconds,
         }
         write_report(json_path, report)
+    if record:
+        source = {"data": dataset.name, "data_sha256": scored.sha256}
+        rows = [{**source, **item.to_dict()} for item in evaluation.accuracies]
+        record_evaluation(loaded, rows)
     if str(json_path) != "-":
         click.echo(f"{checkpoint} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
         click.echo(_describe(evaluation))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robust.checkpoint import load_checkpoint
+from robust.checkpoint import load_checkpoint, sidecar_path
 from robust.commands.output import Progress, write_report
 from robust.files import sha256_file
 from robust.images import decode_png, encode_png, to_float
@@ -207,6 +207,21 @@ def test_evaluate_reports(
     assert [line.split()[0] for line in lines[2:6]] == ["clean", "fgsm", "pgd-2", "worst"]
     assert re.search(rf"^clean +{100 * correct / 30:.2f} .* {correct}/30 ", printed, re.MULTILINE)
     assert "linf  1/255" in lines[3]
+
+
+def test_evaluate_records_in_the_sidecar(checkpoint_path: Path, data: Path, tmp_path: Path) -> None:
+    for path in (checkpoint_path, sidecar_path(checkpoint_path)):
+        shutil.copy(path, tmp_path)
+    copied = tmp_path / checkpoint_path.name
+    arguments = ["--data", str(data), "--attack", "fgsm", "--json", str(tmp_path / "report.json")]
+    assert run(["evaluate", "--checkpoint", str(copied), *arguments, "--record"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = load_checkpoint(copied).sidecar.evaluation[-2:]
+    assert [row["attack"] for row in rows] == ["clean", "fgsm"]
+    assert [row["correct"] for row in rows] == [row["correct"] for row in report["results"]]
+    assert {(row["data"], row["data_sha256"]) for row in rows} == {
+        ("set.npz", report["data"]["sha256"])
+    }
 
 
 def test_evaluate_shows_progress_in_plain_lines(
