@@ -181,9 +181,9 @@ class Jobs:
 async def watch(job: Job) -> AsyncIterator[Job]:
     """`job` now and after each change, the last time when it has ended."""
     while True:
-        changed = job.changed
-        yield job
-        if not job.active:
+        changed, last = job.changed, not job.active
+        yield job  # which may end meanwhile
+        if last:
             return
         await changed.wait()
 

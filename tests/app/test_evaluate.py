@@ -1,7 +1,9 @@
 """POST /evaluate and its jobs: the library's result, while predictions go on."""
 
+import asyncio
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from app.jobs import Job, watch
 from app.settings import Settings
 from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint
@@ -158,6 +161,20 @@ def test_events_tell_progress_and_the_end(running: Running, checkpoint: Path) ->
             low, high = result["interval"]
             assert 0 <= low <= result["accuracy"] <= high <= 1
     assert [name for name, _ in events(running, job["id"])] == ["done"]  # a late watcher
+
+
+def test_a_watcher_sees_the_end_also_when_it_comes_while_it_is_busy() -> None:
+    async def seen() -> list[str]:
+        job = Job(id="1", model="", dataset="", images=1, attacks=(), created=datetime.now(UTC))
+        states = []
+        async for item in watch(job):
+            states.append(item.state)
+            if len(states) == 1:
+                job.update("running")
+                job.update("done")
+        return states
+
+    assert asyncio.run(seen()) == ["queued", "done"]
 
 
 def test_events_of_a_cancelled_job_end(running: Running) -> None:
