@@ -127,7 +127,9 @@ class WorkQueue:
             return
         pace = seconds / cost
         with self._changed:
-            self._pace[kind] = 0.8 * self._pace.get(kind, pace) + 0.2 * pace
+            # By what it cost: under load large batches come, and a single image is no measure.
+            keep = 0.97**cost
+            self._pace[kind] = keep * self._pace.get(kind, pace) + (1 - keep) * pace
 
     def close(self, reason: EngineStopped) -> None:
         """Refuse further work and fail what waits."""

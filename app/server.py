@@ -21,6 +21,8 @@ from app.parameters import describe
 from app.service import Service
 from app.settings import Settings
 
+# Longer than proxies and clients keep theirs: who closes first never resets a request on its way.
+KEEP_ALIVE_SECONDS = 75
 EXAMPLE = Path("examples/cat.jpg")
 
 
@@ -43,6 +45,7 @@ def run(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,  # after `Service.drain` has waited
     )
     asyncio.run(_serve(_Server(config), service, listener))
