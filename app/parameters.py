@@ -18,14 +18,18 @@ from pydantic_core import PydanticCustomError
 
 from app.errors import FieldError, InvalidParameters
 from app.settings import Settings
-from robust.attacks import ATTACKS, AttackSettings, resolve_attack
+from robust.attacks import (
+    ATTACKS,
+    DEFAULT_ATTACKS,
+    DEFAULT_EPS,
+    AttackSettings,
+    resolve_attack,
+)
 from robust.prediction import find_class
 from robust.threat_model import Norm, ThreatModel, format_eps, parse_eps
 
 P = TypeVar("P", bound=BaseModel)
 
-DEFAULT_ATTACKS = ("fgsm", "pgd")
-DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}
 MAX_ATTACKS = 8  # named in one request
 
 

@@ -3,10 +3,18 @@
 from robust.attacks.frozen import Model, frozen
 from robust.attacks.pgd import fgsm, pgd
 from robust.attacks.result import AttackResult
-from robust.attacks.settings import ATTACKS, AttackSettings, resolve_attack
+from robust.attacks.settings import (
+    ATTACKS,
+    DEFAULT_ATTACKS,
+    DEFAULT_EPS,
+    AttackSettings,
+    resolve_attack,
+)
 
 __all__ = [
     "ATTACKS",
+    "DEFAULT_ATTACKS",
+    "DEFAULT_EPS",
     "AttackResult",
     "AttackSettings",
     "Model",

@@ -11,10 +11,12 @@ from torch import Tensor
 from robust.attacks.frozen import Model
 from robust.attacks.pgd import fgsm, pgd
 from robust.attacks.result import AttackResult
-from robust.threat_model import ThreatModel
+from robust.threat_model import Norm, ThreatModel
 
 ATTACKS = ("fgsm", "pgd")
+DEFAULT_ATTACKS = ("fgsm", "pgd")
 DEFAULT_STEPS = 20
+DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}  # pixel units
 
 
 @dataclass(frozen=True, kw_only=True)

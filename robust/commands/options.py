@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_CHECKPOINT = Path("models/robust_model.pt")
-DEFAULT_ATTACKS = ("fgsm", "pgd")
 MAX_STEPS = 10_000  # far beyond where attacks converge; more is a slip of the keyboard
 MAX_RESTARTS = 1_000
 MAX_SEED = 2**32 - 1
@@ -107,11 +106,11 @@ def resolve_attacks(
     seed: int,
 ) -> list[AttackSettings]:
     """The attacks asked for, each once, with every parameter filled in. Raises ValueError."""
-    from robust.attacks import resolve_attack
+    from robust.attacks import DEFAULT_ATTACKS, DEFAULT_EPS, resolve_attack
     from robust.threat_model import ThreatModel
 
     if eps is None:
-        eps = 0.5 if norm == "l2" else 8 / 255
+        eps = DEFAULT_EPS.get(norm, 0.0)  # type: ignore[call-overload]
     threat_model = ThreatModel(norm=norm, eps=eps)  # type: ignore[arg-type]
     attacks = []
     for name in names or DEFAULT_ATTACKS:
