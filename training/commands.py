@@ -69,25 +69,25 @@ def train(
         f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
         f"recipe {recipe.name}, {recipe.epochs} epochs on {device}; writes {out}"
     )
-    stop = StopRequest()
     display = Display()
-    try:
-        sidecar = run(
-            recipe,
-            dataset,
-            out=out,
-            device=device,
-            seed=seed,
-            resume=resume,
-            should_stop=stop.requested,
-            observe=display,
-        )
-    except Stopped:
-        display.close()
-        click.echo("stopped; the run is saved, --resume goes on with it", err=True)
-        raise SystemExit(128 + stop.signal) from None
-    finally:
-        display.close()
+    with StopRequest() as stop:
+        try:
+            sidecar = run(
+                recipe,
+                dataset,
+                out=out,
+                device=device,
+                seed=seed,
+                resume=resume,
+                should_stop=stop.requested,
+                observe=display,
+            )
+        except Stopped:
+            display.close()
+            click.echo("stopped; the run is saved, --resume goes on with it", err=True)
+            raise SystemExit(128 + stop.signal) from None
+        finally:
+            display.close()
     held_out = ", ".join(
         f"{row['attack']} {100 * row['accuracy']:.2f}%" for row in sidecar.evaluation
     )
@@ -103,12 +103,20 @@ def configure_logging() -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a question the loop asks after each step."""
+    """Turns SIGTERM and Ctrl-C, as long as the block runs, into a question asked between steps."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> StopRequest:
+        self._before = [signal.signal(number, self._note) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in zip(self.SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:
