@@ -51,7 +51,6 @@ COPY --chown=10001:10001 models models
 COPY examples examples
 
 USER 10001:10001
-VOLUME /data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Asks the service on its default port; a container that trains has none and may be run with --no-healthcheck.
