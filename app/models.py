@@ -65,6 +65,7 @@ class Models:
                     await self._asked.wait()
             except TimeoutError:
                 pass
+            asked = self._asked.is_set()
             self._asked.clear()
             signature = await asyncio.to_thread(self._signature)
             if signature == self._seen:
@@ -72,6 +73,8 @@ class Models:
             self._seen = signature
             try:
                 model = await asyncio.to_thread(load_model, self._path, self._device)
+                if not asked and self._serves(model):
+                    continue  # seen between its two renames: taken over already
                 await warm(engine, model)
             except Exception as error:
                 self._metrics.reloads.labels("failed").inc()
@@ -85,6 +88,14 @@ class Models:
                 self._take(model)
                 self._metrics.reloads.labels("ok").inc()
                 logger.info("took over the checkpoint %s", model.sha256)
+
+    def _serves(self, model: ServedModel) -> bool:
+        current = self._current
+        return (
+            current is not None
+            and current.sha256 == model.sha256
+            and current.sidecar == model.sidecar
+        )
 
     def _take(self, model: ServedModel) -> None:
         self._current = model

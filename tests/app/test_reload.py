@@ -1,6 +1,8 @@
 """A new checkpoint is taken over without dropping a request; a broken one is refused."""
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +110,14 @@ def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(
     new = write_checkpoint(path, seed=2)
     until(lambda: served(reloading) == new)
     assert sidecar_path(path).is_file()
+
+
+def test_a_checkpoint_that_is_served_already_is_not_taken_over_again(reloading: Running) -> None:
+    path = reloading.service.settings.checkpoint
+    for kind in (path, sidecar_path(path)):
+        os.utime(kind)
+        time.sleep(0.3)  # six looks at the files
+    assert (reloads(reloading, "ok"), reloads(reloading, "failed")) == (0, 0)
 
 
 def test_asking_looks_again_at_files_that_did_not_change(reloading: Running) -> None:
