@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from training.recipe import Phase, Recipe
+from training.state import TrainingError
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -36,14 +37,36 @@ def learning_rate(phase: Phase, step: int, total: int) -> float:
 
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether forward passes run in bfloat16 on this device."""
-    if recipe.precision != "auto":
-        return recipe.precision == "bf16"
+    """Whether forward passes run in bfloat16 on this device.
+
+    Raises TrainingError where the recipe asks for it and its gradients would be wrong.
+    """
+    if recipe.precision == "fp32":
+        return False
+    if device.type == "cpu" and _shrinks_to_a_pixel(recipe):
+        if recipe.precision == "bf16":
+            raise TrainingError(
+                f"precision: expected fp32 for images of {recipe.input_size} pixels on the CPU, "
+                "got bf16, whose gradients are wrong where feature maps are one pixel wide"
+            )
+        return False
+    if recipe.precision == "bf16":
+        return True
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     return False
+
+
+def _shrinks_to_a_pixel(recipe: Recipe) -> bool:
+    """Whether a strided 3x3 convolution meets a map of one pixel.
+
+    There oneDNN's bfloat16 weight gradient reads memory nobody wrote (torch 2.15 on a CPU with
+    AMX: off by up to 1e24, another value each time); 2x2 and 4x4 maps come out right.
+    """
+    before_last_stage = 16 if recipe.stem == "imagenet" else 4
+    return recipe.input_size <= before_last_stage
 
 
 def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[None]:

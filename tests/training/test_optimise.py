@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from robust.classifier import Architecture, Classifier
+from robust.classifier import Architecture, Classifier, Stem
 from training.ema import AveragedModel
 from training.optimise import learning_rate, make_optimizer, uses_bf16
 from training.recipe import Phase, quick
+from training.state import TrainingError
 
 
 def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
@@ -78,3 +79,13 @@ def test_precision_can_be_forced() -> None:
     cpu = torch.device("cpu")
     assert uses_bf16(replace(quick(), precision="bf16"), cpu)
     assert not uses_bf16(replace(quick(), precision="fp32"), cpu)
+
+
+@pytest.mark.parametrize(("stem", "size"), [("imagenet", 16), ("cifar", 4)])
+def test_no_bf16_on_the_cpu_where_maps_shrink_to_a_pixel(stem: Stem, size: int) -> None:
+    cpu = torch.device("cpu")
+    recipe = replace(quick(), stem=stem, input_size=size)
+    assert not uses_bf16(replace(recipe, precision="auto"), cpu)
+    with pytest.raises(TrainingError, match=f"expected fp32 for images of {size} pixels"):
+        uses_bf16(replace(recipe, precision="bf16"), cpu)
+    assert uses_bf16(replace(recipe, precision="bf16", input_size=size + 1), cpu)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from robust import files
 from robust.checkpoint import load_checkpoint, save_checkpoint
@@ -202,7 +203,7 @@ def test_a_run_learns(tiny: Recipe, colours: Dataset, out: Path) -> None:
         {"ema_decay": 0.0},
         {"gradient_clip": 0.0},
         {"label_smoothing": 0.0},
-        {"precision": "bf16"},
+        {"precision": "bf16", "input_size": 32},
         {"stem": "cifar", "activation": "silu", "mean": (0.5,) * 3, "std": (0.25,) * 3},
         {"norm": "l2", "eps": 0.5},
         {"select": "mean", "zero_init_residual": True},
@@ -218,6 +219,8 @@ def test_every_technique_can_be_switched(
         parts=(AdversarialPart(kind="n-fgsm"),),
     )
     recipe = replace(tiny, phases=(phase,), **change)  # type: ignore[arg-type]
+    enlarged = F.interpolate(colours.images, size=recipe.input_size)
+    colours = replace(colours, images=enlarged)
     progress: list[Progress] = []
     train(recipe, colours, out=out, device=CPU, observe=progress.append)
     assert load_checkpoint(out).classifier.architecture.stem == recipe.stem
