@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from app.errors import DeadlineExceeded, EngineStopped, ServiceError
+from app.errors import DeadlineExceeded, EngineStopped, OutOfMemory, ServiceError
 from app.metrics import Metrics
 from app.model import ServedModel
+from app.processors import available_processors
 from app.queue import Kind, Work, WorkQueue
 from robust.images import to_float
 from robust.prediction import predict
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STOPPED = EngineStopped("The device thread has stopped.")
+_FITTED_OFTEN = 100  # forward passes after which one image more is tried
+# What torch says when the system refuses memory on the CPU, or a CUDA library on the device.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
 
 
 class Session:
@@ -61,6 +65,8 @@ class Engine:
         self._metrics = metrics or Metrics()
         self._queue = WorkQueue(queue_limit, self._metrics)
         self._max_batch, self._threads = max_batch, threads
+        self._fitting = max_batch  # images that one forward pass has memory for, as far as is known
+        self._fitted = 0  # so often in a row
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
         self._started, self._nested = 0.0, 0.0  # of the work on top of the stack
         self._running: list[Work] = []
@@ -142,8 +148,10 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            if self._threads:
-                torch.set_num_threads(self._threads)
+            # torch counts the machine's processors and knows nothing of a container's share.
+            torch.set_num_threads(
+                self._threads or min(torch.get_num_threads(), available_processors())
+            )
             while self._queue.wait():
                 if work := self._queue.take():
                     self._do(work)
@@ -181,10 +189,10 @@ class Engine:
         images = torch.cat([work.images for work in batch if work.images is not None])
         try:
             with self._on_device(batch):
-                probabilities = predict(model.logits, to_float(images.to(model.device)))
+                probabilities = self._classify(model, images)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                batch[0].future.set_exception(_told(error))
                 return
             logger.warning("a batch of %d requests failed; trying each alone", len(batch))
             for work in batch:
@@ -193,11 +201,40 @@ class Engine:
         except BaseException:
             _fail(batch)
             raise
-        self._metrics.batch_images.observe(len(images))
         for work, rows in zip(
             batch, torch.split(probabilities, [w.cost for w in batch]), strict=True
         ):
             work.future.set_result(rows)
+
+    def _classify(self, model: ServedModel, images: Tensor) -> Tensor:
+        """Probabilities float32 (n, K), in as many parts as the memory makes necessary.
+
+        Each lack of memory halves what is tried at once, and many full parts that went well raise
+        it by one image. Raises OutOfMemory when it does not suffice for a single image.
+        """
+        done: list[Tensor] = []
+        while len(images):
+            size = min(self._fitting, len(images))
+            part = _without_memory(lambda: self._forward(model, images[:size]))  # noqa: B023
+            if part is None:
+                self._metrics.out_of_memory.inc()
+                if model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if size == 1:
+                    raise OutOfMemory("There is not enough memory for this now.")
+                self._fitting, self._fitted = size // 2, 0
+                logger.warning("out of memory with %d images; trying %d", size, self._fitting)
+                continue
+            done.append(part)
+            images = images[size:]
+            self._fitted += size == self._fitting < self._max_batch
+            if self._fitted >= _FITTED_OFTEN:
+                self._fitting, self._fitted = self._fitting + 1, 0
+        return torch.cat(done)
+
+    def _forward(self, model: ServedModel, images: Tensor) -> Tensor:
+        self._metrics.batch_images.observe(len(images))
+        return predict(model.logits, to_float(images.to(model.device)))
 
     def _run(self, work: Work) -> None:
         assert work.function is not None
@@ -205,7 +242,7 @@ class Engine:
             with self._on_device([work]):
                 result = work.function(Session(self, work))
         except Exception as error:
-            work.future.set_exception(error)
+            work.future.set_exception(_told(error))
         except BaseException:
             _fail([work])
             raise
@@ -233,3 +270,29 @@ def _fail(batch: list[Work]) -> None:
     for work in batch:
         if not work.future.done():
             work.future.set_exception(_STOPPED)
+
+
+def _without_memory(function: Callable[[], T]) -> T | None:
+    """The result of `function`, None when memory ran out.
+
+    The error ends here, and with it the frames that hold the tensors of what failed.
+    """
+    try:
+        return function()
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def _told(error: Exception) -> Exception:
+    """What to tell of an error: a lack of memory may be over when the client asks again."""
+    if _is_out_of_memory(error):
+        return OutOfMemory("There is not enough memory for this now.")
+    return error

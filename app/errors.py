@@ -74,6 +74,10 @@ class EngineStopped(ServiceError):
     """The thread that owns the device has stopped."""
 
 
+class OutOfMemory(ServiceError):
+    """The device has no memory left for this work, even alone."""
+
+
 class DeadlineExceeded(ServiceError):
     """The work did not finish in time."""
 

@@ -54,6 +54,11 @@ class Metrics:
         self.rejected = Counter(
             "robust_rejected", "Work turned away.", ["reason"], registry=registry
         )
+        self.out_of_memory = Counter(
+            "robust_out_of_memory",
+            "Forward passes of predictions that found too little memory.",
+            registry=registry,
+        )
         self.jobs = Gauge("robust_jobs", "Evaluations held.", ["state"], registry=registry)
         self.model = Info("robust_model", "The model that is served.", registry=registry)
         self.reloads = Counter(

@@ -81,6 +81,9 @@ def problem_of(request_id: str, error: Exception) -> Response:
         case errors.NotReady() | errors.EngineStopped():
             headers = {"Retry-After": str(RETRY_SECONDS)}
             return problem(request_id, 503, "Not ready", str(error), headers=headers)
+        case errors.OutOfMemory():
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            return problem(request_id, 503, "Out of memory", str(error), headers=headers)
         case errors.ServiceError():
             status, title = _STATUS[type(error)]
             return problem(request_id, status, title, str(error) or title)

@@ -23,7 +23,7 @@ class Settings(BaseSettings):
         default="auto", description="auto, cpu or cuda; auto takes CUDA where there is one."
     )
     threads: int = Field(
-        default=0, ge=0, description="CPU threads of the device thread; 0 leaves it to torch."
+        default=0, ge=0, description="CPU threads of the device thread; 0 takes the cgroup's share."
     )
     datasets: Path | None = Field(
         default=None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.engine import Engine, Session
-from app.errors import Cancelled, DeadlineExceeded, EngineStopped, Overloaded
+from app.errors import Cancelled, DeadlineExceeded, EngineStopped, OutOfMemory, Overloaded
 from app.metrics import Metrics
 from app.model import ServedModel
 from app.queue import Kind
@@ -322,6 +322,94 @@ def test_one_bad_image_does_not_fail_its_neighbours() -> None:
         await task
 
     run(test)
+
+
+class Cramped(Brightness):
+    """Has memory for `room` images at a time; a black image alone takes more than there is."""
+
+    def __init__(self, room: int, error: Callable[[], Exception]) -> None:
+        super().__init__()
+        self.room, self.error = room, error
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > self.room or bool((x.flatten(1).amax(dim=1) == 0).any()):
+            self.batches.append(-len(x))
+            raise self.error()
+        return super().__call__(x)
+
+
+def no_cuda_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def no_cpu_memory() -> Exception:
+    try:
+        torch.empty(2**60, dtype=torch.uint8)  # what torch really says
+    except RuntimeError as error:
+        return error
+    raise AssertionError("a machine with an exabyte")
+
+
+@pytest.mark.parametrize("error", [no_cuda_memory, no_cpu_memory, MemoryError])
+def test_without_memory_half_the_batch_is_tried(error: Callable[[], Exception]) -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = Cramped(3, error)
+        images = torch.cat([image(level) for level in range(1, 9)])
+        for _ in range(2):
+            probabilities = await engine.predict(served(model), images)
+            assert probabilities[:, 1].tolist() == pytest.approx(
+                [light(level) for level in range(1, 9)], abs=1e-6
+            )
+        # Halved from 8 until it fits; what fitted is remembered.
+        assert model.batches == [-8, -4, *[2] * 8]
+        counted = metrics.registry.get_sample_value("robust_out_of_memory_total")
+        assert counted == 2
+        for _ in range(24):  # the hundredth pass of 2 comes with the 23rd
+            await engine.predict(served(model), images)
+        assert model.batches[-3:] == [3, 3, 2]
+
+    run(test)
+
+
+def test_an_image_too_much_for_the_memory_fails_alone() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Cramped(2, no_cuda_memory))
+        held = Held()
+        task = await held.start(engine, served(Brightness()))
+        waiting = [asyncio.create_task(engine.predict(model, image(i))) for i in (1, 2, 0, 3)]
+        await settled()
+        held.release.set()
+        first, second, bad, third = await asyncio.gather(*waiting, return_exceptions=True)
+        for row, level in ((first, 1), (second, 2), (third, 3)):
+            assert isinstance(row, Tensor)
+            assert float(row[0, 1]) == pytest.approx(light(level), abs=1e-6)
+        assert isinstance(bad, OutOfMemory)
+        assert engine.alive
+        await task
+
+    run(test)
+
+
+def test_an_attack_without_memory_is_told_so() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Cramped(0, no_cpu_memory))
+        with pytest.raises(OutOfMemory):
+            await engine.run(Kind.ATTACK, model, lambda s: s(torch.ones(1, 3, 4, 4)), cost=1)
+
+    run(test)
+
+
+def test_threads_are_those_the_cgroup_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Brightness())
+        found = await engine.run(Kind.ATTACK, model, lambda _: torch.get_num_threads(), cost=0)
+        assert found == expected
+
+    monkeypatch.setattr("app.engine.available_processors", lambda: 1)
+    expected = 1
+    run(test, threads=0)
+    expected = 2
+    run(test, threads=2)  # told so: nothing else counts
 
 
 def test_a_dead_thread_fails_what_waits_and_what_comes() -> None:

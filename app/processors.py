@@ -1,0 +1,56 @@
+"""How many processors this process may keep busy, inside a container as outside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def available_processors(
+    *, cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int:
+    """Whole processors that affinity and the quotas of all enclosing cgroups leave, at least 1.
+
+    Of a share the whole part counts: a thread more than that would use the quota up early and
+    stand still until the next period, and with it every thread that waits for it.
+    """
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        allowed = os.cpu_count() or 1
+    quotas = [quota for folder in _folders(cgroups, membership) if (quota := _quota(folder))]
+    return max(1, int(min([allowed, *quotas])))
+
+
+def _folders(cgroups: Path, membership: Path) -> list[Path]:
+    """Where quotas of this process may stand: its cgroup and those around it, v2 and v1."""
+    found = []
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # v1 mounts each set of controllers by its name, often with a link for each controller.
+        mount = cgroups / controllers if (cgroups / controllers).is_dir() else cgroups / "cpu"
+        folder = mount / path.lstrip("/") if controllers else cgroups / path.lstrip("/")
+        top = mount if controllers else cgroups
+        if ".." in folder.parts:  # a cgroup outside the namespace this process sees
+            folder = top
+        found += [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
+    return found
+
+
+def _quota(folder: Path) -> float | None:
+    """Processors that the cgroup at `folder` may use, None where it has no limit."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return int(quota) / int(period) if quota != "max" and int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
