@@ -92,7 +92,6 @@ def attack_image(
     *,
     settings: AttackSettings,
     target: int | None = None,
-    generator: torch.Generator | None = None,
 ) -> AttackOutcome:
     """Attack the image `x`, uint8 (3, H, W), and score the 8-bit image that comes out.
 
@@ -115,7 +114,6 @@ def attack_image(
         clean,
         torch.tensor([label], device=x.device),
         target=None if target is None else torch.tensor([target], device=x.device),
-        generator=generator,
     )
     image = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))[0]
     x_adv = to_float(image).unsqueeze(0)

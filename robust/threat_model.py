@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Norm = Literal["linf", "l2"]
-NORMS: tuple[Norm, ...] = get_args(Norm)
+from robust import geometry
+from robust.geometry import NORMS, Norm, distance, lengths
+
+__all__ = ["NORMS", "TOLERANCE", "Norm", "ThreatModel", "distance", "format_eps", "parse_eps"]
 
 # Distances are compared in float32; this much over eps is rounding, not an escape from the ball.
 TOLERANCE = 1e-6
@@ -74,12 +75,7 @@ class ThreatModel:
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The point of the ball around `x`, cut by [0, 1], that `x_adv` is pulled back to."""
-        if self.norm == "linf":
-            return torch.clamp(x_adv, (x - self.eps).clamp_min(0), (x + self.eps).clamp_max(1))
-        delta = x_adv - x
-        length = _lengths(delta)
-        # Cutting at the pixel range afterwards moves every pixel towards x, so stays in the ball.
-        return (x + delta * (self.eps / length.clamp_min(self.eps)).nan_to_num(0)).clamp(0, 1)
+        return geometry.project(x_adv, x, norm=self.norm, eps=self.eps)
 
     def noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A random offset within the radius: uniform for `linf`, uniform in volume for `l2`."""
@@ -90,7 +86,7 @@ class ThreatModel:
         direction = torch.randn(x.shape, generator=generator, device=x.device)
         radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
         radius = radius ** (1 / x[0].numel())
-        return self.eps * radius * direction / _lengths(direction)
+        return self.eps * radius * direction / lengths(direction)
 
     def random_start(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """`x` moved by `noise` and projected."""
@@ -98,12 +94,7 @@ class ThreatModel:
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The step of length one in this norm that follows `gradient` best; 0 where it is 0."""
-        if self.norm == "linf":
-            return gradient.sign()
-        # Scaled first: the squares of a tiny gradient would underflow to a zero length.
-        gradient = gradient.nan_to_num()  # as `sign` has it: no direction where there is none
-        scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
-        return scaled / _lengths(scaled).clamp_min(1e-12)
+        return geometry.steepest(gradient, self.norm)
 
     def round_inside(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Round `x_adv` to 8 bits without leaving the ball around the 8-bit images `x`.
@@ -119,19 +110,6 @@ class ThreatModel:
             reach = self.eps * 255 * (1 + TOLERANCE)
             levels = origin + _shorten(levels - origin, x_adv * 255 - origin, reach)
         return levels.clamp(0, 255) / 255
-
-
-def distance(x_adv: Tensor, x: Tensor, norm: Norm) -> Tensor:
-    """Distance of each pair of images (N, C, H, W) in pixel units, float32 (N,)."""
-    delta = (x_adv - x).flatten(1)
-    if norm == "linf":
-        return delta.abs().amax(dim=1)
-    length: Tensor = torch.linalg.vector_norm(delta, dim=1)
-    return length
-
-
-def _lengths(delta: Tensor) -> Tensor:
-    return distance(delta, torch.zeros_like(delta), "l2").view(-1, 1, 1, 1)
 
 
 def _shorten(rounded: Tensor, exact: Tensor, reach: float) -> Tensor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from robust.attacks.frozen import Model, frozen
+from robust.attacks.call import attack
+from robust.attacks.frozen import Model
+from robust.attacks.losses import FUNCTIONS, Loss
+from robust.attacks.noise import normal, uniform
 from robust.attacks.result import AttackResult
+from robust.attacks.search import Rows
+from robust.geometry import Norm, lengths, project, steepest
 from robust.threat_model import ThreatModel
 
 
@@ -18,6 +24,7 @@ def fgsm(
     *,
     threat_model: ThreatModel,
     target: Tensor | None = None,
+    eps: Tensor | None = None,
 ) -> AttackResult:
     """One step of length eps along the gradient.
 
@@ -34,6 +41,7 @@ def fgsm(
         steps=1,
         random_start=False,
         target=target,
+        eps=eps,
     )
 
 
@@ -48,123 +56,106 @@ def pgd(
     restarts: int = 1,
     random_start: bool = True,
     early_stop: bool = False,
+    loss: Loss = "ce",
     target: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
 ) -> AttackResult:
-    """Climb the cross-entropy in `steps` steps of length `alpha`, each pulled back into the ball.
+    """Climb `loss` in `steps` steps of length `alpha`, each pulled back into the ball.
 
     Images float32 (N, C, H, W) in [0, 1], labels int64 (N,), `alpha` in pixel units. With `target`
-    int64 (N,) the loss towards that class is descended instead. Every iterate is scored, the
-    last included, and of those that fool the model (or else of all) the one of the highest loss
-    is kept. Restarts go on with the images not yet fooled; with `early_stop` a fooled image
-    leaves at once and `x_adv` is its first success. Without `generator` starts are those of
-    seed 0. Raises ValueError for images, labels or settings out of range.
+    int64 (N,) the loss towards that class is descended instead. `eps` float32 (N,) gives each
+    image a radius of its own, and an `alpha` in proportion. Every iterate is scored, the last
+    included, and of those that fool the model (or else of all) the one of the highest loss is
+    kept. Restarts go on with the images not yet fooled; with `early_stop` a fooled image leaves
+    at once and `x_adv` is its first success. Starts depend on `seed` and the image alone.
+    Raises ValueError for images, labels or settings out of range.
     Source: Madry et al. 2018, arXiv:1706.06083.
     """
-    check_inputs(x, y, target)
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"expected at least 1 step and 1 restart, got {steps} and {restarts}")
-    if not alpha >= 0:
-        raise ValueError(f"expected alpha of at least 0, got {alpha}")
-    if generator is None:
-        generator = torch.Generator(x.device).manual_seed(0)
-    best = _Best(x, y, target)
-    with frozen(model, x.device):
-        for restart in range(restarts):
-            active = torch.arange(len(x), device=x.device)
-            if restart:
-                active = active[~best.fooled]
-            if not len(active):
-                break
-            origin = x[active]
-            x_adv = threat_model.random_start(origin, generator) if random_start else origin.clone()
-            for step in range(steps + 1):
-                last = step == steps
-                logits, loss, gradient = _loss_and_gradient(
-                    model, x_adv, best.labels[active], sign=best.sign, differentiate=not last
-                )
-                best.update(active, x_adv, logits, loss, backward=not last)
-                if last:
-                    break
-                assert gradient is not None
-                x_adv = threat_model.project(
-                    x_adv + alpha * threat_model.steepest(gradient), origin
-                )
-                if early_stop:
-                    remaining = ~best.fooled[active]
-                    active, x_adv, origin = active[remaining], x_adv[remaining], origin[remaining]
-                    if not len(active):
-                        break
-    return best.result(threat_model)
+    algorithm = PGD(
+        norm=threat_model.norm,
+        step=relative(alpha, threat_model.eps),
+        steps=steps,
+        runs=restarts,
+        random_start=random_start,
+        early_stop=early_stop,
+        loss_name=loss,
+        targeted=target is not None,
+    )
+    return attack(
+        model,
+        algorithm,
+        x,
+        y,
+        threat_model=threat_model,
+        eps=eps,
+        target=target,
+        seed=seed,
+        batch_size=batch_size,
+    )
 
 
-def _loss_and_gradient(
-    model: Model, x_adv: Tensor, labels: Tensor, *, sign: int, differentiate: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    with torch.set_grad_enabled(differentiate):
-        x_adv = x_adv.detach().requires_grad_(differentiate)
-        logits = model(x_adv).float()
-        loss = sign * F.cross_entropy(logits, labels, reduction="none")
-        gradient = torch.autograd.grad(loss.sum(), x_adv)[0] if differentiate else None
-    return logits.detach(), loss.detach(), gradient
+def relative(alpha: float, eps: float) -> float:
+    """A step length as a share of eps, so that each image can have its own eps."""
+    return alpha / eps if eps else 0.0
 
 
-class _Best:
-    """For each image the best iterate so far: fooling before not fooling, then the higher loss."""
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """`pgd` between two queries, see `search.Algorithm`. `step` is a share of eps."""
 
-    def __init__(self, x: Tensor, y: Tensor, target: Tensor | None) -> None:
-        n, device = len(x), x.device
-        self.x, self.targeted = x, target is not None
-        self.labels = y if target is None else target
-        self.sign = 1 if target is None else -1
-        self.x_adv, self.logits = x.clone(), torch.empty(0)
-        self.loss = torch.full((n,), -torch.inf, device=device)
-        self.fooled = torch.zeros(n, dtype=torch.bool, device=device)
-        self.forwards = torch.zeros(n, dtype=torch.int64, device=device)
-        self.backwards = torch.zeros(n, dtype=torch.int64, device=device)
+    norm: Norm
+    step: float
+    steps: int
+    runs: int = 1
+    random_start: bool = True
+    early_stop: bool = True
+    loss_name: Loss = "ce"
+    targeted: bool = False
 
-    def update(
-        self, active: Tensor, x_adv: Tensor, logits: Tensor, loss: Tensor, *, backward: bool
-    ) -> None:
-        if not self.logits.numel():
-            self.logits = logits.new_zeros(len(self.x), logits.shape[1])
-        hit = logits.argmax(dim=1) == self.labels[active]
-        fooled = hit if self.targeted else ~hit
-        was = self.fooled[active]
-        better = (fooled & ~was) | ((fooled == was) & (loss > self.loss[active]))
-        rows = active[better]
-        self.x_adv[rows], self.logits[rows] = x_adv.detach()[better], logits[better]
-        self.loss[rows] = loss[better]
-        self.fooled[active] = was | fooled
-        self.forwards[active] += 1
-        self.backwards[active] += int(backward)
+    ahead = False
+    needs_clean = False
+    differentiates = True
 
-    def result(self, threat_model: ThreatModel) -> AttackResult:
-        return AttackResult(
-            x_adv=self.x_adv,
-            logits=self.logits,
-            success=self.fooled,
-            distance=threat_model.distance(self.x_adv, self.x),
-            forwards=self.forwards,
-            backwards=self.backwards,
-        )
-
-
-def check_inputs(x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
-    """Raise ValueError unless images, labels and targets have the shapes and ranges expected."""
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"expected float images (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
-    if not len(x):
-        raise ValueError("expected at least 1 image, got none")
-    for name, labels in (("labels", y), ("targets", target)):
-        if labels is None:
-            continue
-        if labels.shape != (len(x),) or labels.dtype != torch.int64:
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.runs < 1:
             raise ValueError(
-                f"expected {name} int64 ({len(x)},), got {labels.dtype} {tuple(labels.shape)}"
+                f"expected at least 1 step and 1 restart, got {self.steps} and {self.runs}"
             )
-    low, high = x.min().item(), x.max().item()
-    if not (low >= 0 and high <= 1):  # also refuses NaN
-        raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
-    if target is not None and bool((target == y).any()):
-        raise ValueError("expected a target other than the label, got the label itself")
+        if not self.step >= 0:
+            raise ValueError(f"expected alpha of at least 0, got {self.step:g} times eps")
+
+    def begin(self, rows: Rows) -> None:
+        x = rows["x"]
+        rows["step"] = torch.zeros_like(rows["y"])
+        rows["x_adv"] = self._start(rows) if self.random_start else x
+
+    def _start(self, rows: Rows) -> Tensor:
+        x, keys, runs = rows["x"], rows["key"], rows["run"]
+        count = x[0].numel()
+        if self.norm == "linf":
+            offset = (2 * uniform(keys, runs, count) - 1).view_as(x)
+        else:  # uniform in volume
+            direction = normal(keys, 2 * runs, count).view_as(x)
+            radius = uniform(keys, 2 * runs + 1, 1).view(-1, 1, 1, 1) ** (1 / count)
+            offset = radius * direction / lengths(direction)
+        return project(x + rows["eps"] * offset, x, norm=self.norm, eps=rows["eps"])
+
+    def wants_gradient(self, rows: Rows) -> Tensor:
+        return rows["step"] < self.steps
+
+    def loss(self, logits: Tensor, rows: Rows) -> Tensor:
+        target = rows["target"] if self.targeted else None
+        return FUNCTIONS[self.loss_name](logits, rows["y"], target)
+
+    def score(self, rows: Rows, logits: Tensor, loss: Tensor) -> Tensor:
+        return loss
+
+    def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
+        if gradient is None:
+            return torch.ones_like(rows["fooled"])
+        x_adv = rows["x_adv"] + self.step * rows["eps"] * steepest(gradient, self.norm)
+        rows["x_adv"] = project(x_adv, rows["x"], norm=self.norm, eps=rows["eps"])
+        rows["step"] = rows["step"] + 1
+        return torch.zeros_like(rows["fooled"])

@@ -1,0 +1,83 @@
+"""One call of an attack: inputs checked, all images searched, results in their order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robust.attacks.frozen import Model
+from robust.attacks.result import AttackResult
+from robust.attacks.search import Algorithm, search
+from robust.threat_model import ThreatModel
+
+
+def attack(
+    model: Model,
+    algorithm: Algorithm,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    eps: Tensor | None = None,
+    target: Tensor | None = None,
+    clean: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> AttackResult:
+    """Run `algorithm` on images float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
+
+    `eps` float32 (N,) replaces that of the threat model, image by image. Raises ValueError for
+    images, labels, targets or sizes out of range.
+    """
+    check_inputs(x, y, target)
+    sizes = _sizes(eps, threat_model, x)
+    parts = list(
+        search(
+            model,
+            algorithm,
+            x,
+            y,
+            eps=sizes,
+            target=target,
+            clean=clean,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    )
+    order = torch.cat([part.index for part in parts]).argsort().to(x.device)
+    names = vars(parts[0].result)
+    return AttackResult(
+        **{name: torch.cat([getattr(part.result, name) for part in parts])[order] for name in names}
+    )
+
+
+def _sizes(eps: Tensor | None, threat_model: ThreatModel, x: Tensor) -> Tensor:
+    if eps is None:
+        return torch.full((len(x),), threat_model.eps, device=x.device)
+    if eps.shape != (len(x),) or not eps.is_floating_point():
+        raise ValueError(f"expected eps float ({len(x)},), got {eps.dtype} {tuple(eps.shape)}")
+    most = 1.0 if threat_model.norm == "linf" else torch.inf
+    low, high = float(eps.min()), float(eps.max())
+    if not (low >= 0 and high <= most):
+        raise ValueError(f"expected eps from 0 to {most:g}, got {low:g} to {high:g}")
+    return eps.float().to(x.device)
+
+
+def check_inputs(x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
+    """Raise ValueError unless images, labels and targets have the shapes and ranges expected."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"expected float images (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
+    if not len(x):
+        raise ValueError("expected at least 1 image, got none")
+    for name, labels in (("labels", y), ("targets", target)):
+        if labels is None:
+            continue
+        if labels.shape != (len(x),) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"expected {name} int64 ({len(x)},), got {labels.dtype} {tuple(labels.shape)}"
+            )
+    low, high = x.min().item(), x.max().item()
+    if not (low >= 0 and high <= 1):  # also refuses NaN
+        raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+    if target is not None and bool((target == y).any()):
+        raise ValueError("expected a target other than the label, got the label itself")

@@ -1,0 +1,418 @@
+"""The loop that all attacks share: fooled images leave it, and others fill the batch.
+
+An attack is an `Algorithm`: what happens to an image between two queries of the model. Images
+are independent of each other, so those in one batch may be at different steps, and what comes out
+for one does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from robust.attacks.frozen import Model, frozen
+from robust.attacks.noise import image_keys
+from robust.attacks.passes import Passes
+from robust.attacks.result import AttackResult
+from robust.geometry import Norm, distance
+
+# Tensors by name, all with the same first dimension: one row for each image at work.
+Rows = dict[str, Tensor]
+
+
+class Algorithm(Protocol):
+    """One attack, between two queries. Rows hold, beside what it adds itself:
+
+    `x` float32 (N, C, H, W), `y` and `target` int64 (N,) (equal where no target was asked for),
+    `eps` float32 (N, 1, 1, 1), `key` and `run` int64 (N,), `clean` the logits of `x` (if
+    `needs_clean`), and `x_adv`, the images to score next.
+    """
+
+    @property
+    def norm(self) -> Norm:
+        """How distance is measured."""
+        ...
+
+    @property
+    def runs(self) -> int:
+        """Restarts or targets, tried one after the other while the model withstands."""
+        ...
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a run may begin before the one before it has failed, to fill a batch."""
+        ...
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether `begin` looks at the logits of the clean images."""
+        ...
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether new rows want a gradient."""
+        ...
+
+    @property
+    def early_stop(self) -> bool:
+        """Whether an image leaves at its first success, or goes on to a better one."""
+        ...
+
+    def begin(self, rows: Rows) -> None:
+        """Add the state of new rows and their first `x_adv`."""
+        ...
+
+    def wants_gradient(self, rows: Rows) -> Tensor:
+        """Which rows need the gradient at `x_adv`, bool (N,); the others need its logits only."""
+        ...
+
+    def loss(self, logits: Tensor, rows: Rows) -> Tensor:
+        """What is climbed, (N,), differentiable."""
+        ...
+
+    def score(self, rows: Rows, logits: Tensor, loss: Tensor) -> Tensor:
+        """How good `x_adv` is among those that fool the model alike, (N,); -inf: not allowed."""
+        ...
+
+    def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
+        """Set the next `x_adv`; which rows have spent their budget, bool (N,)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Images that an attack is through with: their places, int64 (M,), and their results."""
+
+    index: Tensor
+    result: AttackResult
+
+
+def search(
+    model: Model,
+    algorithm: Algorithm,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: Tensor,
+    target: Tensor | None = None,
+    clean: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    keep_failed: bool = True,
+    confirm: Model | None = None,
+) -> Iterator[Finished]:
+    """Run `algorithm` on images float32 or uint8 (N, C, H, W), which may lie on another device.
+
+    `eps` float32 (N,), `y` and `target` int64 (N,) and `clean` logits (N, K) lie where the work
+    is done. Yields images as they finish, each once. `batch_size` None takes all at once. Where
+    `keep_failed` is off, the result of an image that withstood is the image itself. With
+    `confirm` a success counts only where that model is fooled too.
+    """
+    work = _Search(model, algorithm, x, y, eps=eps, target=target, clean=clean, seed=seed)
+    work.batch_size, work.keep_failed = batch_size or len(x), keep_failed
+    work.confirm = None if confirm is None else Passes(confirm)
+    iterator = work.loop()
+    while True:
+        # Frozen only while computing: whoever takes the results has the model as it was.
+        with frozen(model, y.device):
+            try:
+                finished = next(iterator)
+            except StopIteration:
+                return
+        yield finished
+
+
+class _Search:
+    def __init__(
+        self,
+        model: Model,
+        algorithm: Algorithm,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: Tensor,
+        target: Tensor | None,
+        clean: Tensor | None,
+        seed: int,
+    ) -> None:
+        self.passes, self.algorithm = Passes(model), algorithm
+        self.x, self.y, self.eps, self.target = x, y, eps, target
+        self.clean, self.seed, self.device = clean, seed, y.device
+        self.batch_size, self.keep_failed = len(x), True
+        self.confirm: Passes | None = None
+        n, runs = len(x), algorithm.runs
+        self.queue = deque(range(n))  # images whose next run may begin
+        self.next_run = [0] * n
+        self.at_work: list[set[int]] = [set() for _ in range(n)]
+        self.best: dict[int, Rows] = {}  # one row for each image between its runs
+        self.spent = torch.zeros(n, 2, dtype=torch.int64)
+        self.last = runs
+        # Rows that wait for a gradient, and rows that wait for logits only.
+        self.waiting: dict[bool, Rows] = {True: {}, False: {}}
+
+    def loop(self) -> Iterator[Finished]:
+        if self.algorithm.needs_clean:
+            if self.clean is None:
+                self.clean = self._clean_logits()
+                self.spent[:, 0] += 1
+            self.last = min(self.last, self.clean.shape[1] - 1)  # a run for each other class
+        while True:
+            self._fill()
+            kind = self._kind()
+            rows = self.waiting[kind]
+            if not _count(rows):
+                return
+            self.waiting[kind] = _take(rows, slice(self.batch_size, None))
+            rows = _take(rows, slice(self.batch_size))
+            ended = self._step(rows, differentiate=kind)
+            if bool(ended.any()):
+                ended_rows = _take(rows, ended)
+                self._wait(_take(rows, ~ended))
+                yield from self._end(ended_rows)
+            else:
+                self._wait(rows)
+
+    def _clean_logits(self) -> Tensor:
+        parts = torch.split(torch.arange(len(self.x)), self.batch_size)
+        return torch.cat([self.passes.logits(self._images(part)) for part in parts])
+
+    def _images(self, index: Tensor) -> Tensor:
+        return to_images(self.x[index.to(self.x.device)].to(self.device))
+
+    def _kind(self) -> bool:
+        """Whether to differentiate next: so that either kind of batch is as full as can be."""
+        return _count(self.waiting[True]) > 0 and _count(self.waiting[False]) < self.batch_size
+
+    def _wait(self, rows: Rows) -> None:
+        if not _count(rows):
+            return
+        wants = self.algorithm.wants_gradient(rows)
+        if bool(wants.all()):
+            split = {True: rows}
+        elif bool(wants.any()):
+            split = {True: _take(rows, wants), False: _take(rows, ~wants)}
+        else:
+            split = {False: rows}
+        for kind, part in split.items():
+            self.waiting[kind] = _join(self.waiting[kind], part)
+
+    def _fill(self) -> None:
+        """Begin as many runs as there is room for; further ones of an image if no other waits."""
+        room = self.batch_size - _count(self.waiting[self.algorithm.differentiates])
+        images: list[int] = []
+        runs: list[int] = []
+        while len(images) < room and self.queue:
+            image = self.queue.popleft()
+            if self.next_run[image] < self.last:  # else begun ahead of time
+                images.append(image)
+                runs.append(self._start(image))
+        if self.algorithm.ahead and len(images) < room:
+            for image in self._busiest():
+                if len(images) == room:
+                    break
+                images.append(image)
+                runs.append(self._start(image))
+        if images:
+            self._wait(self._begin(torch.tensor(images), torch.tensor(runs)))
+
+    def _start(self, image: int) -> int:
+        run = self.next_run[image]
+        self.next_run[image] += 1
+        self.at_work[image].add(run)
+        return run
+
+    def _busiest(self) -> list[int]:
+        """Images at work that withstood so far and have runs left, those least far first."""
+        left = [
+            image
+            for image, runs in enumerate(self.at_work)
+            if runs and self.next_run[image] < self.last and not self._is_fooled(image)
+        ]
+        ahead = [(self.next_run[i] + k, i) for i in left for k in range(self.last)]
+        return [i for run, i in sorted(ahead) if run < self.last]
+
+    def _is_fooled(self, image: int) -> bool:
+        return image in self.best and bool(self.best[image]["fooled"])
+
+    def _begin(self, images: Tensor, runs: Tensor) -> Rows:
+        at = images.to(self.device)
+        x, y = self._images(images), self.y[at]
+        rows: Rows = {
+            "image": at,
+            "run": runs.to(self.device),
+            "x": x,
+            "y": y,
+            "target": y if self.target is None else self.target[at],
+            "eps": self.eps[at].view(-1, 1, 1, 1),
+            "key": image_keys(x, self.seed),
+            "forwards": torch.zeros_like(y),
+            "backwards": torch.zeros_like(y),
+        }
+        if self.algorithm.needs_clean:
+            assert self.clean is not None
+            rows["clean"] = self.clean[at]
+        self.algorithm.begin(rows)
+        rows |= {
+            "best_x": x,
+            "best_score": torch.full_like(rows["eps"].flatten(), -torch.inf),
+            "fooled": torch.zeros_like(y, dtype=torch.bool),
+        }
+        return rows
+
+    def _step(self, rows: Rows, *, differentiate: bool) -> Tensor:
+        """Query the model once and move on; which rows have ended, bool (N,)."""
+        x_adv, gradient = rows["x_adv"], None
+        if differentiate:
+
+            def loss_of(logits: Tensor, part: slice) -> Tensor:
+                whole = len(logits) == len(x_adv)
+                return self.algorithm.loss(logits, rows if whole else _take(rows, part))
+
+            logits, loss, gradient = self.passes.gradient(x_adv, loss_of)
+        else:
+            logits = self.passes.logits(x_adv)
+            loss = self.algorithm.loss(logits, rows)
+        rows["forwards"] = rows["forwards"] + 1
+        rows["backwards"] = rows["backwards"] + int(differentiate)
+        self._keep(rows, logits, loss)
+        spent = self.algorithm.advance(rows, logits, loss, gradient)
+        if self.algorithm.early_stop:
+            spent = spent | rows["fooled"]
+        return spent
+
+    def _keep(self, rows: Rows, logits: Tensor, loss: Tensor) -> None:
+        """Take `x_adv` where it is better: fooling before not fooling, then the higher score."""
+        score = self.algorithm.score(rows, logits, loss)
+        allowed = score > -torch.inf
+        fools = self._fools(rows, logits) & allowed
+        if self.confirm is not None and bool(fools.any()):
+            checked = _take(rows, fools)
+            fools[fools.clone()] = self._fools(checked, self.confirm.logits(checked["x_adv"]))
+            rows["forwards"] = rows["forwards"] + fools
+        was = rows["fooled"]
+        better = allowed & ((fools & ~was) | ((fools == was) & (score > rows["best_score"])))
+        if "best_logits" not in rows:
+            rows["best_logits"] = logits
+        rows["best_x"] = torch.where(_column(better), rows["x_adv"], rows["best_x"])
+        rows["best_logits"] = torch.where(better.unsqueeze(1), logits, rows["best_logits"])
+        rows["best_score"] = torch.where(better, score, rows["best_score"])
+        rows["fooled"] = was | fools
+
+    def _fools(self, rows: Rows, logits: Tensor) -> Tensor:
+        predicted = logits.argmax(dim=1)
+        return predicted != rows["y"] if self.target is None else predicted == rows["target"]
+
+    def _end(self, rows: Rows) -> Iterator[Finished]:
+        """Settle rows that have ended, and hand out the images that are through."""
+        if self.last == 1:
+            index = rows["image"].cpu()
+            self.spent[index, 0] += rows["forwards"].cpu()
+            self.spent[index, 1] += rows["backwards"].cpu()
+            yield self._finished(rows, self.spent[index])
+            return
+        through: list[int] = []
+        fooled = rows["fooled"].tolist()
+        places = zip(rows["image"].tolist(), rows["run"].tolist(), fooled, strict=True)
+        for place, (image, run, success) in enumerate(places):
+            row = _take(rows, torch.tensor([place], device=self.device))
+            self.spent[image, 0] += row["forwards"].item()
+            self.spent[image, 1] += row["backwards"].item()
+            if run not in self.at_work[image]:
+                continue  # a lower run of the image has succeeded in the same step
+            self._settle(image, run, row)
+            if success:
+                self._drop(image, after=run)
+            if self._is_fooled(image):
+                # A lower run still at work may succeed too; then its image is the one to give.
+                if not self.at_work[image]:
+                    through.append(image)
+            elif self.next_run[image] < self.last:
+                if not self.at_work[image]:
+                    self.queue.append(image)
+            elif not self.at_work[image]:
+                through.append(image)
+        if through:
+            parts = [self.best.pop(image) for image in through]
+            merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            yield self._finished(merged, self.spent[torch.tensor(through)])
+
+    def _settle(self, image: int, run: int, row: Rows) -> None:
+        self.at_work[image].discard(run)
+        names = ("image", "run", "x", "best_x", "best_logits", "best_score", "fooled")
+        row = {name: row[name] for name in names}
+        old = self.best.get(image)
+        if old is None or self._beats(row, old):
+            self.best[image] = row
+
+    @staticmethod
+    def _beats(new: Rows, old: Rows) -> bool:
+        fooled, was = bool(new["fooled"]), bool(old["fooled"])
+        if fooled and was:
+            return bool(new["run"] < old["run"])
+        if fooled != was:
+            return fooled
+        key = (float(new["best_score"]), -int(new["run"]))
+        return key > (float(old["best_score"]), -int(old["run"]))
+
+    def _drop(self, image: int, *, after: int) -> None:
+        """End the runs of a fooled image that were begun ahead of the one that succeeded."""
+        ahead = {run for run in self.at_work[image] if run > after}
+        if not ahead:
+            return
+        self.at_work[image] -= ahead
+        for kind, rows in self.waiting.items():
+            gone = (rows["image"] == image) & (rows["run"] > after) if rows else None
+            if gone is not None and bool(gone.any()):
+                self.spent[image, 0] += rows["forwards"][gone].sum().item()
+                self.spent[image, 1] += rows["backwards"][gone].sum().item()
+                self.waiting[kind] = _take(rows, ~gone)
+
+    def _finished(self, rows: Rows, spent: Tensor) -> Finished:
+        x, x_adv, fooled = rows["x"], rows["best_x"], rows["fooled"]
+        if not self.keep_failed:
+            x_adv = torch.where(_column(fooled), x_adv, x)
+        return Finished(
+            index=rows["image"].cpu(),
+            result=AttackResult(
+                x_adv=x_adv,
+                logits=rows["best_logits"],
+                success=fooled,
+                distance=distance(x_adv, x, self.algorithm.norm),
+                forwards=spent[:, 0].to(self.device),
+                backwards=spent[:, 1].to(self.device),
+            ),
+        )
+
+
+def to_images(x: Tensor) -> Tensor:
+    """Images float32 in [0, 1] of images float32 or uint8."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+
+
+def _count(rows: Rows) -> int:
+    return len(rows["image"]) if rows else 0
+
+
+def _take(rows: Rows, which: Tensor | slice) -> Rows:
+    if isinstance(which, slice) and (which.start or 0) == 0 and (which.stop or 0) >= _count(rows):
+        return rows
+    return {name: values[which] for name, values in rows.items()}
+
+
+def _join(rows: Rows, more: Rows) -> Rows:
+    if not _count(rows):
+        return more
+    for name in more.keys() - rows.keys():  # made at the first query
+        rows[name] = more[name].new_zeros(len(rows["image"]), *more[name].shape[1:])
+    for name in rows.keys() - more.keys():
+        more[name] = rows[name].new_zeros(len(more["image"]), *rows[name].shape[1:])
+    return {name: torch.cat([rows[name], more[name]]) for name in rows}
+
+
+def _column(mask: Tensor) -> Tensor:
+    return mask.view(-1, 1, 1, 1)

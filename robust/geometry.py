@@ -1,0 +1,58 @@
+"""The geometry of an eps ball around each image, cut by the pixel range [0, 1].
+
+Images are float32 (N, C, H, W). `eps` is a number or one for each image, float32 (N,), in pixel
+units. `threat_model.ThreatModel` is one such ball with its checks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+
+def distance(x_adv: Tensor, x: Tensor, norm: Norm) -> Tensor:
+    """Distance of each pair of images (N, C, H, W) in pixel units, float32 (N,)."""
+    return _size((x_adv - x).flatten(1), norm)
+
+
+def lengths(delta: Tensor, norm: Norm = "l2") -> Tensor:
+    """Length of each row of `delta` in `norm`, float32 (N, 1, 1, 1)."""
+    return _size(delta.flatten(1), norm).view(-1, 1, 1, 1)
+
+
+def _size(flat: Tensor, norm: Norm) -> Tensor:
+    if norm == "linf":
+        return flat.abs().amax(dim=1)
+    length: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return length
+
+
+def project(x_adv: Tensor, x: Tensor, *, norm: Norm, eps: Tensor | float) -> Tensor:
+    """The point of the ball around `x`, cut by [0, 1], that `x_adv` is pulled back to."""
+    eps = _column(eps)
+    if norm == "linf":
+        return torch.clamp(x_adv, (x - eps).clamp_min(0), (x + eps).clamp_max(1))
+    delta = x_adv - x
+    length = lengths(delta)
+    # Cutting at the pixel range afterwards moves every pixel towards x, so stays in the ball.
+    scale = (eps / length.clamp_min(1e-30)).clamp_max(1)
+    return (x + delta * scale).clamp(0, 1)
+
+
+def steepest(gradient: Tensor, norm: Norm) -> Tensor:
+    """The step of length one in `norm` that follows `gradient` best; 0 where it is 0."""
+    if norm == "linf":
+        return gradient.sign()
+    # Scaled first: the squares of a tiny gradient would underflow to a zero length.
+    gradient = gradient.nan_to_num()  # as `sign` has it: no direction where there is none
+    scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
+    return scaled / lengths(scaled).clamp_min(1e-12)
+
+
+def _column(eps: Tensor | float) -> Tensor | float:
+    return eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.ndim == 1 else eps
