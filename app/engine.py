@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from app import logs
 from app.errors import DeadlineExceeded, EngineStopped, OutOfMemory, ServiceError
 from app.metrics import Metrics
 from app.model import ServedModel
@@ -256,6 +257,7 @@ class Engine:
         outer = self._started, self._nested
         self._started, self._nested = time.perf_counter(), 0.0
         self._running += batch
+        token = logs.request_id.set(",".join(dict.fromkeys(work.request_id for work in batch)))
         try:
             yield
             self._queue.measure(kind, cost, self.own_seconds())
@@ -264,6 +266,7 @@ class Engine:
             self._metrics.device_seconds.labels(kind.label).inc(own)
             self._started, self._nested = outer[0], outer[1] + total
             del self._running[-len(batch) :]
+            logs.request_id.reset(token)
 
 
 def _fail(batch: list[Work]) -> None:

@@ -39,6 +39,10 @@ class UnusableImages(InvalidParameters):
         self.kind = kind
 
 
+class Unauthorized(ServiceError):
+    """A request without a key, or with a wrong one, where one is needed."""
+
+
 class BodyTooLarge(ServiceError):
     """A body over the limit, declared or streamed."""
 

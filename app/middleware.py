@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 import uuid
@@ -13,7 +14,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import logs
-from app.errors import BodyTooLarge, NotReady, Overloaded, ServiceError, SlowBody
+from app.access import Keys
+from app.errors import (
+    BodyTooLarge,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    SlowBody,
+    Unauthorized,
+)
 from app.problem import problem_of
 from app.queue import Kind
 from app.service import Service
@@ -21,6 +30,18 @@ from app.service import Service
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 1.0
+# A refused body of at most this size is taken in, so that the client can keep its connection.
+SMALL_BODY = 2**20
+# An answer is data: nothing in it is to be run, framed, guessed at or kept. Pages set their own.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -61,7 +82,10 @@ class RequestMiddleware:
 
     def _name(self, headers: MutableHeaders, state: dict[str, Any]) -> None:
         headers["X-Request-ID"] = state["request_id"]
-        headers["X-Content-Type-Options"] = "nosniff"
+        for name, value in HEADERS.items():
+            headers.setdefault(name, value)
+        if "ETag" not in headers:
+            headers.setdefault("Cache-Control", "no-store")
         # Set by the route, as another model may be current by now.
         if sha256 := state.get("model_sha256") or self._service.models.sha256:
             headers["X-Model-SHA256"] = sha256
@@ -79,6 +103,7 @@ class LimitMiddleware:
 
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self._app, self._service = app, service
+        self._keys = Keys(key.get_secret_value() for key in service.settings.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,7 +113,7 @@ class LimitMiddleware:
         try:
             self._admit(scope)
         except ServiceError as error:
-            exchange.cut = isinstance(error, BodyTooLarge)
+            exchange.cut = _declared(scope) > SMALL_BODY
             answer = problem_of(scope["state"]["request_id"], error)
             await answer(scope, exchange.receive, exchange.send)
             return
@@ -96,8 +121,12 @@ class LimitMiddleware:
 
     def _admit(self, scope: Scope) -> None:
         service, settings = self._service, self._service.settings
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared[:20]) > settings.max_body_bytes:
+        if not self._keys.admit(scope):
+            service.metrics.rejected.labels("key").inc()
+            raise Unauthorized(
+                "expected a key in the header Authorization: Bearer KEY, or X-API-Key"
+            )
+        if math.inf > _declared(scope) > settings.max_body_bytes:
             service.metrics.rejected.labels("body").inc()
             raise BodyTooLarge(settings.max_body_bytes)
         if scope["method"] != "POST":
@@ -119,7 +148,7 @@ class _Exchange:
         settings = service.settings
         self.cut = False
         self._most, self._rejected = settings.max_body_bytes, service.metrics.rejected
-        self._latest = scope["state"]["arrived"] + settings.deadline_seconds
+        self._latest = scope["state"]["arrived"] + settings.upload_seconds
         self._receive, self._send = receive, send
         self._size, self._complete = 0, False
 
@@ -158,6 +187,15 @@ class _Exchange:
                     pass
         except TimeoutError:
             pass
+
+
+def _declared(scope: Scope) -> float:
+    """Bytes of the body by the request's own word; infinite for one that comes in chunks."""
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers:
+        return math.inf
+    declared = headers.get("content-length", "0")
+    return int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
 
 
 def _route_of(scope: Scope) -> str:

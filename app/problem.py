@@ -75,6 +75,9 @@ def problem_of(request_id: str, error: Exception) -> Response:
             return problem(request_id, status, title, str(error), faults=error.errors)
         case errors.InvalidParameters():
             return problem(request_id, 422, "Invalid parameters", str(error), faults=error.errors)
+        case errors.Unauthorized():
+            headers = {"WWW-Authenticate": 'Bearer realm="robust"'}
+            return problem(request_id, 401, "Unauthorized", str(error), headers=headers)
         case errors.Overloaded():
             headers = {"Retry-After": str(error.retry_after)}
             return problem(request_id, 429, "Overloaded", str(error), headers=headers)

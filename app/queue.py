@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from app import logs
 from app.errors import Cancelled, DeadlineExceeded, EngineStopped, Overloaded
 from app.metrics import Metrics
 from app.model import ServedModel
@@ -50,6 +51,7 @@ class Work:
     future: Future[Any] = field(default_factory=Future)
     admitted: float = field(default_factory=time.monotonic)
     abandoned: bool = False
+    request_id: str = field(default_factory=logs.request_id.get)
 
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded when nobody waits for the result any more."""

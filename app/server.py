@@ -18,6 +18,7 @@ from app import logs
 from app.application import create_app
 from app.commands import ServeError
 from app.parameters import describe
+from app.protocol import patient_for
 from app.service import Service
 from app.settings import Settings
 
@@ -41,6 +42,7 @@ def run(
     service.models.load()
     config = uvicorn.Config(
         app,
+        http=patient_for(settings.upload_seconds),
         lifespan="on",
         log_config=None,
         access_log=False,

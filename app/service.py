@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -87,7 +88,8 @@ class Service:
     async def beside(self, function: Callable[..., T], *arguments: object) -> T:
         """Run `function` in a worker thread: decoding and encoding never hold the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, function, *arguments)
+        context = copy_context()  # so that its log lines name the request
+        return await loop.run_in_executor(self._workers, context.run, function, *arguments)
 
     def model_for(self, request: Request) -> ServedModel:
         """The model to answer `request` with; the answer will name it. Raises NotReady."""

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from robust.threat_model import Norm
+
+_ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
+
+
+def _split(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(item.strip() for item in value.split(",") if item.strip())
+
+
+def _visible(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    if not all(re.fullmatch(r"[!-~]+", key.get_secret_value()) for key in keys):
+        raise ValueError("keys of visible ASCII characters, with commas between them")
+    return keys
+
+
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("origins such as https://example.org, with commas between them, or *")
+    return origins
+
+
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split), AfterValidator(_visible)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_origins)]
 
 
 class Settings(BaseSettings):
@@ -30,8 +55,18 @@ class Settings(BaseSettings):
         description="Folder whose entries POST /evaluate knows by name.",
     )
 
+    api_keys: Keys = Field(
+        default=(), description="Keys of which each request needs one, with commas; empty: none."
+    )
+    cors_origins: Origins = Field(
+        default=(), description="Origins whose pages may ask, with commas, or *; empty: no other."
+    )
+
     max_body_bytes: int = Field(
         default=64 * 2**20, ge=1, description="Largest request body, in bytes."
+    )
+    upload_seconds: float = Field(
+        default=30.0, gt=0, description="Longest time for a request to arrive; past it 408."
     )
     max_requests: int = Field(
         default=256, ge=1, description="Most POST requests in hand at once; past it 429."

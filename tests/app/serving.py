@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from app.application import create_app
+from app.protocol import patient_for
 from app.service import Service
 from app.settings import Settings
 from robust.images import encode_png
@@ -38,7 +39,14 @@ class Running:
 @contextmanager
 def serving(settings: Settings) -> Iterator[Running]:
     app = create_app(settings)
-    config = uvicorn.Config(app, port=0, lifespan="on", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app,
+        port=0,
+        http=patient_for(settings.upload_seconds),
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

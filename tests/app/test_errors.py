@@ -202,6 +202,7 @@ def small(checkpoint: Any) -> Any:
         queue_limit=4,
         max_requests=2,
         deadline_seconds=2,
+        upload_seconds=2,
         max_upload_images=5,
     )
     with serving(limits) as running:
@@ -240,6 +241,15 @@ def test_a_slow_body_is_cut_off(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_chunked_body_that_stalls_is_cut_off(small: Running) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head + b"3\r\nabc\r\n")
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 408 ")
 

@@ -5,9 +5,12 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import Tensor
 
 from app import logs
 from app.settings import Settings
+from tests.app.serving import Running, png
 
 
 @pytest.fixture
@@ -38,3 +41,40 @@ def test_json_lines(root: logging.Logger, capsys: pytest.CaptureFixture[str]) ->
         "abc",
     )
     assert "ValueError: why" in second["exception"]
+
+
+def test_lines_from_every_thread_name_their_request(
+    running: Running, root: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record.getMessage(), logs.request_id.get()))
+
+    root.addHandler(Handler())
+    root.setLevel("INFO")
+    from app import images
+
+    def decode_image(*arguments: object, **more: object) -> object:
+        logging.getLogger("x").info("decoding")
+        return original(*arguments, **more)  # type: ignore[arg-type]
+
+    class Talking(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logging.getLogger("x").info("computing")
+            return torch.zeros(len(x), 10)
+
+    original = images.decode_image
+    monkeypatch.setattr(images, "decode_image", decode_image)
+    models = running.service.models
+    current = models.current
+    from dataclasses import replace
+
+    monkeypatch.setattr(models, "_current", replace(current, classifier=Talking()))  # type: ignore[arg-type]
+    for path, name in (("/predict", "one"), ("/attack?attack=fgsm", "two")):
+        response = running.client.post(path, content=png(), headers={"X-Request-ID": name})
+        assert response.status_code in (200, 500)
+        mine = {message for message, request_id in seen if request_id == name}
+        assert {"decoding", "computing"} < mine
+    assert not [message for message, request_id in seen if request_id == "-"]
