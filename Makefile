@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train test check lint types format image clean
+.PHONY: help serve train test check audit lint types format image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,11 @@ train: $(READY) ## Train, for example ARGS="--data digits --recipe quick"
 test: lint types ## Run lint, types and tests (ARGS= goes to pytest)
 	$(BIN)/pytest $(ARGS)
 
-check: test ## What every commit must pass: the same as test
+check: test ## What every commit must pass: test, and audit where its service can be asked
+	@$(BIN)/python .ci/audit.py || [ $$? -eq 75 ]
+
+audit: $(READY) ## Look for known holes in the pinned packages (needs the network)
+	@$(BIN)/python .ci/audit.py
 
 lint: $(READY) ## Run the linter and look at the format
 	$(BIN)/ruff check .
