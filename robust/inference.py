@@ -1,0 +1,165 @@
+"""A copy of a classifier for attacks, evaluation and serving: the same function, faster."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from robust.classifier import Classifier
+
+SMALL = 2  # side in pixels of feature maps on which matrix products beat convolutions
+
+
+class InferenceClassifier(nn.Module):
+    """Maps images float32 (N, 3, S, S) in [0, 1] to logits float32 (N, K), S the input size.
+
+    Logits and input gradients are those of the classifier in eval mode up to rounding. Frozen:
+    no parameter needs a gradient, train and eval mode are one, and the state dict is its own.
+    Raises ValueError for images of another size, as layers were replaced for this one.
+    """
+
+    def __init__(self, classifier: Classifier, device: torch.device) -> None:
+        super().__init__()
+        self.architecture = classifier.architecture
+        own = copy.deepcopy(classifier).cpu().eval().requires_grad_(False)
+        _fold_norms(own.net)
+        if device.type == "cpu":
+            _avoid_slow_convolutions(own)
+        # On two cores with AVX-512 channels-last is 4 to 30% faster than NCHW for all networks,
+        # but 5% slower for resnet18 with the cifar stem; on CUDA cuDNN prefers it.
+        own = own.to(device, torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.classifier = own
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.architecture.input_size
+        if x.shape[1:] != (3, side, side):
+            raise ValueError(f"expected images (N, 3, {side}, {side}), got {tuple(x.shape)}")
+        logits: Tensor = self.classifier(x.contiguous(memory_format=torch.channels_last))
+        return logits
+
+
+def for_inference(
+    classifier: Classifier, device: torch.device | None = None
+) -> InferenceClassifier:
+    """A frozen copy with the same logits and input gradients, 1.3 to 2 times as fast on a CPU.
+
+    Later changes of `classifier` don't reach the copy, which is on the classifier's device
+    unless another is given; what `classifier` is itself, also its mode, stays as it is.
+    """
+    return InferenceClassifier(classifier, device or classifier.mean.device)
+
+
+class _SlicedConv(nn.Module):
+    """A strided 1x1 convolution that drops the pixels first.
+
+    Its input gradient is 4 times as fast as oneDNN's own of a strided convolution.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = conv.stride[0]
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[:, :, :: self.stride, :: self.stride], self.weight, self.bias)
+
+
+class _Pixelwise(nn.Module):
+    """A 1x1 convolution as a matrix product for each pixel."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = conv.stride[0]
+        self.weight = nn.Parameter(conv.weight.flatten(1), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride].permute(0, 2, 3, 1)
+        return F.linear(x, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class _Dense(nn.Module):
+    """A convolution as one matrix product from all pixels to all pixels.
+
+    On a map of 2x2 pixels 16 of the 36 products of a padded 3x3 convolution don't meet padding.
+    """
+
+    def __init__(self, conv: nn.Conv2d, side: int, out_side: int) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.shape = (out_side, out_side, conv.out_channels)
+        weight = conv.weight.new_zeros(*self.shape, side, side, conv.in_channels)
+        for top, left, row, column in product(*map(range, (out_side, out_side, side, side))):
+            i = row - top * conv.stride[0] + int(conv.padding[0])
+            j = column - left * conv.stride[1] + int(conv.padding[1])
+            if 0 <= i < conv.kernel_size[0] and 0 <= j < conv.kernel_size[1]:
+                weight[top, left, :, row, column] = conv.weight[:, :, i, j]
+        weight = weight.view(out_side**2 * conv.out_channels, -1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(conv.bias.repeat(out_side**2), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias)
+        return x.view(len(x), *self.shape).permute(0, 3, 1, 2)
+
+
+def _fold_norms(net: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, in float64."""
+    for module in list(net.modules()):
+        if isinstance(module, nn.Sequential) and len(module) == 2:
+            first, second = module
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                module[0], module[1] = _folded(first, second), nn.Identity()
+        for name, conv in list(module.named_children()):
+            if name.startswith("conv") and isinstance(conv, nn.Conv2d):
+                norm = module.get_submodule(name.replace("conv", "bn"))
+                assert isinstance(norm, nn.BatchNorm2d)
+                setattr(module, name, _folded(conv, norm))
+                setattr(module, name.replace("conv", "bn"), nn.Identity())
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    return fuse_conv_bn_eval(conv.double(), norm.double()).float().requires_grad_(False)
+
+
+def _avoid_slow_convolutions(classifier: Classifier) -> None:
+    """Replace the convolutions that oneDNN is slow at by what computes the same."""
+    for name, (side, out_side) in _sides(classifier).items():
+        conv = classifier.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        replacement: nn.Module | None = None
+        if conv.kernel_size == (1, 1):
+            if out_side <= SMALL:
+                replacement = _Pixelwise(conv)
+            elif conv.stride != (1, 1):
+                replacement = _SlicedConv(conv)
+        elif side <= SMALL:
+            replacement = _Dense(conv, side, out_side)
+        if replacement is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(classifier.get_submodule(parent), child, replacement)
+
+
+def _sides(classifier: Classifier) -> dict[str, tuple[int, int]]:
+    """For each convolution the side of its input and output, in pixels."""
+    shapes = copy.deepcopy(classifier).to("meta")
+    sides: dict[str, tuple[int, int]] = {}
+
+    def watch(name: str, conv: nn.Conv2d) -> None:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            sides[name] = (inputs[0].shape[-1], output.shape[-1])
+
+        conv.register_forward_hook(note)
+
+    for name, module in shapes.named_modules():
+        if isinstance(module, nn.Conv2d):
+            watch(name, module)
+    side = classifier.architecture.input_size
+    shapes(torch.zeros(1, 3, side, side, device="meta"))
+    return sides
