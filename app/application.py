@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from app import documents, problem
+from app import documents, playground, problem
 from app.documents import Application
 from app.middleware import LimitMiddleware, RequestMiddleware
-from app.routes import attack, evaluate, predict, status
+from app.routes import attack, evaluate, limits, predict, status
 from app.service import Service
 from app.settings import Settings
 
@@ -41,7 +41,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     problem.install(app)
     documents.install(app)
-    for module in (predict, attack, evaluate, status):
+    playground.install(app)
+    for module in (predict, attack, evaluate, status, limits):
         app.include_router(module.router(service))
     # The last one added is the outermost.
     app.add_middleware(LimitMiddleware, service=service)

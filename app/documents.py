@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
-from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app.problem import Problem
@@ -91,7 +91,7 @@ def _policy(page: str) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Add /docs with its assets, and send / there."""
+    """Add /docs with its assets."""
     static = package_files("fastapi_offline") / "static"
     app.mount(ASSETS, StaticFiles(directory=str(static)), name="docs-assets")
     routes = APIRouter(include_in_schema=False)
@@ -108,9 +108,5 @@ def install(app: FastAPI) -> None:
     @routes.get("/docs")
     async def docs() -> HTMLResponse:
         return page
-
-    @routes.get("/")
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
 
     app.include_router(routes)

@@ -41,9 +41,8 @@ def test_a_dead_device_thread_fails_the_probes(checkpoint) -> None:
         assert running.client.post("/predict", content=png()).status_code == 503
 
 
-def test_the_page_needs_nothing_from_outside(running: Running) -> None:
-    response = running.client.get("/", follow_redirects=True)
-    assert response.url.path == "/docs"
+def test_the_documentation_needs_nothing_from_outside(running: Running) -> None:
+    response = running.client.get("/docs")
     links = re.findall(r'(?:src|href)="([^"]+)"', response.text)
     assert len(links) == 3
     for link in links:

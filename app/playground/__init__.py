@@ -1,0 +1,56 @@
+"""The playground: one page at `/` that uses the routes like any other client.
+
+Plain files, served as they are: no build step, and nothing from outside.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files as package_files
+
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+# Nothing inline, nothing from elsewhere; the images that the service answers come as data.
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asked for again each time, and mostly answered by 304
+}
+
+
+class _Assets(StaticFiles):
+    def file_response(
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: Scope,
+        status_code: int = 200,
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(HEADERS)
+        return response
+
+
+def install(app: FastAPI) -> None:
+    """Add the page at / and what it is made of."""
+    folder = package_files("app.playground") / "assets"
+    assets = _Assets(directory=str(folder))
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.api_route("/", methods=["GET", "HEAD"])
+    async def root(request: Request) -> Response:
+        return await assets.get_response("index.html", request.scope)
+
+    # A route rather than a mount: the log and the metrics know it by name.
+    @routes.api_route("/playground/{path:path}", methods=["GET", "HEAD"])
+    async def asset(path: str, request: Request) -> Response:
+        return await assets.get_response(path, request.scope)
+
+    app.include_router(routes)

@@ -1,0 +1,138 @@
+// Talking to the service: failures in words, and noticing when it goes away or changes its model.
+
+import { sleep } from "./dom.js";
+
+const HEARTBEAT = 10_000;
+const events = new EventTarget();
+let up = true;
+let sha256 = null;
+let key = null; // kept in this page only
+
+/** Something that went wrong, told in a sentence; `status` is 0 when nothing answered. */
+export class Failure extends Error {
+  constructor(message, { status = 0, retryAfter = 0 } = {}) {
+    super(message);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
+}
+
+/** Calls back on "lost", "back", "model" (another one is in service) and "key" (one is asked for). */
+export const on = (name, callback) => events.addEventListener(name, callback);
+
+export const isStopped = (error) => error.name === "AbortError";
+
+/** Sends this key along from now on. */
+export const useKey = (text) => (key = text);
+
+/** Whether a key is sent. */
+export const keyed = () => key !== null;
+
+/** The response of a route, given by its path without a leading slash. Throws Failure. */
+export async function open(path, init = {}) {
+  let response;
+  try {
+    const headers = { ...init.headers, ...(key === null ? {} : { "X-API-Key": key }) };
+    response = await fetch(new URL(path, document.baseURI), { cache: "no-store", ...init, headers });
+  } catch (error) {
+    if (isStopped(error)) throw error;
+    lost();
+    throw new Failure("The service does not answer. This page keeps trying and goes on by itself.");
+  }
+  if (!response.ok) throw await failure(response);
+  notice(response);
+  return response;
+}
+
+/** The same, read as JSON. */
+export async function ask(path, init) {
+  const response = await open(path, init);
+  try {
+    return await response.json();
+  } catch (error) {
+    if (isStopped(error)) throw error;
+    lost();
+    throw new Failure("The connection broke before the answer was complete.");
+  }
+}
+
+/** Posts a form; values that are lists repeat their field, and empty ones are left out. */
+export function post(path, fields, { signal, headers } = {}) {
+  const body = new FormData();
+  for (const [name, value] of Object.entries(fields)) {
+    for (const item of Array.isArray(value) ? value : [value]) {
+      if (item !== "" && item != null) body.append(name, item);
+    }
+  }
+  return ask(path, { method: "POST", body, signal, headers });
+}
+
+async function failure(response) {
+  const retryAfter = Number(response.headers.get("Retry-After")) || 0;
+  let problem = {};
+  try {
+    problem = await response.json();
+  } catch {
+    // A proxy's page: the status says enough.
+  }
+  if (response.status === 503) lost();
+  if (response.status === 401) events.dispatchEvent(new Event("key"));
+  return new Failure(words(response.status, problem, retryAfter), {
+    status: response.status,
+    retryAfter,
+  });
+}
+
+function words(status, problem, retryAfter) {
+  const faults = (problem.errors ?? []).map(({ field, expected, got }) => {
+    const what = field === "file" ? "" : `${field}: `;
+    return sentence(`${what}expected ${expected}, but got ${got}`);
+  });
+  if (faults.length) return faults.join(" ");
+  const detail = sentence(problem.detail ?? `The service answered ${status}`);
+  if (status === 401) return "This service takes requests with a key only. Enter yours above.";
+  if (status === 429) return `The service is busy. ${detail} Try again in ${retryAfter || 5} s.`;
+  if (status === 503) return `${detail} This page goes on by itself when it is ready.`;
+  if (status === 504) return `${detail} Fewer steps or a lighter attack will.`;
+  return detail;
+}
+
+function sentence(text) {
+  const trimmed = text.trim();
+  return trimmed[0].toUpperCase() + trimmed.slice(1) + (/[.!?]$/.test(trimmed) ? "" : ".");
+}
+
+function notice(response) {
+  const named = response.headers.get("X-Model-SHA256");
+  if (!named || !new URL(response.url).pathname.endsWith("/readyz")) return;
+  const changed = sha256 !== null && named !== sha256;
+  sha256 = named;
+  if (changed) events.dispatchEvent(new Event("model"));
+}
+
+async function lost() {
+  if (!up) return;
+  up = false;
+  events.dispatchEvent(new Event("lost"));
+  for (let wait = 500; !(await ready()); wait = Math.min(2 * wait, 5000)) await sleep(wait);
+  up = true;
+  events.dispatchEvent(new Event("back"));
+}
+
+async function ready() {
+  try {
+    const response = await fetch(new URL("readyz", document.baseURI), { cache: "no-store" });
+    if (response.ok) notice(response);
+    return response.ok;
+  } catch {
+    return false;
+  }
+}
+
+/** Looks after the service while somebody looks at the page. */
+export async function watch() {
+  for (;;) {
+    if (up && !document.hidden && !(await ready())) lost();
+    await sleep(HEARTBEAT);
+  }
+}

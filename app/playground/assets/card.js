@@ -1,0 +1,66 @@
+// The model card at a glance.
+
+import { el, epsText, normText, percent } from "./dom.js";
+import { interval } from "./evaluate.js";
+import { nameOf } from "./charts.js";
+
+export function showCard(box, { sha256, device, loaded, classes, input_size: size, card }) {
+  const { arch, stem, activation } = card.architecture ?? {};
+  const { threat_model: threat, recipe, data, duration_seconds: took, seed } = card;
+  const facts = [
+    ["Architecture", [arch, stem && `${stem} stem`, activation].filter(Boolean).join(", ")],
+    ["Input", `${size} × ${size} pixels`],
+    ["Classes", `${classes.length}: ${classes.slice(0, 12).join(", ")}${classes.length > 12 ? "…" : ""}`],
+    ["Made to withstand", threat && `${normText(threat.norm)} up to ${epsText(Math.round(255 * threat.eps), threat.norm)}`],
+    ["Recipe", recipe?.name && recipeText(recipe)],
+    ["Trained on", data && `${data.name}, ${data.count?.toLocaleString("en")} images`],
+    ["Training took", took && `${duration(took)} on ${card.device ?? "an unknown device"}, seed ${seed}`],
+    ["Serves on", `${device} since ${new Date(loaded).toLocaleString("en-GB")}`],
+    ["SHA-256", el("code", { title: sha256 }, `${sha256.slice(0, 12)}…`)],
+  ];
+  const list = el("dl", { class: "card" });
+  for (const [name, value] of facts) {
+    if (value) list.append(el("div", {}, el("dt", {}, name), el("dd", {}, value)));
+  }
+  box.replaceChildren(list, ...measured(card.evaluation ?? []));
+}
+
+function recipeText({ name, phases = [] }) {
+  const parts = phases.map(({ name: phase, epochs }) => `${epochs} ${phase}`);
+  return `${name}${parts.length ? ` (${parts.join(" + ")} epochs)` : ""}`;
+}
+
+function duration(s) {
+  const minutes = Math.round(s / 60);
+  if (minutes < 1) return `${Math.round(s)} s`;
+  return minutes < 120 ? `${minutes} min` : `${(minutes / 60).toFixed(1)} h`;
+}
+
+function measured(rows) {
+  const tables = [];
+  for (const data of new Set(rows.map((row) => row.data ?? ""))) {
+    const own = rows.filter((row) => (row.data ?? "") === data && row.accuracy != null);
+    if (!own.length) continue;
+    const body = el("tbody");
+    for (const row of own) {
+      const ball = row.eps_text ? `${normText(row.norm)} ${row.eps_text}` : "";
+      body.append(
+        el(
+          "tr",
+          {},
+          el("th", { scope: "row" }, nameOf(row.attack), ball && el("small", {}, ` ${ball}`)),
+          el("td", {}, percent(row.accuracy)),
+          el("td", { class: "span" }, row.interval && interval(row)),
+        ),
+      );
+    }
+    const head = el(
+      "thead",
+      { class: "hidden" },
+      el("tr", {}, el("th", { scope: "col" }, "Attack"), el("th", { scope: "col" }, "Accuracy"), el("td")),
+    );
+    const caption = `Accuracy on ${data || "its test set"}, ${own[0].n?.toLocaleString("en")} images`;
+    tables.push(el("table", { class: "numbers" }, el("caption", {}, caption), head, body));
+  }
+  return tables.reverse();
+}

@@ -1,0 +1,70 @@
+// Making elements, and numbers as people read them.
+
+export const $ = (id) => document.getElementById(id);
+
+export function el(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child != null));
+  return node;
+}
+
+/** Shows `text` in a place kept for it, or hides the place when there is none. */
+export function say(node, text = "") {
+  node.textContent = text;
+  node.hidden = !text;
+}
+
+export function options(select, pairs, chosen = select.value) {
+  select.replaceChildren(...pairs.map(([value, text]) => el("option", { value }, text)));
+  if (pairs.some(([value]) => value === chosen)) select.value = chosen;
+}
+
+export const percent = (p) => {
+  const value = 100 * p;
+  if (value > 0 && value < 0.05) return "<0.1%";
+  if (value < 100 && value >= 99.95) return ">99.9%";
+  return `${value.toFixed(1)}%`;
+};
+
+export const seconds = (s) => (s < 1 ? `${Math.round(1000 * s)} ms` : `${s.toFixed(1)} s`);
+
+/** An eps of k/255 in words: under l2 also as a number, as people write it there. */
+export const epsText = (k, norm) =>
+  norm === "l2" ? `${(k / 255).toFixed(3)} (${k}/255)` : `${k}/255`;
+
+export const normText = (norm) => ({ linf: "L∞", l2: "L2" })[norm] ?? norm;
+
+const PROPER = {
+  "pgd-margin": "PGD margin",
+  square: "Square",
+  autoattack: "AutoAttack",
+  minimal: "Minimal",
+};
+export const attackText = (name) => PROPER[name] ?? name.toUpperCase();
+
+/** Resolves after so many milliseconds; rejects when `signal` aborts. */
+export function sleep(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const stop = () => {
+      clearTimeout(timer);
+      reject(new DOMException("stopped", "AbortError"));
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener("abort", stop);
+      resolve();
+    }, ms);
+    if (signal?.aborted) stop();
+    else signal?.addEventListener("abort", stop, { once: true });
+  });
+}
