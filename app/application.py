@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app import documents, playground, problem
 from app.documents import Application
 from app.middleware import LimitMiddleware, RequestMiddleware
-from app.routes import attack, evaluate, limits, predict, status
+from app.routes import attack, evaluate, inference, limits, predict, status
 from app.service import Service
 from app.settings import Settings
 
@@ -42,11 +42,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problem.install(app)
     documents.install(app)
     playground.install(app)
-    for module in (predict, attack, evaluate, status, limits):
+    for module in (predict, attack, evaluate, status, limits, inference):
         app.include_router(module.router(service))
     # The last one added is the outermost.
     app.add_middleware(LimitMiddleware, service=service)
-    app.add_middleware(RequestMiddleware, service=service)
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -55,6 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    app.add_middleware(RequestMiddleware, service=service)
     return app
 
 

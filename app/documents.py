@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app.problem import Problem
+from app.tensors import InferRequest
 
 ASSETS = "/docs/assets"
 PNG_ANSWER: dict[str, Any] = {
@@ -26,15 +27,16 @@ _IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 
 
 class Application(FastAPI):
-    """FastAPI whose document has the schema of our errors."""
+    """FastAPI whose document has the schemas that no route's signature names."""
 
     def openapi(self) -> dict[str, Any]:
         """The document, made once."""
         document = super().openapi()
-        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas.update(schema.pop("$defs", {}))
-        schemas["Problem"] = schema
+        for kind in (Problem, InferRequest):
+            schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[kind.__name__] = schema
         return document
 
 

@@ -46,8 +46,8 @@ class Unauthorized(ServiceError):
 class BodyTooLarge(ServiceError):
     """A body over the limit, declared or streamed."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"expected a body of at most {limit} bytes")
+    def __init__(self, limit: int, of: str = "body") -> None:
+        super().__init__(f"expected at most {limit} bytes of {of}")
 
 
 class SlowBody(ServiceError):

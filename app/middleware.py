@@ -23,7 +23,7 @@ from app.errors import (
     SlowBody,
     Unauthorized,
 )
-from app.problem import problem_of
+from app.problem import answer_to
 from app.queue import Kind
 from app.service import Service
 
@@ -75,7 +75,7 @@ class RequestMiddleware:
             except Exception as error:
                 logger.exception("the request failed")
                 if not status:
-                    await problem_of(request_id, error)(scope, receive, send_named)
+                    await answer_to(scope, error)(scope, receive, send_named)
             finally:
                 self._count(scope, status, time.monotonic() - arrived)
                 logs.request_id.reset(token)
@@ -114,8 +114,7 @@ class LimitMiddleware:
             self._admit(scope)
         except ServiceError as error:
             exchange.cut = _declared(scope) > SMALL_BODY
-            answer = problem_of(scope["state"]["request_id"], error)
-            await answer(scope, exchange.receive, exchange.send)
+            await answer_to(scope, error)(scope, exchange.receive, exchange.send)
             return
         await self._app(scope, exchange.receive, exchange.send)
 

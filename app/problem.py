@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from app import errors
 from app.errors import FieldError
@@ -19,6 +20,7 @@ from app.parameters import field_errors
 from robust.datasets import DatasetError
 
 MEDIA_TYPE = "application/problem+json"
+PROTOCOL = "/v2"  # below it errors have the form of the Open Inference Protocol
 RETRY_SECONDS = 5  # where nothing was measured: while draining, or after the device thread died
 CLIENT_CLOSED_REQUEST = 499  # not registered; for the log, as the client does not see it
 
@@ -43,6 +45,22 @@ class Problem(BaseModel):
     errors: list[Fault] = Field(default_factory=list)
 
 
+class ProblemAnswer(Response):
+    """An error on its way out."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, problem: Problem, headers: Mapping[str, str] | None) -> None:
+        super().__init__(problem.model_dump_json(), problem.status, headers)
+        self.problem, self.more = problem, headers
+
+
+class ProtocolError(BaseModel):
+    """An error, as the Open Inference Protocol has it."""
+
+    error: str = Field(examples=["data: expected numbers from 0 to 1"])
+
+
 def problem(
     request_id: str,
     status: int,
@@ -51,7 +69,7 @@ def problem(
     *,
     faults: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
-) -> Response:
+) -> ProblemAnswer:
     """An error answer; `title` also names its type."""
     body = Problem(
         type=f"urn:robust:problem:{title.lower().replace(' ', '-')}",
@@ -62,12 +80,10 @@ def problem(
         request_id=request_id,
         errors=[Fault(field=f.field, expected=f.expected, got=f.got) for f in faults],
     )
-    return Response(
-        body.model_dump_json(), status_code=status, media_type=MEDIA_TYPE, headers=headers
-    )
+    return ProblemAnswer(body, headers)
 
 
-def problem_of(request_id: str, error: Exception) -> Response:
+def problem_of(request_id: str, error: Exception) -> ProblemAnswer:
     """The answer for any exception. One that is not ours becomes a 500 that tells nothing."""
     match error:
         case errors.UnusableImages():
@@ -107,11 +123,21 @@ def problem_of(request_id: str, error: Exception) -> Response:
     return problem(request_id, 500, "Internal error", "The service failed; the log says why.")
 
 
+def answer_to(scope: Scope, error: Exception) -> Response:
+    """The answer for any exception, in the form that its address asks for."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    answer = problem_of(scope["state"]["request_id"], error)
+    if path != PROTOCOL and not path.startswith(f"{PROTOCOL}/"):
+        return answer
+    body = ProtocolError(error=answer.problem.detail).model_dump_json()
+    return Response(body, answer.status_code, answer.more, media_type="application/json")
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of `app` with a problem. What no handler knows, the middleware catches."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return problem_of(request.state.request_id, error)
+        return answer_to(request.scope, error)
 
     for kind in (errors.ServiceError, DatasetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
@@ -125,6 +151,14 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": HTTPStatus(status).phrase,
             "content": {MEDIA_TYPE: {"schema": schema}},
         }
+        for status in statuses
+    }
+
+
+def protocol_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route of the Open Inference Protocol."""
+    return {
+        status: {"model": ProtocolError, "description": HTTPStatus(status).phrase}
         for status in statuses
     }
 

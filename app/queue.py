@@ -46,7 +46,7 @@ class Work:
     model: ServedModel
     cost: int
     deadline: float | None = None
-    images: Tensor | None = None  # uint8 (n, 3, H, W)
+    images: Tensor | None = None  # uint8, or float32 in [0, 1], (n, 3, H, W)
     function: Callable[..., Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     admitted: float = field(default_factory=time.monotonic)

@@ -275,6 +275,6 @@ def test_a_body_that_goes_on_after_its_answer_is_not_taken_for_ever(locked: Runn
 
 def test_a_wrong_key_in_the_settings_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_API_KEYS", "my secret key")
-    with pytest.raises(ServeError, match="ROBUST_API_KEYS: expected .*keys of visible") as caught:
+    with pytest.raises(ServeError, match=r"ROBUST_API_KEYS: expected .*keys of visible") as caught:
         read_settings()
     assert "my secret key" not in str(caught.value)
