@@ -1,0 +1,303 @@
+"""The manifests fit Kubernetes' schemas, and what they name is what the service has."""
+
+import copy
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from app.application import create_app
+from app.metrics import Metrics
+from app.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "deploy" / "kubernetes"
+PAGE = ROOT / "docs" / "deploy.md"
+VARIANTS = ["base", "cpu", "gpu", "cpu with keys", "gpu with keys"]
+# The oldest that has all that is used (preStop.sleep without a feature gate), and the newest known.
+VERSIONS = ["1.30", "1.32", kubernetes_validate.latest_version()]
+CUSTOM = {"PodMonitor", "InferenceService"}
+
+Manifest = dict[str, Any]
+
+
+def load(path: Path) -> list[Manifest]:
+    return [item for item in yaml.safe_load_all(path.read_text()) if item]
+
+
+def patched(manifest: Manifest, patch: str) -> Manifest:
+    """A copy with a JSON patch (RFC 6902) applied, as far as the overlays use it."""
+    result = copy.deepcopy(manifest)
+    for operation in yaml.safe_load(patch):
+        *way, last = operation["path"].strip("/").replace("~1", "/").split("/")
+        place: Any = result
+        for name in way:
+            place = place[int(name)] if isinstance(place, list) else place[name]
+        match operation["op"]:
+            case "test":
+                assert place[last] == operation["value"]
+            case "replace":
+                assert last in place
+                place[last] = operation["value"]
+            case "add" if last == "-":
+                place.append(operation["value"])
+            case "add":
+                assert last not in place
+                place[last] = operation["value"]
+            case other:
+                raise AssertionError(f"teach this test {other}")
+    return result
+
+
+def build(folder: Path) -> list[Manifest]:
+    """What `kubectl kustomize` makes of the folder."""
+    (kustomization,) = load(folder / "kustomization.yaml")
+    known = {"apiVersion", "kind", "resources", "patches"}
+    assert set(kustomization) <= known, "teach this test what else it says"
+    manifests = []
+    for name in kustomization.get("resources", []):
+        path = folder / name
+        manifests += build(path) if path.is_dir() else load(path)
+    return apply(manifests, kustomization)
+
+
+def apply(manifests: list[Manifest], kustomization: Manifest) -> list[Manifest]:
+    for patch in kustomization.get("patches", []):
+        kind, name = patch["target"]["kind"], patch["target"]["name"]
+        hits = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == (kind, name)]
+        if not hits:
+            assert kind in CUSTOM, f"the patch of {kind} {name} finds nothing"
+            continue
+        (hit,) = hits
+        manifests = [patched(m, patch["patch"]) if m is hit else m for m in manifests]
+    return manifests
+
+
+def variant(name: str) -> list[Manifest]:
+    folder, _, keys = name.partition(" with ")
+    manifests = build(FOLDER / folder)
+    if keys:
+        manifests = apply(manifests, load(FOLDER / keys / "kustomization.yaml")[0])
+    return manifests
+
+
+def only(manifests: list[Manifest], kind: str) -> Manifest:
+    (found,) = (item for item in manifests if item["kind"] == kind)
+    return found
+
+
+def pods() -> list[Any]:
+    """The pod of every variant."""
+    found = [
+        pytest.param(only(variant(name), "Deployment")["spec"]["template"]["spec"], id=name)
+        for name in VARIANTS
+    ]
+    (service,) = load(FOLDER / "kserve" / "inference-service.yaml")
+    return [*found, pytest.param(service["spec"]["predictor"], id="kserve")]
+
+
+# The schemas
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_manifest_fits_the_schemas(name: str, version: str) -> None:
+    manifests = [item for item in variant(name) if item["kind"] not in CUSTOM]
+    assert {item["kind"] for item in manifests} == {
+        "Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"
+    }  # fmt: skip
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("wrong", ["kind", "misspelt", "type"])
+def test_the_schemas_refuse_what_is_wrong(wrong: str) -> None:
+    manifest = copy.deepcopy(only(variant("base"), "Deployment"))
+    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    if wrong == "kind":
+        del manifest["spec"]["selector"]
+    elif wrong == "misspelt":
+        container["readynessProbe"] = container.pop("readinessProbe")
+    else:
+        container["env"][0]["value"] = 5
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_pod_of_the_inference_service_is_a_pod(version: str) -> None:
+    (service,) = load(FOLDER / "kserve" / "inference-service.yaml")
+    assert (service["apiVersion"], service["kind"]) == (
+        "serving.kserve.io/v1beta1",
+        "InferenceService",
+    )
+    pod = dict(service["spec"]["predictor"])
+    # What KServe adds to the fields of a pod.
+    least, most = pod.pop("minReplicas"), pod.pop("maxReplicas")
+    assert 1 < least < most
+    assert (pod.pop("scaleMetric"), pod.pop("scaleTarget")) == ("cpu", 80)
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": service["metadata"], "spec": pod}
+    kubernetes_validate.validate(manifest, version, strict=True)
+    (container,) = pod["containers"]
+    assert container["name"] == "kserve-container"  # by which KServe knows it
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kustomize_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
+    folder, _, keys = name.partition(" with ")
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    own = {"resources": [f"../kubernetes/{folder}"]}
+    if keys:
+        own["components"] = [f"../kubernetes/{keys}"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(tmp_path / "own")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    made = {item["kind"]: item for item in yaml.safe_load_all(done.stdout)}
+    assert made == {item["kind"]: item for item in variant(name)}
+
+
+def test_no_file_is_forgotten() -> None:
+    names = {path.parent.name for path in FOLDER.rglob("*.yaml")}
+    assert names == {"base", "cpu", "gpu", "keys", "kserve", "monitoring"}
+    for path in FOLDER.rglob("kustomization.yaml"):
+        (kustomization,) = load(path)
+        beside = {other.name for other in path.parent.glob("*.yaml")} - {path.name}
+        assert beside - {"adapter-values.yaml"} <= set(kustomization.get("resources", []))
+
+
+# What they name
+
+
+@pytest.fixture(scope="module")
+def routes(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    app = create_app(Settings(checkpoint=tmp_path_factory.mktemp("none"), device="cpu"))
+    return {path for path, methods in app.openapi()["paths"].items() if "get" in methods}
+
+
+@pytest.mark.parametrize("pod", pods())
+def test_probes_ask_what_there_is(pod: Manifest, routes: set[str]) -> None:
+    (container,) = pod["containers"]
+    (port,) = container["ports"]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        asked = container[name]["httpGet"]
+        assert asked["path"] in routes
+        assert asked["port"] in (port["name"], port["containerPort"])
+        alive = asked["path"] in ("/livez", "/v2/health/live")
+        assert alive == (name == "livenessProbe")
+    options = dict(zip(container["args"][1::2], container["args"][2::2], strict=True))
+    assert container["args"][0] == "serve"
+    assert options == {"--host": "0.0.0.0", "--port": str(port["containerPort"])}
+    assert re.search(rf"^EXPOSE {port['containerPort']}$", (ROOT / "Dockerfile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("pod", pods())
+def test_variables_are_settings_with_values_that_fit(
+    pod: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (container,) = pod["containers"]
+    for variable in container["env"]:
+        prefix, _, name = variable["name"].partition("_")
+        assert prefix == "ROBUST"
+        assert name.lower() in Settings.model_fields
+        monkeypatch.setenv(variable["name"], variable.get("value", "a-key,another"))
+    settings = Settings()
+    # What it takes to end: the load balancer's moment, the requests in hand, the device's step.
+    sleep = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    assert pod["terminationGracePeriodSeconds"] >= sleep + 2 * settings.grace_seconds + 5
+
+
+@pytest.mark.parametrize("pod", pods())
+def test_the_container_may_write_where_the_image_does(pod: Manifest) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"USER {pod['securityContext']['runAsUser']}:" in dockerfile
+    (container,) = pod["containers"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {"tmp": "/tmp"}  # what `--read-only --tmpfs /tmp` gives
+    assert {volume["name"] for volume in pod["volumes"]} == set(mounted)
+    resources = container["resources"]
+    assert set(resources["limits"]) == set(resources["requests"]) >= {"cpu", "memory"}
+
+
+def test_the_gpu_variant_asks_for_one_and_uses_it() -> None:
+    (container,) = only(variant("gpu"), "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    device = {item["name"]: item.get("value") for item in container["env"]}["ROBUST_DEVICE"]
+    assert device == "cuda"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_everything_selects_the_pods(name: str) -> None:
+    manifests = variant(name)
+    deployment = only(manifests, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    ports = deployment["spec"]["template"]["spec"]["containers"][0]["ports"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert only(manifests, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
+    service = only(manifests, "Service")["spec"]
+    assert service["selector"] == labels
+    assert service["ports"][0]["targetPort"] in [port["name"] for port in ports]
+    target = only(manifests, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+    assert "replicas" not in deployment["spec"]
+    if name != "base":
+        monitor = only(manifests, "PodMonitor")["spec"]
+        assert monitor["selector"]["matchLabels"] == labels
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert endpoint["port"] in [port["name"] for port in ports]
+        assert ("authorization" in endpoint) == ("keys" in name)
+
+
+def test_the_autoscalers_metric_is_made_of_the_services(routes: set[str]) -> None:
+    (values,) = load(FOLDER / "monitoring" / "adapter-values.yaml")
+    (rule,) = values["rules"]["custom"]
+    series = rule["seriesQuery"].partition("{")[0]
+    made = re.sub(rule["name"]["matches"], rule["name"]["as"].replace("${1}", r"\1"), series)
+    (metric,) = only(variant("base"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == made
+    metrics = Metrics()
+    metrics.queue_wait.labels("predict").observe(1)
+    samples = {
+        sample.name: sample for item in metrics.registry.collect() for sample in item.samples
+    }
+    for name in {series, *re.findall(r"robust_\w+", rule["metricsQuery"])}:
+        assert samples[name].labels["kind"] == "predict"
+    assert 'kind="predict"' in rule["seriesQuery"]
+    assert only(variant("cpu"), "PodMonitor")["spec"]["podMetricsEndpoints"][0]["path"] in routes
+
+
+# The page
+
+
+def test_the_page_names_every_variant_and_only_what_there_is() -> None:
+    text = PAGE.read_text()
+    for name in ("cpu", "gpu", "keys", "kserve", "monitoring"):
+        assert f"deploy/kubernetes/{name}" in text or f"kubernetes/{name}" in text, name
+    for path in re.findall(r"deploy/kubernetes/[\w./-]*\w", text):
+        assert (ROOT / path).exists(), path
+    for variable in re.findall(r"ROBUST_(\w+)", text):
+        assert variable.lower() in Settings.model_fields, variable
+
+
+def test_the_kustomization_on_the_page_can_be_built(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    kustomization = yaml.safe_load(block)
+    for name in [*kustomization["resources"], *kustomization["components"]]:
+        assert (FOLDER / Path(name).name / "kustomization.yaml").is_file()
+    if shutil.which("kubectl"):
+        shutil.copytree(FOLDER, tmp_path / "robust" / "deploy" / "kubernetes")
+        (tmp_path / "kustomization.yaml").write_text(block)
+        command = ["kubectl", "kustomize", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made = only(list(yaml.safe_load_all(done.stdout)), "Deployment")
+        (container,) = made["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == "registry.example/robust:1.0"
