@@ -116,7 +116,10 @@ class LimitMiddleware:
             exchange.cut = _declared(scope) > SMALL_BODY
             await answer_to(scope, error)(scope, exchange.receive, exchange.send)
             return
-        await self._app(scope, exchange.receive, exchange.send)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        finally:
+            exchange.release()
 
     def _admit(self, scope: Scope) -> None:
         service, settings = self._service, self._service.settings
@@ -134,10 +137,7 @@ class LimitMiddleware:
             raise NotReady("The service is shutting down.")
         if service.in_flight.posts > settings.max_requests:
             service.metrics.rejected.labels("requests").inc()
-            raise Overloaded(
-                "Too many requests are in hand.",
-                retry_after=service.engine.retry_after(Kind.ATTACK),
-            )
+            raise _overloaded(service, "Too many requests are in hand.")
 
 
 class _Exchange:
@@ -146,6 +146,7 @@ class _Exchange:
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         settings = service.settings
         self.cut = False
+        self._service = service
         self._most, self._rejected = settings.max_body_bytes, service.metrics.rejected
         self._latest = scope["state"]["arrived"] + settings.upload_seconds
         self._receive, self._send = receive, send
@@ -161,13 +162,27 @@ class _Exchange:
             self.cut = True
             self._rejected.labels("slow").inc()
             raise SlowBody("The body did not arrive in time.") from None
-        self._size += len(message.get("body", b""))
+        self._hold(len(message.get("body", b"")))
         self._complete = not message.get("more_body", False)
         if self._size > self._most:
             self.cut = True
             self._rejected.labels("body").inc()
             raise BodyTooLarge(self._most)
         return message
+
+    def _hold(self, more: int) -> None:
+        in_flight, settings = self._service.in_flight, self._service.settings
+        self._size += more
+        in_flight.bytes += more
+        if in_flight.bytes > settings.max_held_bytes:
+            self.cut = True
+            self._rejected.labels("held").inc()
+            raise _overloaded(self._service, "Too much of other requests is in hand.")
+
+    def release(self) -> None:
+        """The body is of no more use to anybody."""
+        self._service.in_flight.bytes -= self._size
+        self._size = 0
 
     async def send(self, message: Message) -> None:
         if self.cut and message["type"] == "http.response.start":
@@ -186,6 +201,10 @@ class _Exchange:
                     pass
         except TimeoutError:
             pass
+
+
+def _overloaded(service: Service, reason: str) -> Overloaded:
+    return Overloaded(reason, retry_after=service.engine.retry_after(Kind.ATTACK))
 
 
 def _declared(scope: Scope) -> float:

@@ -104,11 +104,12 @@ class Service:
 
 
 class InFlight:
-    """Counts the requests in hand."""
+    """Counts the requests in hand, and what of them is in memory."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.count = 0
         self.posts = 0
+        self.bytes = 0  # of their bodies, as far as they have arrived
         self._metrics = metrics
         self._changed = asyncio.Event()
 

@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=64 * 2**20, ge=1, description="Largest request body, in bytes."
     )
+    max_held_bytes: int = Field(
+        default=512 * 2**20, ge=1, description="Most bytes of all bodies in hand; past it 429."
+    )
     upload_seconds: float = Field(
         default=30.0, gt=0, description="Longest time for a request to arrive; past it 408."
     )

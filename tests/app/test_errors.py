@@ -199,6 +199,7 @@ def small(checkpoint: Any) -> Any:
         threads=1,
         device="cpu",
         max_body_bytes=20_000,
+        max_held_bytes=30_000,
         queue_limit=4,
         max_requests=2,
         deadline_seconds=2,
@@ -278,6 +279,20 @@ def test_more_requests_than_allowed_are_turned_away_before_their_body(small: Run
         for connection in slow:
             connection.close()
     until(lambda: small.service.in_flight.posts == 0)
+
+
+def test_bodies_in_hand_are_bounded_together(small: Running) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 19999\r\n\r\n")
+        connection.sendall(bytes(19_990))
+        until(lambda: small.service.in_flight.bytes == 19_990)
+        response = small.client.post("/predict", content=bytes(15_000))
+        assert_problem(response, 429)
+        assert int(response.headers["Retry-After"]) >= 1
+        assert small.client.post("/predict", content=png()).status_code == 200
+    until(lambda: small.service.in_flight.count == 0)
+    assert small.service.in_flight.bytes == 0
 
 
 def test_too_many_images_in_a_set(small: Running) -> None:
