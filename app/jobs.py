@@ -36,6 +36,7 @@ class Job:
     dataset: str
     images: int
     attacks: tuple[AttackSettings, ...]
+    curve: int  # images of the accuracy-against-eps curve
     created: datetime
     state: JobState = "queued"
     evaluation: Evaluation | None = None
@@ -75,7 +76,12 @@ class Jobs:
             )
 
     def submit(
-        self, model: ServedModel, dataset: Dataset, attacks: Sequence[AttackSettings]
+        self,
+        model: ServedModel,
+        dataset: Dataset,
+        attacks: Sequence[AttackSettings],
+        *,
+        curve: int = 0,
     ) -> Job:
         """Queue an evaluation of `model`. Raises Overloaded."""
         self._expire()
@@ -86,6 +92,7 @@ class Jobs:
             dataset=dataset.name,
             images=len(dataset),
             attacks=tuple(attacks),
+            curve=curve,
             created=datetime.now(UTC),
         )
         self._jobs[job.id] = job
@@ -132,12 +139,14 @@ class Jobs:
         def work(session: Session) -> Evaluation:
             loop.call_soon_threadsafe(show, "running")
             for evaluation in evaluate_batches(
-                session,
+                model.classifier,
                 dataset.images,
                 dataset.labels,
                 num_classes=len(model.classes),
                 attacks=job.attacks,
                 device=session.device,
+                fast=session,
+                curve=job.curve,
             ):
                 loop.call_soon_threadsafe(show, "running", evaluation)
             return evaluation

@@ -68,7 +68,8 @@ class AttackParameters(_Parameters):
         default_factory=lambda: list(DEFAULT_ATTACKS),
         min_length=1,
         max_length=MAX_ATTACKS,
-        description=f"Repeatable: {', '.join(ATTACKS)}, or pgd-N for N steps. Default: both.",
+        description=f"Repeatable: {', '.join(ATTACKS)}; pgd-50 has 50 steps, square-1000 so many "
+        f"queries. Default: {' and '.join(DEFAULT_ATTACKS)}.",
         examples=[["pgd"]],
     )
     norm: Norm = Field(default="linf", description="How distance is measured.")
@@ -79,8 +80,14 @@ class AttackParameters(_Parameters):
     alpha: Size | None = Field(
         default=None, description="Step length of pgd in pixel units. Default: a quarter of eps."
     )
-    steps: int | None = Field(default=None, ge=1, description="Steps of pgd. Default: 20.")
-    restarts: int | None = Field(default=None, ge=1, description="Runs of pgd. Default: 1.")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps, for square queries. Default: 20 for pgd, 100 for apgd and fab-t.",
+    )
+    restarts: int | None = Field(
+        default=None, ge=1, description="Runs of an attack that starts at random. Default: 1."
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Of the random starts.")
 
 
@@ -103,6 +110,11 @@ class EvaluateParameters(AttackParameters):
         default=None, description="The name of a data set that the operator registered."
     )
     limit: int | None = Field(default=None, ge=1, description="Score only the first images.")
+    curve: int = Field(
+        default=0,
+        ge=0,
+        description="Attack so many images once more at growing eps, for a curve of accuracy.",
+    )
 
 
 def parse(kind: type[P], values: Mapping[str, Sequence[str]]) -> P:
@@ -155,9 +167,10 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
     """
     threat_model = _threat_model(parameters, settings)
     given = parameters.model_dump(include={"alpha", "steps", "restarts"}, exclude_none=True)
+    most_steps = max(settings.max_steps, settings.max_queries)
     errors = [
         _over(name, given[name], most)
-        for name, most in (("steps", settings.max_steps), ("restarts", settings.max_restarts))
+        for name, most in (("steps", most_steps), ("restarts", settings.max_restarts))
         if given.get(name, 0) > most
     ]
     if errors:  # before anything is computed of a number that may be astronomical
@@ -171,12 +184,17 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
             errors.append(FieldError(field="attack", expected=expected, got=describe(name)))
             continue
         attacks.append(attack)
-        if attack.steps > settings.max_steps:
-            errors.append(_over("attack", attack.steps, settings.max_steps))
-    if not errors and all(attack.name == "fgsm" for attack in attacks):
+        most = settings.max_queries if attack.name == "square" else settings.max_steps
+        if attack.steps > most:
+            field = "steps" if "steps" in given else "attack"
+            errors.append(_over(field, attack.steps, most))
+    if not errors:
         errors = [
-            FieldError(field=field, expected="an attack that takes it", got="only fgsm")
+            FieldError(
+                field=field, expected="an attack that takes it", got=f"only {attacks[0].name}"
+            )
             for field in given
+            if not any(attack.takes(field) for attack in attacks)
         ]
     if errors:
         raise InvalidParameters(list(dict.fromkeys(errors)))

@@ -87,16 +87,46 @@ class AttackResponse(BaseModel):
     results: list[AttackResult]
 
 
+class DistanceResult(BaseModel):
+    """How far the adversarial images lie from theirs, in pixel units of the norm."""
+
+    least: float
+    median: float
+    most: float
+
+
+class StageResult(BaseModel):
+    """One attack of several run in turn, each on what the ones before left standing."""
+
+    attack: str = Field(examples=["apgd-ce"])
+    attacked: int
+    correct: int = Field(description="Images right after it, of all.")
+    seconds: float
+
+
 class AccuracyResult(BaseModel):
     """How many of n images were classified right, with the Wilson 95% interval."""
 
     attack: str = Field(examples=["clean", "pgd-20"])
-    accuracy: float
+    accuracy: float | None = Field(description="Null before the first image.")
     correct: int
     n: int
     interval: tuple[float, float]
     per_class: list[float | None] = Field(description="Accuracy by class; null for one not seen.")
-    seconds: float = Field(description="What it took, with what was served in between.")
+    confusion: list[list[int]] = Field(
+        description="Images of the class of a row seen as that of a column; empty past 100 classes."
+    )
+    distances: DistanceResult | None = Field(description="Of what fooled the model.")
+    stages: list[StageResult] = Field(description="Where the attack is made of several.")
+    forwards: int = Field(description="Forward passes spent, an image each.")
+    backwards: int
+    unheld: int = Field(
+        description="Successes that the last exact pass did not confirm; counted as right."
+    )
+    seconds: float = Field(
+        description="What it took, with what was served in between. Clean predictions come with "
+        "fgsm where that is asked for, and then take none of their own."
+    )
     norm: str | None = None
     eps: float | None = None
     eps_text: str | None = None
@@ -115,14 +145,51 @@ class WorstCase(BaseModel):
     interval: tuple[float, float]
 
 
+class CurveResult(BaseModel):
+    """Accuracy under pgd-20 at one eps."""
+
+    eps: float
+    eps_text: str
+    accuracy: float | None
+    correct: int
+    n: int
+    interval: tuple[float, float]
+
+
+class ProbeResult(BaseModel):
+    """What was seen of the model itself before it was attacked."""
+
+    n: int
+    difference: float = Field(description="Between two passes, as a share of the largest logit.")
+    probabilities: bool = Field(description="Whether a softmax is inside.")
+    zero_gradients: int
+    nan_gradients: int
+    right: int
+    right_normalised: int = Field(description="Right at best with a usual normalisation before.")
+    normalisation: str
+
+
+class FlagResult(BaseModel):
+    """A reason not to trust the numbers."""
+
+    name: str = Field(examples=["square stronger"])
+    text: str = Field(description="What was seen.")
+    advice: str = Field(description="What to do about it.")
+
+
 class EvaluationResult(BaseModel):
-    """Results over the first `n` of `total` images: clean first, then each attack."""
+    """Results over `n` of `total` images: clean first, then each attack."""
 
     n: int
     total: int
     results: list[AccuracyResult]
     worst_case: WorstCase
-    doubts: list[str] = Field(description="Reasons not to trust these numbers.")
+    curve: list[CurveResult]
+    probes: ProbeResult | None
+    flags: list[FlagResult] = Field(description="Reasons not to trust these numbers.")
+    notes: list[str] = Field(description="What an attack had to do otherwise than usual.")
+    precision: str = Field(examples=["fp32"])
+    done: float = Field(ge=0, le=1, description="Share of the work.")
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]

@@ -88,6 +88,7 @@ class Settings(BaseSettings):
         default=10.0, ge=0, description="Largest eps under l2, in pixel units."
     )
     max_steps: int = Field(default=200, ge=1, description="Most steps of an attack.")
+    max_queries: int = Field(default=5000, ge=1, description="Most queries of the attack square.")
     max_restarts: int = Field(default=10, ge=1, description="Most restarts of an attack.")
 
     max_batch: int = Field(

@@ -18,7 +18,6 @@ from app.schemas import (
     Seen,
 )
 from robust.attacks import AttackSettings
-from robust.doubts import doubts
 from robust.evaluation import Evaluation
 from robust.images import encode_png
 from robust.prediction import AttackOutcome, top_classes
@@ -78,7 +77,7 @@ def base64_png(image: Tensor) -> str:
 
 def evaluation_result(evaluation: Evaluation) -> EvaluationResult:
     """What an evaluation found, and whether to believe it."""
-    return EvaluationResult.model_validate({**evaluation.to_dict(), "doubts": doubts(evaluation)})
+    return EvaluationResult.model_validate({**evaluation.to_dict(), "done": evaluation.done})
 
 
 def job_status(job: Job) -> JobStatus:

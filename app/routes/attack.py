@@ -49,6 +49,9 @@ def router(service: Service) -> APIRouter:
         attacks = resolve_attacks(parameters, service.settings)
         label = resolve_class(parameters.label, "label", model.classes)
         target = resolve_class(parameters.target, "target", model.classes)
+        for item in attacks:
+            if target is not None and not item.takes_target:
+                raise _fault("target", "an attack that takes a target", item.name)
         as_png = _wants_png(request)
         if as_png and len(attacks) != 1:
             raise _fault("attack", "exactly one for Accept: image/png", f"{len(attacks)}")

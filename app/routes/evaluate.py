@@ -60,7 +60,7 @@ def router(service: Service) -> APIRouter:
             model=model,
             settings=service.settings,
         )
-        job = service.jobs.submit(model, dataset, attacks)
+        job = service.jobs.submit(model, dataset, attacks, curve=parameters.curve)
         response.headers["Location"] = str(request.url_for("job", id=job.id).path)
         seconds = _preferred_wait(request, service.settings.deadline_seconds)
         if seconds is not None:

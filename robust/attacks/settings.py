@@ -90,6 +90,14 @@ class AttackSettings:
         """Whether it can lead to a class that is asked for."""
         return self.name not in ("apgd-t", "fab-t", "autoattack")
 
+    def takes(self, parameter: str) -> bool:
+        """Whether `alpha`, `steps` or `restarts` means anything to it."""
+        if parameter == "alpha":
+            return self.name in ("pgd", "pgd-margin")
+        if parameter == "restarts" and self.name in ("apgd-t", "fab-t"):
+            return False
+        return _STEPS[self.name] is not None
+
     def algorithm(self, *, early_stop: bool = True, targeted: bool = False) -> Algorithm:
         """What the search runs. Raises ValueError for `autoattack` and `minimal`: they are more."""
         norm, stop, steps, runs = self.threat_model.norm, early_stop, self.steps, self.restarts

@@ -18,6 +18,10 @@ from robust.commands.output import Progress, percent, table, write_report
 
 if TYPE_CHECKING:
     from robust.evaluation import Evaluation
+    from robust.evaluation.run import Precision
+
+CURVE_ATTACK = "pgd-20"
+Row = list[str]
 
 
 @click.command()
@@ -40,6 +44,35 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write the result as JSON too; - prints it instead of the table.",
 )
+@click.option(
+    "--curve",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Attack N of the images once more at growing eps; 0 for none.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the search; bf16 (auto: on CUDA) has every success confirmed in fp32.",
+)
+@click.option(
+    "--journal",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Keep what is finished there; the same command goes on from it after a stop.",
+)
+@click.option(
+    "--format",
+    "table_format",
+    type=click.Choice(["text", "markdown", "latex"]),
+    default="text",
+    show_default=True,
+    help="Of the table.",
+)
 @click.option("--record", is_flag=True, help="Add the accuracies to the checkpoint's sidecar.")
 def evaluate(
     checkpoint: Path,
@@ -56,20 +89,25 @@ def evaluate(
     limit: int | None,
     batch_size: int,
     json_path: Path | None,
+    curve: int,
+    precision: Precision,
+    journal: Path | None,
+    table_format: str,
     record: bool,
 ) -> None:
     """Measure clean and robust accuracy on labelled images.
 
     An image counts as robust when it is right as it came and at every step of the attack; the
-    worst case is over all attacks together. Example:
+    worst case is over all attacks together. What gives reason not to trust the numbers is told
+    under the table. Examples:
 
     \b
         robust evaluate --data cifar10 --attack pgd-50 --limit 1000
+        robust evaluate --data test.npz --attack autoattack --journal test.journal
     """
     from robust.checkpoint import load_checkpoint, record_evaluation
     from robust.classifier import resolve_device
     from robust.datasets import load_dataset
-    from robust.doubts import doubts
     from robust.environment import device_in_words, versions
     from robust.evaluation import evaluate_batches
     from robust.matching import first_images, match_classes
@@ -92,7 +130,7 @@ def evaluate(
     if limit is not None:
         scored = first_images(scored, limit)
 
-    progress = Progress(len(scored), title="evaluate", unit="images")
+    progress = Progress(100, title="evaluate", unit="%")
     try:
         for evaluation in evaluate_batches(
             loaded.classifier,
@@ -102,21 +140,31 @@ def evaluate(
             attacks=attacks,
             device=device,
             batch_size=batch_size,
+            curve=curve,
+            precision=precision,
+            journal=journal,
+            model_id=loaded.sha256,
+            watch=progress.tick,
         ):
-            progress.update(evaluation.n, _so_far(evaluation))
+            progress.update(int(100 * evaluation.done), _so_far(evaluation))
     finally:
         progress.close()
 
-    reasons = doubts(evaluation)
     seconds = time.perf_counter() - start
     if json_path is not None:
         report = {
             "checkpoint": str(checkpoint),
             "weights_sha256": loaded.sha256,
-            "data": {"name": dataset.name, "count": len(dataset), "sha256": dataset.sha256},
+            "data": {
+                "name": dataset.name,
+                "count": len(dataset),
+                "sha256": dataset.sha256,
+                "scored": len(scored),
+                "scored_sha256": scored.sha256,
+            },
             **evaluation.to_dict(),
             "classes": list(classes),
-            "doubts": list(reasons),
+            "seed": seed,
             "batch_size": batch_size,
             "versions": versions(),
             "device": device_in_words(device),
@@ -129,41 +177,59 @@ def evaluate(
         record_evaluation(loaded, rows)
     if str(json_path) != "-":
         click.echo(f"{checkpoint} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
-        click.echo(_describe(evaluation))
-        click.echo(f"{seconds:.1f} s on {device_in_words(device)}")
-    for reason in reasons:
-        click.echo(f"warning: {reason}", err=True)
+        click.echo(_describe(evaluation, table_format))
+        if evaluation.curve:
+            click.echo(f"at other eps ({CURVE_ATTACK}, {evaluation.curve[0].n} images):")
+            click.echo(_curve(evaluation, table_format))
+        click.echo(f"{seconds:.1f} s on {device_in_words(device)}, {evaluation.precision}")
+    for line in evaluation.notes:
+        click.echo(f"note: {line}", err=True)
+    for flag in evaluation.flags:
+        click.echo(f"warning: {flag.name}: {flag}", err=True)
 
 
 def _so_far(evaluation: Evaluation) -> str:
-    return ", ".join(f"{item.label} {percent(item.value)}" for item in evaluation.accuracies)
+    shown = []
+    for item in evaluation.accuracies:
+        if item.n:
+            low, high = item.interval
+            shown.append(f"{item.label} {percent(item.value)} ({percent(low)} to {percent(high)})")
+    stage = f"{evaluation.stage}: " if evaluation.stage else ""
+    return stage + ", ".join(shown)
 
 
-def _describe(evaluation: Evaluation) -> str:
+def _describe(evaluation: Evaluation, table_format: str) -> str:
     from robust.evaluation import wilson_interval
     from robust.threat_model import format_eps
 
+    n = evaluation.n
+
     def row(
-        label: str, correct: int, *, norm: str = "", eps: str = "", seconds: str = ""
-    ) -> list[str]:
-        low, high = wilson_interval(correct, evaluation.n)
-        accuracy = f"{100 * correct / evaluation.n:.2f}"
+        label: str, correct: int, *, ball: tuple[str, str] = ("", ""), seconds: str = ""
+    ) -> Row:
+        low, high = wilson_interval(correct, n)
+        accuracy = f"{100 * correct / n:.2f}"
         interval = f"{100 * low:.1f} to {100 * high:.1f}"
-        return [label, norm, eps, accuracy, interval, f"{correct}/{evaluation.n}", seconds]
+        return [label, *ball, accuracy, interval, f"{correct}/{n}", seconds]
 
     rows = []
     for item in evaluation.accuracies:
-        ball = item.attack.threat_model if item.attack else None
-        rows.append(
-            row(
-                item.label,
-                item.correct,
-                norm=ball.norm if ball else "",
-                eps=format_eps(ball.eps) if ball else "",
-                seconds=f"{item.seconds:.1f}",
+        threat_model = item.attack.threat_model if item.attack else None
+        ball = (threat_model.norm, format_eps(threat_model.eps)) if threat_model else ("", "")
+        for stage in item.stages:
+            rows.append(
+                row(f"  {stage.attack}", stage.correct, ball=ball, seconds=f"{stage.seconds:.1f}")
             )
-        )
+        rows.append(row(item.label, item.correct, ball=ball, seconds=f"{item.seconds:.1f}"))
     if len(evaluation.attacks) > 1:
         rows.append(row("worst case", evaluation.worst_correct))
     header = ("attack", "norm", "eps", "accuracy %", "95% interval", "correct", "seconds")
-    return table(header, rows)
+    return table(header, rows, table_format)
+
+
+def _curve(evaluation: Evaluation, table_format: str) -> str:
+    from robust.threat_model import format_eps
+
+    header = ["eps", *(format_eps(point.eps) for point in evaluation.curve)]
+    values = [f"{100 * point.correct / point.n:.1f}" for point in evaluation.curve]
+    return table(header, [["accuracy %", *values]], table_format)

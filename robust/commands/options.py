@@ -64,7 +64,8 @@ def attack_options(function: F) -> F:
             "attack_names",
             multiple=True,
             metavar="NAME",
-            help="fgsm, pgd or pgd-STEPS; repeat for more. Default: fgsm and pgd.",
+            help="fgsm, pgd, pgd-margin, apgd-ce, apgd-dlr, apgd-t, fab-t, square, autoattack or "
+            "minimal; pgd-50 has 50 steps. Repeat for more. Default: fgsm and pgd.",
         ),
         click.option(
             "--norm", default="linf", show_default=True, metavar="NAME", help="linf or l2."
@@ -78,9 +79,15 @@ def attack_options(function: F) -> F:
         click.option(
             "--alpha", type=Size(), metavar="SIZE", help="Step of pgd. Default: a quarter of eps."
         ),
-        click.option("--steps", type=click.IntRange(1, MAX_STEPS), help="Of pgd. Default: 20."),
         click.option(
-            "--restarts", type=click.IntRange(1, MAX_RESTARTS), help="Of pgd. Default: 1."
+            "--steps",
+            type=click.IntRange(1, MAX_STEPS),
+            help="Default: 20, apgd and fab-t 100, square 5000 queries.",
+        ),
+        click.option(
+            "--restarts",
+            type=click.IntRange(1, MAX_RESTARTS),
+            help="Of attacks that start at random. Default: 1.",
         ),
         click.option(
             "--seed",
@@ -121,13 +128,11 @@ def resolve_attacks(
             raise ValueError(f"expected at most {MAX_STEPS} steps, got {settings.steps}")
         if settings not in attacks:
             attacks.append(settings)
-    unused = [
-        f"--{option}"
-        for option, value in (("alpha", alpha), ("steps", steps), ("restarts", restarts))
-        if value is not None
-    ]
-    if unused and all(settings.name == "fgsm" for settings in attacks):
-        raise ValueError(f"expected {unused[0]} with an attack that takes steps, got fgsm only")
+    for option, value in (("alpha", alpha), ("steps", steps), ("restarts", restarts)):
+        if value is not None and not any(settings.takes(option) for settings in attacks):
+            raise ValueError(
+                f"expected --{option} with an attack that takes it, got {attacks[0].name} only"
+            )
     return attacks
 
 

@@ -15,8 +15,17 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned by padding; those whose cells are all numbers to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], table_format: str = "text") -> str:
+    """A table as ``text``, columns aligned by padding, as ``markdown`` or as ``latex``."""
+    if table_format == "latex":
+        return _latex(header, rows)
+    if table_format == "markdown":
+        return _markdown(header, rows)
+    return _text(header, rows)
+
+
+def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns whose cells are all numbers stand to the right."""
     cells = [[plain(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [
@@ -30,6 +39,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in cells
     )
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [[plain(cell).strip().replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """With the rules of booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_escape_latex(plain(cell).strip()) for cell in cells) + r" \\"
+
+    columns = "l" + "r" * (len(header) - 1)
+    body = [line(header), r"\midrule", *map(line, rows)]
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]
+    )
+
+
+def _escape_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
 
 
 def percent(share: float) -> str:
@@ -70,6 +103,11 @@ class Progress:
             self.tenths = done * 10 // self.total
             click.echo(f"{self.title}: {done}/{self.total} {self.unit}, {note}", err=True)
         self.done = done
+
+    def tick(self) -> None:
+        """Show that work goes on, though nothing is through."""
+        if self.bar is not None:
+            self.bar.refresh()
 
     def close(self) -> None:
         """Take the bar off the screen."""

@@ -1,0 +1,193 @@
+"""Reasons not to trust the numbers of an evaluation, seen from the outside.
+
+An attack that fails says little about the model: its gradients may be masked, its answers random,
+its inputs wrong. Sources: Athalye et al. 2018, arXiv:1802.00420; Carlini et al. 2019,
+arXiv:1902.06705; Croce, Hein 2020, arXiv:2003.01690.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from robust.attacks import AttackSettings
+from robust.evaluation.intervals import wilson_interval
+from robust.evaluation.result import Accuracy, Evaluation, Flag, Probes
+from robust.threat_model import format_eps
+
+FEWEST = 20  # images right when clean, below which nothing is concluded
+# Budgets from which on some image of any known model gives way.
+LEAST_EPS = {"linf": 2 / 255, "l2": 0.25}
+# Budgets at which an image can be turned into another: nothing withstands them.
+LARGE_EPS = {"linf": 64 / 255, "l2": 4.0}
+RANDOM = 1e-4  # share of the largest logit that two passes may differ by
+FLAT = 0.05  # share of images that may have no gradient
+SQUARE_GAIN = 0.002  # accuracy that Square may take after the gradients gave up
+COLLAPSE = 0.15  # FGSM accuracy over PGD accuracy
+UNHELD = 0.002  # share of images whose success may not be confirmed
+
+
+def find_flags(evaluation: Evaluation) -> tuple[Flag, ...]:
+    """One for each reason; none where the numbers look sound."""
+    found = list(_of_model(evaluation))
+    if evaluation.clean.correct >= FEWEST:
+        found += [*_of_attacks(evaluation), *_of_stages(evaluation), *_of_curve(evaluation)]
+    return tuple(found)
+
+
+def _of_model(evaluation: Evaluation) -> Iterator[Flag]:
+    probes, clean = evaluation.probes, evaluation.clean
+    if probes is not None:
+        yield from _of_probes(probes)
+    classes = len(clean.per_class)
+    low, _ = clean.interval
+    if clean.n >= FEWEST and classes > 1 and low <= 1 / classes:
+        yield Flag(
+            name="chance",
+            text=f"{clean.correct} of {clean.n} clean images are right, no more than chance",
+            advice="check labels, order of classes, pixel range and normalisation first",
+        )
+    unheld = sum(item.unheld for item in evaluation.attacks)
+    if unheld > max(1, UNHELD * evaluation.n):
+        yield Flag(
+            name="unheld",
+            text=f"{unheld} adversarial images did not fool the model when it was asked again",
+            advice="evaluate with precision fp32, and make sure the model answers the same twice",
+        )
+
+
+def _of_probes(probes: Probes) -> Iterator[Flag]:
+    if probes.difference > RANDOM:
+        yield Flag(
+            name="randomised",
+            text="the model answers the same image differently, by "
+            f"{probes.difference:.1%} of its largest logit",
+            advice="switch dropout, noise and random transforms off, or average over many answers",
+        )
+    if probes.probabilities:
+        yield Flag(
+            name="probabilities",
+            text="the model returns probabilities instead of logits",
+            advice="leave its softmax out: where it saturates gradients vanish",
+        )
+    flat = probes.zero_gradients
+    if flat > FLAT * probes.n or probes.nan_gradients:
+        yield Flag(
+            name="gradients",
+            text=f"of {probes.n} images {flat} have no gradient at all and "
+            f"{probes.nan_gradients} have NaN in it",
+            advice="attacks that follow it are blind there: look for saturation, rounding or "
+            "masking, and rely on square and on attacks on the margin (apgd-dlr, apgd-t)",
+        )
+    lowest, _ = wilson_interval(probes.right_normalised, probes.n)
+    _, highest = wilson_interval(probes.right, probes.n)
+    if probes.n >= FEWEST and lowest > highest:
+        yield Flag(
+            name="normalisation",
+            text=f"{probes.right_normalised} of {probes.n} images are right once they are "
+            f"normalised as for {probes.normalisation}, and {probes.right} as they are",
+            advice="put the normalisation inside the model: eps is in pixels of [0, 1]",
+        )
+
+
+def _of_attacks(evaluation: Evaluation) -> Iterator[Flag]:
+    clean = evaluation.clean.correct
+    for item in evaluation.attacks:
+        ball = _settings(item).threat_model
+        if item.correct == clean and ball.eps >= LEAST_EPS[ball.norm]:
+            yield Flag(
+                name="no effect",
+                text=f"{item.label} fooled none of {clean} images",
+                advice="unless this data is that easy, gradients are masked or the attack is "
+                "broken, and the accuracy is no bound: run autoattack",
+            )
+    for weak in evaluation.attacks:
+        for strong in evaluation.attacks:
+            if _is_single(weak) and _is_iterated(strong) and _same_ball(weak, strong):
+                yield from _of_pair(evaluation, weak, strong)
+
+
+def _of_pair(evaluation: Evaluation, weak: Accuracy, strong: Accuracy) -> Iterator[Flag]:
+    gap = strong.correct - weak.correct
+    if gap > max(2, evaluation.n // 100):
+        yield Flag(
+            name="single step stronger",
+            text=f"{strong.label} leaves {gap} more images right than the single step of "
+            f"{weak.label}",
+            advice="gradients are likely masked: run autoattack and look at square",
+        )
+    if -gap > COLLAPSE * evaluation.n and 2 * weak.correct > evaluation.clean.correct:
+        yield Flag(
+            name="single step only",
+            text=f"{weak.label} leaves {-gap} more images right than {strong.label}",
+            advice="the model has learnt to withstand one step (catastrophic overfitting): do "
+            "not quote the accuracy under fgsm, and train with more steps or noise",
+        )
+
+
+def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
+    for item in evaluation.attacks:
+        for before, after in pairwise(item.stages):
+            taken = before.correct - after.correct
+            if after.attack.startswith("square") and taken > max(1, SQUARE_GAIN * item.n):
+                yield Flag(
+                    name="square stronger",
+                    text=f"square, which sees no gradient, fooled {taken} images that the "
+                    "attacks with gradients had left",
+                    advice="the gradients mislead: give square more queries and restarts, and "
+                    "write an attack for this model",
+                )
+    least = min((a.correct for a in evaluation.attacks if _is_iterated(a)), default=None)
+    for item in evaluation.attacks:
+        if _settings(item).name == "square" and least is not None:
+            gap = least - item.correct
+            if gap > max(1, SQUARE_GAIN * item.n):
+                yield Flag(
+                    name="square stronger",
+                    text=f"square, which sees no gradient, leaves {gap} fewer images right than "
+                    "the attacks with gradients",
+                    advice="the gradients mislead: write an attack for this model",
+                )
+
+
+def _of_curve(evaluation: Evaluation) -> Iterator[Flag]:
+    points = evaluation.curve
+    if not points:
+        return
+    for before, after in pairwise(points):
+        if after.correct - before.correct > max(2, after.n // 50):
+            yield Flag(
+                name="not monotone",
+                text=f"accuracy rises from {before.correct} to {after.correct} of {after.n} as "
+                f"eps grows from {format_eps(before.eps)} to {format_eps(after.eps)}",
+                advice="an attack that fails with more room is stuck: more steps and restarts, "
+                "another loss, and square",
+            )
+    norm = _settings(evaluation.attacks[0]).threat_model.norm if evaluation.attacks else "linf"
+    last, classes = points[-1], len(evaluation.clean.per_class)
+    low, _ = wilson_interval(last.correct, last.n)
+    if last.eps >= LARGE_EPS[norm] * (1 - 1e-6) and low > 1 / classes:
+        yield Flag(
+            name="large eps",
+            text=f"{last.correct} of {last.n} images are right even at eps "
+            f"{format_eps(last.eps)}, where an image can be turned into any other",
+            advice="the attack does not find what must be there: gradients are masked",
+        )
+
+
+def _settings(item: Accuracy) -> AttackSettings:
+    assert item.attack is not None
+    return item.attack
+
+
+def _is_single(item: Accuracy) -> bool:
+    settings = _settings(item)
+    return settings.name == "fgsm" or (settings.name == "pgd" and settings.steps == 1)
+
+
+def _is_iterated(item: Accuracy) -> bool:
+    return _settings(item).name not in ("fgsm", "square") and not _is_single(item)
+
+
+def _same_ball(one: Accuracy, other: Accuracy) -> bool:
+    return _settings(one).threat_model == _settings(other).threat_model
