@@ -48,7 +48,7 @@ class InferenceClassifier(nn.Module):
 def for_inference(
     classifier: Classifier, device: torch.device | None = None
 ) -> InferenceClassifier:
-    """A frozen copy with the same logits and input gradients, 1.3 to 2 times as fast on a CPU.
+    """A frozen copy with the same logits and input gradients, 1.1 to 1.7 times as fast on a CPU.
 
     Later changes of `classifier` don't reach the copy, which is on the classifier's device
     unless another is given; what `classifier` is itself, also its mode, stays as it is.
@@ -68,7 +68,7 @@ class _Pixelwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, :: self.stride, :: self.stride].permute(0, 2, 3, 1)
         rows = _product(x.flatten(0, 2), self.weight, self.bias)
-        return rows.view(*x.shape[:3], -1).permute(0, 3, 1, 2)
+        return rows.view(*x.shape[:3], len(self.weight)).permute(0, 3, 1, 2)
 
 
 class _Dense(nn.Module):
@@ -99,13 +99,13 @@ class _Dense(nn.Module):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` whose result for a row is the same bits whatever the number of rows, from 16.
 
-    MKL picks how to sum by the number of rows, so it is given the same number every time; up to
-    16 the convolutions before differ anyway.
+    MKL picks how to sum by the number of rows, so it is given the same number every time. Below
+    16 images oneDNN's convolutions differ as well, in any model.
     """
     n = len(x)
     if n < ROWS // 4:
         return F.linear(x, weight, bias)
-    blocks = F.pad(x, (0, 0, 0, -n % ROWS)).split(ROWS)
+    blocks = torch.split(F.pad(x, (0, 0, 0, -n % ROWS)), ROWS)
     return torch.cat([F.linear(block, weight, bias) for block in blocks])[:n]
 
 

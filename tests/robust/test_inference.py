@@ -98,6 +98,15 @@ def test_later_changes_do_not_reach_the_copy() -> None:
     assert torch.equal(logits_and_gradient(fast.train(), x)[0], expected)
 
 
+def test_an_image_has_the_same_bits_in_any_batch_from_16() -> None:
+    fast, x = for_inference(classifier_of(arch="resnet18")), images(70, 32)
+    logits, gradient = logits_and_gradient(fast, x)
+    for n in (16, 33, 64):
+        fewer, slope = logits_and_gradient(fast, x[:n])
+        assert torch.equal(fewer, logits[:n])
+        assert torch.equal(slope, gradient[:n])
+
+
 @pytest.mark.gpu
 def test_the_device_follows_the_classifier() -> None:
     classifier = classifier_of(arch="resnet18")
