@@ -36,8 +36,8 @@ class Job:
     dataset: str
     images: int
     attacks: tuple[AttackSettings, ...]
-    curve: int  # images of the accuracy-against-eps curve
     created: datetime
+    curve: int = 0  # images of the accuracy-against-eps curve
     state: JobState = "queued"
     evaluation: Evaluation | None = None
     error: str | None = None
@@ -139,7 +139,7 @@ class Jobs:
         def work(session: Session) -> Evaluation:
             loop.call_soon_threadsafe(show, "running")
             for evaluation in evaluate_batches(
-                model.classifier,
+                session.exact,
                 dataset.images,
                 dataset.labels,
                 num_classes=len(model.classes),

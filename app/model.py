@@ -20,11 +20,11 @@ class ServedModel:
     """A classifier in eval mode on its device. Work keeps the one it was admitted with."""
 
     classifier: Classifier
-    fast: InferenceClassifier  # the same function in fewer operations
     sidecar: Sidecar
     sha256: str  # of the weights file
     device: torch.device
     loaded: datetime
+    fast: InferenceClassifier | None = None  # the same function in fewer operations
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ class ServedModel:
 
     def logits(self, x: Tensor) -> Tensor:
         """Images float32 (N, 3, H, W) in [0, 1] on the device to logits float32 (N, K)."""
-        logits: Tensor = self.fast(x)
+        logits: Tensor = (self.fast or self.classifier)(x)
         return logits
 
 

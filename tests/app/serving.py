@@ -117,7 +117,7 @@ def gated(service: Service) -> Iterator[Gate]:
     models = service.models
     current = models.current
     gate = Gate(current.classifier)
-    models._current = replace(current, classifier=gate)  # type: ignore[arg-type]
+    models._current = replace(current, classifier=gate, fast=None)  # type: ignore[arg-type]
     try:
         yield gate
     finally:

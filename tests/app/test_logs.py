@@ -71,7 +71,8 @@ def test_lines_from_every_thread_name_their_request(
     current = models.current
     from dataclasses import replace
 
-    monkeypatch.setattr(models, "_current", replace(current, classifier=Talking()))  # type: ignore[arg-type]
+    talking = replace(current, classifier=Talking(), fast=None)  # type: ignore[arg-type]
+    monkeypatch.setattr(models, "_current", talking)
     for path, name in (("/predict", "one"), ("/attack?attack=fgsm", "two")):
         response = running.client.post(path, content=png(), headers={"X-Request-ID": name})
         assert response.status_code in (200, 500)
