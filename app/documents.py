@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from hashlib import sha256
+from http import HTTPStatus
 from importlib.resources import files as package_files
 from typing import Any, Literal
 
@@ -14,13 +15,19 @@ from pydantic import BaseModel
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from app.problem import Problem
+from app.access import is_open
+from app.examples import FAULTS, REQUEST_ID, answers
+from app.problem import MEDIA_TYPE, PROTOCOL, Problem, ProtocolError, problem_of
 from app.tensors import InferRequest
 
 ASSETS = "/docs/assets"
 PNG_ANSWER: dict[str, Any] = {
     "description": "The attacks, or the image alone when asked for with `Accept: image/png`.",
     "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+}
+_KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Where ROBUST_API_KEYS is set."},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 _FILE = {"type": "string", "format": "binary"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
@@ -31,13 +38,61 @@ class Application(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """The document, made once."""
-        document = super().openapi()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for kind in (Problem, InferRequest):
-            schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas[kind.__name__] = schema
-        return document
+        if self.openapi_schema is None:
+            document = super().openapi()
+            components = document.setdefault("components", {})
+            schemas = components.setdefault("schemas", {})
+            for kind in (Problem, ProtocolError, InferRequest):
+                schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[kind.__name__] = schema
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            components["securitySchemes"] = _KEYS
+            document["security"] = [{}, *({name: []} for name in _KEYS)]
+            _complete(document["paths"])
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def _complete(paths: dict[str, Any]) -> None:
+    """Say of every operation what holds for all, and give every answer its example."""
+    examples = answers()
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            if "HTTPValidationError" in str(responses.get("422")):
+                del responses["422"]  # FastAPI's own: no path here can be invalid
+            if is_open(path):
+                operation["security"] = []
+            else:
+                responses["401"] = _fault(path, 401)
+            for status in [status for status in responses if int(status) >= 400]:
+                responses[status] = _fault(path, int(status))
+            for (of, at, kind), example in examples.items():
+                if (of, at) == (method, path):
+                    for status in [status for status in responses if int(status) < 400]:
+                        content = responses[status].setdefault("content", {})
+                        content.setdefault(kind, {})["example"] = example
+            operation["responses"] = dict(sorted(responses.items()))
+
+
+def _fault(path: str, status: int) -> dict[str, Any]:
+    """The answer of an error at that address."""
+    answer = problem_of(REQUEST_ID, FAULTS[status])
+    headers = {
+        name: {"schema": {"type": "string"}, "example": value}
+        for name, value in (answer.more or {}).items()
+    }
+    form, kind, example = "Problem", MEDIA_TYPE, answer.problem.model_dump()
+    if path == PROTOCOL or path.startswith(f"{PROTOCOL}/"):
+        form, kind, example = "ProtocolError", "application/json", {"error": example["detail"]}
+    schema = {"$ref": f"#/components/schemas/{form}"}
+    return {
+        "description": HTTPStatus(status).phrase,
+        "headers": headers,
+        "content": {kind: {"schema": schema, "example": example}},
+    }
 
 
 def body(

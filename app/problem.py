@@ -144,23 +144,8 @@ def install(app: FastAPI) -> None:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """These statuses for the OpenAPI document of a route."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        status: {
-            "description": HTTPStatus(status).phrase,
-            "content": {MEDIA_TYPE: {"schema": schema}},
-        }
-        for status in statuses
-    }
-
-
-def protocol_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The same for a route of the Open Inference Protocol."""
-    return {
-        status: {"model": ProtocolError, "description": HTTPStatus(status).phrase}
-        for status in statuses
-    }
+    """These statuses for the OpenAPI document of a route; `app.documents` says what they answer."""
+    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
 
 
 _STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {

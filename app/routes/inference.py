@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from app.errors import ClientGone, EngineStopped, NotFound, NotReady
 from app.model import ServedModel
-from app.problem import protocol_errors
+from app.problem import documented
 from app.service import Service, unless_gone
 from app.tensors import (
     HEADER_LENGTH,
@@ -69,6 +69,17 @@ class ModelReady(BaseModel):
     ready: Literal[True] = True
 
 
+_VERSION: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "version",
+            "in": "path",
+            "required": True,
+            "description": "SHA-256 of the weights; 404 once others are in service.",
+            "schema": {"type": "string"},
+        }
+    ]
+}
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -81,7 +92,7 @@ _BODY: dict[str, Any] = {
                             "name": INPUT,
                             "datatype": "UINT8",
                             "shape": [1, 3, 32, 32],
-                            "data": [128] * 6,
+                            "data": [128] * (3 * 32 * 32),
                         }
                     ],
                     "outputs": [{"name": "label"}],
@@ -96,9 +107,9 @@ def router(service: Service) -> APIRouter:
     """The routes on `service`."""
     routes = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
-    def served(request: Request, wanted: str | None) -> ServedModel:
+    def served(request: Request) -> ServedModel:
         model = service.model_for(request)
-        if wanted not in (None, model.sha256):
+        if request.path_params.get("version", model.sha256) != model.sha256:
             raise NotFound("The model in service is of another version.")
         return model
 
@@ -113,14 +124,14 @@ def router(service: Service) -> APIRouter:
             name=MODEL, version=version("robust"), extensions=["binary_tensor_data"]
         )
 
-    @routes.get("/health/live", summary="Whether the service runs", responses=protocol_errors(503))
+    @routes.get("/health/live", summary="Whether the service runs", responses=documented(503))
     async def live() -> ServerLive:
         """The same as /livez."""
         if not service.engine.alive:
             raise EngineStopped("The device thread has stopped.")
         return ServerLive()
 
-    @routes.get("/health/ready", summary="Whether to send requests", responses=protocol_errors(503))
+    @routes.get("/health/ready", summary="Whether to send requests", responses=documented(503))
     async def ready() -> ServerReady:
         """The same as /readyz."""
         check_ready()
@@ -129,14 +140,13 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/models/robust/versions/{version}",
         summary="A version of the model",
-        responses=protocol_errors(401, 404, 503),
+        openapi_extra=_VERSION,
+        responses=documented(404, 503),
     )
-    @routes.get(
-        "/models/robust", summary="The model's tensors", responses=protocol_errors(401, 503)
-    )
-    async def metadata(request: Request, version: str | None = None) -> ModelMetadata:
+    @routes.get("/models/robust", summary="The model's tensors", responses=documented(503))
+    async def metadata(request: Request) -> ModelMetadata:
         """What it takes and what it gives."""
-        model = served(request, version)
+        model = served(request)
         size, architecture = model.input_size, model.sidecar.architecture
         return ModelMetadata(
             versions=[model.sha256],
@@ -155,16 +165,17 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/models/robust/versions/{version}/ready",
         summary="Whether a version of the model is ready",
-        responses=protocol_errors(401, 404, 503),
+        openapi_extra=_VERSION,
+        responses=documented(404, 503),
     )
     @routes.get(
         "/models/robust/ready",
         summary="Whether the model is ready",
-        responses=protocol_errors(401, 503),
+        responses=documented(503),
     )
-    async def model_ready(request: Request, version: str | None = None) -> ModelReady:
+    async def model_ready(request: Request) -> ModelReady:
         """503 as long as it is not."""
-        served(request, version)
+        served(request)
         check_ready()
         return ModelReady()
 
@@ -172,23 +183,23 @@ def router(service: Service) -> APIRouter:
         "/models/robust/versions/{version}/infer",
         summary="Classify tensors with a version of the model",
         response_model=InferResponse,
-        responses=protocol_errors(400, 401, 404, 408, 413, 429, 503, 504),
-        openapi_extra=_BODY,
+        responses=documented(400, 404, 408, 413, 429, 503, 504),
+        openapi_extra=_BODY | _VERSION,
     )
     @routes.post(
         "/models/robust/infer",
         summary="Classify tensors",
         response_model=InferResponse,
-        responses=protocol_errors(400, 401, 408, 413, 429, 503, 504),
+        responses=documented(400, 408, 413, 429, 503, 504),
         openapi_extra=_BODY,
     )
-    async def infer(request: Request, version: str | None = None) -> Response:
+    async def infer(request: Request) -> Response:
         """Probabilities, index and label of each image, at the model's size already.
 
         FP32 tensors are taken as they are, UINT8 ones as the pixels of an image. Tensors may come
         and go as binary data.
         """
-        model = served(request, version)
+        model = served(request)
         try:
             body = await request.body()
         except ClientDisconnect:

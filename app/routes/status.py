@@ -10,6 +10,8 @@ from app.problem import documented
 from app.schemas import Health, ModelCard
 from app.service import Service
 
+_METRICS = CONTENT_TYPE_LATEST.partition(";")[0]
+
 
 def router(service: Service) -> APIRouter:
     """The routes on `service`."""
@@ -42,7 +44,12 @@ def router(service: Service) -> APIRouter:
             raise NotReady("The service is loading, shutting down or broken.")
         return Health(status="ready")
 
-    @routes.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    @routes.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {_METRICS: {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
         """In Prometheus' text form."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
