@@ -1,0 +1,276 @@
+"""How fast is an evaluation, and does it find as much as the peers'?
+
+    python benchmarks/evaluation.py --data test.npz --reference CHECKOUT_OF_AUTO_ATTACK
+
+Every tool runs in a process of its own, those of the package index in an environment of their
+own, and gets the same images, labels, eps, steps and batch size. They take turns, one part of the
+images after the other, each part in another order. The adversarial images of the peers are scored
+here, in float32, as ours are by the evaluation itself. Times of a peer are those of its attack
+alone; ours are those of the whole evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
+
+from robust.checkpoint import load_checkpoint
+from robust.classifier import resolve_device
+from robust.datasets import load_dataset
+from robust.environment import device_in_words, versions
+from robust.evaluation import wilson_interval
+from robust.files import write_json
+from robust.threat_model import parse_eps
+
+HERE = Path(__file__).resolve().parent
+PEERS = ("torchattacks", "foolbox", "art")
+
+
+@dataclass
+class Tool:
+    """A process that attacks, and what came of it."""
+
+    name: str
+    process: subprocess.Popen[str]
+    seconds: list[float] = field(default_factory=list)
+    correct: list[int] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(self, **what: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended before it answered")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def environment_of_peers(folder: Path) -> Path:
+    """The Python of the peers' environment, made when it is not there."""
+    python = folder / "bin" / "python"
+    wanted = (HERE / "peers.txt").read_text()
+    mark = folder / "peers.txt"
+    if not mark.exists() or mark.read_text() != wanted:
+        click.echo(f"setting up the peers in {folder}: minutes", err=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-r", str(HERE / "peers.txt")], check=True)
+        mark.write_text(wanted)
+    return python
+
+
+@contextmanager
+def started(name: str, python: Path, arguments: list[str]) -> Iterator[Tool]:
+    # Threads that wait must not spin while another tool has its turn.
+    quiet = os.environ | {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
+    process = subprocess.Popen(
+        [str(python), str(HERE / "evaluation_worker.py"), name, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if name != "robust" else None,
+        text=True,
+        env=quiet,
+    )
+    try:
+        yield Tool(name, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def take_turns(tools: list[Tool], parts: list[tuple[int, int]], judge: Judge, **what: Any) -> None:
+    """Each tool on each part, the first of a part another one than before."""
+    for turn, rows in enumerate(parts):
+        for place in range(len(tools)):
+            tool = tools[(turn + place) % len(tools)]
+            answer = tool.ask(rows=rows, **what)
+            correct = answer.get("correct")
+            if correct is None:
+                correct = judge.right(np.load(answer["file"]), rows, what["eps"])
+            tool.seconds.append(answer["seconds"])
+            tool.correct.append(correct)
+            tool.answers.append(answer)
+            click.echo(
+                f"{what['attack']} {rows[0]}-{rows[1]} {tool.name}: "
+                f"{answer['seconds']:.1f} s, {correct} right",
+                err=True,
+            )
+
+
+class Judge:
+    """Scores adversarial images with the checkpoint itself, in float32."""
+
+    def __init__(self, checkpoint: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.model = load_checkpoint(checkpoint).classifier
+        self.x, self.y = images.float() / 255, labels
+
+    def right(self, x_adv: np.ndarray, rows: tuple[int, int], eps: float) -> int:
+        x, y = self.x[slice(*rows)], self.y[slice(*rows)]
+        found = torch.from_numpy(x_adv)
+        away = (found - x).abs().flatten(1).amax(dim=1)
+        inside = (found >= 0).flatten(1).all(dim=1) & (found <= 1).flatten(1).all(dim=1)
+        with torch.no_grad():
+            predicted = torch.cat([self.model(part).argmax(dim=1) for part in found.split(100)])
+            clean = torch.cat([self.model(part).argmax(dim=1) for part in x.split(100)])
+        fooled = (predicted != y) & (away <= eps + 1e-6) & inside
+        return int(((clean == y) & ~fooled).sum())
+
+
+def table(tools: list[Tool], n: int) -> list[dict[str, Any]]:
+    ours = tools[0]
+    rows = []
+    for tool in tools:
+        ratios = [theirs / own for theirs, own in zip(tool.seconds, ours.seconds, strict=True)]
+        correct = sum(tool.correct)
+        rows.append(
+            {
+                "tool": tool.name,
+                "seconds": sum(tool.seconds),
+                "images_per_second": n / sum(tool.seconds),
+                "accuracy": correct / n,
+                "correct": correct,
+                "n": n,
+                "interval": wilson_interval(correct, n),
+                "ratio_median": median(ratios),
+                "ratio_least": min(ratios),
+                "ratio_most": max(ratios),
+            }
+        )
+    return rows
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    click.echo(f"\n{title}\n")
+    click.echo("| tool | accuracy % | correct | seconds | images/s | time, ours = 1 |")
+    click.echo("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        spread = f"{row['ratio_median']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})"
+        click.echo(
+            f"| {row['tool']} | {100 * row['accuracy']:.2f} | {row['correct']}/{row['n']} | "
+            f"{row['seconds']:.1f} | {row['images_per_second']:.1f} | {spread} |"
+        )
+
+
+def parts_of(n: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(n, start + size)) for start in range(0, n, size)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="labelled images, as robust evaluate takes")
+    parser.add_argument("--checkpoint", type=Path, default=Path("models/robust_model.pt"))
+    parser.add_argument("--weak", type=Path, help="a checkpoint without defence, for its cost")
+    parser.add_argument(
+        "--reference", help="a checkout of AutoAttack, github.com/fra31/auto-attack"
+    )
+    parser.add_argument("--peers", type=Path, default=HERE.parent / "build" / "peers")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--eps", default="8/255")
+    parser.add_argument("--n", type=int, default=1024, help="images under PGD-20")
+    parser.add_argument("--part", type=int, default=256, help="images of a turn")
+    parser.add_argument("--n-autoattack", type=int, default=100)
+    parser.add_argument("--part-autoattack", type=int, default=50)
+    parser.add_argument("--scaling", type=int, nargs="*", default=[128, 256, 512, 1024])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = resolve_device(arguments.device)
+    loaded = load_checkpoint(arguments.checkpoint)
+    data = load_dataset(arguments.data, size=loaded.classifier.architecture.input_size)
+    # Spread over the set, which may be sorted by class, and in another order than it.
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    most = max([arguments.n, arguments.n_autoattack, *arguments.scaling])
+    images, labels = data.images[order[:most]], data.labels[order[:most]]
+    eps = parse_eps(arguments.eps)
+    judge = Judge(arguments.checkpoint, images, labels)
+    what: dict[str, Any] = {
+        "eps": eps,
+        "alpha": eps / 4,
+        "steps": 20,
+        "classes": len(loaded.sidecar.classes),
+        "batch": arguments.batch,
+        "precision": arguments.precision,
+        "reference": arguments.reference,
+    }
+    report: dict[str, Any] = {"versions": versions(), "device": device_in_words(device)}
+    peers = environment_of_peers(arguments.peers)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        file = Path(folder) / "images.npz"
+        np.savez(file, images=images.numpy(), labels=labels.numpy())
+
+        def start(name: str, checkpoint: Path) -> Tool:
+            python = Path(sys.executable) if name == "robust" else peers
+            given = [str(checkpoint), str(file), str(device), folder]
+            return stack.enter_context(started(name, python, given))
+
+        ours = start("robust", arguments.checkpoint)
+        warm_up = {**what, "rows": (0, min(64, most)), "attack": "pgd-2", "steps": 2}
+        ours.ask(**warm_up)
+        if arguments.n:
+            tools = [ours, *(start(name, arguments.checkpoint) for name in PEERS)]
+            for tool in tools[1:]:
+                tool.ask(**warm_up)
+            take_turns(tools, parts_of(arguments.n, arguments.part), judge, attack="pgd-20", **what)
+            report["pgd-20"] = table(tools, arguments.n)
+            show(f"PGD-20, {data.name}, Linf {arguments.eps}", report["pgd-20"])
+            for tool in tools[1:]:
+                tool.process.kill()
+        report["scaling"] = scaling(ours, arguments.scaling, "the checkpoint", what)
+        if arguments.weak:
+            weak = start("robust", arguments.weak)
+            report["weak"] = scaling(weak, arguments.scaling[-1:], "without defence", what)
+        if arguments.reference and arguments.n_autoattack:
+            ours.seconds, ours.correct, ours.answers = [], [], []
+            tools = [ours, start("autoattack", arguments.checkpoint)]
+            parts = parts_of(arguments.n_autoattack, arguments.part_autoattack)
+            take_turns(tools, parts, judge, attack="autoattack", **what)
+            report["autoattack"] = table(tools, arguments.n_autoattack)
+            report["autoattack_stages"] = [answer["stages"] for answer in ours.answers]
+            show(f"AutoAttack standard, {data.name}, Linf {arguments.eps}", report["autoattack"])
+    click.echo(f"\n{report['device']}, batches of {arguments.batch}, {report['versions']}")
+    if arguments.json:
+        write_json(arguments.json.resolve(), report)
+
+
+def scaling(tool: Tool, sizes: list[int], name: str, what: dict[str, Any]) -> list[dict[str, Any]]:
+    """Seconds for growing n: twice the images, twice the time."""
+    found = []
+    for n in sizes:
+        answer = tool.ask(rows=(0, n), attack="pgd-20", **what)
+        found.append({"n": n, "seconds": answer["seconds"], "passes": answer["passes"]})
+    if found:
+        click.echo(f"\nPGD-20 of {name}, n: seconds (passes an image)\n")
+        cells = [f"{f['n']}: {f['seconds']:.1f} ({f['passes'] / f['n']:.1f})" for f in found]
+        click.echo(", ".join(cells))
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,182 @@
+"""One tool of benchmarks/evaluation.py, in a process of its own, told what to do line by line.
+
+Runs in this project's environment for `robust`, in that of the peers for the others, and so
+imports no more than its tool needs. A line of JSON asks for an attack on some images; the answer
+is a line of JSON with the seconds it took, and for peers a file with the adversarial images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+Attack = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+class Normalised(nn.Module):
+    """torchvision's network with the normalisation of the sidecar before it."""
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        about = json.loads(weights.with_suffix(".json").read_text())["architecture"]
+        if about["stem"] != "imagenet" or about["activation"] != "relu":
+            raise SystemExit("expected a checkpoint with torchvision's own stem and relu")
+        self.net = getattr(torchvision.models, about["arch"])(num_classes=about["num_classes"])
+        self.net.load_state_dict(torch.load(weights, weights_only=True))
+        self.register_buffer("mean", torch.tensor(about["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(about["std"]).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net((x - self.mean) / self.std)
+        return logits
+
+
+def torchattacks(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+    import torchattacks as peer
+
+    attack = peer.PGD(
+        model, eps=ask["eps"], alpha=ask["alpha"], steps=ask["steps"], random_start=True
+    )
+    parts = zip(x.split(ask["batch"]), y.split(ask["batch"]), strict=True)
+    return torch.cat([attack(images, labels) for images, labels in parts])
+
+
+def foolbox(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+    import foolbox as peer
+
+    wrapped = peer.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    attack = peer.attacks.LinfPGD(abs_stepsize=ask["alpha"], steps=ask["steps"], random_start=True)
+    parts = zip(x.split(ask["batch"]), y.split(ask["batch"]), strict=True)
+    return torch.cat([attack(wrapped, i, n, epsilons=ask["eps"])[1] for i, n in parts])
+
+
+def art(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=int(ask["classes"]),
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if x.is_cuda else "cpu",
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        classifier,
+        eps=ask["eps"],
+        eps_step=ask["alpha"],
+        max_iter=ask["steps"],
+        num_random_init=1,
+        batch_size=ask["batch"],
+        verbose=False,
+    )
+    return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x.device)
+
+
+def reference(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+    sys.path.insert(0, ask["reference"])
+    from autoattack import AutoAttack
+
+    attack = AutoAttack(
+        model, norm="Linf", eps=ask["eps"], version="standard", device=str(x.device), seed=0,
+        verbose=False,
+    )  # fmt: skip
+    found: Tensor = attack.run_standard_evaluation(x, y, bs=ask["batch"])
+    return found
+
+
+PEERS: dict[str, Attack] = {
+    "torchattacks": torchattacks,
+    "foolbox": foolbox,
+    "art": art,
+    "autoattack": reference,
+}
+
+
+def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, Any]], Any]:
+    """Ours, as `robust evaluate` runs it: clean pass, probes and last exact pass included."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from robust.attacks import resolve_attack
+    from robust.checkpoint import load_checkpoint
+    from robust.evaluation import evaluate
+    from robust.threat_model import ThreatModel
+
+    model = load_checkpoint(weights, device=x.device).classifier
+
+    def run(ask: dict[str, Any]) -> dict[str, Any]:
+        rows = slice(*ask["rows"])
+        parameters = {"alpha": ask["alpha"]} if ask["attack"].startswith("pgd") else {}
+        attack = resolve_attack(ask["attack"], ThreatModel(eps=ask["eps"]), **parameters)
+        begin = time.perf_counter()
+        result = evaluate(
+            model,
+            (x[rows] * 255).round().to(torch.uint8),
+            y[rows],
+            num_classes=ask["classes"],
+            attacks=[attack],
+            device=x.device,
+            batch_size=ask["batch"],
+            precision=ask["precision"],
+        )
+        seconds = time.perf_counter() - begin
+        (item,) = result.attacks
+        stages = [vars(stage) for stage in item.stages]
+        passes = item.forwards + item.backwards
+        return {
+            "seconds": seconds,
+            "correct": item.correct,
+            "clean": result.clean.correct,
+            "stages": stages,
+            "passes": passes,
+            "precision": result.precision,
+        }
+
+    return run
+
+
+def peer_worker(
+    name: str, weights: Path, x: Tensor, y: Tensor, folder: Path
+) -> Callable[[dict[str, Any]], Any]:
+    model = Normalised(weights).to(x.device).eval()
+
+    def run(ask: dict[str, Any]) -> dict[str, Any]:
+        rows = slice(*ask["rows"])
+        begin = time.perf_counter()
+        x_adv = PEERS[name](model, x[rows], y[rows], ask)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        path = folder / f"{name}.npy"
+        np.save(path, x_adv.detach().cpu().numpy())
+        return {"seconds": seconds, "file": str(path)}
+
+    return run
+
+
+def main() -> None:
+    name, weights, data, device, folder = sys.argv[1:6]
+    with np.load(data) as arrays:
+        x = torch.from_numpy(arrays["images"]).to(device).float() / 255
+        y = torch.from_numpy(arrays["labels"]).to(device).long()
+    out, sys.stdout = sys.stdout, sys.stderr  # what tools print is not an answer
+    if name == "robust":
+        run = robust_worker(Path(weights), x, y)
+    else:
+        run = peer_worker(name, Path(weights), x, y, Path(folder))
+    for line in sys.stdin:
+        out.write(json.dumps(run(json.loads(line))) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()
