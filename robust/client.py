@@ -1,0 +1,283 @@
+"""A client of the service, for programs that need no torch."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+Source = bytes | str | Path
+"""An image or a set: its bytes, or the path of a file."""
+
+MAX_SLEEP = 30.0  # seconds, whatever the service asks for
+_AGAIN = (429, 503)
+
+
+class ServiceError(Exception):
+    """An answer that is an error, or none at all (`status` 0).
+
+    `errors` names each fault with its field, what was expected and what came.
+    """
+
+    def __init__(self, status: int, problem: Mapping[str, Any], retry_after: float | None) -> None:
+        self.status, self.retry_after = status, retry_after
+        self.title = str(problem.get("title", "No answer"))
+        self.detail = str(problem.get("detail", ""))
+        self.request_id = str(problem.get("request_id", ""))
+        self.errors: Sequence[Mapping[str, str]] = problem.get("errors", [])
+        super().__init__(f"{status} {self.title}: {self.detail} (request {self.request_id})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Class:
+    """A class with its probability in [0, 1]."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Class):
+    """What the model sees in an image; `top` has the likeliest classes, this one first."""
+
+    top: tuple[Class, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One attack on one image. Everything is measured on `image`, the PNG."""
+
+    name: str
+    parameters: Mapping[str, Any]  # as they were run
+    before: Prediction
+    after: Prediction
+    success: bool
+    linf: float  # distances in pixel units
+    l2: float
+    seconds: float
+    image: bytes
+    perturbation: bytes  # PNG of what was added, amplified
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An evaluation; `evaluation` is the result so far, as the service's document describes it."""
+
+    id: str
+    state: str  # queued, running, done, failed or cancelled
+    model_sha256: str
+    images: int
+    evaluation: Mapping[str, Any] | None
+    error: str | None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is more to come."""
+        return self.state in ("queued", "running")
+
+
+class Client:
+    """The service at an address. Close it, or use it in a `with` statement.
+
+    `key` is one of the service's keys, where it has some. Work turned away because the service is
+    full or not ready is offered again up to `retries` times, when the service asks for it. Every
+    method raises ServiceError.
+    """
+
+    def __init__(
+        self,
+        address: str = "http://127.0.0.1:8000",
+        *,
+        key: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 2,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(
+            base_url=address, headers=headers, timeout=timeout, transport=transport
+        )
+        self._retries = retries
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def predict(self, *images: Source, top_k: int = 5) -> list[Prediction]:
+        """What the model sees in each image, in their order."""
+        answer = self._post("/predict", images, {"top_k": top_k})
+        return [_prediction(item) for item in answer["results"]]
+
+    def attack(
+        self,
+        image: Source,
+        attacks: Sequence[str] = ("fgsm", "pgd"),
+        *,
+        eps: float | str | None = None,
+        **parameters: Any,
+    ) -> list[Attack]:
+        """Each attack on the image. `eps` is in pixel units, such as "8/255".
+
+        Further parameters are those of POST /attack: norm, alpha, steps, restarts, seed, label,
+        target.
+        """
+        fields = {"attack": list(attacks), "eps": eps, **parameters}
+        answer = self._post("/attack", [image], fields)
+        return [_attack(item, answer["before"]) for item in answer["results"]]
+
+    def evaluate(
+        self,
+        data: Source | None = None,
+        attacks: Sequence[str] = ("fgsm", "pgd"),
+        *,
+        dataset: str | None = None,
+        wait: float = 0,
+        **parameters: Any,
+    ) -> Job:
+        """Begin an evaluation of a labelled set, an npz or pt file, or of a registered `dataset`.
+
+        Waits up to `wait` seconds for the result, as far as the service lets it. Further parameters
+        are those of POST /evaluate: norm, eps, alpha, steps, restarts, seed, limit.
+        """
+        fields = {"attack": list(attacks), "dataset": dataset, **parameters}
+        files = [] if data is None else [data]
+        return _job(self._post("/evaluate", files, fields, {"Prefer": f"wait={wait:g}"}))
+
+    def job(self, id: str) -> Job:
+        """An evaluation as it is now."""
+        return _job(self._ask("GET", f"/evaluate/{id}").json())
+
+    def watch(self, id: str) -> Iterator[Job]:
+        """An evaluation as it goes on, last when it has ended."""
+        try:
+            with self._http.stream("GET", f"/evaluate/{id}/events") as response:
+                if response.is_error:
+                    response.read()
+                    raise _error(response)
+                for line in response.iter_lines():
+                    if line.startswith("data:"):
+                        yield _job(json.loads(line.removeprefix("data:")))
+        except httpx.TransportError as failure:
+            raise _silence(failure) from failure
+
+    def cancel(self, id: str) -> Job:
+        """Stop an evaluation; forget one that has ended."""
+        return _job(self._ask("DELETE", f"/evaluate/{id}").json())
+
+    def model(self) -> dict[str, Any]:
+        """The card of the model in service."""
+        card: dict[str, Any] = self._ask("GET", "/model").json()
+        return card
+
+    def ready(self) -> bool:
+        """Whether the service answers and takes work."""
+        try:
+            return self._http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _post(
+        self,
+        path: str,
+        files: Sequence[Source],
+        fields: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        given = {name: value for name, value in fields.items() if value is not None}
+        # Read here, so that an attempt can be repeated.
+        parts = [("file", ("file", _content(file))) for file in files]
+        # Without a file httpx sends a plain form, which the service takes as well.
+        response = self._ask("POST", path, data=given, files=parts or None, headers=headers)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        for left in range(self._retries, -1, -1):
+            try:
+                response = self._http.request(method, path, **more)
+            except httpx.TransportError as failure:
+                raise _silence(failure) from failure
+            if response.is_success:
+                return response
+            error = _error(response)
+            if not left or response.status_code not in _AGAIN:
+                break
+            time.sleep(min(error.retry_after or 1.0, MAX_SLEEP))
+        raise error
+
+
+def _content(source: Source) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def _silence(failure: httpx.TransportError) -> ServiceError:
+    return ServiceError(0, {"detail": str(failure)}, None)
+
+
+def _error(response: httpx.Response) -> ServiceError:
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):  # a proxy's own page, say
+        problem = {"title": response.reason_phrase}
+    after = response.headers.get("Retry-After", "")
+    return ServiceError(response.status_code, problem, float(after) if after.isdigit() else None)
+
+
+def _class(item: Mapping[str, Any]) -> Class:
+    return Class(label=item["label"], index=item["index"], probability=item["probability"])
+
+
+def _prediction(item: Mapping[str, Any]) -> Prediction:
+    return Prediction(
+        label=item["label"],
+        index=item["index"],
+        probability=item["probability"],
+        top=tuple(_class(other) for other in item["top"]),
+    )
+
+
+def _attack(item: Mapping[str, Any], before: Mapping[str, Any]) -> Attack:
+    return Attack(
+        name=item["parameters"]["attack"],
+        parameters=item["parameters"],
+        before=_prediction(before),
+        after=_prediction(item["after"]),
+        success=item["success"],
+        linf=item["linf"],
+        l2=item["l2"],
+        seconds=item["seconds"],
+        image=base64.b64decode(item["adversarial_png"]),
+        perturbation=base64.b64decode(item["perturbation_png"]),
+    )
+
+
+def _job(item: Mapping[str, Any]) -> Job:
+    return Job(
+        id=item["id"],
+        state=item["state"],
+        model_sha256=item["model_sha256"],
+        images=item["images"],
+        evaluation=item["evaluation"],
+        error=item["error"],
+    )

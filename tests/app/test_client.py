@@ -1,0 +1,142 @@
+"""The client says what the service says, and needs no torch for it."""
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from app.settings import Settings
+from robust import client as module
+from robust.client import Client, ServiceError
+from tests.app.serving import CLASSES, Running, labelled, pixels, png, serving
+
+
+@pytest.fixture
+def client(running: Running) -> Any:
+    with Client(running.url) as client:
+        yield client
+
+
+def test_it_needs_no_torch() -> None:
+    code = (
+        "import sys, robust.client; "
+        "print({'torch', 'numpy', 'fastapi', 'pydantic'} & set(sys.modules))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_predictions(client: Client, running: Running, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(png(1))
+    given = [png(0), str(tmp_path / "image.png"), tmp_path / "image.png"]
+    first, second, third = client.predict(*given, top_k=3)
+    raw = running.client.post("/predict?top_k=3", content=png(1)).json()["results"][0]
+    assert second == third != first
+    assert (second.label, second.index) == (raw["label"], raw["index"])
+    assert second.probability == pytest.approx(raw["probability"], abs=1e-5)
+    assert [item.index for item in second.top] == [item["index"] for item in raw["top"]]
+    assert second.top[0].probability == second.probability
+
+
+def test_attacks(client: Client) -> None:
+    fgsm, pgd = client.attack(png(), ["fgsm", "pgd"], eps="4/255", steps=2, seed=1)
+    assert (fgsm.name, pgd.name) == ("fgsm", "pgd-2")
+    assert pgd.parameters["eps_text"] == "4/255"
+    assert pgd.linf <= 4 / 255 + 1e-9
+    assert pgd.before == client.predict(png())[0]
+    assert pgd.success == (pgd.after.index != pgd.before.index)
+    assert Image.open(io.BytesIO(pgd.image)).size == (32, 32)
+    assert client.predict(pgd.image)[0].index == pgd.after.index
+    (same,) = client.attack(png(), ["pgd-2"], eps=4 / 255, seed=1, norm="linf")
+    assert same.image == pgd.image
+
+
+def test_evaluations(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "set.npz").write_bytes(labelled(8))
+    job = client.evaluate(tmp_path / "set.npz", ["fgsm"], limit=6, wait=30)
+    assert (job.state, job.images, job.active) == ("done", 6, False)
+    assert job.evaluation is not None
+    assert job.evaluation["n"] == 6
+    assert client.job(job.id) == job
+    assert list(client.watch(job.id))[-1] == job
+    assert client.cancel(job.id) == job
+    for ask in (client.job, client.cancel, lambda id: next(client.watch(id))):
+        with pytest.raises(ServiceError, match="404 Not found"):
+            ask(job.id)
+
+
+def test_a_registered_set_is_asked_for_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.npz").write_bytes(labelled(4))
+    settings = Settings(
+        checkpoint=checkpoint, threads=1, device="cpu", datasets=tmp_path, api_keys="right"
+    )
+    with serving(settings) as running:
+        with Client(running.url, key="right") as client:
+            assert client.evaluate(dataset="mine", attacks=["fgsm"], wait=30).images == 4
+            assert client.ready()
+        with Client(running.url, key="wrong") as client:
+            assert client.ready()
+            with pytest.raises(ServiceError) as caught:
+                client.model()
+            assert caught.value.status == 401
+    with Client(running.url) as client:
+        assert not client.ready()
+        with pytest.raises(ServiceError) as caught:
+            client.model()
+        assert (caught.value.status, caught.value.retry_after) == (0, None)
+
+
+def test_the_model(client: Client) -> None:
+    assert client.model()["classes"] == list(CLASSES)
+
+
+def test_errors_name_the_field(client: Client) -> None:
+    with pytest.raises(ServiceError, match="422 Invalid parameters: eps: expected") as caught:
+        client.attack(png(), eps=-1)
+    assert caught.value.errors[0]["field"] == "eps"
+    assert caught.value.request_id in str(caught.value)
+    with pytest.raises(ServiceError, match="415"):
+        client.predict(b"GIF89a")
+    with pytest.raises(FileNotFoundError):
+        client.predict("no/such/file.png")
+
+
+@pytest.mark.parametrize(("failures", "answered"), [(0, True), (2, True), (3, False)])
+def test_work_turned_away_is_offered_again_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, failures: int, answered: bool
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    bodies: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(request.read())
+        if len(bodies) <= failures:
+            after = {"Retry-After": "7" if len(bodies) == 1 else "99999"}
+            return httpx.Response(429, json={"title": "Overloaded"}, headers=after)
+        return httpx.Response(200, json={"results": []})
+
+    with Client("http://x", transport=httpx.MockTransport(answer)) as client:
+        if answered:
+            assert client.predict(png()) == []
+        else:
+            with pytest.raises(ServiceError) as caught:
+                client.predict(png())
+            assert caught.value.retry_after == 99999
+    assert slept == [7, 30][: min(failures, 2)]
+    assert all(png() in body for body in bodies)
+
+
+def test_other_errors_are_not_offered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("slept"))
+    page = httpx.MockTransport(lambda _: httpx.Response(502, text="<html>a proxy</html>"))
+    with Client("http://x", transport=page) as client, pytest.raises(ServiceError) as caught:
+        client.predict(pixels().numpy().tobytes())
+    assert (caught.value.status, caught.value.title) == (502, "Bad Gateway")
