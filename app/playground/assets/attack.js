@@ -279,7 +279,7 @@ export class Attack {
     $("perturbation").alt = "What the attack added, amplified; grey is nothing";
     $("adversarial").alt = `The image after ${attackText(attack)}, taken for ${result.after.label}`;
     const levels = Math.round(255 * result.linf);
-    $("perturbation-text").textContent = levels ? `×${(127 / levels).toFixed(0)}, grey is none` : "none";
+    $("perturbation-text").textContent = levels ? `amplified ×${(127 / levels).toFixed(0)}` : "none";
     $("original-text").textContent = named(this.result.answer.before);
     $("adversarial-text").textContent = named(result.after);
   }

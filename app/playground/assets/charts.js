@@ -120,8 +120,8 @@ export function curve(box, { points, most, norm, current, broken, label }) {
   box.replaceChildren(root);
 }
 
-/** Accuracies with their intervals, as more and more images are scored. */
-export function settling(box, history, total) {
+/** Accuracies with their intervals, as more and more images are scored: a list of points a line. */
+export function settling(box, lines, total) {
   const { root, x, y } = frame(box, {
     height: 220,
     most: Math.max(total, 1),
@@ -129,17 +129,20 @@ export function settling(box, history, total) {
     label: "Accuracy of each attack with its 95% interval against the images scored so far",
     x: "images",
   });
-  const series = history.at(-1)?.results ?? [];
-  series.forEach((_, place) => {
-    const line = history.map(({ n, results }) => ({ n, ...results[place] }));
+  lines.forEach((line, place) => {
+    if (!line.length) return;
     const upper = line.map(({ n, interval }) => `${x(n)},${y(interval[1])}`);
     const lower = line.map(({ n, interval }) => `${x(n)},${y(interval[0])}`).reverse();
-    const group = svg("g", { class: `series s${place % 8}` });
-    group.append(svg("polygon", { points: [...upper, ...lower].join(" ") }));
-    group.append(svg("polyline", { points: line.map(({ n, accuracy }) => `${x(n)},${y(accuracy)}`).join(" ") }));
+    const middle = line.map(({ n, accuracy }) => `${x(n)},${y(accuracy)}`);
     const { n, accuracy, interval } = line.at(-1);
-    group.append(svg("line", { x1: x(n), x2: x(n), y1: y(interval[0]), y2: y(interval[1]) }));
-    group.append(svg("circle", { cx: x(n), cy: y(accuracy), r: 3.5 }));
+    const group = svg(
+      "g",
+      { class: `series s${place % 8}` },
+      svg("polygon", { points: [...upper, ...lower].join(" ") }),
+      svg("polyline", { points: middle.join(" ") }),
+      svg("line", { x1: x(n), x2: x(n), y1: y(interval[0]), y2: y(interval[1]) }),
+      svg("circle", { cx: x(n), cy: y(accuracy), r: 3.5 }),
+    );
     root.append(group);
   });
   box.replaceChildren(root);

@@ -13,7 +13,8 @@ const ENDED = ["done", "failed", "cancelled"];
 
 export class Evaluate {
   constructor() {
-    this.history = [];
+    this.lines = []; // for each row of the table its points, as they came
+    this.total = 0;
     this.job = null;
     this.stopper = null;
     $("evaluate-form").addEventListener("submit", (event) => {
@@ -179,7 +180,7 @@ export class Evaluate {
   }
 
   #begin(text) {
-    this.history = [];
+    this.lines = [];
     this.job = null;
     say($("evaluate-error"));
     say($("evaluate-text"), text);
@@ -203,51 +204,65 @@ export class Evaluate {
 
   #show(job) {
     this.job = job;
-    const { evaluation } = job;
+    const { evaluation, dataset, state } = job;
     const total = evaluation?.total ?? job.images;
-    if (evaluation?.n && this.history.at(-1)?.n !== evaluation.n) this.history.push(evaluation);
-    else if (evaluation?.n) this.history[this.history.length - 1] = evaluation;
-    const n = evaluation?.n ?? 0;
-    if (n) $("evaluate-bar").value = n / total;
-    $("evaluate-text").hidden = false;
-    $("evaluate-text").textContent = {
-      queued: `${total} images of ${job.dataset}: waiting for the evaluations before it.`,
-      running: `${n} of ${total} images of ${job.dataset} scored.`,
-      done: `Done: ${n} images of ${job.dataset}.`,
-      cancelled: `Cancelled after ${n} of ${total} images of ${job.dataset}.`,
-      failed: "",
-    }[job.state];
-    if (job.state === "failed") say($("evaluate-error"), job.error ?? "The evaluation failed.");
-    if (n) this.#result(evaluation);
+    if (evaluation) $("evaluate-bar").value = evaluation.done ?? evaluation.n / total;
+    say(
+      $("evaluate-text"),
+      {
+        queued: `${total} images of ${dataset}: waiting for the evaluations before it.`,
+        running: `${underWay(evaluation)} of ${total} images of ${dataset}.`,
+        done: `Done: ${total} images of ${dataset}.`,
+        cancelled: `Cancelled at ${underWay(evaluation)} of ${total} images of ${dataset}.`,
+        failed: "",
+      }[state],
+    );
+    if (state === "failed") say($("evaluate-error"), job.error ?? "The evaluation failed.");
+    if (evaluation?.results[0].n) this.#result(evaluation);
   }
 
   #result(evaluation) {
+    const { results, total, worst_case: worst } = evaluation;
+    results.forEach((row, place) => {
+      const line = (this.lines[place] ??= []);
+      if (row.n && line.at(-1)?.n !== row.n) line.push(row);
+    });
+    this.total = total;
+    const rows = results.map((row, place) => accuracyRow(row, place));
+    if (results.length > 2) rows.push(accuracyRow({ ...worst, attack: "Worst case" }, null));
     $("evaluate-result").hidden = false;
-    const rows = evaluation.results.map((row, place) => accuracyRow(row, place));
-    rows.push(accuracyRow({ attack: "Worst case", ...evaluation.worst_case }, null));
     $("accuracies").tBodies[0].replaceChildren(...rows);
-    $("flags").replaceChildren(...flags(evaluation.flags ?? evaluation.doubts ?? []));
+    const found = flags(evaluation.flags ?? evaluation.doubts ?? [], evaluation.notes ?? []);
+    $("flags").replaceChildren(...found);
     this.#draw();
   }
 
   #draw() {
-    if (!this.history.length) return;
-    settling($("settling"), this.history, this.history.at(-1).total);
+    if (this.lines.length) settling($("settling"), this.lines, this.total);
   }
 }
 
+/** What is being scored: the first that is not through with all images. */
+function underWay(evaluation) {
+  if (!evaluation) return "0";
+  const { results, total } = evaluation;
+  const row = results.find(({ n }) => n < total) ?? results.at(-1);
+  return `${nameOf(row.attack)}: ${row.n}`;
+}
+
 function accuracyRow(row, place) {
-  const [low, high] = row.interval;
+  const [low, high] = row.interval.map((value) => (100 * value).toFixed(1));
+  const scored = row.n > 0;
   return el(
     "tr",
     {},
     el("th", { scope: "row" }, place === null ? null : swatch(place), nameOf(row.attack)),
     el("td", {}, row.eps_text ? `${normText(row.norm)} ${row.eps_text}` : ""),
-    el("td", {}, row.accuracy == null ? "–" : percent(row.accuracy)),
-    el("td", {}, `${(100 * low).toFixed(1)} to ${(100 * high).toFixed(1)}`),
-    el("td", { class: "span" }, interval(row)),
-    el("td", {}, `${row.correct} of ${row.n}`),
-    el("td", {}, row.seconds === undefined ? "" : seconds(row.seconds)),
+    el("td", {}, scored ? percent(row.accuracy) : "–"),
+    el("td", {}, scored ? `${low} to ${high}` : ""),
+    el("td", { class: "span" }, scored ? interval(row) : null),
+    el("td", {}, scored ? `${row.correct} of ${row.n}` : ""),
+    el("td", {}, row.seconds ? seconds(row.seconds) : ""),
   );
 }
 
@@ -260,16 +275,24 @@ export function interval({ accuracy, interval: [low, high] }) {
   return mark;
 }
 
-/** Reasons not to trust the numbers, as sentences or as objects with advice. */
-function flags(found) {
-  if (!found.length) return [];
+/** Reasons not to trust the numbers, as sentences or as objects with advice; and notes. */
+function flags(found, notes) {
   const items = found.map((flag) => {
     if (typeof flag === "string") return el("li", {}, flag);
     const { name, text, advice } = flag;
-    return el("li", {}, name ? el("b", {}, `${name}: `) : null, text ?? "", advice ? el("em", {}, ` ${advice}`) : null);
+    const what = name ? el("b", {}, `${capital(name)}: `) : null;
+    return el("li", {}, what, text ?? "", advice ? el("em", {}, ` – ${advice}`) : null);
   });
-  return [el("h3", {}, "Flags"), el("ul", { class: "flags" }, ...items)];
+  const lists = [];
+  if (items.length) lists.push(el("h3", {}, "Flags"), el("ul", { class: "flags" }, ...items));
+  if (notes.length) {
+    lists.push(el("h3", { class: "calm" }, "Notes"));
+    lists.push(el("ul", { class: "flags" }, ...notes.map((note) => el("li", {}, note))));
+  }
+  return lists;
 }
+
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 /** Server-sent events out of the body of a response. */
 async function* events(body) {
