@@ -6,6 +6,7 @@ units. `threat_model.ThreatModel` is one such ball with its checks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -27,21 +28,30 @@ def lengths(delta: Tensor, norm: Norm = "l2") -> Tensor:
 
 def _size(flat: Tensor, norm: Norm) -> Tensor:
     if norm == "linf":
-        return flat.abs().amax(dim=1)
+        return torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))
     length: Tensor = torch.linalg.vector_norm(flat, dim=1)
     return length
 
 
 def project(x_adv: Tensor, x: Tensor, *, norm: Norm, eps: Tensor | float) -> Tensor:
     """The point of the ball around `x`, cut by [0, 1], that `x_adv` is pulled back to."""
+    return projection(x, norm=norm, eps=eps)(x_adv)
+
+
+def projection(x: Tensor, *, norm: Norm, eps: Tensor | float) -> Callable[[Tensor], Tensor]:
+    """`project` for one `x` and many `x_adv`."""
     eps = _column(eps)
     if norm == "linf":
-        return torch.clamp(x_adv, (x - eps).clamp_min(0), (x + eps).clamp_max(1))
-    delta = x_adv - x
-    length = lengths(delta)
-    # Cutting at the pixel range afterwards moves every pixel towards x, so stays in the ball.
-    scale = (eps / length.clamp_min(1e-30)).clamp_max(1)
-    return (x + delta * scale).clamp(0, 1)
+        low, high = (x - eps).clamp_min_(0), (x + eps).clamp_max_(1)
+        return lambda x_adv: torch.clamp(x_adv, low, high)
+
+    def pull(x_adv: Tensor) -> Tensor:
+        delta = x_adv - x
+        # Cutting at the pixel range afterwards moves every pixel towards x, so stays in the ball.
+        scale = (eps / lengths(delta).clamp_min(1e-30)).clamp_max(1)
+        return delta.mul_(scale).add_(x).clamp_(0, 1)
+
+    return pull
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from robust.attacks.losses import FUNCTIONS, Loss, classes_needed
 from robust.attacks.noise import normal, uniform
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Rows
-from robust.geometry import Norm, lengths, project, steepest
+from robust.geometry import Norm, lengths, projection, steepest
 from robust.threat_model import ThreatModel
 
 STEPS = 100
@@ -132,22 +132,11 @@ class APGD:
     def needs_clean(self) -> bool:
         return self.to_likeliest
 
-    @cached_property
-    def windows(self) -> dict[int, int]:
-        """Steps after which the step length is looked at, with the steps since the last look."""
-        window, least = max(int(0.22 * self.steps), 1), max(int(0.06 * self.steps), 1)
-        shrink, at, found = max(int(0.03 * self.steps), 1), 0, {}
-        while at + window <= self.steps:
-            at += window
-            found[at] = window
-            window = max(window - shrink, least)
-        return found
-
     def begin(self, rows: Rows) -> None:
         x, zeros = rows["x"], torch.zeros_like(rows["y"])
         if self.to_likeliest:
             rows["target"] = nth_likeliest(rows)
-        rows["x_adv"] = rows["x_old"] = rows["x_top"] = self._start(rows)
+        rows["x_adv"] = rows["x_old"] = rows["x_top"] = self.start(rows)
         rows["step"], rows["rises"] = zeros, zeros
         rows["size"] = 2 * rows["eps"]
         rows["g_top"] = torch.zeros_like(x)
@@ -155,7 +144,7 @@ class APGD:
         rows["loss_top"] = rows["loss_checked"] = torch.full_like(rows["loss_old"], -torch.inf)
         rows["halved"] = torch.ones_like(zeros, dtype=torch.bool)
 
-    def _start(self, rows: Rows) -> Tensor:
+    def start(self, rows: Rows) -> Tensor:
         """A point on the surface of the ball, cut by [0, 1]."""
         x = rows["x"]
         draw = _symmetric if self.norm == "linf" else normal
@@ -202,8 +191,7 @@ class APGD:
 
     def _check(self, rows: Rows, x_adv: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Where the step is too long, halve it and go back to the best point."""
-        windows = [self.windows.get(step, 0) for step in range(self.steps + 1)]
-        window: Tensor = torch.tensor(windows, device=x_adv.device)[rows["step"]]
+        window = _windows(self.steps, x_adv.device)[rows["step"]]
         due = window > 0
         if not bool(due.any()):
             return x_adv, gradient
@@ -218,11 +206,11 @@ class APGD:
 
     def _move(self, rows: Rows, x_adv: Tensor, gradient: Tensor) -> Tensor:
         x, eps, old = rows["x"], rows["eps"], rows["x_old"]
+        inside = projection(x, norm=self.norm, eps=eps)
         share = torch.where(_column(rows["step"] == 0), 1.0, MOMENTUM)
-        ahead = x_adv + rows["size"] * steepest(gradient, self.norm)
-        ahead = project(ahead, x, norm=self.norm, eps=eps)
-        moved = x_adv + share * (ahead - x_adv) + (1 - share) * (x_adv - old)
-        return project(moved, x, norm=self.norm, eps=eps)
+        ahead = inside(steepest(gradient, self.norm).mul_(rows["size"]).add_(x_adv))
+        moved = ahead.sub_(x_adv).mul_(share).add_(x_adv)
+        return inside(moved.add_((x_adv - old).mul_(1 - share)))
 
 
 def nth_likeliest(rows: Rows) -> Tensor:
@@ -234,6 +222,24 @@ def nth_likeliest(rows: Rows) -> Tensor:
 
 def _symmetric(keys: Tensor, stream: Tensor | int, count: int) -> Tensor:
     return 2 * uniform(keys, stream, count) - 1
+
+
+def checks(steps: int) -> dict[int, int]:
+    """Steps after which the step length is looked at, with the steps since the last look."""
+    window, least = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1)
+    shrink, at, found = max(int(0.03 * steps), 1), 0, {}
+    while at + window <= steps:
+        at += window
+        found[at] = window
+        window = max(window - shrink, least)
+    return found
+
+
+@cache
+def _windows(steps: int, device: torch.device) -> Tensor:
+    """Of each step the window that ends with it, or 0, int64 (steps + 1,)."""
+    found = checks(steps)
+    return torch.tensor([found.get(step, 0) for step in range(steps + 1)], device=device)
 
 
 def _column(mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ class FAB:
         x_adv, landed = rows["x_adv"], rows["landed"]
         beyond = landed & (logits.argmax(dim=1) != rows["y"])
         spent = landed & (rows["step"] >= self.steps)
-        back = rows["x"] + BETA * (x_adv - rows["x"])
+        back = torch.lerp(rows["x"], x_adv, BETA)
         rows["x_adv"] = torch.where(_column(beyond), back, x_adv)
         rows["short"] = torch.where(landed, ~beyond, rows["short"])
         if gradient is None:
@@ -120,40 +121,53 @@ class FAB:
         """Past the hyperplane that stands for the boundary, leaning towards the image."""
         x = rows["x"]
         gap = -loss  # what the linear model says is lacking at x_adv, and at x:
-        gap_at_x = gap + (gradient * (x_adv - x)).flatten(1).sum(dim=1)
-        from_here = to_hyperplane(x_adv, gradient, gap, self.norm)
-        from_x = to_hyperplane(x, gradient, gap_at_x, self.norm)
+        so_far = torch.linalg.vecdot(gradient.flatten(1), (x_adv - x).flatten(1))
+        step_from = hyperplane(gradient, self.norm)
+        from_here, from_x = step_from(x_adv, gap), step_from(x, gap + so_far)
         near = lengths(from_here, self.norm).clamp_min(1e-8)
         far = lengths(from_x, self.norm).clamp_min(1e-8)
         share = (near / (near + far)).clamp_max(ALPHA_MAX)
-        ahead = (x_adv + ETA * from_here) * (1 - share) + (x + ETA * from_x) * share
-        return ahead.clamp(0, 1)
+        ahead = torch.add(x_adv, from_here, alpha=ETA)
+        return ahead.lerp_(torch.add(x, from_x, alpha=ETA), share).clamp_(0, 1)
 
 
 def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
     """The smallest d in `norm` with <w, d> = gap and x + d in [0, 1]; all of the box if none has.
 
-    `x` and `w` float32 (N, C, H, W), `gap` float32 (N,). Each pixel moves by min(room, t * pull);
-    what that yields is concave in t and linear between breakpoints, so that Newton's method from
-    t = 0 never overshoots and ends after finitely many rounds.
+    `x` and `w` float32 (N, C, H, W), `gap` float32 (N,).
     """
-    direction = w.sign() * gap.sign().view(-1, 1, 1, 1)
-    room = torch.where(direction > 0, 1 - x, torch.where(direction < 0, x, 0.0)).flatten(1)
-    weight, want = w.abs().flatten(1), gap.abs()
-    pull = torch.ones_like(weight) if norm == "linf" else weight
-    t = torch.zeros_like(want)
-    for _ in range(50):
-        moved = torch.minimum(room, t.unsqueeze(1) * pull)
-        lacking = want - (weight * moved).sum(dim=1)
-        slope = (weight * pull * (t.unsqueeze(1) * pull < room)).sum(dim=1)
-        step = torch.where((lacking > 1e-6 * want) & (slope > 0), lacking / slope, 0.0)
-        if not bool((step > 0).any()):
-            break
-        t = t + step
-    # Where the box is too small for the hyperplane every pixel goes to its end.
-    full = (weight * room).sum(dim=1) <= want
-    moved = torch.where(full.unsqueeze(1), room, torch.minimum(room, t.unsqueeze(1) * pull))
-    return moved.view_as(x) * direction
+    return hyperplane(w, norm)(x, gap)
+
+
+def hyperplane(w: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Tensor]:
+    """`to_hyperplane` for one `w` and more than one `x` and `gap`.
+
+    Each pixel moves by t in `linf`, by t * w in `l2`, until its room is used up. What that yields
+    is concave in t and linear between the limits of the pixels, so that Newton's method from
+    t = 0 never overshoots and ends soon.
+    """
+    largest = lengths(w, "linf").clamp_min(1e-30)  # else squares could underflow
+    scaled = (w / largest).flatten(1)
+    weight, sign, end = scaled.abs(), scaled.sign(), (scaled > 0).float()
+    yields = weight if norm == "linf" else weight.square()
+
+    def step_from(x: Tensor, gap: Tensor) -> Tensor:
+        want, other_end = gap.abs() / largest.flatten(), (gap < 0).float().unsqueeze(1)
+        room = (end - other_end).abs_().sub_(x.flatten(1)).abs_()
+        limit = room if norm == "linf" else room / weight.clamp_min(1e-30)
+        t, lacking = torch.zeros_like(want), want
+        for _ in range(50):
+            slope = torch.linalg.vecdot(yields, (limit > t.unsqueeze(1)).float())
+            short = lacking > 1e-6 * want
+            if not bool((short & (slope > 0)).any()):
+                break
+            t = t + torch.where(short & (slope > 0), lacking / slope, 0.0)
+            lacking = want - torch.linalg.vecdot(yields, torch.minimum(limit, t.unsqueeze(1)))
+        moved = t.unsqueeze(1) if norm == "linf" else t.unsqueeze(1) * weight
+        moved = torch.minimum(moved, room).mul_(sign).mul_(gap.sign().unsqueeze(1))
+        return moved.view_as(w)
+
+    return step_from
 
 
 def _column(mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ for one does not depend on the others.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from robust.attacks.frozen import Model, frozen
 from robust.attacks.noise import image_keys
-from robust.attacks.passes import Passes
+from robust.attacks.passes import ModelError, Passes
 from robust.attacks.result import AttackResult
 from robust.geometry import Norm, distance
 
 # Tensors by name, all with the same first dimension: one row for each image at work.
 Rows = dict[str, Tensor]
+# What is left of a run when it ends.
+_KEPT = ("image", "run", "x", "best_x", "best_logits", "best_score", "fooled")
 
 
 class Algorithm(Protocol):
@@ -110,9 +113,16 @@ def search(
 
     `eps` float32 (N,), `y` and `target` int64 (N,) and `clean` logits (N, K) lie where the work
     is done. Yields images as they finish, each once. `batch_size` None takes all at once. Where
-    `keep_failed` is off, the result of an image that withstood is the image itself. With
-    `confirm` a success counts only where that model is fooled too.
+    `keep_failed` is off, the result of an image that withstood is the image itself, with the
+    logits of its best iterate. With `confirm` a success counts only where that model is fooled
+    too. What is found does not depend on the batch size or the order of the images, as far as the
+    model's logits don't; passes spent on runs begun ahead do. Raises ValueError for labels or
+    targets that the model has no class for, and ModelError.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    if not len(x):
+        return
     work = _Search(model, algorithm, x, y, eps=eps, target=target, clean=clean, seed=seed)
     work.batch_size, work.keep_failed = batch_size or len(x), keep_failed
     work.confirm = None if confirm is None else Passes(confirm)
@@ -141,7 +151,7 @@ class _Search:
         seed: int,
     ) -> None:
         self.passes, self.algorithm = Passes(model), algorithm
-        self.x, self.y, self.eps, self.target = x, y, eps, target
+        self.x, self.y, self.eps, self.target = x, y, eps.float(), target
         self.clean, self.seed, self.device = clean, seed, y.device
         self.batch_size, self.keep_failed = len(x), True
         self.confirm: Passes | None = None
@@ -149,7 +159,10 @@ class _Search:
         self.queue = deque(range(n))  # images whose next run may begin
         self.next_run = [0] * n
         self.at_work: list[set[int]] = [set() for _ in range(n)]
+        self.may_go_on: set[int] = set()  # images at work whose next run may begin ahead
         self.best: dict[int, Rows] = {}  # one row for each image between its runs
+        self.fooled: set[int] = set()  # those of them that a run has fooled
+        self.classes = 0  # unknown before the first logits
         self.spent = torch.zeros(n, 2, dtype=torch.int64)
         self.last = runs
         # Rows that wait for a gradient, and rows that wait for logits only.
@@ -160,6 +173,7 @@ class _Search:
             if self.clean is None:
                 self.clean = self._clean_logits()
                 self.spent[:, 0] += 1
+            self._check_classes(self.clean)
             self.last = min(self.last, self.clean.shape[1] - 1)  # a run for each other class
         while True:
             self._fill()
@@ -208,15 +222,11 @@ class _Search:
         runs: list[int] = []
         while len(images) < room and self.queue:
             image = self.queue.popleft()
-            if self.next_run[image] < self.last:  # else begun ahead of time
-                images.append(image)
-                runs.append(self._start(image))
-        if self.algorithm.ahead and len(images) < room:
-            for image in self._busiest():
-                if len(images) == room:
-                    break
-                images.append(image)
-                runs.append(self._start(image))
+            images.append(image)
+            runs.append(self._start(image))
+        for image in self._ahead(room - len(images)):
+            images.append(image)
+            runs.append(self._start(image))
         if images:
             self._wait(self._begin(torch.tensor(images), torch.tensor(runs)))
 
@@ -224,20 +234,23 @@ class _Search:
         run = self.next_run[image]
         self.next_run[image] += 1
         self.at_work[image].add(run)
+        if self.algorithm.ahead and run + 1 < self.last:
+            self.may_go_on.add(image)
+        else:
+            self.may_go_on.discard(image)
         return run
 
-    def _busiest(self) -> list[int]:
-        """Images at work that withstood so far and have runs left, those least far first."""
-        left = [
-            image
-            for image, runs in enumerate(self.at_work)
-            if runs and self.next_run[image] < self.last and not self._is_fooled(image)
-        ]
-        ahead = [(self.next_run[i] + k, i) for i in left for k in range(self.last)]
-        return [i for run, i in sorted(ahead) if run < self.last]
-
-    def _is_fooled(self, image: int) -> bool:
-        return image in self.best and bool(self.best[image]["fooled"])
+    def _ahead(self, room: int) -> list[int]:
+        """Images at work, for runs to begin before the ones before them end; least far first."""
+        heap = [(self.next_run[image], image) for image in self.may_go_on] if room else []
+        heapq.heapify(heap)
+        chosen: list[int] = []
+        while heap and len(chosen) < room:
+            run, image = heapq.heappop(heap)
+            chosen.append(image)
+            if run + 1 < self.last:
+                heapq.heappush(heap, (run + 1, image))
+        return chosen
 
     def _begin(self, images: Tensor, runs: Tensor) -> Rows:
         at = images.to(self.device)
@@ -271,12 +284,12 @@ class _Search:
 
             def loss_of(logits: Tensor, part: slice) -> Tensor:
                 whole = len(logits) == len(x_adv)
-                return self.algorithm.loss(logits, rows if whole else _take(rows, part))
+                return self._loss(logits, rows if whole else _take(rows, part))
 
             logits, loss, gradient = self.passes.gradient(x_adv, loss_of)
         else:
             logits = self.passes.logits(x_adv)
-            loss = self.algorithm.loss(logits, rows)
+            loss = self._loss(logits, rows)
         rows["forwards"] = rows["forwards"] + 1
         rows["backwards"] = rows["backwards"] + int(differentiate)
         self._keep(rows, logits, loss)
@@ -285,23 +298,49 @@ class _Search:
             spent = spent | rows["fooled"]
         return spent
 
+    def _loss(self, logits: Tensor, rows: Rows) -> Tensor:
+        self._check_classes(logits)
+        return self.algorithm.loss(logits, rows)
+
+    def _check_classes(self, logits: Tensor) -> None:
+        """Before a label beyond the logits is looked up, which on a GPU ends the process."""
+        found = logits.shape[1]
+        if found == self.classes:
+            return
+        if self.classes:
+            raise ModelError(f"expected logits of {self.classes} classes again, got {found}")
+        self.classes = found
+        for name, labels in (("labels", self.y), ("targets", self.target)):
+            if labels is None:
+                continue
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= found:
+                raise ValueError(
+                    f"expected {name} from 0 to {found - 1}, for the {found} classes of the "
+                    f"model, got {low} to {high}"
+                )
+
     def _keep(self, rows: Rows, logits: Tensor, loss: Tensor) -> None:
         """Take `x_adv` where it is better: fooling before not fooling, then the higher score."""
         score = self.algorithm.score(rows, logits, loss)
-        allowed = score > -torch.inf
-        fools = self._fools(rows, logits) & allowed
+        score = torch.where(score.isnan(), -torch.inf, score)
+        fools = self._fools(rows, logits) & (score > -torch.inf)
+        first = rows["forwards"] == 1
         if self.confirm is not None and bool(fools.any()):
+            rows["forwards"] = rows["forwards"] + fools
             checked = _take(rows, fools)
             fools[fools.clone()] = self._fools(checked, self.confirm.logits(checked["x_adv"]))
-            rows["forwards"] = rows["forwards"] + fools
-        was = rows["fooled"]
-        better = allowed & ((fools & ~was) | ((fools == was) & (score > rows["best_score"])))
+        was, top = rows["fooled"], rows["best_score"]
+        better = (fools & ~was) | ((fools == was) & (score > top))
         if "best_logits" not in rows:
-            rows["best_logits"] = logits
-        rows["best_x"] = torch.where(_column(better), rows["x_adv"], rows["best_x"])
-        rows["best_logits"] = torch.where(better.unsqueeze(1), logits, rows["best_logits"])
-        rows["best_score"] = torch.where(better, score, rows["best_score"])
+            rows["best_logits"] = logits.clone()
+        seen = better | first  # the first logits stand in where none is ever better
+        rows["best_logits"] = torch.where(seen.unsqueeze(1), logits, rows["best_logits"])
+        rows["best_score"] = torch.where(better, score, top)
         rows["fooled"] = was | fools
+        taken = better if self.keep_failed else better & fools
+        if bool(taken.any()):
+            rows["best_x"] = torch.where(_column(taken), rows["x_adv"], rows["best_x"])
 
     def _fools(self, rows: Rows, logits: Tensor) -> Tensor:
         predicted = logits.argmax(dim=1)
@@ -316,38 +355,33 @@ class _Search:
             yield self._finished(rows, self.spent[index])
             return
         through: list[int] = []
-        fooled = rows["fooled"].tolist()
-        places = zip(rows["image"].tolist(), rows["run"].tolist(), fooled, strict=True)
-        for place, (image, run, success) in enumerate(places):
-            row = _take(rows, torch.tensor([place], device=self.device))
-            self.spent[image, 0] += row["forwards"].item()
-            self.spent[image, 1] += row["backwards"].item()
+        lists = (
+            rows[name].tolist() for name in ("image", "run", "fooled", "forwards", "backwards")
+        )
+        kept = {name: rows[name] for name in _KEPT}
+        for place, (image, run, fooled, forwards, backwards) in enumerate(zip(*lists, strict=True)):
+            self.spent[image, 0] += forwards
+            self.spent[image, 1] += backwards
             if run not in self.at_work[image]:
                 continue  # a lower run of the image has succeeded in the same step
-            self._settle(image, run, row)
-            if success:
+            self.at_work[image].discard(run)
+            row = _take(kept, slice(place, place + 1))
+            if image not in self.best or self._beats(row, self.best[image]):
+                self.best[image] = {name: values.clone() for name, values in row.items()}
+            if fooled:
+                self.fooled.add(image)
+                self.may_go_on.discard(image)
                 self._drop(image, after=run)
-            if self._is_fooled(image):
-                # A lower run still at work may succeed too; then its image is the one to give.
-                if not self.at_work[image]:
-                    through.append(image)
-            elif self.next_run[image] < self.last:
-                if not self.at_work[image]:
-                    self.queue.append(image)
-            elif not self.at_work[image]:
+            if self.at_work[image]:
+                continue  # of lower runs one may succeed too; then its image is the one to give
+            if image in self.fooled or self.next_run[image] == self.last:
                 through.append(image)
+            else:
+                self.queue.append(image)
         if through:
             parts = [self.best.pop(image) for image in through]
             merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             yield self._finished(merged, self.spent[torch.tensor(through)])
-
-    def _settle(self, image: int, run: int, row: Rows) -> None:
-        self.at_work[image].discard(run)
-        names = ("image", "run", "x", "best_x", "best_logits", "best_score", "fooled")
-        row = {name: row[name] for name in names}
-        old = self.best.get(image)
-        if old is None or self._beats(row, old):
-            self.best[image] = row
 
     @staticmethod
     def _beats(new: Rows, old: Rows) -> bool:
@@ -373,15 +407,13 @@ class _Search:
                 self.waiting[kind] = _take(rows, ~gone)
 
     def _finished(self, rows: Rows, spent: Tensor) -> Finished:
-        x, x_adv, fooled = rows["x"], rows["best_x"], rows["fooled"]
-        if not self.keep_failed:
-            x_adv = torch.where(_column(fooled), x_adv, x)
+        x, x_adv = rows["x"], rows["best_x"]
         return Finished(
             index=rows["image"].cpu(),
             result=AttackResult(
                 x_adv=x_adv,
                 logits=rows["best_logits"],
-                success=fooled,
+                success=rows["fooled"],
                 distance=distance(x_adv, x, self.algorithm.norm),
                 forwards=spent[:, 0].to(self.device),
                 backwards=spent[:, 1].to(self.device),

@@ -130,13 +130,8 @@ class Square:
     def _sides(self, rows: Rows, *, least: int) -> Tensor:
         """Sides of the squares, int64 (N,): they shrink as the search goes on."""
         height, width = rows["x"].shape[2:]
-        table = []
-        for halvings in range(len(HALVED_AFTER) + 1):
-            side = max(round(math.sqrt(P / 2**halvings * height * width)), least)
-            side += least > 1 and side % 2 == 0
-            table.append(min(side, height, width))
-        edges = torch.tensor(HALVED_AFTER, device=rows["y"].device)
-        return torch.tensor(table, device=edges.device)[torch.bucketize(rows["query"], edges)]
+        edges, table = _schedule(height, width, least, rows["x"].device)
+        return table[torch.bucketize(rows["query"], edges)]
 
     # L2: mass moves from one window to another, and what is left of eps goes in with it.
 
@@ -167,15 +162,28 @@ class Square:
         delta = rows["x_top"] - x
         inside, down, across = _window(x, sides, draws[:, 0], draws[:, 1])
         other, _, _ = _window(x, sides, draws[:, 2], draws[:, 3])
-        pattern = _patterns(sides, down, across, draws[:, 4] > 0.5, x)
-        pattern = pattern * inside * _signs(draws[:, 5:]).view(n, channels, 1, 1)
-        both = torch.maximum(inside, other)
-        change = pattern + inside * delta / _norms(inside * delta).clamp_min(1e-12)
+        outside = 1 - torch.maximum(inside, other)
         left = (eps.square() - lengths(delta).square()).clamp_min(0) / channels
-        budget = (left + _norms(both * delta).square()).sqrt()
-        change = change / _norms(change).clamp_min(1e-12) * budget
-        delta = delta * (1 - both) + inside * change
-        return (x + eps * delta / lengths(delta).clamp_min(1e-12)).clamp(0, 1)
+        change = delta * inside
+        change.div_(_norms(change).clamp_min(1e-12))
+        pattern = _patterns(sides, down, across, draws[:, 4] > 0.5).mul_(inside)
+        change.addcmul_(pattern, _signs(draws[:, 5:]).view(n, channels, 1, 1))
+        rest = delta * outside
+        budget = (left + _norms(delta - rest).square()).sqrt()
+        change.mul_(budget / _norms(change).clamp_min(1e-12))
+        delta = change.add_(rest)
+        return delta.mul_(eps / lengths(delta).clamp_min(1e-12)).add_(x).clamp_(0, 1)
+
+
+@cache
+def _schedule(height: int, width: int, least: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """After which queries the squares shrink, and the side before, between and after those."""
+    sides = []
+    for halvings in range(len(HALVED_AFTER) + 1):
+        side = max(round(math.sqrt(P / 2**halvings * height * width)), least)
+        side += least > 1 and side % 2 == 0
+        sides.append(min(side, height, width))
+    return torch.tensor(HALVED_AFTER, device=device), torch.tensor(sides, device=device)
 
 
 def _signs(draws: Tensor) -> Tensor:
@@ -184,7 +192,8 @@ def _signs(draws: Tensor) -> Tensor:
 
 def _norms(delta: Tensor) -> Tensor:
     """Length of each channel, (N, C, 1, 1)."""
-    return delta.square().sum(dim=(2, 3), keepdim=True).sqrt()
+    norms: Tensor = torch.linalg.vector_norm(delta, dim=(2, 3), keepdim=True)
+    return norms
 
 
 def _window(
@@ -200,19 +209,28 @@ def _window(
     return inside, place_y, place_x
 
 
-def _patterns(sides: Tensor, down: Tensor, across: Tensor, turned: Tensor, x: Tensor) -> Tensor:
-    """The bumps of each row's window at its place, float32 (N, 1, H, W); any value outside it."""
-    pattern = torch.zeros(len(sides), 1, *x.shape[2:], device=x.device)
-    for side in sorted(set(sides.tolist())):
-        rows = (sides == side).nonzero().squeeze(1)
-        at_y, at_x = down[rows].clamp(0, side - 1), across[rows].clamp(0, side - 1)
-        flip = turned[rows].unsqueeze(1)
-        height, width = x.shape[2:]
-        bumps = _bumps(side, x.device)
-        upright = bumps[at_y.unsqueeze(2), at_x.unsqueeze(1)]
-        lying = bumps[at_x.unsqueeze(1).expand(-1, height, width), at_y.unsqueeze(2)]
-        pattern[rows, 0] = torch.where(flip.unsqueeze(2), lying, upright)
-    return pattern
+def _patterns(sides: Tensor, down: Tensor, across: Tensor, turned: Tensor) -> Tensor:
+    """The bumps of each row's window at its place, float32 (N, 1, H, W); any value outside it.
+
+    `sides` (N,), `down` (N, H) and `across` (N, W): places within the window.
+    """
+    values, first = _all_bumps(down.shape[1], across.shape[1], sides.device)
+    side, last = sides.view(-1, 1, 1), (sides - 1).unsqueeze(1)
+    at_y = down.clamp_min(0).minimum(last).unsqueeze(2)
+    at_x = across.clamp_min(0).minimum(last).unsqueeze(1)
+    along = torch.where(turned.view(-1, 1, 1), at_x * side + at_y, at_y * side + at_x)
+    return values[along + first[sides].view(-1, 1, 1)].unsqueeze(1)
+
+
+@cache
+def _all_bumps(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bumps of every side that comes up, one after the other, and where each begins."""
+    parts, first, count = [], [0] * (min(height, width) + 1), 0
+    for side in set(_schedule(height, width, 3, device)[1].tolist()):
+        parts.append(_bumps(side, device).flatten())
+        first[side] = count
+        count += side * side
+    return torch.cat(parts), torch.tensor(first, device=device)
 
 
 @cache
