@@ -19,6 +19,7 @@ from app.metrics import Metrics
 from app.model import ServedModel
 from app.processors import available_processors
 from app.queue import Kind, Work, WorkQueue
+from app.tracing import Tracing
 from robust.images import to_float
 from robust.prediction import predict
 
@@ -70,9 +71,16 @@ class Engine:
     """
 
     def __init__(
-        self, *, queue_limit: int, max_batch: int, threads: int = 0, metrics: Metrics | None = None
+        self,
+        *,
+        queue_limit: int,
+        max_batch: int,
+        threads: int = 0,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
+        self._tracing = tracing or Tracing()
         self._queue = WorkQueue(queue_limit, self._metrics)
         self._max_batch, self._threads = max_batch, threads
         self._fitting = max_batch  # images that one forward pass has memory for, as far as is known
@@ -144,6 +152,7 @@ class Engine:
             raise DeadlineExceeded("The work did not finish before its deadline.") from None
         finally:
             work.abandon()
+            self._tracing.work(work.kind.label, admitted=work.admitted, began=work.began)
 
     # What follows runs on the device thread.
 
@@ -186,7 +195,8 @@ class Engine:
         if not work.future.set_running_or_notify_cancel():
             self._metrics.rejected.labels("cancelled").inc()
             return False
-        self._metrics.queue_wait.labels(work.kind.label).observe(time.monotonic() - work.admitted)
+        work.began = time.monotonic()
+        self._metrics.queue_wait.labels(work.kind.label).observe(work.began - work.admitted)
         try:
             work.check()
         except ServiceError as error:

@@ -69,7 +69,8 @@ class RequestMiddleware:
                 self._name(MutableHeaders(scope=message), scope["state"])
             await send(message)
 
-        with self._service.in_flight.track(scope["method"]):
+        service = self._service
+        with service.in_flight.track(scope["method"]), service.tracing.request(scope) as traced:
             try:
                 await self._app(scope, receive, send_named)
             except Exception as error:
@@ -78,6 +79,7 @@ class RequestMiddleware:
                     await answer_to(scope, error)(scope, receive, send_named)
             finally:
                 self._count(scope, status, time.monotonic() - arrived)
+                traced(_route_of(scope), status)
                 logs.request_id.reset(token)
 
     def _name(self, headers: MutableHeaders, state: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ class Work:
     function: Callable[..., Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     admitted: float = field(default_factory=time.monotonic)
+    began: float | None = None  # when the device took it up
     abandoned: bool = False
     request_id: str = field(default_factory=logs.request_id.get)
 

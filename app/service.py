@@ -19,7 +19,9 @@ from app.metrics import Metrics
 from app.model import ServedModel
 from app.models import Models, warm
 from app.settings import Settings
+from app.tracing import tracing_for
 from robust.classifier import resolve_device
+from robust.environment import project_version
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,11 +30,15 @@ WORKERS = 4  # threads that decode and encode; Pillow releases the interpreter m
 
 
 class Service:
-    """What the routes share. Raises ValueError for a device that is not there."""
+    """What the routes share.
+
+    Raises ValueError for a device that is not there, or traces without the extra for them.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.tracing = tracing_for(settings.traces, project_version())
         self.models = Models(
             settings.checkpoint, device=resolve_device(settings.device), metrics=self.metrics
         )
@@ -41,6 +47,7 @@ class Service:
             max_batch=settings.max_batch,
             threads=settings.threads,
             metrics=self.metrics,
+            tracing=self.tracing,
         )
         self.jobs = Jobs(self.engine, settings, self.metrics)
         self.in_flight = InFlight(self.metrics)
@@ -69,6 +76,7 @@ class Service:
             self.jobs.cancel_all()
             await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
             self._workers.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self.tracing.close)
 
     async def drain(self) -> None:
         """Take no new work and wait for the requests in hand, as long as the grace time.

@@ -113,6 +113,11 @@ class Settings(BaseSettings):
         default=20.0, ge=0, description="Longest wait for requests in hand after SIGTERM."
     )
 
+    traces: str | None = Field(
+        default=None,
+        pattern=r"^https?://\S+$",
+        description="Where OpenTelemetry traces go, OTLP over HTTP; needs the extra otel.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe lines that are logged."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -22,6 +21,7 @@ from app.tensors import (
     read_request,
     write_response,
 )
+from robust.environment import project_version
 
 
 class ServerLive(BaseModel):
@@ -121,7 +121,7 @@ def router(service: Service) -> APIRouter:
     async def server() -> ServerMetadata:
         """Its name and what it can do beyond the protocol."""
         return ServerMetadata(
-            name=MODEL, version=version("robust"), extensions=["binary_tensor_data"]
+            name=MODEL, version=project_version(), extensions=["binary_tensor_data"]
         )
 
     @routes.get("/health/live", summary="Whether the service runs", responses=documented(503))
