@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from robust.evaluation import Evaluation
     from robust.evaluation.run import Precision
 
-CURVE_ATTACK = "pgd-20"
 Row = list[str]
 
 
@@ -109,7 +109,7 @@ def evaluate(
     from robust.classifier import resolve_device
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
-    from robust.evaluation import evaluate_batches
+    from robust.evaluation.run import CURVE_ATTACK, evaluate_batches
     from robust.matching import first_images, match_classes
 
     start = time.perf_counter()
@@ -131,24 +131,24 @@ def evaluate(
         scored = first_images(scored, limit)
 
     progress = Progress(100, title="evaluate", unit="%")
-    try:
-        for evaluation in evaluate_batches(
-            loaded.classifier,
-            scored.images,
-            scored.labels,
-            num_classes=len(classes),
-            attacks=attacks,
-            device=device,
-            batch_size=batch_size,
-            curve=curve,
-            precision=precision,
-            journal=journal,
-            model_id=loaded.sha256,
-            watch=progress.tick,
-        ):
+    results = evaluate_batches(
+        loaded.classifier,
+        scored.images,
+        scored.labels,
+        num_classes=len(classes),
+        attacks=attacks,
+        device=device,
+        batch_size=batch_size,
+        curve=curve,
+        precision=precision,
+        journal=journal,
+        model_id=loaded.sha256,
+        watch=progress.tick,
+    )
+    # Closed also by Ctrl-C, so that the journal is let go.
+    with closing(progress), closing(results):
+        for evaluation in results:
             progress.update(int(100 * evaluation.done), _so_far(evaluation))
-    finally:
-        progress.close()
 
     seconds = time.perf_counter() - start
     if json_path is not None:
@@ -172,8 +172,10 @@ def evaluate(
         }
         write_report(json_path, report)
     if record:
-        source = {"data": dataset.name, "data_sha256": scored.sha256}
-        rows = [{**source, **item.to_dict()} for item in evaluation.accuracies]
+        source: dict[str, Any] = {"data": dataset.name, "data_sha256": scored.sha256}
+        if evaluation.flags:  # a number goes nowhere without the reasons to doubt it
+            source["flags"] = sorted({flag.name for flag in evaluation.flags})
+        rows = [{**source, **item.summary()} for item in evaluation.accuracies]
         record_evaluation(loaded, rows)
     if str(json_path) != "-":
         click.echo(f"{checkpoint} on {evaluation.n} of {len(dataset)} images of {dataset.name}")

@@ -101,7 +101,8 @@ class Progress:
             self.bar.update(done - self.done)
         elif done * 10 // self.total > self.tenths:
             self.tenths = done * 10 // self.total
-            click.echo(f"{self.title}: {done}/{self.total} {self.unit}, {note}", err=True)
+            share = f"{done}%" if self.unit == "%" else f"{done}/{self.total} {self.unit}"
+            click.echo(f"{self.title}: {share}, {note}", err=True)
         self.done = done
 
     def tick(self) -> None:

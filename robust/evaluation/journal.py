@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from robust.attacks import Model
 
 VERSION = 1
+APPLICATION = 0x526F6275  # of SQLite's header: tells a journal from any other database
 Row = tuple[int, int, int, float, int, int, int]  # image and the columns of COLUMNS
 COLUMNS = ("fooled", "predicted", "distance", "unheld", "forwards", "backwards")
 
@@ -26,29 +28,45 @@ class JournalError(ValueError):
 class Journal:
     """One SQLite file for one evaluation: a row for each image that a stage is through with.
 
-    Raises JournalError where the file belongs to another evaluation, or is none.
+    Held until `close`, or the end of the process: two evaluations never write to one file.
+    Raises JournalError where another one holds it, where the file belongs to another evaluation,
+    and where it is no journal, or none can be written there.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self._path = path
+        with _explained(path, "could not be opened"):
+            self._db = sqlite3.connect(
+                path, isolation_level=None, timeout=0, check_same_thread=False
+            )
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT)")
-            columns = ", ".join(f"{name} NUMERIC" for name in COLUMNS)
-            self._db.execute(
-                f"CREATE TABLE IF NOT EXISTS finished (stage TEXT, image INTEGER, {columns}, "
-                "PRIMARY KEY (stage, image)) WITHOUT ROWID"
-            )
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS spent (stage TEXT PRIMARY KEY, seconds REAL)"
-            )
-            self._check({"version": VERSION, **manifest})
-        except sqlite3.Error as error:
+            with _explained(path, "could not be opened"):
+                # No write-ahead log: it would be a second file to lose, and fails on network disks.
+                self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                self._db.execute("BEGIN EXCLUSIVE")
+                self._prepare()
+                self._check({"version": VERSION, **manifest})
+                self._db.execute("COMMIT")
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Make the tables of a new file. Raises JournalError for a file of something else."""
+        if self._db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION:
+            return
+        if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             raise JournalError(
-                f"{path}: expected a journal of an evaluation, or a place for one: {error}"
-            ) from error
+                f"{self._path}: expected a journal of an evaluation, got another SQLite database"
+            )
+        columns = ", ".join(f"{name} NUMERIC" for name in COLUMNS)
+        self._db.execute(f"PRAGMA application_id={APPLICATION}")
+        self._db.execute("CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT)")
+        self._db.execute(
+            f"CREATE TABLE finished (stage TEXT, image INTEGER, {columns}, "
+            "PRIMARY KEY (stage, image)) WITHOUT ROWID"
+        )
+        self._db.execute("CREATE TABLE spent (stage TEXT PRIMARY KEY, seconds REAL)")
 
     def _check(self, manifest: dict[str, Any]) -> None:
         for name, value in manifest.items():
@@ -62,32 +80,58 @@ class Journal:
                     f"{_short(found[0])}, not {_short(text)}; give another file"
                 )
 
-    def read(self, stage: str) -> tuple[list[Row], float]:
-        """What `stage` is through with, and the seconds it took."""
+    def read(self, stage: str, *, images: int) -> tuple[list[Row], float]:
+        """What `stage` is through with, of so many images, and the seconds it took."""
         names = ", ".join(("image", *COLUMNS))
-        rows = self._db.execute(f"SELECT {names} FROM finished WHERE stage = ?", (stage,))
-        seconds = self._db.execute("SELECT seconds FROM spent WHERE stage = ?", (stage,)).fetchone()
-        return rows.fetchall(), seconds[0] if seconds else 0.0
+        with _explained(self._path, "could not be read"):
+            rows: list[Row] = self._db.execute(
+                f"SELECT {names} FROM finished WHERE stage = ?", (stage,)
+            ).fetchall()
+            spent = self._db.execute(
+                "SELECT seconds FROM spent WHERE stage = ?", (stage,)
+            ).fetchone()
+        for row in rows:
+            numbers = all(isinstance(value, int | float) for value in row)
+            if not numbers or not 0 <= row[0] < images:
+                raise JournalError(f"{self._path}: is damaged: it has a row {row}")
+        return rows, spent[0] if spent else 0.0
 
     def write(self, stage: str, rows: Sequence[Row], seconds: float) -> None:
         """Add rows, all or none; `seconds` is what the stage took in all."""
         marks = ", ".join("?" * (2 + len(COLUMNS)))
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
-                f"INSERT OR REPLACE INTO finished VALUES ({marks})",
-                [(stage, *row) for row in rows],
-            )
-            self._db.execute("INSERT OR REPLACE INTO spent VALUES (?, ?)", (stage, seconds))
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+            with _explained(self._path, "could not be written"):
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO finished VALUES ({marks})",
+                    [(stage, *row) for row in rows],
+                )
+                self._db.execute("INSERT OR REPLACE INTO spent VALUES (?, ?)", (stage, seconds))
+                self._db.execute("COMMIT")
+        except JournalError:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise JournalError(f"{self._path}: could not be written: {error}") from error
+            raise
 
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+
+
+@contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Turn an error of SQLite into a JournalError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_BUSY:
+            raise JournalError(
+                f"{path}: is in use by another evaluation; wait for it, or give another file"
+            ) from error
+        if code == sqlite3.SQLITE_NOTADB:
+            raise JournalError(f"{path}: expected a journal of an evaluation: {error}") from error
+        raise JournalError(f"{path}: {what}: {error}") from error
 
 
 def model_digest(model: Model) -> str:
@@ -96,8 +140,9 @@ def model_digest(model: Model) -> str:
         raise ValueError("expected model_id beside a journal: this model is no torch module")
     digest = hashlib.sha256()
     for name, values in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(values))
+        is_tensor = isinstance(values, Tensor)
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode() if is_tensor else b"")
+        digest.update(_bytes(values) if is_tensor else repr((name, values)).encode())
     return digest.hexdigest()
 
 

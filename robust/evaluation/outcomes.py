@@ -11,13 +11,23 @@ from robust.attacks import AttackSettings
 from robust.evaluation.journal import Row
 from robust.evaluation.result import MAX_CONFUSION, Accuracy, Distances, StageAccuracy
 
+BLOCK = 50  # images whose results are shown together
+
 
 class Outcomes:
     """One row for each of n images under one attack (`settings` None: clean), on the CPU."""
 
-    def __init__(self, settings: AttackSettings | None, labels: Tensor, num_classes: int) -> None:
+    def __init__(
+        self,
+        settings: AttackSettings | None,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        batch_size: int,
+    ) -> None:
         n = len(labels)
         self.settings, self.labels, self.num_classes = settings, labels, num_classes
+        self.block = min(batch_size, BLOCK)
         self.through = torch.zeros(n, dtype=torch.bool)  # with the first stage
         self.fooled = torch.zeros(n, dtype=torch.bool)  # or wrong as it came
         self.attacked = torch.zeros(n, dtype=torch.bool)
@@ -41,6 +51,7 @@ class Outcomes:
         self.fooled = single_step.fooled & (single_step.distance == 0)
         self.predicted = torch.where(self.fooled, single_step.predicted, self.labels)
         self.forwards = self.through.long()
+        single_step.attacked &= ~self.fooled
 
     def take(self, rows: Sequence[Row]) -> None:
         """Add images that are through with a stage."""
@@ -59,12 +70,13 @@ class Outcomes:
 
     @property
     def seen(self) -> int:
-        """How many images, from the first on without a gap, are through: an unbiased sample.
+        """How many images, from the first on in whole blocks, are through: an unbiased sample.
 
-        Those through at any moment are not, as the easily fooled are through first.
+        Those through at any moment are not, as the easily fooled are through first; and those
+        before the first gap end with such as were easily fooled.
         """
         gaps = (~self.through).nonzero()
-        return int(gaps[0]) if len(gaps) else len(self.through)
+        return int(gaps[0]) // self.block * self.block if len(gaps) else len(self.through)
 
     def accuracy(self) -> Accuracy:
         """Over the images seen so far."""
@@ -90,7 +102,7 @@ class Outcomes:
             stages=tuple(self.stages),
             forwards=int(self.forwards.sum()),
             backwards=int(self.backwards.sum()),
-            unheld=int(self.unheld.sum()),
+            unheld=int((self.unheld & ~self.fooled).sum()),
             seconds=self.seconds,
         )
 

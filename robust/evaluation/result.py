@@ -11,6 +11,7 @@ from robust.evaluation.intervals import wilson_interval
 from robust.threat_model import format_eps
 
 MAX_CONFUSION = 100  # classes; the table of more is no longer read by anyone
+_BULKY = ("confusion", "stages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,11 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         """The Wilson 95% interval of `value`."""
         return wilson_interval(self.correct, self.n)
+
+    def summary(self) -> dict[str, Any]:
+        """`to_dict` without what fills a page: confusion, and the parts it is made of."""
+        values = self.to_dict()
+        return {name: value for name, value in values.items() if name not in _BULKY}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, with the Wilson 95% interval."""
@@ -125,6 +131,7 @@ class Probes:
     right: int  # images classified right as they came
     right_normalised: int  # and at best with one of the usual normalisations before the model
     normalisation: str = ""  # which one that was
+    search_difference: float = 0.0  # largest to the faster copy that is searched, as `difference`
 
 
 @dataclass(frozen=True, kw_only=True)

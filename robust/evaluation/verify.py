@@ -1,0 +1,51 @@
+"""Asking the model itself, in float32, about every image that is said to fool it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from robust.attacks.passes import Passes
+from robust.evaluation.checks import check_finite
+from robust.evaluation.journal import Row
+from robust.geometry import distance
+from robust.threat_model import TOLERANCE, ThreatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """For each of N adversarial images what the model says to it, and whether it counts."""
+
+    holds: Tensor  # bool (N,): another class than the label, in the ball and in [0, 1]
+    predicted: Tensor  # int64 (N,)
+    distance: Tensor  # float32 (N,), in the norm of the ball
+
+
+def verify(exact: Passes, x_adv: Tensor, x: Tensor, *, y: Tensor, ball: ThreatModel) -> Verdict:
+    """Look at `x_adv` float32 (N, C, H, W) of images `x` with labels `y` int64 (N,).
+
+    Trusts nothing the attack said. Raises ModelError where the model's answer is not finite.
+    """
+    logits = exact.logits(x_adv)
+    check_finite(logits)
+    predicted = logits.argmax(dim=1)
+    measured = distance(x_adv.double(), x.double(), ball.norm)
+    in_range = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+    in_ball = measured <= ball.eps + TOLERANCE * max(1.0, ball.eps)
+    return Verdict(
+        holds=(predicted != y) & in_ball & in_range,
+        predicted=predicted,
+        distance=measured.float(),
+    )
+
+
+def rows_of(columns: Sequence[Tensor | int]) -> list[Row]:
+    """Columns of the journal, tensors (N,) or one number for all, as N rows."""
+    n = next(len(column) for column in columns if isinstance(column, Tensor))
+    lists = [column.tolist() if isinstance(column, Tensor) else [column] * n for column in columns]
+    return [
+        (int(i), int(f), int(p), float(d), int(u), int(fw), int(bw))
+        for i, f, p, d, u, fw, bw in zip(*lists, strict=True)
+    ]

@@ -1,0 +1,330 @@
+"""What is counted, on models whose answers are known."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import AttackSettings, resolve_attack
+from robust.evaluation import Accuracy, Evaluation, evaluate, evaluate_batches
+from robust.evaluation.precision import full_float32
+from robust.evaluation.run import shuffled
+from robust.threat_model import ThreatModel
+
+CPU = torch.device("cpu")
+BALL = ThreatModel(eps=8 / 255)
+FGSM, PGD = resolve_attack("fgsm", BALL), resolve_attack("pgd-5", BALL)
+Data = tuple[Tensor, Tensor]
+Short = Callable[[ThreatModel], AttackSettings]
+
+
+def by_hand(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
+    """Which images are right, and which stay so at the worst point of the linf ball."""
+    images, labels = data
+    margin = model.margin(images.float() / 255) * (2 * labels - 1)
+    return margin > 0, margin - 8 / 255 * model.w.abs().sum() > 0
+
+
+def counts(result: Evaluation) -> list[object]:
+    return [
+        (item.correct, item.n, item.per_class, item.confusion) for item in result.accuracies
+    ] + [result.worst_correct, result.curve]
+
+
+def test_counts_are_those_of_the_known_model(model: nn.Module, linear_data: Data) -> None:
+    labels = linear_data[1]
+    right, robust = by_hand(model, linear_data)
+    assert 0 < int(robust.sum()) < int(right.sum()) < 40
+    result = evaluate(
+        model, *linear_data, num_classes=2, attacks=[FGSM, PGD], device=CPU, batch_size=7
+    )
+    assert (result.n, result.total, result.done, result.stage) == (40, 40, 1.0, "")
+    assert result.clean.correct == int(right.sum())
+    assert [item.correct for item in result.attacks] == [int(robust.sum())] * 2
+    assert result.worst_correct == int(robust.sum())
+    for item, survives in ((result.clean, right), (result.attacks[0], robust)):
+        assert item.per_class == tuple(
+            (int(survives[labels == k].sum()), int((labels == k).sum())) for k in (0, 1)
+        )
+        # Two classes: what is not right is seen as the other.
+        assert [row[k] for k, row in enumerate(item.confusion)] == [c for c, _ in item.per_class]
+        assert [sum(row) for row in item.confusion] == [n for _, n in item.per_class]
+    assert result.accuracy("clean") == result.clean.correct / 40
+    assert result.accuracy("pgd-5") == int(robust.sum()) / 40
+    with pytest.raises(KeyError):
+        result.accuracy("square")
+
+
+def test_one_pass_for_clean_and_single_step_is_as_good_as_two(
+    model: nn.Module, linear_data: Data
+) -> None:
+    right, robust = by_hand(model, linear_data)
+    probing, n = 6, 40  # passes, three of them with the usual normalisations
+
+    def run(attack: AttackSettings) -> tuple[Evaluation, int]:
+        model.images = 0
+        result = evaluate(model, *linear_data, num_classes=2, attacks=[attack], device=CPU)
+        return result, model.images
+
+    together, rows = run(FGSM)
+    # Every image once with its gradient, the right ones once more; and each success again.
+    assert rows == probing * n + n + int(right.sum()) + int((~robust).sum())
+    (single,) = together.attacks
+    assert (single.forwards, single.backwards) == (int(right.sum()), n)
+    assert together.clean.forwards == n
+
+    # The same step as pgd, which does not share its first pass.
+    apart, rows = run(replace(FGSM, name="pgd"))
+    fooled = int((right & ~robust).sum())
+    assert rows == probing * n + n + 2 * int(right.sum()) + fooled
+    assert counts(apart) == counts(together)
+    assert apart.attacks[0].distances == single.distances
+    assert apart.attacks[0].forwards == 2 * int(right.sum())
+    assert single.distances is not None
+    assert 0 < single.distances.least <= single.distances.most <= 8 / 255 + 1e-6
+    assert min(item.seconds for r in (apart, together) for item in r.accuracies) > 0
+
+
+def test_wrong_images_are_not_attacked(model: nn.Module, linear_data: Data) -> None:
+    images = linear_data[0]
+    wrong = (model.margin(images.float() / 255) < 0).long()
+    result = evaluate(model, images, wrong, num_classes=2, attacks=[PGD], device=CPU)
+    assert result.clean.correct == result.attacks[0].correct == 0
+    assert result.attacks[0].forwards == result.attacks[0].backwards == 0
+    assert result.attacks[0].distances is None
+
+
+@pytest.mark.parametrize("names", [("fgsm", "pgd-5"), ("pgd-5",), ("autoattack", "pgd-5"), ()])
+def test_partial_results_are_of_the_beginning(
+    model: nn.Module, linear_data: Data, short: Short, names: tuple[str, ...]
+) -> None:
+    attacks = [short(BALL) if n == "autoattack" else resolve_attack(n, BALL) for n in names]
+    order = shuffled(*linear_data)
+    right, robust = (values[order] for values in by_hand(model, linear_data))
+    parts = list(
+        evaluate_batches(
+            model, *linear_data, num_classes=2, attacks=attacks, device=CPU, batch_size=9, curve=12
+        )
+    )
+    for before, after in pairwise(parts):
+        assert before.done <= after.done
+        for old, new in zip(before.accuracies, after.accuracies, strict=True):
+            assert old.n <= new.n
+    for part in parts:
+        assert part.clean.correct == int(right[: part.clean.n].sum())
+        for item in part.attacks[-1:]:  # of one stage, so that what is through stays as it is
+            assert item.correct == int(robust[: item.n].sum())
+            assert item.n in (0, 9, 18, 27, 36, 40)
+        json.dumps(part.to_dict(), allow_nan=False)
+    assert len({part.clean.n for part in parts}) >= 3
+    last = parts[-1]
+    assert {item.n for item in last.accuracies} == {last.n} == {40}
+    assert (last.done, last.stage) == (1.0, "")
+    assert all(part.flags == () for part in parts[:-1])
+
+
+def test_worst_case_is_the_intersection(model: nn.Module, linear_data: Data) -> None:
+    right, _ = by_hand(model, linear_data)
+    # Nothing but a random start: what it fools is up to the seed and the image.
+    ball = ThreatModel(eps=0.3)
+    attacks = [resolve_attack("pgd-1", ball, alpha=0.0, seed=seed) for seed in (1, 2)]
+    x, y = linear_data[0].float() / 255, linear_data[1]
+    first, second = (right & ~attack.run(model, x, y).success for attack in attacks)
+    result = evaluate(model, *linear_data, num_classes=2, attacks=attacks, device=CPU)
+    assert [item.correct for item in result.attacks] == [int(first.sum()), int(second.sum())]
+    assert result.worst_correct == int((first & second).sum())
+    assert result.worst_correct < min(int(first.sum()), int(second.sum()))
+
+
+def test_autoattack_hands_on_what_withstood(
+    defended: nn.Module, digits: tuple[Data, Data], short: Short
+) -> None:
+    images, labels = digits[1][0][:40], digits[1][1][:40]
+
+    def run(eps: float) -> Accuracy:
+        attack = short(ThreatModel(eps=eps))
+        result = evaluate(defended, images, labels, num_classes=10, attacks=[attack], device=CPU)
+        return result.attacks[0]
+
+    strong = run(24 / 255)
+    left = sum(right for right, _ in run(0.0).per_class)
+    names = ["apgd-ce-5", "apgd-t-5", "fab-t-5", "square-30"]
+    assert [stage.attack for stage in strong.stages] == names
+    for stage in strong.stages:
+        assert stage.attacked == left
+        assert stage.correct <= left
+        left = stage.correct
+    assert strong.correct == left
+    # An image that falls to the first stage is spared the others.
+    weak = run(128 / 255)
+    assert weak.correct == 0
+    assert weak.stages[-1].attacked == 0
+    assert weak.forwards + weak.backwards < (strong.forwards + strong.backwards) / 4
+
+
+def test_minimal_tells_how_far_each_prediction_is_from_breaking(
+    model: nn.Module, linear_data: Data
+) -> None:
+    right, robust = by_hand(model, linear_data)
+    attack = resolve_attack("minimal", BALL)
+    result = evaluate(model, *linear_data, num_classes=2, attacks=[attack], device=CPU)
+    (item,) = result.attacks
+    margin = model.margin(linear_data[0].float() / 255).abs()[right & ~robust].detach()
+    exact = margin / model.w.detach().abs().sum()  # the smallest linf eps of a linear model
+    assert item.correct == int(robust.sum())
+    assert item.distances is not None
+    assert item.distances.least == pytest.approx(float(exact.min()), rel=0.02, abs=8 / 255 / 1000)
+    assert item.distances.most == pytest.approx(float(exact.max()), rel=0.02)
+
+
+def test_neither_batch_size_nor_order_matters(
+    defended: nn.Module, digits: tuple[Data, Data]
+) -> None:
+    images, labels = digits[1][0][:60], digits[1][1][:60]
+    ball = ThreatModel(eps=24 / 255)
+    attacks = [resolve_attack(name, ball) for name in ("fgsm", "pgd-5")]
+    attacks.append(resolve_attack("square", ball, steps=20))
+
+    def run(order: Tensor, batch_size: int) -> Evaluation:
+        return evaluate(
+            defended,
+            images[order],
+            labels[order],
+            num_classes=10,
+            attacks=attacks,
+            device=CPU,
+            batch_size=batch_size,
+            curve=30,
+        )
+
+    whole = run(torch.arange(60), 60)
+    assert 0 < whole.worst_correct < whole.clean.correct < 60
+    for seed, batch_size in ((1, 7), (2, 60), (3, 25)):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+        other = run(order, batch_size)
+        assert counts(other) == counts(whole)
+        assert [a.forwards for a in other.attacks] == [a.forwards for a in whole.attacks]
+
+
+def test_an_image_may_come_twice(model: nn.Module, linear_data: Data) -> None:
+    once = evaluate(model, *linear_data, num_classes=2, attacks=[PGD], device=CPU)
+    images, labels = linear_data[0].repeat(2, 1, 1, 1), linear_data[1].repeat(2)
+    twice = evaluate(model, images, labels, num_classes=2, attacks=[PGD], device=CPU)
+    assert twice.worst_correct == 2 * once.worst_correct
+
+
+def test_without_attacks_only_clean(model: nn.Module, linear_data: Data) -> None:
+    result = evaluate(model, *linear_data, num_classes=2, attacks=[], device=CPU, curve=9)
+    assert result.attacks == result.curve == ()
+    assert result.worst_correct == result.clean.correct
+
+
+def test_to_dict_is_json(model: nn.Module, linear_data: Data) -> None:
+    model.forward = lambda x: torch.cat([type(model).forward(model, x), x[:, :1, 0, 0] - 9], dim=1)  # type: ignore[method-assign]
+    result = evaluate(model, *linear_data, num_classes=3, attacks=[PGD], device=CPU, curve=20)
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    clean, pgd = values["results"]
+    assert clean["attack"] == "clean"
+    assert clean["per_class"][2] is None
+    assert (pgd["attack"], pgd["norm"], pgd["eps_text"]) == ("pgd-5", "linf", "8/255")
+    assert pgd["interval"][0] < pgd["accuracy"] < pgd["interval"][1]
+    assert values["worst_case"]["correct"] == pgd["correct"]
+    assert [point["eps_text"] for point in values["curve"]] == [
+        *("0/255", "2/255", "4/255", "8/255", "16/255", "32/255", "64/255", "128/255")
+    ]
+    assert values["probes"]["n"] == 40
+    summary = result.attacks[0].summary()
+    assert summary["accuracy"] == pgd["accuracy"]
+    assert "confusion" not in summary
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(model: nn.Module, linear_data: Data, fails: bool) -> None:
+    model.train()
+    model.inner = nn.Dropout()
+    model.inner.eval()
+    calls, plain = 0, model.forward
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        assert not model.training
+        torch.rand(3)
+        if fails and calls == 12:
+            raise RuntimeError("broken")
+        return plain(x)
+
+    model.forward = forward  # type: ignore[method-assign]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    parts = evaluate_batches(
+        model, *linear_data, num_classes=2, attacks=[PGD], device=CPU, batch_size=9
+    )
+    before = torch.random.get_rng_state()
+
+    def check() -> None:
+        assert model.training
+        assert not model.inner.training
+        assert model.w.requires_grad
+        assert model.w.grad is None
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert torch.backends.cuda.matmul.allow_tf32
+
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="broken"):
+                list(parts)
+        else:
+            for _ in range(7):
+                next(parts)
+                check()
+            parts.close()
+        check()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_float32_is_exact_whatever_the_caller_allows() -> None:
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products, also on a CPU
+    try:
+        with full_float32():
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(0, 3, 4, 4, dtype=torch.uint8)}, "at least 1 image"),
+        ({"images": torch.zeros(40, 3, 4, 4)}, "expected uint8 images"),
+        ({"images": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "expected uint8 images"),
+        ({"labels": torch.zeros(39, dtype=torch.int64)}, r"labels int64 \(40,\)"),
+        ({"labels": torch.zeros(40)}, r"labels int64 \(40,\), got torch.float32"),
+        ({"labels": torch.full((40,), 2)}, "labels from 0 to 1, got 2 to 2"),
+        ({"labels": torch.full((40,), -1)}, "labels from 0 to 1, got -1"),
+        ({"batch_size": 0}, "batch size of at least 1, got 0"),
+        ({"precision": "fp16"}, "precision out of auto, fp32, bf16, got 'fp16'"),
+    ],
+)
+def test_refuses(
+    model: nn.Module, linear_data: Data, change: dict[str, object], message: str
+) -> None:
+    values = {"images": linear_data[0], "labels": linear_data[1], "num_classes": 2} | change
+    model.images = 0
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, attacks=[], device=CPU, **values)  # type: ignore[arg-type]
+    assert model.images == 0
+
+
+def test_accuracy_of_nothing_is_no_number() -> None:
+    assert math.isnan(Accuracy(attack=None, correct=0, n=0, per_class=()).value)
