@@ -88,6 +88,7 @@ def answers() -> dict[tuple[str, str, str], Any]:
             ],
         ),
         ("post", "/evaluate", json): _job("queued", attacks),
+        ("get", "/evaluate", json): [_job("running", attacks).model_dump(mode="json")],
         ("get", "/evaluate/{id}", json): _job("running", attacks),
         ("delete", "/evaluate/{id}", json): _job("cancelled", attacks),
         ("get", "/evaluate/{id}/events", "text/event-stream"): (
@@ -161,7 +162,7 @@ def answers() -> dict[tuple[str, str, str], Any]:
             outputs=[OutputTensor(name="label", datatype="BYTES", shape=[1], data=["horse"])],
         ).model_dump(exclude_none=True)
     return {
-        key: value if isinstance(value, str | dict) else value.model_dump(mode="json")
+        key: value if isinstance(value, str | dict | list) else value.model_dump(mode="json")
         for key, value in examples.items()
     }
 

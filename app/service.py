@@ -64,6 +64,7 @@ class Service:
         watcher = None
         try:
             await warm(self.engine, self.models.current)
+            await self.jobs.restore(self.models.current)
             watcher = asyncio.create_task(
                 self.models.watch(self.engine, self.settings.reload_seconds)
             )
@@ -75,6 +76,7 @@ class Service:
                 watcher.cancel()
             self.jobs.cancel_all()
             await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
+            await self.jobs.close()
             self._workers.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.tracing.close)
 

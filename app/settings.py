@@ -54,6 +54,10 @@ class Settings(BaseSettings):
         default=None,
         description="Folder whose entries POST /evaluate knows by name.",
     )
+    jobs: Path | None = Field(
+        default=None,
+        description="Folder that keeps evaluations over a restart; empty: in memory only.",
+    )
 
     api_keys: Keys = Field(
         default=(), description="Keys of which each request needs one, with commas; empty: none."

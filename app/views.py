@@ -18,7 +18,6 @@ from app.schemas import (
     Seen,
 )
 from robust.attacks import AttackSettings
-from robust.evaluation import Evaluation
 from robust.images import encode_png
 from robust.prediction import AttackOutcome, top_classes
 from robust.threat_model import format_eps
@@ -75,14 +74,8 @@ def base64_png(image: Tensor) -> str:
     return base64.b64encode(encode_png(image)).decode("ascii")
 
 
-def evaluation_result(evaluation: Evaluation) -> EvaluationResult:
-    """What an evaluation found, and whether to believe it."""
-    return EvaluationResult.model_validate({**evaluation.to_dict(), "done": evaluation.done})
-
-
 def job_status(job: Job) -> JobStatus:
     """Where a job is."""
-    evaluation = job.evaluation
     return JobStatus(
         id=job.id,
         state=job.state,
@@ -92,6 +85,6 @@ def job_status(job: Job) -> JobStatus:
         attacks=[resolved(attack) for attack in job.attacks],
         created=job.created,
         finished=job.finished,
-        evaluation=None if evaluation is None else evaluation_result(evaluation),
+        evaluation=None if job.result is None else EvaluationResult.model_validate(job.result),
         error=job.error,
     )

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.documents import body
+from app.errors import FieldError, InvalidParameters
 from app.jobs import Job, ended, watch
 from app.parameters import EvaluateParameters, parse, resolve_attacks
 from app.problem import documented
@@ -44,9 +45,9 @@ def router(service: Service) -> APIRouter:
         """Start an evaluation of an uploaded npz or pt, or of a registered set.
 
         The answer names the job and its address. With `Prefer: wait=N` it waits up to N seconds
-        for the result.
+        for the result. The same images and settings sent again are the same job, unless the
+        header `Idempotency-Key` says that it is another.
         """
-        service.jobs.check_room()
         upload = await read_upload(request, max_files=1)
         parameters = parse(EvaluateParameters, upload.parameters)
         model = service.model_for(request)
@@ -60,7 +61,9 @@ def router(service: Service) -> APIRouter:
             model=model,
             settings=service.settings,
         )
-        job = service.jobs.submit(model, dataset, attacks, curve=parameters.curve)
+        job = await service.jobs.submit(
+            model, dataset, attacks, curve=parameters.curve, key=_idempotency_key(request)
+        )
         response.headers["Location"] = str(request.url_for("job", id=job.id).path)
         seconds = _preferred_wait(request, service.settings.deadline_seconds)
         if seconds is not None:
@@ -68,6 +71,11 @@ def router(service: Service) -> APIRouter:
             if await unless_gone(request, ended(job, seconds)):
                 response.status_code = 200
         return job_status(job)
+
+    @routes.get("", summary="Every evaluation", responses=documented())
+    async def jobs() -> list[JobStatus]:
+        """Those queued, running and not yet expired, the newest first."""
+        return [job_status(job) for job in service.jobs.all()]
 
     @routes.get("/{id}", name="job", summary="An evaluation so far", responses=documented(404))
     async def job(found: Found) -> JobStatus:
@@ -94,6 +102,17 @@ def router(service: Service) -> APIRouter:
         return job_status(service.jobs.delete(found.id))
 
     return routes
+
+
+def _idempotency_key(request: Request) -> str | None:
+    """The client's own name for the job. Raises InvalidParameters."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(r"[!-~]{1,256}", key):
+        expected = "1 to 256 visible ASCII characters"
+        raise InvalidParameters(
+            [FieldError(field="Idempotency-Key", expected=expected, got="something else")]
+        )
+    return key
 
 
 def _preferred_wait(request: Request, most: float) -> float | None:

@@ -90,7 +90,7 @@ def test_prefer_wait_gives_up_in_time(running: Running) -> None:
     with gated(running.service):
         begun = time.monotonic()
         response = running.client.post(
-            "/evaluate", files={"file": labelled(10)}, data=ATTACKS, headers={"Prefer": "wait=1"}
+            "/evaluate", files={"file": labelled(9)}, data=ATTACKS, headers={"Prefer": "wait=1"}
         )
         assert 0.9 < time.monotonic() - begun < 10
         assert response.status_code == 202
@@ -159,7 +159,8 @@ def test_events_tell_progress_and_the_end(running: Running, checkpoint: Path) ->
     for _, item in found:
         for result in (item["evaluation"] or {"results": []})["results"]:
             low, high = result["interval"]
-            assert 0 <= low <= result["accuracy"] <= high <= 1
+            assert (result["accuracy"] is None) == (result["n"] == 0)
+            assert 0 <= low <= (result["accuracy"] or low) <= high <= 1
     assert [name for name, _ in events(running, job["id"])] == ["done"]  # a late watcher
 
 
@@ -189,8 +190,8 @@ def test_jobs_are_bounded_and_expire(checkpoint: Path) -> None:
         checkpoint=checkpoint, threads=1, device="cpu", max_jobs=2, job_expiry_seconds=0.2
     )
     with serving(settings) as running, gated(running.service) as gate:
-        jobs = [start(running, labelled(10)) for _ in range(2)]
-        response = running.client.post("/evaluate", files={"file": labelled(10)})
+        jobs = [start(running, labelled(n)) for n in (10, 11)]
+        response = running.client.post("/evaluate", files={"file": labelled(12)})
         assert response.status_code == 429
         assert int(response.headers["Retry-After"]) >= 1
         gate.open.set()

@@ -1,0 +1,299 @@
+"""Evaluation jobs on disk: nothing is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app import jobs as jobs_module
+from app.settings import Settings
+from app.store import JobStore, StoreError
+from tests.app.conftest import write_checkpoint
+from tests.app.serving import Running, gated, labelled, serving, until
+
+ATTACKS = {"attack": ["fgsm", "pgd-3"], "eps": "2/255"}
+
+
+@pytest.fixture
+def settings(checkpoint: Path, tmp_path: Path) -> Settings:
+    return Settings(checkpoint=checkpoint, threads=1, device="cpu", jobs=tmp_path / "jobs")
+
+
+def submit(running: Running, n: int = 20, *, key: str | None = None, **more: Any) -> dict[str, Any]:
+    response = running.client.post(
+        "/evaluate",
+        files={"file": labelled(n)},
+        data=ATTACKS | more,
+        headers={} if key is None else {"Idempotency-Key": key},
+    )
+    assert response.status_code == 202, response.text
+    job: dict[str, Any] = response.json()
+    return job
+
+
+def finish(running: Running, id: str) -> dict[str, Any]:
+    def job() -> dict[str, Any]:
+        found: dict[str, Any] = running.client.get(f"/evaluate/{id}").json()
+        return found
+
+    until(lambda: job()["state"] not in ("queued", "running"))
+    return job()
+
+
+def without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_seconds(v) for name, v in value.items() if name != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_result_outlives_the_service(settings: Settings) -> None:
+    with serving(settings) as running:
+        done = finish(running, submit(running)["id"])
+        assert done["state"] == "done"
+    assert settings.jobs is not None
+    assert sorted(path.name for path in settings.jobs.glob(f"{done['id']}*")) == []
+    with serving(settings) as running:
+        assert running.client.get(f"/evaluate/{done['id']}").json() == done
+        assert running.client.get("/evaluate").json() == [done]
+        # Sent again it is the same job, which has long been done.
+        assert submit(running)["id"] == done["id"]
+        running.client.delete(f"/evaluate/{done['id']}")
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+
+
+def test_a_job_goes_on_with_the_next_service(settings: Settings) -> None:
+    with serving(settings) as running:
+        expected = finish(running, submit(running)["id"])["evaluation"]
+        running.client.delete(running.client.get("/evaluate").json()[0]["id"])
+    with serving(settings) as running, gated(running.service) as gate:
+        job = submit(running, key="anew")
+        until(lambda: gate.waiting)
+        running.service.jobs.cancel_all()
+        gate.open.set()
+    with serving(settings) as running:
+        found = finish(running, job["id"])
+    assert (found["id"], found["state"], found["created"]) == (job["id"], "done", job["created"])
+    assert without_seconds(found["evaluation"]) == without_seconds(expected)
+
+
+def test_a_watcher_is_told_when_the_service_ends(settings: Settings) -> None:
+    with serving(settings) as running, gated(running.service) as gate:
+        job = submit(running)
+        until(lambda: gate.waiting)
+        with running.client.stream("GET", f"/evaluate/{job['id']}/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "event: progress"
+            running.service.jobs.cancel_all()
+            gate.open.set()
+            events = [line for line in lines if line.startswith("event:")]
+    assert set(events) == {"event: progress"}
+
+
+def test_the_same_again_is_one_job(settings: Settings) -> None:
+    with serving(settings) as running, gated(running.service):
+        first = submit(running)
+        assert submit(running)["id"] == first["id"]
+        others = [
+            submit(running, 21),
+            submit(running, seed="1"),
+            submit(running, curve="5"),
+            submit(running, key="a"),
+        ]
+        assert len({first["id"], *(job["id"] for job in others)}) == 5
+        assert submit(running, key="a")["id"] == others[-1]["id"]
+        listed = [job["id"] for job in running.client.get("/evaluate").json()]
+        assert listed == [job["id"] for job in reversed([first, *others])]
+        response = running.client.post(
+            "/evaluate",
+            files={"file": labelled(22)},
+            data=ATTACKS,
+            headers={"Idempotency-Key": "a"},
+        )
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["field"] == "Idempotency-Key"
+        for job in (first, *others):
+            running.client.delete(f"/evaluate/{job['id']}")
+        # What was cancelled is not what somebody who asks again wants.
+        assert submit(running)["id"] != first["id"]
+
+
+def test_a_key_of_no_sense_is_refused(settings: Settings) -> None:
+    with serving(settings) as running:
+        response = running.client.post(
+            "/evaluate", files={"file": labelled(5)}, headers={"Idempotency-Key": "a b"}
+        )
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["field"] == "Idempotency-Key"
+
+
+def test_a_folder_belongs_to_one_service(settings: Settings, tmp_path: Path) -> None:
+    with serving(settings), pytest.raises(StoreError, match="another service"):
+        JobStore(tmp_path / "jobs")
+    JobStore(tmp_path / "jobs").close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="a folder to write to"):
+        JobStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b"no database at all", b"", b"SQLite format 3\0" + b"x" * 200])
+def test_a_broken_store_is_put_aside(settings: Settings, content: bytes) -> None:
+    assert settings.jobs is not None
+    settings.jobs.mkdir()
+    (settings.jobs / "jobs.sqlite").write_bytes(content)
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+        assert finish(running, submit(running)["id"])["state"] == "done"
+    aside = [path.read_bytes() for path in settings.jobs.glob("*.broken-*")]
+    assert aside == ([content] if content else [])  # an empty file is an empty database
+
+
+def test_files_without_a_job_are_swept(settings: Settings) -> None:
+    assert settings.jobs is not None
+    with serving(settings):
+        pass
+    for name in ("gone.npz", "gone.journal", "mine.txt"):
+        (settings.jobs / name).write_text("")
+    with serving(settings):
+        pass
+    names = {path.name for path in settings.jobs.iterdir()}
+    assert "mine.txt" in names
+    assert not names & {"gone.npz", "gone.journal"}
+
+
+def left_over(settings: Settings) -> str:
+    """A job that a service left unfinished."""
+    with serving(settings) as running, gated(running.service) as gate:
+        job = submit(running)
+        until(lambda: gate.waiting)
+        running.service.jobs.cancel_all()
+        gate.open.set()
+    id: str = job["id"]
+    return id
+
+
+def test_a_job_of_another_model_fails_and_says_so(settings: Settings, tmp_path: Path) -> None:
+    id = left_over(settings)
+    write_checkpoint(tmp_path / "other.pt", seed=9)
+    with serving(settings.model_copy(update={"checkpoint": tmp_path / "other.pt"})) as running:
+        job = running.client.get(f"/evaluate/{id}").json()
+    assert (job["state"], job["error"]) == (
+        "failed",
+        "The model it was begun with is no longer served.",
+    )
+
+
+def test_a_job_without_its_images_fails_and_says_so(settings: Settings) -> None:
+    id = left_over(settings)
+    assert settings.jobs is not None
+    (settings.jobs / f"{id}.npz").write_bytes(b"PK broken")
+    with serving(settings) as running:
+        job = running.client.get(f"/evaluate/{id}").json()
+        assert job["error"] == "Its images were lost while the service was down."
+
+
+def test_a_job_that_can_not_be_read_is_forgotten(settings: Settings) -> None:
+    assert settings.jobs is not None
+    store = JobStore(settings.jobs)
+    store.save("odd", 0.0, {"state": "queued"})
+    store.close()
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+
+
+def test_a_full_disk_refuses_the_job_and_leaves_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("no space left")
+
+    with serving(settings) as running:
+        with monkeypatch.context() as patched:
+            patched.setattr(JobStore, "save", full)
+            response = running.client.post("/evaluate", files={"file": labelled(5)}, data=ATTACKS)
+            assert response.status_code == 503
+            assert "no room" in response.json()["detail"]
+        assert running.client.get("/evaluate").json() == []
+        assert settings.jobs is not None
+        assert not list(settings.jobs.glob("*.npz"))
+        assert finish(running, submit(running)["id"])["state"] == "done"
+
+
+def test_expired_jobs_are_gone_from_the_disk(settings: Settings) -> None:
+    short = settings.model_copy(update={"job_expiry_seconds": 0.2})
+    with serving(short) as running:
+        id = submit(running)["id"]
+        until(lambda: running.client.get(f"/evaluate/{id}").status_code == 404)
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+
+
+def test_a_clock_set_back_keeps_no_job_for_longer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(settings) as running:
+        done = finish(running, submit(running)["id"])
+
+    class Earlier(jobs_module.datetime):  # type: ignore[name-defined,misc]
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return super().now(tz).replace(year=2001)
+
+    monkeypatch.setattr(jobs_module, "datetime", Earlier)
+    with serving(settings) as running:
+        job = running.service.jobs.get(done["id"])
+        assert job.expires is not None
+        assert job.expires <= time.monotonic() + settings.job_expiry_seconds
+
+
+def test_a_killed_service_takes_its_job_up_again(checkpoint: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "ROBUST_CHECKPOINT": str(checkpoint),
+        "ROBUST_JOBS": str(tmp_path / "jobs"),
+        "ROBUST_THREADS": "1",
+        "ROBUST_DEVICE": "cpu",
+    }
+    command = [str(Path(sys.executable).with_name("robust")), "serve", "--port", str(port)]
+
+    def start() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        until(lambda: _ready(port))
+        return process
+
+    url = f"http://127.0.0.1:{port}/evaluate"
+    process = start()
+    try:
+        answer = httpx.post(
+            url, files={"file": labelled(300)}, data={"attack": ["pgd-40"], "eps": "1/255"}
+        )
+        id = answer.json()["id"]
+        until(lambda: (httpx.get(f"{url}/{id}").json()["evaluation"] or {"done": 0})["done"] > 0)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = start()
+        until(lambda: httpx.get(f"{url}/{id}").json()["state"] == "done", 120)
+        result = httpx.get(f"{url}/{id}").json()["evaluation"]
+        assert result["n"] == 300
+        assert json.dumps(result)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def _ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
