@@ -54,7 +54,6 @@ class Models:
 
     def ask(self) -> None:
         """Look at the files again, changed or not."""
-        self._seen = ()
         self._asked.set()
 
     async def watch(self, engine: Engine, seconds: float) -> None:
@@ -68,7 +67,7 @@ class Models:
             asked = self._asked.is_set()
             self._asked.clear()
             signature = await asyncio.to_thread(self._signature)
-            if signature == self._seen:
+            if signature == self._seen and not asked:
                 continue
             self._seen = signature
             try:

@@ -123,3 +123,21 @@ def test_a_checkpoint_that_is_served_already_is_not_taken_over_again(reloading: 
 def test_asking_looks_again_at_files_that_did_not_change(reloading: Running) -> None:
     reloading.service.models.ask()
     until(lambda: reloads(reloading, "ok") == 1)
+
+
+def test_asking_while_it_looks_is_not_lost(
+    reloading: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = reloading.service.models
+    signature = models._signature
+    asked = False
+
+    def look() -> object:
+        nonlocal asked
+        if not asked:
+            models.ask()
+            asked = True
+        return signature()
+
+    monkeypatch.setattr(models, "_signature", look)
+    until(lambda: reloads(reloading, "ok") == 1)
