@@ -27,9 +27,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STOPPED = EngineStopped("The device thread has stopped.")
-_FITTED_OFTEN = 100  # forward passes after which one image more is tried
-# What torch says when the system refuses memory on the CPU, or a CUDA library on the device.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+_FITTED_OFTEN = 100  # forward passes after which twice as many images are tried
+# What torch says when the system refuses memory on the CPU, or a CUDA library on the device; and
+# oneDNN, which gives no reason but has hardly another.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "_ALLOC_FAILED",
+    "could not create a primitive",
+    "could not execute a primitive",
+    "could not create a memory",
+)
 
 
 class Session:
@@ -230,8 +239,8 @@ class Engine:
     def _classify(self, model: ServedModel, images: Tensor) -> Tensor:
         """Probabilities float32 (n, K), in as many parts as the memory makes necessary.
 
-        Each lack of memory halves what is tried at once, and many full parts that went well raise
-        it by one image. Raises OutOfMemory when it does not suffice for a single image.
+        Each lack of memory halves what is tried at once, and many full parts that went well
+        double it. Raises OutOfMemory when it does not suffice for a single image.
         """
         done: list[Tensor] = []
         while len(images):
@@ -250,7 +259,7 @@ class Engine:
             images = images[size:]
             self._fitted += size == self._fitting < self._max_batch
             if self._fitted >= _FITTED_OFTEN:
-                self._fitting, self._fitted = self._fitting + 1, 0
+                self._fitting, self._fitted = min(2 * self._fitting, self._max_batch), 0
         return torch.cat(done)
 
     def _forward(self, model: ServedModel, images: Tensor) -> Tensor:

@@ -350,7 +350,11 @@ def no_cpu_memory() -> Exception:
     raise AssertionError("a machine with an exabyte")
 
 
-@pytest.mark.parametrize("error", [no_cuda_memory, no_cpu_memory, MemoryError])
+def no_onednn_memory() -> Exception:
+    return RuntimeError("could not create a primitive")
+
+
+@pytest.mark.parametrize("error", [no_cuda_memory, no_cpu_memory, no_onednn_memory, MemoryError])
 def test_without_memory_half_the_batch_is_tried(error: Callable[[], Exception]) -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Cramped(3, error)
@@ -364,9 +368,11 @@ def test_without_memory_half_the_batch_is_tried(error: Callable[[], Exception]) 
         assert model.batches == [-8, -4, *[2] * 8]
         counted = metrics.registry.get_sample_value("robust_out_of_memory_total")
         assert counted == 2
-        for _ in range(24):  # the hundredth pass of 2 comes with the 23rd
+        for _ in range(23):  # the hundredth pass of 2 is the last
             await engine.predict(served(model), images)
-        assert model.batches[-3:] == [3, 3, 2]
+        model.room = 4
+        await engine.predict(served(model), images)
+        assert model.batches[-3:] == [2, 4, 4]
 
     run(test)
 
