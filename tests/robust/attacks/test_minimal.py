@@ -1,0 +1,57 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import minimal
+from robust.geometry import Norm, distance
+from robust.threat_model import ThreatModel
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_found_holds_and_lies_as_far_as_said(
+    curved: nn.Module, images: Tensor, norm: Norm
+) -> None:
+    y = curved(images).argmax(dim=1)
+    eps = 0.006 if norm == "linf" else 0.06
+    result = minimal(curved, images, y, threat_model=ThreatModel(norm=norm, eps=eps))
+    assert 0 < int(result.success.sum())
+    assert torch.equal(curved(result.x_adv).argmax(dim=1) != y, result.success)
+    torch.testing.assert_close(result.logits, curved(result.x_adv))
+    assert torch.equal(result.distance, distance(result.x_adv, images, norm))
+    assert result.distance.max() <= eps + 1e-6
+
+
+def test_a_larger_eps_finds_no_fewer_and_nothing_much_farther(
+    curved: nn.Module, images: Tensor
+) -> None:
+    y = curved(images).argmax(dim=1)
+    found = [
+        minimal(curved, images, y, threat_model=ThreatModel(eps=eps))
+        for eps in (0.003, 0.006, 0.012, 0.05)
+    ]
+    for smaller, larger in pairwise(found):
+        assert bool((larger.success | ~smaller.success).all())
+        both = smaller.success & larger.success
+        assert bool((larger.distance[both] <= smaller.distance[both] * 1.02 + 2e-4).all())
+    assert int(found[0].success.sum()) < int(found[-1].success.sum())
+
+
+def test_an_image_wrong_from_the_start_is_at_distance_0(curved: nn.Module, images: Tensor) -> None:
+    y = (curved(images).argmax(dim=1) + 1) % 10
+    result = minimal(curved, images, y, threat_model=ThreatModel())
+    assert bool(result.success.all())
+    assert torch.equal(result.x_adv, images)
+    assert result.forwards.tolist() == [1] * 12
+
+
+def test_a_target_is_reached(curved: nn.Module, images: Tensor) -> None:
+    y = curved(images).argmax(dim=1)
+    target = (y + 1) % 10
+    result = minimal(curved, images, y, threat_model=ThreatModel(eps=0.3), target=target)
+    untargeted = minimal(curved, images, y, threat_model=ThreatModel(eps=0.3))
+    assert bool(result.success.any())
+    predicted = curved(result.x_adv).argmax(dim=1)
+    assert torch.equal(predicted == target, result.success)
+    assert float(result.distance[result.success].mean()) >= float(untargeted.distance.mean())

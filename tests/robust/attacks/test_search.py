@@ -1,0 +1,477 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import ATTACKS, AttackResult, ModelError, apgd_t, pgd, resolve_attack, settings
+from robust.attacks.apgd import APGD
+from robust.attacks.fab import FAB
+from robust.attacks.pgd import PGD
+from robust.attacks.search import Algorithm, search
+from robust.attacks.square import Square
+from robust.geometry import Norm
+from robust.threat_model import ThreatModel
+
+STEPS = {"fgsm": None, "square": 40, "minimal": 5, "autoattack": None}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of autoattack with few steps."""
+    for name, steps in {"apgd-ce": 8, "apgd-t": 8, "fab-t": 8, "square": 40}.items():
+        monkeypatch.setitem(settings._STEPS, name, steps)
+
+
+@pytest.fixture
+def y(curved: nn.Module, images: Tensor) -> Tensor:
+    """What the model says, but for the last image, which is wrong from the start."""
+    predicted = curved(images).argmax(dim=1)
+    predicted[-1] = (predicted[-1] + 1) % 10
+    curved.calls.clear()
+    return predicted
+
+
+def run(
+    name: str, model: Any, x: Tensor, y: Tensor, eps: float, norm: Norm = "linf", **more: Any
+) -> AttackResult:
+    attack = resolve_attack(name, ThreatModel(norm=norm, eps=eps), steps=STEPS.get(name, 8))
+    return attack.run(model, x, y, early_stop=True, **more)
+
+
+def searched(
+    algorithm: Algorithm, model: Any, x: Tensor, y: Tensor, eps: float, **more: Any
+) -> AttackResult:
+    parts = list(search(model, algorithm, x, y, eps=torch.full((len(x),), eps), **more))
+    index = torch.cat([part.index for part in parts])
+    assert sorted(index.tolist()) == list(range(len(x)))  # each image once
+    names = vars(parts[0].result)
+    return AttackResult(
+        **{
+            name: torch.cat([getattr(part.result, name) for part in parts])[index.argsort()]
+            for name in names
+        }
+    )
+
+
+def assert_same(one: AttackResult, other: AttackResult, *, counts: bool = False) -> None:
+    for name in ("x_adv", "logits", "success", "distance") + counts * ("forwards", "backwards"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_batch_size_and_order_change_nothing(
+    curved: nn.Module, images: Tensor, y: Tensor, name: str, norm: Norm
+) -> None:
+    eps = 0.006 if norm == "linf" else 0.06
+    whole = run(name, curved, images, y, eps, norm)
+    assert 1 < int(whole.success.sum()) < 12  # or the test would show little
+    for batch_size in (1, 5):
+        assert_same(run(name, curved, images, y, eps, norm, batch_size=batch_size), whole)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shuffled = run(name, curved, images[order], y[order], eps, norm, batch_size=4)
+    assert torch.equal(shuffled.x_adv, whole.x_adv[order])
+    assert torch.equal(shuffled.success, whole.success[order])
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_passes_are_counted_as_the_model_saw_them(
+    curved: nn.Module, images: Tensor, y: Tensor, name: str
+) -> None:
+    backwards = []
+
+    def model(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            backwards.append(len(x))
+        return curved(x)  # type: ignore[no-any-return]
+
+    for batch_size in (None, 5):
+        curved.calls.clear()
+        backwards.clear()
+        result = run(name, model, images, y, 0.05, batch_size=batch_size)
+        assert sum(curved.calls) == int(result.forwards.sum())
+        assert sum(backwards) == int(result.backwards.sum())
+        assert bool((result.forwards >= 1).all())
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce", "pgd-margin"])
+def test_last_iterate_is_scored_without_a_gradient(
+    make_linear: Callable[..., nn.Module], x: Tensor, name: str
+) -> None:
+    model = make_linear(bias=1000.0)
+    result = run(name, model, x, torch.ones(8, dtype=torch.int64), 0.05)
+    assert result.forwards.tolist() == [9] * 8
+    assert result.backwards.tolist() == [8] * 8
+
+
+def test_fooled_images_leave_and_others_fill_the_batch(
+    curved: nn.Module, images: Tensor, y: Tensor
+) -> None:
+    result = searched(PGD(norm="linf", step=0.25, steps=20), curved, images, y, 0.006, batch_size=4)
+    assert sum(curved.calls) == int(result.forwards.sum()) < 12 * 21
+    # Full until too few are left.
+    full = [calls == 4 for calls in curved.calls]
+    assert full.index(False) > len(full) / 2
+    assert sum(curved.calls) - 4 * full.index(False) <= 3 * 21
+
+
+def test_restarts_and_targets_are_for_survivors(
+    curved: nn.Module, images: Tensor, y: Tensor
+) -> None:
+    one = searched(PGD(norm="linf", step=0.25, steps=5, runs=1), curved, images, y, 0.006)
+    many = searched(PGD(norm="linf", step=0.25, steps=5, runs=4), curved, images, y, 0.006)
+    assert 0 < int(one.success.sum()) < 12
+    assert torch.equal(many.x_adv[one.success], one.x_adv[one.success])
+    assert torch.equal(many.forwards[one.success], one.forwards[one.success])
+    assert set(many.forwards[~many.success].tolist()) == {24}
+
+
+class InOrder:
+    """An algorithm none of whose runs begins before the one before it has failed."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+
+    ahead = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._algorithm, name)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        APGD(norm="linf", steps=10, runs=9, loss_name="dlr", to_likeliest=True),
+        FAB(norm="linf", steps=10),
+    ],
+    ids=["apgd-t", "fab-t"],
+)
+@pytest.mark.parametrize("eps", [0.003, 0.006, 0.01])
+def test_runs_begun_ahead_change_nothing_but_the_bill(
+    curved: nn.Module, images: Tensor, y: Tensor, algorithm: Algorithm, eps: float
+) -> None:
+    patient = searched(InOrder(algorithm), curved, images, y, eps)  # type: ignore[arg-type]
+    calls = len(curved.calls)
+    curved.calls.clear()
+    hasty = searched(algorithm, curved, images, y, eps)
+    assert_same(hasty, patient)
+    assert len(curved.calls) < calls or calls < 30
+    assert sum(curved.calls) == int(hasty.forwards.sum()) >= int(patient.forwards.sum())
+
+
+def test_each_image_has_its_own_eps(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+    eps = torch.linspace(0, 0.1, 12)
+    for algorithm in (
+        PGD(norm="linf", step=0.25, steps=5),
+        APGD(norm="linf", steps=5),
+        FAB(norm="linf", steps=5),
+        Square(norm="linf", queries=10),
+    ):
+        parts = list(search(curved, algorithm, images, y, eps=eps))
+        for part in parts:
+            assert bool((part.result.distance <= eps[part.index] + 1e-6).all())
+        alone = search(curved, algorithm, images[8:9], y[8:9], eps=eps[8:9])
+        (mine,) = (part for part in parts if 8 in part.index)
+        row = mine.index.tolist().index(8)
+        assert torch.equal(next(alone).result.x_adv[0], mine.result.x_adv[row])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "autoattack"])
+def test_eps_0_is_the_identity(
+    curved: nn.Module, images: Tensor, y: Tensor, name: str, norm: Norm
+) -> None:
+    result = run(name, curved, images, y, 0.0, norm)
+    assert torch.equal(result.x_adv, images)
+    assert result.success.tolist() == [False] * 11 + [True]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_image_wrong_from_the_start_is_a_success(
+    curved: nn.Module, images: Tensor, y: Tensor, name: str
+) -> None:
+    result = run(name, curved, images[-1:], y[-1:], 0.02)
+    assert bool(result.success.all())
+    if name in ("fgsm", "fab-t", "minimal", "autoattack"):  # they look at the image itself
+        assert float(result.distance) == 0
+
+
+def test_keep_failed_off_gives_the_image_itself(
+    curved: nn.Module, images: Tensor, y: Tensor
+) -> None:
+    for algorithm in (PGD(norm="linf", step=0.25, steps=5, runs=2), FAB(norm="linf", steps=5)):
+        kept = searched(algorithm, curved, images, y, 0.006)
+        bare = searched(algorithm, curved, images, y, 0.006, keep_failed=False)
+        assert torch.equal(kept.success, bare.success)
+        assert 0 < int(kept.success.sum()) < 12
+        assert torch.equal(bare.x_adv[~bare.success], images[~bare.success])
+        assert torch.equal(bare.x_adv[bare.success], kept.x_adv[kept.success])
+        assert not bool(bare.distance[~bare.success].any())
+
+
+def test_a_success_counts_only_where_the_exact_model_is_fooled_too(
+    curved: nn.Module, make_curved: Callable[..., nn.Module], images: Tensor, y: Tensor
+) -> None:
+    def rough(x: Tensor) -> Tensor:
+        return curved(x).round()  # type: ignore[no-any-return]
+
+    exact = make_curved()
+    algorithm = Square(norm="linf", queries=60)
+    alone = searched(algorithm, rough, images, y, 0.1)
+    mistaken = alone.success & (exact(alone.x_adv).argmax(dim=1) == y)
+    assert bool(mistaken.any())  # or the test would show nothing
+    exact.calls.clear()
+    curved.calls.clear()
+    checked = searched(algorithm, rough, images, y, 0.1, confirm=exact)
+    assert sum(curved.calls) + sum(exact.calls) == int(checked.forwards.sum())
+    assert bool((exact(checked.x_adv).argmax(dim=1) != y)[checked.success].all())
+
+
+def test_uint8_images_are_what_they_stand_for(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+    levels = (images * 255).round().to(torch.uint8)
+    algorithm = PGD(norm="linf", step=0.25, steps=5)
+    whole = searched(algorithm, curved, levels, y, 0.05)
+    assert_same(searched(algorithm, curved, levels.float() / 255, y, 0.05), whole, counts=True)
+
+
+def cpu_allocator(rows: int) -> Exception:
+    return RuntimeError(
+        f"[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate "
+        f"memory: you tried to allocate {rows} bytes."
+    )
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [lambda rows: torch.OutOfMemoryError("CUDA out of memory"), cpu_allocator, MemoryError],
+    ids=["gpu", "cpu", "python"],
+)
+@pytest.mark.parametrize("name", ["pgd", "apgd-t", "fab-t", "square"])
+def test_too_large_a_batch_is_halved(
+    curved: nn.Module, images: Tensor, y: Tensor, name: str, failure: Callable[[int], Exception]
+) -> None:
+    whole = run(name, curved, images, y, 0.05)
+    curved.calls.clear()
+
+    def small(x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise failure(len(x))
+        return curved(x)  # type: ignore[no-any-return]
+
+    assert_same(run(name, small, images, y, 0.05), whole, counts=True)
+    assert max(curved.calls) == 3
+
+
+def test_what_does_not_fit_even_alone_is_said(images: Tensor, y: Tensor) -> None:
+    def hungry(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run("pgd", hungry, images, y, 0.05)
+
+
+class Moody(nn.Module):
+    """Parts in different modes, a frozen part, gradients in place; draws from the global state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm, self.held = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.drop, self.head = nn.Dropout(), nn.Linear(4, 5)
+        self.train()
+        self.held.eval()
+        self.head.bias.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.calls, self.fail_at = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        assert not any(module.training for module in self.modules())
+        assert not any(parameter.requires_grad for parameter in self.parameters())
+        if self.calls == self.fail_at:
+            raise KeyError("the model broke")
+        x = x + 0 * torch.rand(1)
+        logits: Tensor = self.head(self.drop(self.held(self.norm(self.conv(x)))).mean((2, 3)))
+        return logits
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    return [
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad.tolist() for parameter in model.parameters() if parameter.grad is not None],
+        [value.tolist() for value in model.state_dict().values()],
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    ]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_model_is_left_as_it_was(name: str, fail_at: int, x: Tensor) -> None:
+    model = Moody()
+    model.fail_at = fail_at
+    before = snapshot(model)
+    with torch.no_grad():
+        y = torch.arange(8) % 5
+    if fail_at:
+        with pytest.raises(KeyError):
+            run(name, model, x, y, 0.001)
+    else:
+        run(name, model, x, y, 0.001)
+    assert model.calls > 0
+    assert snapshot(model) == before
+
+
+def test_model_is_as_it_was_between_results(x: Tensor) -> None:
+    model = Moody()
+    before = snapshot(model)
+    algorithm = PGD(norm="linf", step=0.25, steps=3)
+    y, eps = torch.zeros(8, dtype=torch.int64), torch.full((8,), 0.01)
+    iterator: Iterator[Any] = search(model, algorithm, x, y, eps=eps, batch_size=2)
+    next(iterator)
+    assert snapshot(model) == before
+    iterator.close()  # type: ignore[attr-defined]
+    assert snapshot(model) == before
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes(
+    make_curved: Callable[..., nn.Module], images: Tensor, classes: int, name: str
+) -> None:
+    model = make_curved(classes)
+    y = model(images).argmax(dim=1)
+    if name == "apgd-dlr" and classes == 2:
+        with pytest.raises(ValueError, match="at least 3 classes for the loss dlr, got 2"):
+            run(name, model, images, y, 0.1)
+        return
+    result = run(name, model, images, y, 0.15)
+    assert torch.equal(model(result.x_adv).argmax(dim=1) != y, result.success)
+    assert int(result.success.sum()) > 3
+    if name == "apgd-t":  # each other class is tried, and no more
+        failed = result.forwards[~result.success]
+        assert set(failed.tolist()) <= {1 + 9 * (classes - 1)}
+
+
+def test_targeted_apgd_of_dlr_needs_four_classes(
+    make_curved: Callable[..., nn.Module], images: Tensor
+) -> None:
+    model = make_curved(3)
+    y = model(images).argmax(dim=1)
+    with pytest.raises(ValueError, match="at least 4 classes"):
+        run("apgd-dlr", model, images, y, 0.1, target=(y + 1) % 3)
+
+
+def test_an_algorithm_that_never_moves_finds_nothing(
+    curved: nn.Module, images: Tensor, y: Tensor
+) -> None:
+    """What tells a no-op from an attack: the distance, and a real one's successes."""
+
+    class Still:
+        def __init__(self) -> None:
+            self._algorithm = PGD(norm="linf", step=0.25, steps=5, random_start=False)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._algorithm, name)
+
+        def advance(self, rows: Any, *rest: Any) -> Tensor:
+            spent = self._algorithm.advance(rows, *rest)
+            rows["x_adv"] = rows["x"]
+            return spent
+
+    result = searched(Still(), curved, images, y, 0.05)  # type: ignore[arg-type]
+    assert result.success.tolist() == [False] * 11 + [True]
+    assert not bool(result.distance.any())
+    assert bool(searched(Still()._algorithm, curved, images, y, 0.05).distance[:-1].all())
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (lambda x: [0.0, 1.0], "logits as a tensor, got list"),
+        (lambda x: x.flatten(1).sum(dim=1), r"logits \(12, K\) .* got \(12,\)"),
+        (lambda x: x.flatten(1)[:, :1], "at least 2 classes"),
+        (lambda x: x.flatten(1)[:3], r"got \(3, 108\)"),
+        (lambda x: x.flatten(1).long(), "expected float logits, got torch.int64"),
+        (lambda x: x.flatten(1).detach(), "a gradient at the images, got none"),
+        (lambda x: x.flatten(1).detach() + torch.zeros(1, requires_grad=True), "gradient at the"),
+    ],
+)
+def test_models_that_cannot_be_attacked(
+    images: Tensor, y: Tensor, logits: Callable[[Tensor], Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        run("pgd", logits, images, y, 0.05)
+
+
+def test_a_model_that_changes_its_images_is_refused(images: Tensor, y: Tensor) -> None:
+    def careless(x: Tensor) -> Tensor:
+        return x.sub_(0.5).flatten(1)
+
+    before = images.clone()
+    with pytest.raises(ModelError, match="leaves its images as they are"):
+        run("square", careless, images, y, 0.05)
+    assert torch.equal(images, before)
+
+
+def test_a_model_whose_classes_change_is_refused(images: Tensor, y: Tensor) -> None:
+    calls = []
+
+    def wavering(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.flatten(1)[:, : 20 + len(calls)]
+
+    with pytest.raises(ModelError, match="21 classes again, got 22"):
+        run("pgd", wavering, images, y, 0.05)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_labels_without_a_class_are_refused(curved: nn.Module, images: Tensor, name: str) -> None:
+    for label in (10, -1):
+        y = torch.full((12,), label)
+        with pytest.raises(ValueError, match=r"labels from 0 to 9, .* got (10|-1) to"):
+            run(name, curved, images, y, 0.05)
+    with pytest.raises(ValueError, match="targets from 0 to 9"):
+        run("pgd", curved, images, torch.zeros_like(y), 0.05, target=torch.full((12,), 10))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_without_images_are_refused(
+    curved: nn.Module, images: Tensor, y: Tensor, batch_size: int
+) -> None:
+    with pytest.raises(ValueError, match="batch size of at least 1"):
+        run("pgd", curved, images, y, 0.05, batch_size=batch_size)
+
+
+def test_no_images_are_no_work(curved: nn.Module) -> None:
+    none, labels = torch.zeros(0, 3, 6, 6), torch.zeros(0, dtype=torch.int64)
+    assert list(search(curved, FAB(norm="l2"), none, labels, eps=torch.zeros(0))) == []
+    assert not curved.calls
+
+
+def test_nan_logits_fool_nobody(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+    def broken(x: Tensor) -> Tensor:
+        logits = curved(x)
+        return torch.where(torch.arange(len(x)).view(-1, 1) == 0, torch.nan, logits)
+
+    alone = run("pgd", broken, images[:1], y[:1], 0.05)
+    assert not bool(alone.success.any())
+    assert bool(alone.logits.isnan().all())  # as the model gave them, not made up
+    for name in ("apgd-t", "fab-t", "square"):
+        assert not bool(run(name, broken, images[:1], y[:1], 0.05).success.any())
+
+
+def test_whole_numbers_do_for_eps(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+    threat_model = ThreatModel(norm="l2", eps=1)
+    assert bool(pgd(curved, images, y, threat_model=threat_model, alpha=1, steps=2).success.any())
+    assert bool(apgd_t(curved, images, y, threat_model=threat_model, steps=2).success.any())
