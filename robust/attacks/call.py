@@ -57,7 +57,7 @@ def _sizes(eps: Tensor | None, threat_model: ThreatModel, x: Tensor) -> Tensor:
     if eps.shape != (len(x),) or not eps.is_floating_point():
         raise ValueError(f"expected eps float ({len(x)},), got {eps.dtype} {tuple(eps.shape)}")
     most = 1.0 if threat_model.norm == "linf" else torch.inf
-    low, high = float(eps.min()), float(eps.max())
+    low, high = eps.min().item(), eps.max().item()
     if not (low >= 0 and high <= most):
         raise ValueError(f"expected eps from 0 to {most:g}, got {low:g} to {high:g}")
     return eps.float().to(x.device)

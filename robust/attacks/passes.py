@@ -44,14 +44,28 @@ class Passes:
                 piece = x[rows].detach().requires_grad_()
                 logits = self._call(piece)
                 losses = loss(logits, rows)
-                (gradient,) = torch.autograd.grad(losses.sum(), piece)
+                (gradient,) = (
+                    torch.autograd.grad(losses.sum(), piece, allow_unused=True)
+                    if losses.requires_grad
+                    else (None,)
+                )
+            if gradient is None:
+                raise ModelError(
+                    "expected logits with a gradient at the images, got none from the model; "
+                    "square takes none"
+                )
             return logits.detach(), losses.detach(), gradient
 
         logits, losses, gradient = self._in_parts(part, len(x))
         return logits, losses, gradient
 
     def _call(self, x: Tensor) -> Tensor:
+        version = x._version
         logits = self._model(x)
+        if x._version != version:
+            raise ModelError(
+                "expected a model that leaves its images as they are, got them changed"
+            )
         if not isinstance(logits, Tensor):
             raise ModelError(f"expected logits as a tensor, got {type(logits).__name__}")
         if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
@@ -84,6 +98,19 @@ class Passes:
         if len(parts) == 1:
             return list(parts[0])
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def check_classes(found: int, y: Tensor, target: Tensor | None = None) -> None:
+    """Raise ValueError unless a model of `found` classes has all labels and targets."""
+    for name, labels in (("labels", y), ("targets", target)):
+        if labels is None:
+            continue
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= found:
+            raise ValueError(
+                f"expected {name} from 0 to {found - 1}, for the {found} classes of the model, "
+                f"got {low} to {high}"
+            )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

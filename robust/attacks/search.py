@@ -18,7 +18,7 @@ from torch import Tensor
 
 from robust.attacks.frozen import Model, frozen
 from robust.attacks.noise import image_keys
-from robust.attacks.passes import ModelError, Passes
+from robust.attacks.passes import ModelError, Passes, check_classes
 from robust.attacks.result import AttackResult
 from robust.geometry import Norm, distance
 
@@ -151,8 +151,9 @@ class _Search:
         seed: int,
     ) -> None:
         self.passes, self.algorithm = Passes(model), algorithm
-        self.x, self.y, self.eps, self.target = x, y, eps.float(), target
-        self.clean, self.seed, self.device = clean, seed, y.device
+        self.x, self.y, self.eps, self.target = x.detach(), y, eps.detach().float(), target
+        self.clean = None if clean is None else clean.detach()
+        self.seed, self.device = seed, y.device
         self.batch_size, self.keep_failed = len(x), True
         self.confirm: Passes | None = None
         n, runs = len(x), algorithm.runs
@@ -310,20 +311,12 @@ class _Search:
         if self.classes:
             raise ModelError(f"expected logits of {self.classes} classes again, got {found}")
         self.classes = found
-        for name, labels in (("labels", self.y), ("targets", self.target)):
-            if labels is None:
-                continue
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= found:
-                raise ValueError(
-                    f"expected {name} from 0 to {found - 1}, for the {found} classes of the "
-                    f"model, got {low} to {high}"
-                )
+        check_classes(found, self.y, self.target)
 
     def _keep(self, rows: Rows, logits: Tensor, loss: Tensor) -> None:
         """Take `x_adv` where it is better: fooling before not fooling, then the higher score."""
         score = self.algorithm.score(rows, logits, loss)
-        score = torch.where(score.isnan(), -torch.inf, score)
+        score = torch.where(score.isnan() | loss.isnan(), -torch.inf, score)
         fools = self._fools(rows, logits) & (score > -torch.inf)
         first = rows["forwards"] == 1
         if self.confirm is not None and bool(fools.any()):

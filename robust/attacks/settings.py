@@ -13,8 +13,9 @@ from robust.attacks.apgd import STEPS as APGD_STEPS
 from robust.attacks.call import attack, check_inputs
 from robust.attacks.fab import FAB
 from robust.attacks.fab import STEPS as FAB_STEPS
-from robust.attacks.frozen import Model
+from robust.attacks.frozen import Model, frozen
 from robust.attacks.minimal import ROUNDS, minimal
+from robust.attacks.passes import Passes, check_classes
 from robust.attacks.pgd import PGD, relative
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Algorithm
@@ -68,7 +69,7 @@ class AttackSettings:
     def cost(self) -> int:
         """Most forward and backward passes an image can take, counted alike."""
         if self.name == "autoattack":
-            return sum(stage.cost for stage in self.stages)
+            return 1 + sum(stage.cost for stage in self.stages)
         if self.name == "square":
             return self.restarts * (self.steps + 1)
         if self.name == "fab-t":
@@ -176,27 +177,42 @@ class AttackSettings:
                 batch_size=batch_size,
             )
         check_inputs(x, y)
-        result: AttackResult | None = None
-        for stage in self.stages:
-            left = (
-                torch.arange(len(x), device=x.device)
-                if result is None
-                else (~result.success).nonzero().squeeze(1)
-            )
+        result = _clean(model, x, y, batch_size)
+        for number, stage in enumerate(self.stages):
+            left = (~result.success).nonzero().squeeze(1)
             if len(left):
                 more = stage.run(model, x[left], y[left], early_stop=True, batch_size=batch_size)
-                result = more if result is None else _merge(result, more, left)
-        assert result is not None
+                result = _merge(result, more, left, also_failed=not number)
         return result
 
 
-def _merge(result: AttackResult, more: AttackResult, rows: Tensor) -> AttackResult:
+def _clean(model: Model, x: Tensor, y: Tensor, batch_size: int | None) -> AttackResult:
+    """What there is before any attack: an image that is wrong as it is needs none."""
+    passes = Passes(model)
+    with frozen(model, x.device):
+        parts = torch.split(x.float(), batch_size or len(x))
+        logits = torch.cat([passes.logits(part) for part in parts])
+    check_classes(logits.shape[1], y)
+    nothing = torch.zeros_like(y)
+    return AttackResult(
+        x_adv=x.float(),
+        logits=logits,
+        success=logits.argmax(dim=1) != y,
+        distance=nothing.float(),
+        forwards=nothing + 1,
+        backwards=nothing,
+    )
+
+
+def _merge(
+    result: AttackResult, more: AttackResult, rows: Tensor, *, also_failed: bool
+) -> AttackResult:
     """`result` with what a further attack on its `rows` added."""
-    fooled = rows[more.success]
+    took = more.success | also_failed
 
     def put(name: str) -> Tensor:
         values: Tensor = getattr(result, name).clone()
-        values[fooled] = getattr(more, name)[more.success]
+        values[rows[took]] = getattr(more, name)[took]
         return values
 
     changed = {name: put(name) for name in ("x_adv", "logits", "success", "distance")}
