@@ -95,14 +95,9 @@ def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor:
 
     try:
         return passes.gradient(x, loss)[2]
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
+    except ModelError:
+        if needed:
             raise
-    if needed:
-        raise ModelError(
-            "expected logits that torch can differentiate, got some it can't from the model; "
-            "only square needs no gradient (and no curve)"
-        )
     return torch.zeros_like(x)
 
 

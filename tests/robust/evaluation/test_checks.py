@@ -1,0 +1,227 @@
+"""What is refused, and what the last pass of the model itself finds out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust.attacks import ModelError, resolve_attack
+from robust.attacks.passes import Passes
+from robust.classifier import Classifier
+from robust.evaluation import Evaluation, evaluate, evaluate_batches
+from robust.evaluation.verify import verify
+from robust.threat_model import ThreatModel
+
+CPU = torch.device("cpu")
+BALL = ThreatModel(eps=8 / 255)
+FGSM, PGD = resolve_attack("fgsm", BALL), resolve_attack("pgd-5", BALL)
+Data = tuple[Tensor, Tensor]
+
+
+def run(model: Callable[[Tensor], Tensor], data: Data, **changes: object) -> Evaluation:
+    values = {"num_classes": 2, "attacks": [PGD], "device": CPU} | changes
+    return evaluate(model, *data, **values)  # type: ignore[arg-type]
+
+
+# Refused.
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda z: z.softmax(dim=1), "expected logits, got probabilities"),
+        (lambda z: z[:, 0], r"expected logits \(40, K\)"),
+        (lambda z: z[:-1], r"expected logits \(40, K\)"),
+        (lambda z: torch.cat([z, z], dim=1), "logits for 2 classes, got 4"),
+        (lambda z: z / 0, "NaN or infinities for 40 of 40 images"),
+        (lambda z: (z, z), "expected logits as a tensor, got tuple"),
+        (lambda z: z.long(), "expected float logits, got torch.int64"),
+        (lambda z: z.detach(), "with a gradient at the images, got none"),
+    ],
+)
+def test_refuses_what_are_no_logits(
+    model: nn.Module, linear_data: Data, answer: Callable[[Tensor], Tensor], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        run(lambda x: answer(model(x)), linear_data)
+
+
+def test_a_model_without_a_gradient_can_be_asked_by_square(
+    model: nn.Module, linear_data: Data
+) -> None:
+    attacks = [resolve_attack("square", BALL, steps=20)]
+    result = run(lambda x: model(x).detach(), linear_data, attacks=attacks)
+    assert result.worst_correct < result.clean.correct
+    assert "gradients" in {flag.name for flag in result.flags}
+
+
+class Moving(nn.Module):
+    """Batch norm that takes its statistics from the batch and moves its own, in any mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+        self.register_buffer("unused", torch.tensor([float("nan")]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.mean, self.var, training=True)
+        return x[:, :2, 0, 0]
+
+
+def test_refuses_statistics_that_move_and_puts_them_back(linear_data: Data) -> None:
+    model = Moving()
+    with pytest.raises(ModelError, match="got one that moves mean and 1 more: its batch norm"):
+        run(model, linear_data)
+    assert torch.equal(model.mean, torch.zeros(3))
+    assert torch.equal(model.var, torch.ones(3))
+
+
+@pytest.mark.parametrize("attacks", [[PGD], [FGSM]])
+def test_refuses_nan_beyond_the_images_that_are_probed(
+    model: nn.Module, linear_data: Data, attacks: list[object]
+) -> None:
+    images, labels = linear_data[0].repeat(4, 1, 1, 1), linear_data[1].repeat(4)
+    seen = 0
+
+    def answer(x: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(x)
+        return model(x) if seen <= 700 else model(x) * float("nan")
+
+    with pytest.raises(ModelError, match="expected finite logits"):
+        run(answer, (images, labels), attacks=attacks)
+
+
+def test_a_model_may_refuse_images_out_of_range(model: nn.Module, linear_data: Data) -> None:
+    def answer(x: Tensor) -> Tensor:
+        if bool((x < 0).any() or (x > 1).any()):
+            raise ValueError("expected images in [0, 1]")
+        return model(x)
+
+    assert run(answer, linear_data).to_dict()["results"] is not None
+
+
+# The last pass.
+
+
+def test_what_is_no_adversarial_image_is_caught(model: nn.Module, linear_data: Data) -> None:
+    x = linear_data[0][:4].float() / 255
+    x[3] = 0.99
+    y = (model.margin(x) > 0).long()
+    y[0] = 1 - y[0]  # the model errs there; all others it has right
+    x_adv = x.clone()
+    exact = Passes(model)
+    assert verify(exact, x_adv, x, y=y, ball=BALL).holds.tolist() == [True, False, False, False]
+    y = 1 - y
+    y[0] = 1 - y[0]  # it errs everywhere
+    assert verify(exact, x_adv, x, y=y, ball=BALL).holds.all()
+    x_adv[1, 0, 0, 0] += 8.1 / 255  # out of the ball
+    x_adv[2, 0, 0, 0] += 7.9 / 255
+    x_adv[3, 0, 0, 0] = 1.001  # out of the pixel range
+    verdict = verify(exact, x_adv, x, y=y, ball=BALL)
+    assert verdict.holds.tolist() == [True, False, True, False]
+    assert verdict.distance[1] == pytest.approx(8.1 / 255, abs=1e-6)
+    with pytest.raises(ModelError, match="NaN or infinities for 4 of 4"):
+        verify(Passes(lambda x: model(x) / 0), x, x, y=y, ball=BALL)
+
+
+@pytest.mark.parametrize("eps", [4.0, 30.0])
+def test_rounding_is_no_escape_from_a_large_ball(eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(20, 3, 32, 32, generator=generator)
+    ball = ThreatModel(norm="l2", eps=eps)
+    x_adv = ball.project(x + torch.randn(x.shape, generator=generator), x)
+    model = Passes(lambda x: torch.tensor([[0.0, 1.0]]).repeat(len(x), 1))
+    verdict = verify(model, x_adv, x, y=torch.zeros(20, dtype=torch.int64), ball=ball)
+    assert verdict.holds.all()
+
+
+def test_a_search_that_errs_is_seen_through(model: nn.Module, linear_data: Data) -> None:
+    """Half of what the copy takes for fooled is not; clean accuracy is the model's own."""
+    calls = 0
+
+    def erring(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        logits = model(x)
+        lies = (x[:, 0, 0, 0] * 255).round().long() % 2 == 0
+        return torch.where(lies[:, None], logits.flip(dims=(1,)), logits)
+
+    honest = run(model, linear_data, attacks=[FGSM])
+    *_, result = evaluate_batches(
+        lambda x: model(x), *linear_data, num_classes=2, attacks=[FGSM], device=CPU, fast=erring
+    )
+    assert calls
+    assert result.clean.correct == honest.clean.correct
+    assert result.attacks[0].unheld > 3
+    assert result.attacks[0].correct >= honest.attacks[0].correct + result.attacks[0].unheld - 3
+    assert "unheld" in {flag.name for flag in result.flags}
+    assert result.probes is not None
+    assert result.probes.search_difference > 0.1
+
+
+def test_a_faster_copy_shares_its_first_pass(
+    make_classifier: Callable[..., Classifier],
+) -> None:
+    classifier = make_classifier(input_size=32)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(8) % 4
+    result = run(classifier, (images, labels), num_classes=4, attacks=[FGSM], curve=0)
+    assert result.probes is not None
+    assert result.probes.search_difference < 1e-4
+    assert result.clean.forwards == 8
+    assert result.attacks[0].backwards == 8  # of the pass they share
+
+
+def test_bfloat16_searches_and_float32_decides(defended: nn.Module, digits: object) -> None:
+    images, labels = (values[:60] for values in digits[1])  # type: ignore[index]
+    ball = ThreatModel(eps=24 / 255)
+    attacks = [resolve_attack(name, ball) for name in ("fgsm", "pgd-10", "minimal")]
+    seen: set[torch.dtype] = set()
+
+    def forward(x: Tensor) -> Tensor:
+        logits = defended(x)
+        seen.add(logits.dtype)
+        return logits
+
+    exact = run(forward, (images, labels), num_classes=10, attacks=attacks, precision="fp32")
+    assert seen == {torch.float32}
+    result = run(forward, (images, labels), num_classes=10, attacks=attacks, precision="bf16")
+    assert seen == {torch.float32, torch.bfloat16}
+    assert (exact.precision, result.precision) == ("fp32", "bf16 search, fp32 verified")
+    assert result.to_dict()["precision"] == "bf16 search, fp32 verified"
+    assert result.clean.correct == exact.clean.correct
+    for one, other in zip(result.attacks, exact.attacks, strict=True):
+        assert abs(one.correct - other.correct) <= 2
+        assert one.unheld == 0
+    assert run(forward, (images, labels), num_classes=10).precision == "fp32"  # auto, on a CPU
+
+
+@pytest.mark.parametrize("fits", [1, 13])
+def test_out_of_memory_changes_nothing(
+    model: nn.Module, linear_data: Data, fits: int, tmp_path: Path
+) -> None:
+    most = 0
+
+    def small(x: Tensor) -> Tensor:
+        nonlocal most
+        if len(x) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        most = max(most, len(x))
+        return model(x)
+
+    attacks = [FGSM, PGD]
+    whole = run(model, linear_data, attacks=attacks, curve=20)
+    assert (
+        run(small, linear_data, attacks=attacks, curve=20).to_dict()["curve"]
+        == (whole.to_dict()["curve"])
+    )
+    assert run(small, linear_data, attacks=attacks) == run(model, linear_data, attacks=attacks)
+    assert most > fits // 2

@@ -1,0 +1,300 @@
+"""Stopped anywhere and gone on with, an evaluation ends as if it had not been stopped."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import AttackSettings, ModelError, resolve_attack
+from robust.evaluation import Evaluation, JournalError, evaluate_batches
+from robust.evaluation import journal as journal_module
+from robust.evaluation.journal import Journal
+from robust.threat_model import ThreatModel
+
+CPU = torch.device("cpu")
+BALL = ThreatModel(eps=8 / 255)
+Data = tuple[Tensor, Tensor]
+Short = Callable[[ThreatModel], AttackSettings]
+PROBING = 6 * 40  # rows of the probes, three of them with the usual normalisations
+
+
+def parts(model: nn.Module, data: Data, path: Path | None, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "num_classes": 2,
+        "attacks": [resolve_attack("pgd-5", BALL)],
+        "device": CPU,
+        "batch_size": 9,
+        "journal": path,
+    }
+    return evaluate_batches(model, *data, **(values | changes))
+
+
+def last(results: Any) -> Evaluation:
+    *_, result = results
+    assert isinstance(result, Evaluation)
+    return result
+
+
+def spent(path: Path) -> int:
+    """Rows that what is finished took, each success asked again among them."""
+    connection = sqlite3.connect(path)
+    (count,) = connection.execute(
+        "SELECT sum(forwards + (fooled AND stage != 'clean') + (stage LIKE '% and clean')) "
+        "FROM finished"
+    ).fetchone()
+    connection.close()
+    return int(count or 0)
+
+
+@pytest.mark.parametrize("names", [("pgd-5", "autoattack"), ("fgsm", "pgd-5", "minimal")])
+def test_stopped_anywhere_it_ends_the_same(
+    model: nn.Module, linear_data: Data, short: Short, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    attacks = [short(BALL) if n == "autoattack" else resolve_attack(n, BALL) for n in names]
+    settings = {"attacks": attacks, "curve": 12}
+    model.images = 0
+    whole = list(parts(model, linear_data, None, **settings))
+    rows, minimal = model.images, "minimal" in names
+    for stop in range(1, len(whole), 5):
+        path = tmp_path / f"{stop}.journal"
+        first = parts(model, linear_data, path, **settings)
+        for _ in range(stop):
+            next(first)
+        first.close()
+        finished = spent(path)
+        model.images = 0
+        assert last(parts(model, linear_data, path, **settings)) == whole[-1]
+        # minimal tells of the passes of its nearest image only where a round found none nearer.
+        if not minimal:
+            assert model.images == rows - finished
+        assert model.images < rows - finished // 2
+    # At the end there is nothing left to do but the probes.
+    model.images = 0
+    assert last(parts(model, linear_data, path, **settings)) == whole[-1]
+    assert model.images == PROBING
+
+
+def test_any_batch_size_goes_on(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    whole = last(parts(model, linear_data, None))
+    first = parts(model, linear_data, path)
+    for _ in range(7):
+        next(first)
+    first.close()
+    order = torch.randperm(40)
+    shuffled = (linear_data[0][order], linear_data[1][order])  # nor does their order matter
+    assert last(parts(model, shuffled, path, batch_size=16)) == whole
+
+
+def test_images_are_written_down_however_few(
+    model: nn.Module,
+    linear_data: Data,
+    digits: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a batch of all images the first to finish wait neither for the last nor in vain."""
+    monkeypatch.setattr("robust.evaluation.work.SETTLE", 0.0)
+    shown = list(parts(model, linear_data, tmp_path / "journal", batch_size=40))
+    assert len(shown) > 3
+    assert shown[-1] == last(parts(model, linear_data, None))
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from robust.attacks import resolve_attack
+from robust.evaluation import JournalError, evaluate_batches
+from robust.threat_model import ThreatModel
+
+torch.set_num_threads(1)
+state, taken, path = torch.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+passes = 0
+
+def model(x):
+    margin = (x * state["w"]).flatten(1).sum(dim=1) + state["bias"]
+    return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+def watch():
+    global passes
+    passes += 1
+    if passes == 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def run(path):
+    return evaluate_batches(
+        model, state["images"], state["labels"], num_classes=2, device=torch.device("cpu"),
+        attacks=[resolve_attack("pgd-5", ThreatModel(eps=8 / 255))],
+        batch_size=9, journal=path, model_id="linear", watch=watch,
+    )
+
+try:
+    list(run(taken))
+except JournalError as error:
+    print(error, flush=True)
+passes = 0
+for part in run(path):
+    print(part.done, flush=True)
+"""
+
+
+def test_killed_for_real(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
+    taken, path = tmp_path / "taken", tmp_path / "journal"
+    state = {"w": model.w.detach(), "bias": model.bias}
+    state |= {"images": linear_data[0], "labels": linear_data[1]}
+    torch.save(state, tmp_path / "state.pt")
+    holder = parts(model, linear_data, taken, model_id="linear")
+    for _ in range(2):
+        next(holder)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path / "state.pt", taken, path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[3],
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    refused, *shown = child.stdout.splitlines()
+    assert refused == (
+        f"{taken}: is in use by another evaluation; wait for it, or give another file"
+    )
+    assert len(shown) > 4
+    whole = last(parts(model, linear_data, None))
+    finished = spent(path)
+    model.images = 0
+    last(parts(model, linear_data, None))
+    rows, model.images = model.images, 0
+    assert last(parts(model, linear_data, path, model_id="linear")) == whole
+    assert model.images == rows - finished < rows
+    assert last(holder) == whole  # the one that was there first is not disturbed
+
+
+def change(values: dict[str, Any], name: str, data: Data, model: nn.Module) -> dict[str, Any]:
+    if name == "model":
+        model.w.data += 1e-3
+    elif name == "data":
+        labels = data[1].clone()
+        labels[3] = 1 - labels[3]
+        values["data"] = (data[0], labels)
+    elif name == "attacks":
+        values["attacks"] = [resolve_attack("pgd-5", BALL, seed=1)]
+    else:
+        values["precision"] = "bf16"
+    return values
+
+
+@pytest.mark.parametrize("name", ["model", "data", "attacks", "precision"])
+def test_another_evaluation_is_refused(
+    model: nn.Module, linear_data: Data, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal"
+    first = parts(model, linear_data, path)
+    next(first)
+    first.close()
+    before = path.read_bytes()
+    values = change({"data": linear_data}, name, linear_data, model)
+    with pytest.raises(JournalError, match=f"the same evaluation, but its {name} is .*, not "):
+        list(parts(model, values.pop("data"), path, **values))
+    assert path.read_bytes() == before
+
+
+def test_a_model_without_a_state_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
+    def model(x: Tensor) -> Tensor:
+        return x[:, :2, 0, 0]
+
+    with pytest.raises(ValueError, match="expected model_id beside a journal"):
+        list(parts(model, linear_data, tmp_path / "journal"))  # type: ignore[arg-type]
+
+
+def test_a_refused_model_leaves_no_journal(
+    model: nn.Module, linear_data: Data, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal"
+    with pytest.raises(ModelError, match="logits for 3 classes"):
+        list(parts(model, linear_data, path, num_classes=3))
+    assert not path.exists()
+
+
+def other_database(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE about (name TEXT)")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"no database " * 500), "expected a journal of an eval"),
+        (lambda path: path.mkdir(), "could not be opened: unable to open"),
+        (other_database, "expected a journal of an evaluation, got another SQLite database"),
+    ],
+)
+def test_what_is_no_journal_is_left_alone(
+    model: nn.Module,
+    linear_data: Data,
+    make: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(JournalError, match=message):
+        list(parts(model, linear_data, path))
+    assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.parametrize("path", [Path("/proc/journal"), Path("/nowhere/at/all")])
+def test_a_place_that_cannot_be_written_to(model: nn.Module, linear_data: Data, path: Path) -> None:
+    with pytest.raises(JournalError, match=f"{path}: could not be opened"):
+        list(parts(model, linear_data, path))
+
+
+def test_a_damaged_journal(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    list(parts(model, linear_data, path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    with pytest.raises(JournalError, match="journal: could not be"):
+        list(parts(model, linear_data, path))
+    path.write_bytes(whole)
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE finished SET image = 1000 WHERE image = 3")
+    connection.commit()
+    connection.close()
+    with pytest.raises(JournalError, match="is damaged: it has a row"):
+        list(parts(model, linear_data, path))
+
+
+def test_a_full_disk(
+    model: nn.Module, linear_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was finished before is kept, and gone on with once there is room."""
+    path = tmp_path / "journal"
+    attack = resolve_attack("pgd-5", BALL)
+    attacks = [replace(attack, seed=seed) for seed in range(8)]
+    check = Journal._check
+
+    def no_room(journal: Journal, manifest: dict[str, Any]) -> None:
+        check(journal, manifest)
+        journal._db.execute("PRAGMA max_page_count=6")
+
+    monkeypatch.setattr(journal_module.Journal, "_check", no_room)
+    with pytest.raises(JournalError, match="could not be written: database or disk is full"):
+        list(parts(model, linear_data, path, attacks=attacks))
+    monkeypatch.undo()
+    assert spent(path) > 40
+    again = last(parts(model, linear_data, path, attacks=attacks))
+    assert again == last(parts(model, linear_data, None, attacks=attacks))
