@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ class Journal:
             if found is None:
                 self._db.execute("INSERT INTO about VALUES (?, ?)", (name, text))
             elif found[0] != text:
+                was, now = _differing(found[0], text)
                 raise JournalError(
                     f"{self._path}: expected a journal of the same evaluation, but its {name} is "
-                    f"{_short(found[0])}, not {_short(text)}; give another file"
+                    f"{was}, not {now}; give another file"
                 )
 
     def read(self, stage: str, *, images: int) -> tuple[list[Row], float]:
@@ -158,5 +160,10 @@ def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+def _differing(one: str, other: str) -> tuple[str, str]:
+    """Two texts, cut to where they begin to differ if they are long."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    start = max(0, sum(1 for _ in same) - 40)
+    shown = ("..." * (start > 0) + text[start:] for text in (one, other))
+    was, now = (text if len(text) <= 90 else text[:87] + "..." for text in shown)
+    return was, now

@@ -222,16 +222,110 @@ def test_evaluate_records_in_the_sidecar(checkpoint_path: Path, data: Path, tmp_
     assert {(row["data"], row["data_sha256"]) for row in rows} == {
         ("set.npz", report["data"]["sha256"])
     }
+    # Tables that fill pages stay out, reasons to doubt a number go with it.
+    assert not {"confusion", "stages"} & {name for row in rows for name in row}
+    flags = sorted(flag["name"] for flag in report["flags"])
+    assert [row.get("flags", []) for row in rows] == [flags] * 2
 
 
 def test_evaluate_shows_progress_in_plain_lines(
     checkpoint_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--attack", "fgsm"]
-    assert run(["evaluate", *arguments, "--batch-size", "10", "--limit", "20"]) == 0
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("evaluate: 10/20 images, clean ")
-    assert second.startswith("evaluate: 20/20 images, clean ")
+    arguments = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--curve", "10"]
+    assert run(["evaluate", *arguments, "--batch-size", "2", "--attack", "pgd-2"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line for line in lines if line.startswith("evaluate: ")]
+    assert 2 <= len(shown) <= 10  # one for each tenth of the work
+    assert shown[-1].startswith("evaluate: 100%, ")
+    assert re.search(r"pgd-2 [0-9.]+% \([0-9.]+% to [0-9.]+%\)$", shown[-1])
+
+
+def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
+    arguments = ("--attack", "pgd-2", "--seed", 3, "--batch-size", 8, "--curve", 5)
+    report = json.loads(robust("evaluate", "--data", data, *arguments, "--json", "-"))
+    assert (report["seed"], report["batch_size"], report["precision"]) == (3, 8, "fp32")
+    assert re.fullmatch("[0-9a-f]{64}", report["data"]["scored_sha256"])
+    assert report["curve"][-1]["eps_text"] == "128/255"
+    assert report["notes"] == []
+    for item in report["results"]:
+        assert [sum(row) for row in item["confusion"]] == [8, 8, 7, 7]
+        assert item["seconds"] > 0
+        assert item["forwards"] > 0
+    assert report["results"][1]["seed"] == 3
+    assert [flag.keys() for flag in report["flags"]] == [
+        {"name", "text", "advice"} for _ in report["flags"]
+    ]
+
+
+@pytest.mark.parametrize("table_format", ["text", "markdown", "latex"])
+def test_evaluate_formats_its_tables(robust: Robust, data: Path, table_format: str) -> None:
+    arguments = ("--attack", "fgsm", "--attack", "pgd-2", "--curve", 5, "--format", table_format)
+    lines = robust("evaluate", "--data", data, *arguments).splitlines()
+    assert lines[0].endswith("on 30 of 30 images of set.npz")
+    (clean,) = [line for line in lines if "clean" in line]
+    if table_format == "latex":
+        assert lines[1] == r"\begin{tabular}{lrrrrrr}"
+        header = r"attack & norm & eps & accuracy \% & 95\% interval & correct & seconds \\"
+        assert lines[3] == header
+        assert re.fullmatch(r"clean & +& +& [0-9.]+ & .* & \d+/30 & [0-9.]+ \\\\", clean)
+        assert lines.count(r"\end{tabular}") == 2
+    elif table_format == "markdown":
+        assert lines[1].startswith("| attack | norm | eps | accuracy % |")
+        assert lines[2] == "| --- | --- | --- | --- | --- | --- | --- |"
+        assert clean.count("|") == 8
+    else:
+        assert lines[1].split()[:3] == ["attack", "norm", "eps"]
+
+
+def test_evaluate_warns_beside_the_table(
+    checkpoint_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a network that was never trained there is something to say."""
+    arguments = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--curve", "0"]
+    assert run(["evaluate", *arguments, "--attack", "apgd-t-2"]) == 0
+    output = capsys.readouterr()
+    assert "note: apgd-t: 3 other classes are there to lead to, not 9" in output.err
+    (warning,) = [line for line in output.err.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: chance: ")
+    assert "no more than chance; check labels" in warning
+    assert "warning" not in output.out
+
+
+def test_evaluate_goes_on_from_its_journal(
+    checkpoint_path: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, ticks = tmp_path / "set.journal", 0
+    arguments = ["evaluate", "--checkpoint", str(checkpoint_path), "--data", str(data)]
+    arguments += ["--attack", "pgd-3", "--eps", "0.5/255", "--curve", "0", "--batch-size", "5"]
+
+    def interrupt(self: Progress) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "tick", interrupt)
+        assert run([*arguments, "--journal", str(path)]) == 130
+    kept = path.stat().st_size
+    assert kept > 0
+    assert not list(tmp_path.glob("set.journal-*"))
+    results = []
+    for extra in (["--journal", str(path)], []):
+        capsys.readouterr()
+        assert run([*arguments, *extra, "--json", "-"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["results"])
+    for one, other in zip(*results, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    other_seed = [*arguments, "--journal", str(path), "--seed", "1"]
+    assert run(other_seed) == 2
+    error = capsys.readouterr().err
+    assert "expected a journal of the same evaluation, but its attacks is " in error
+    assert 'seed=0)"], not ' in error
 
 
 def test_evaluate_matches_class_names(
