@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import shlex
@@ -450,9 +451,12 @@ def test_an_attack_that_fails_is_told_in_words(
 # Evaluations
 
 
+SIZES = itertools.count(9)  # of eps: the same settings twice would be one evaluation
+
+
 def start(page: Page, name: str, **given: str) -> None:
     page.select_option("#set", label=name)
-    for field, value in given.items():
+    for field, value in ({"eps": str(next(SIZES))} | given).items():
         page.fill(f"#set-{field}", value)
     page.click("#start")
 
@@ -469,6 +473,10 @@ def test_a_registered_set_is_evaluated_and_shown(visit: Visit, served: Running) 
     expect(rows.nth(1)).to_contain_text("L∞ 4/255")
     expect(page.locator("#settling g.series")).to_have_count(3)
     expect(page.locator("#cancel")).to_be_disabled()
+    page.click("#start")
+    expect(page.locator("#evaluate-text")).to_have_text(
+        "Done: 30 images of few.npz. Evaluated before, with the same settings."
+    )
     line = shlex.split(page.locator("#evaluate-curl").inner_text())
     assert "dataset=few" in line
     if shutil.which("curl"):
@@ -497,7 +505,7 @@ def test_an_evaluation_converges_live(visit: Visit) -> None:
     progress = [text for text in seen if re.fullmatch(r"[\w-]+: \d+ of 1200 images .*", text)]
     assert len(progress) >= 3
     points = page.locator("#settling g.series polyline").first.get_attribute("points") or ""
-    assert len(points.split()) >= 3
+    assert len(points.split()) >= 2
 
 
 def test_a_set_can_be_uploaded_and_so_can_the_examples(visit: Visit) -> None:
@@ -559,7 +567,7 @@ def test_an_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
 def test_cancelling_keeps_the_numbers_so_far(visit: Visit) -> None:
     page = visit.open()
     start(page, "many")
-    expect(page.locator("#evaluate-text")).to_have_text(re.compile("^(Clean|FGSM|PGD-20): "))
+    expect(page.locator("#accuracies tbody tr")).to_have_count(4)
     page.click("#cancel")
     expect(page.locator("#evaluate-text")).to_have_text(
         re.compile("^Cancelled at [\\w-]+: [0-9]+ of 1200 images")

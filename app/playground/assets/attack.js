@@ -20,6 +20,7 @@ export class Attack {
     this.result = null;
     this.pace = new Map(); // seconds a forward pass, by attack
     this.timer = null;
+    this.rest = null; // stops the question for the probabilities of all classes
     this.latest = new Latest({
       run: (request, signal) => this.#run(request, signal),
       show: (answer, request, more) => this.#show(answer, request, more),
@@ -100,6 +101,8 @@ export class Attack {
   /** A new picture: show it and attack it. */
   take(picture) {
     this.picture = picture;
+    this.result = null;
+    $("attack").dataset.stale = "true"; // what is shown is of the picture before
     const known = picture.label && this.classes.includes(picture.label);
     $("label").value = known ? picture.label : "";
     if ($("target").value === ($("label").value || picture.predicted)) $("target").value = "";
@@ -124,8 +127,10 @@ export class Attack {
     request.picture = this.picture;
     const quick = this.choice.steps === 1 && !this.choice.takes_steps;
     this.busy();
-    if (quick) this.latest.ask(request, { patient: true });
-    else {
+    if (quick) {
+      this.rest?.abort(); // 300 ms are short
+      this.latest.ask(request, { patient: true });
+    } else {
       this.latest.stop();
       this.timer = setTimeout(() => {
         this.timer = null;
@@ -151,7 +156,7 @@ export class Attack {
     $("steps").disabled = !takes;
     $("steps").max = this.limits.max_steps;
     if (!takes) $("steps").value = "";
-    else if (!quietly || !$("steps").value) $("steps").value = steps;
+    else if (!quietly || !$("steps").value) $("steps").value = this.#affordable(this.choice);
     $("steps").placeholder = takes ? "" : steps === 1 ? "one" : "fixed";
     if (quietly) this.#normed({ keep: this.picture !== null });
     else this.ask({ curve: freed });
@@ -207,6 +212,14 @@ export class Attack {
     }
   }
 
+  /** The usual steps, or as many as should be through in a third of the service's deadline. */
+  #affordable({ cost, steps }) {
+    const most = this.limits.deadline_seconds / 3;
+    const expected = cost * (this.pace.get("any") ?? 0);
+    if (expected <= most) return steps;
+    return Math.max(1, Math.floor((steps * most) / expected));
+  }
+
   #cost({ cost, steps: usual }, steps) {
     return (cost * Number(steps || usual)) / usual;
   }
@@ -245,9 +258,12 @@ export class Attack {
     if (request.picture !== this.picture) return;
     const [result] = answer.results;
     const pace = result.seconds / this.#cost(request.choice, request.steps);
-    for (const name of [request.choice.name, "any"]) this.pace.set(name, pace);
+    this.pace.set(request.choice.name, pace);
+    // Some leave long before their cost is spent, which says nothing of the others.
+    if (pace > (this.pace.get("any") ?? 0) / 3) this.pace.set("any", pace);
     this.result = { ...result, k: request.k, norm: request.norm, answer };
     say($("attack-error"));
+    delete $("attack").dataset.stale;
     this.#pictures(result, request);
     this.#words(answer, result, request);
     const after = known(this.classes, result.after.top);
@@ -259,9 +275,10 @@ export class Attack {
 
   /** /attack names the likeliest classes; /predict tells all of what came out. */
   async #complete(result) {
+    const { signal } = (this.rest = new AbortController());
     try {
-      const after = await probabilities(blobOf(result.adversarial_png), this.classes.length);
-      if (this.result?.adversarial_png !== result.adversarial_png) return;
+      const image = blobOf(result.adversarial_png);
+      const after = await probabilities(image, this.classes.length, signal);
       bars($("both-bars"), this.classes, this.picture.before, after);
     } catch {
       // The likeliest stay; a service that went away is told of elsewhere.

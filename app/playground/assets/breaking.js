@@ -6,13 +6,14 @@ import { curve } from "./charts.js";
 import { $, el, epsText, normText, percent } from "./dom.js";
 
 const STEPS = 10;
+const QUIET = 500; // ms without an attack before the curve takes the device
 
 export class Breaking {
   constructor(attack) {
     this.attack = attack;
     this.points = new Map();
     this.stopper = null;
-    this.paused = true;
+    this.timer = null;
     new ResizeObserver(() => this.draw()).observe($("curve"));
     $("curve-show").addEventListener("click", () => {
       $("eps").value = this.broken;
@@ -38,15 +39,19 @@ export class Breaking {
 
   /** Leaves the device to the attack. */
   pause() {
-    this.paused = true;
+    clearTimeout(this.timer);
     this.stopper?.abort();
     this.stopper = null;
   }
 
-  /** Goes on where it was. */
-  async resume() {
-    this.paused = false;
+  /** Goes on where it was, unless another attack comes soon. */
+  resume() {
     this.draw();
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.#go(), QUIET);
+  }
+
+  async #go() {
     if (this.stopper || !this.attack.picture) return;
     const stopper = (this.stopper = new AbortController());
     const { points } = this;

@@ -97,6 +97,7 @@ export class Evaluate {
       remember(job.id);
       this.#show(job);
       if (!ENDED.includes(job.state)) await this.#follow(job.id, stopper.signal);
+      else $("evaluate-text").textContent += " Evaluated before, with the same settings.";
     } catch (error) {
       if (this.stopper === stopper) this.#failed(error);
     } finally {
