@@ -26,7 +26,7 @@ def test_projection_lands_in_the_ball_and_the_range_and_stays(
     torch.testing.assert_close(project(once, x, norm=norm, eps=eps), once, rtol=1e-5, atol=1e-6)
     assert torch.equal(projection(x, norm=norm, eps=eps)(x_adv), once)
     each = torch.full((3,), eps)
-    assert torch.equal(project(x_adv, x, norm=norm, eps=each), once)
+    torch.testing.assert_close(project(x_adv, x, norm=norm, eps=each), once)
 
 
 @settings(max_examples=50, deadline=None)

@@ -475,3 +475,63 @@ def test_whole_numbers_do_for_eps(curved: nn.Module, images: Tensor, y: Tensor) 
     threat_model = ThreatModel(norm="l2", eps=1)
     assert bool(pgd(curved, images, y, threat_model=threat_model, alpha=1, steps=2).success.any())
     assert bool(apgd_t(curved, images, y, threat_model=threat_model, steps=2).success.any())
+
+
+class Scripted:
+    """Run r shows (r + 1, step) to the model, in steps of 10 that never end early by themselves."""
+
+    norm: Norm = "linf"
+    runs, ahead, needs_clean, differentiates, early_stop = 3, True, True, False, True
+
+    def begin(self, rows: Any) -> None:
+        rows["step"] = torch.zeros_like(rows["y"])
+        self._show(rows)
+
+    def _show(self, rows: Any) -> None:
+        shown = rows["x"].clone()
+        shown[:, 0, 0, 0], shown[:, 0, 0, 1] = (rows["run"] + 1) / 8, rows["step"] / 16
+        rows["x_adv"] = shown
+
+    def wants_gradient(self, rows: Any) -> Tensor:
+        return torch.zeros_like(rows["y"], dtype=torch.bool)
+
+    def loss(self, logits: Tensor, rows: Any) -> Tensor:
+        return logits[:, 1] - logits[:, 0]
+
+    def score(self, rows: Any, logits: Tensor, loss: Tensor) -> Tensor:
+        return loss
+
+    def advance(self, rows: Any, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
+        rows["step"] = rows["step"] + 1
+        self._show(rows)
+        return rows["step"] >= 10
+
+
+@pytest.mark.parametrize(
+    ("falls", "run", "calls"),
+    [
+        ({2: 4}, 2, 11 - 1 + 1),  # runs 0 and 1 must fail first: all begin at once
+        ({0: 2}, 0, 1 + 3),  # runs 1 and 2 are dropped when run 0 succeeds
+        ({0: 6, 1: 3}, 0, 1 + 7),  # the lower run wins though it is later
+        ({1: 3, 2: 3}, 1, 11),  # of two in one step the lower
+        ({}, None, 11),
+    ],
+)
+def test_the_lowest_run_that_succeeds_is_the_one_given(
+    falls: dict[int, int], run: int | None, calls: int
+) -> None:
+    seen: list[int] = []
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        shown = zip((x[:, 0, 0, 0] * 8 - 1).tolist(), (x[:, 0, 0, 1] * 16).tolist(), strict=True)
+        fooled = torch.tensor([falls.get(int(r)) == int(s) for r, s in shown])
+        return torch.stack([~fooled, fooled, fooled & False, fooled & False], dim=1).float()
+
+    x, y = torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64)
+    (found,) = search(model, Scripted(), x, y, eps=torch.ones(1), batch_size=3)
+    assert found.result.success.tolist() == [run is not None]
+    if run is not None:
+        assert float(found.result.x_adv[0, 0, 0, 0]) == (run + 1) / 8
+    assert len(seen) == calls
+    assert sum(seen) == int(found.result.forwards)
