@@ -191,6 +191,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"inputs": [SHORT | {"data": [*SHORT["data"], "secret"]}]}, "data"),
     ({"inputs": [SHORT | {"data": [*SHORT["data"], 10**400]}]}, ""),
     ({"inputs": [FLOATS]}, "from 0 to 1"),
+    ({"inputs": [FLOATS | {"data": [-0.001, *[0.5] * 3071]}]}, "from 0 to 1"),
+    ({"inputs": [FLOATS | {"data": [1.001, *[0.5] * 3071]}]}, "from 0 to 1"),
     ({"inputs": [FLOATS | {"data": [float("nan"), *[0.5] * 3071]}]}, ""),
     ({"inputs": [ONE | {"parameters": {"binary_data_size": 5}}]}, "data"),
     ({"inputs": [ONE], "outputs": [{"name": "secret"}]}, "outputs"),
@@ -206,6 +208,16 @@ def test_what_makes_no_sense_is_told_in_the_protocols_form(
     assert told in text
     assert "secret" not in text
     assert len(text) < 300
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 2.0])
+def test_floats_as_binary_data_are_looked_at_too(running: Running, value: float) -> None:
+    raw = np.full(3072, value, "<f4").tobytes()
+    head = NO_DATA | {"datatype": "FP32", "parameters": {"binary_data_size": len(raw)}}
+    text = json.dumps({"inputs": [head]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    response = running.client.post(INFER, content=text + raw, headers=headers)
+    assert "from 0 to 1" in error(response, 400)
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "²", "99999999", "9" * 20])
