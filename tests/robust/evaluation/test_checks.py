@@ -82,9 +82,9 @@ def test_refuses_statistics_that_move_and_puts_them_back(linear_data: Data) -> N
     assert torch.equal(model.var, torch.ones(3))
 
 
-@pytest.mark.parametrize("attacks", [[PGD], [FGSM]])
+@pytest.mark.parametrize(("attacks", "broken"), [([PGD], "nan"), ([FGSM], "nan"), ([PGD], "inf")])
 def test_refuses_nan_beyond_the_images_that_are_probed(
-    model: nn.Module, linear_data: Data, attacks: list[object]
+    model: nn.Module, linear_data: Data, attacks: list[object], broken: str
 ) -> None:
     images, labels = linear_data[0].repeat(4, 1, 1, 1), linear_data[1].repeat(4)
     seen = 0
@@ -92,7 +92,7 @@ def test_refuses_nan_beyond_the_images_that_are_probed(
     def answer(x: Tensor) -> Tensor:
         nonlocal seen
         seen += len(x)
-        return model(x) if seen <= 700 else model(x) * float("nan")
+        return model(x) if seen <= 700 else model(x) + float(broken)
 
     with pytest.raises(ModelError, match="expected finite logits"):
         run(answer, (images, labels), attacks=attacks)
@@ -202,6 +202,20 @@ def test_bfloat16_searches_and_float32_decides(defended: nn.Module, digits: obje
         assert abs(one.correct - other.correct) <= 2
         assert one.unheld == 0
     assert run(forward, (images, labels), num_classes=10).precision == "fp32"  # auto, on a CPU
+
+
+def test_a_success_in_bfloat16_alone_does_not_end_a_search(
+    model: nn.Module, linear_data: Data
+) -> None:
+    def forward(x: Tensor) -> Tensor:
+        logits = model(x)
+        return logits.flip(dims=(1,)) if torch.is_autocast_enabled("cpu") else logits
+
+    exact = run(forward, linear_data, attacks=[PGD], precision="fp32")
+    result = run(forward, linear_data, attacks=[PGD], precision="bf16")
+    assert result.attacks[0].unheld == 0
+    assert result.attacks[0].correct >= exact.attacks[0].correct
+    assert result.attacks[0].backwards > exact.attacks[0].backwards
 
 
 @pytest.mark.parametrize("fits", [1, 13])
