@@ -367,7 +367,7 @@ class _Run:
             device=self.device,
             batch_size=250,
         )
-        results = [{"data": "held out from training", **r.to_dict()} for r in result.accuracies]
+        results = [{"data": "held out from training", **r.summary()} for r in result.accuracies]
         sidecar = save_checkpoint(out, classifier, replace(sidecar, evaluation=results))
         manifest = {**self.manifest, "versions": versions(), "finished": True}
         files.write_json(self.folder.manifest, manifest)
