@@ -9,5 +9,6 @@ from robust.commands.attack import attack
 from robust.commands.evaluate import evaluate
 from robust.commands.export import export
 from robust.commands.predict import predict
+from robust.commands.report import report
 
-commands: list[click.Command] = [predict, attack, evaluate, export]
+commands: list[click.Command] = [predict, attack, evaluate, report, export]

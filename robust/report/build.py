@@ -1,0 +1,122 @@
+"""Put a report together from a checkpoint, its run, evaluations of it and a few images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from robust.checkpoint import Checkpoint
+from robust.report.document import Block, Document, Highlights, Section, Text
+from robust.report.evaluations import CLEAN, WORST, Measurement, Result
+from robust.report.example_sections import gallery, surface
+from robust.report.examples import Examples
+from robust.report.manifest import manifest
+from robust.report.result_sections import accuracies, against_eps, by_class, cost
+from robust.report.run import TrainingRun
+from robust.report.training_sections import learning, method
+from robust.report.trust import trust
+from robust.report.words import count, duration, finite, interval, listed, percent
+
+
+def build_report(
+    checkpoint: Checkpoint,
+    *,
+    measurements: Sequence[Measurement],
+    run: TrainingRun | None = None,
+    examples: Examples | None = None,
+    made_with: Mapping[str, str],
+) -> Document:
+    """The whole report; parts for which there is nothing say so.
+
+    `made_with` are the versions that made it. The same input makes the same report.
+    """
+    sidecar = checkpoint.sidecar
+    classes = sidecar.classes
+    sections = (
+        _summary(measurements),
+        trust(measurements, None if examples is None else examples.surfaces),
+        method(sidecar),
+        learning(run, sidecar),
+        against_eps(measurements, classes=len(classes)),
+        by_class(measurements, classes),
+        gallery(examples),
+        surface(examples),
+        cost(measurements, _training_cost(run, sidecar.duration_seconds)),
+        manifest(checkpoint, measurements, examples, made_with=made_with),
+    )
+    network = sidecar.architecture
+    subtitle = (
+        f"{network.arch}, {len(classes)} classes, {network.input_size} x {network.input_size} "
+        f"pixels · weights {checkpoint.sha256[:16]}…"
+    )
+    return Document(
+        title=f"How robust is {checkpoint.path.name}?", subtitle=subtitle, sections=sections
+    )
+
+
+def _summary(measurements: Sequence[Measurement]) -> Section:
+    blocks: list[Block] = []
+    widest = max(measurements, key=lambda item: item.n, default=None)
+    if widest is None:
+        blocks.append(Text(text="No accuracies were given, and none are on record."))
+        return Section(title="Summary", blocks=tuple(blocks))
+    shown = [(item, result) for item in measurements for result in _worth_a_card(item, widest)]
+    blocks.append(Highlights(items=tuple(_card(item, result) for item, result in shown)))
+    text = (
+        "An image counts as robust when it is right as it came and stays so whatever the attack "
+        "tries within the ball. The interval is where the accuracy over all images of that kind "
+        "lies, with 95% confidence (Wilson)."
+    )
+    blocks += [Text(text=text), accuracies(measurements)]
+    return Section(title="Summary", blocks=tuple(blocks))
+
+
+def _worth_a_card(item: Measurement, widest: Measurement) -> list[Result]:
+    clean = [item.clean] if item is widest and item.clean else []
+    return [*clean, *([item.robust] if item.robust else [])]
+
+
+def _card(item: Measurement, result: Result) -> tuple[str, str, str]:
+    name = result.attack
+    if result.attack == WORST:
+        name = f"under {listed([attack.attack for attack in item.attacks])}, {result.ball}"
+    elif result.attack != CLEAN:
+        name = f"under {result.attack}, {result.ball}"
+    low_high = interval(result.interval)
+    return f"{percent(result.accuracy, 1)}%", name, f"{low_high}; {count(result.n)} of {item.data}"
+
+
+def _training_cost(run: TrainingRun | None, seconds: float | None) -> list[tuple[str, ...]]:
+    """Rows of phase, epochs, images/s, time, and the share of it for scoring."""
+    rows: list[tuple[str, ...]] = []
+    begin = 0.0
+    for phase, group in groupby(run.epochs if run else (), key=lambda row: row.get("phase")):
+        epochs = list(group)
+        end = finite(epochs[-1].get("seconds"))
+        spent = None if end is None else end - begin
+        begin = begin if end is None else end
+        scoring = _sum(epochs, "scoring_seconds")
+        speeds = [finite(row.get("images_per_second")) for row in epochs]
+        known = [speed for speed in speeds if speed]
+        # Of all images over all time: the harmonic mean, as epochs are equally long.
+        mean = len(known) / sum(1 / speed for speed in known) if known else None
+        rows.append(
+            (
+                f"{phase} phase",
+                count(len(epochs)),
+                count(mean),
+                duration(spent),
+                duration(scoring),
+            )
+        )
+    if rows and seconds is not None:
+        scoring = _sum(run.epochs if run else (), "scoring_seconds")
+        epochs_in_all = len(run.epochs) if run else 0
+        rows.append(("all", count(epochs_in_all), "–", duration(seconds), duration(scoring)))
+    return rows
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [finite(row.get(name)) for row in rows]
+    return sum(value for value in values if value is not None) if any(values) else None

@@ -1,0 +1,242 @@
+"""Evaluations to report on: the JSON of `robust evaluate`, or what a sidecar recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust import files
+from robust.evaluation import wilson_interval
+from robust.report.run import ReportError
+from robust.sidecar import Sidecar
+
+CLEAN, WORST = "clean", "worst case"
+_WHOLE = "the JSON of robust evaluate --json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Accuracy under one attack, or ``clean``. Sizes in pixel units, shares in [0, 1]."""
+
+    attack: str
+    correct: int
+    n: int
+    interval: tuple[float, float]
+    per_class: tuple[float | None, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()  # rows: the class, columns: what it was taken for
+    norm: str = ""
+    eps: float | None = None
+    eps_text: str = ""
+    stages: tuple[dict[str, Any], ...] = ()
+    distances: dict[str, float] | None = None
+    settings: dict[str, Any]
+    forwards: int | None = None
+    backwards: int | None = None
+    seconds: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images that are right."""
+        return self.correct / self.n
+
+    @property
+    def passes(self) -> int | None:
+        """Forward and backward passes, an image each; None where they are not on record."""
+        if self.forwards is None or self.backwards is None:
+            return None
+        return self.forwards + self.backwards
+
+    @property
+    def ball(self) -> str:
+        """Norm and eps in words; empty for clean."""
+        return f"{self.norm} {self.eps_text}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """Accuracy with so much room."""
+
+    eps: float
+    eps_text: str
+    correct: int
+    n: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One evaluation. `recorded` tells that it is from a sidecar, which keeps less."""
+
+    source: str  # the file's name
+    data: str
+    results: tuple[Result, ...]
+    worst: Result | None = None  # over all attacks together, where there are several
+    curve: tuple[CurvePoint, ...] = ()
+    probes: dict[str, Any] | None = None
+    flags: tuple[dict[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    manifest: dict[str, Any]
+    recorded: bool = False
+
+    @property
+    def n(self) -> int:
+        """How many images."""
+        return self.results[0].n
+
+    @property
+    def title(self) -> str:
+        """Which one it is, in a few words."""
+        return f"{self.data} ({self.n:,} images, {self.source})"
+
+    @property
+    def clean(self) -> Result | None:
+        """Without an attack."""
+        return next((item for item in self.results if item.attack == CLEAN), None)
+
+    @property
+    def attacks(self) -> tuple[Result, ...]:
+        """With one."""
+        return tuple(item for item in self.results if item.attack != CLEAN)
+
+    @property
+    def hardest(self) -> Result | None:
+        """The attack that leaves the fewest images right."""
+        return min(self.attacks, key=lambda item: item.correct, default=None)
+
+    @property
+    def robust(self) -> Result | None:
+        """What counts: the worst over all attacks, where there are several."""
+        return self.worst or self.hardest
+
+
+def read_evaluation(path: Path, *, sidecar: Sidecar, sha256: str) -> Measurement:
+    """Read what `robust evaluate --json` wrote of the weights `sha256`. Raises ReportError."""
+    try:
+        values = files.read_json(path)
+    except FileNotFoundError:
+        raise ReportError(path, _WHOLE, "no such file") from None
+    except IsADirectoryError:
+        raise ReportError(path, _WHOLE, "a folder") from None
+    except ValueError as error:
+        raise ReportError(path, _WHOLE, f"text that breaks off or is malformed: {error}") from None
+    return parse_evaluation(values, source=path.name, sidecar=sidecar, sha256=sha256)
+
+
+def parse_evaluation(values: Any, *, source: str, sidecar: Sidecar, sha256: str) -> Measurement:
+    """The same of its JSON values. Raises ReportError, also for another checkpoint's."""
+    if not isinstance(values, dict) or not {"weights_sha256", "results", "data"} <= set(values):
+        raise ReportError(source, _WHOLE, "something else")
+    found = values["weights_sha256"]
+    if found != sha256:
+        raise ReportError(
+            source,
+            f"an evaluation of the weights with SHA-256 {sha256[:16]}…",
+            f"one of {str(found)[:16]}…",
+        )
+    classes = values.get("classes", list(sidecar.classes))
+    if classes != list(sidecar.classes):
+        raise ReportError(source, "the classes of the checkpoint", "others")
+    try:
+        return _measurement(values, source)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(source, _WHOLE, f"a part missing or malformed ({error!r})") from None
+
+
+def _measurement(values: dict[str, Any], source: str) -> Measurement:
+    results = tuple(_result(row) for row in values["results"])
+    if not results or results[0].attack != CLEAN:
+        raise ValueError("no clean accuracy")
+    attacks = results[1:]
+    worst = values.get("worst_case") if len(attacks) > 1 else None
+    if worst:
+        same = len({result.ball for result in attacks}) == 1
+        ball = {name: getattr(attacks[0], name) for name in ("norm", "eps", "eps_text")}
+        worst = {"attack": WORST, **worst, **(ball if same else {})}
+    kept = ("data", "seed", "batch_size", "precision", "device", "versions", "seconds")
+    return Measurement(
+        source=source,
+        data=str(values["data"]["name"]),
+        results=results,
+        worst=_result(worst) if worst else None,
+        curve=tuple(_point(row) for row in values.get("curve") or ()),
+        probes=values.get("probes"),
+        flags=tuple(
+            {name: str(flag[name]) for name in ("name", "text", "advice")}
+            for flag in values.get("flags") or ()
+        ),
+        notes=tuple(map(str, values.get("notes") or ())),
+        manifest={name: values[name] for name in kept if name in values},
+    )
+
+
+def recorded_evaluations(sidecar: Sidecar, source: str) -> tuple[Measurement, ...]:
+    """What the sidecar of the name `source` has on record, a measurement for each set of images.
+
+    The newest is first: those of the hold-out, which training itself writes, come last.
+    Raises ReportError.
+    """
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    try:
+        for row in sidecar.evaluation:
+            key = (str(row.get("data", "")), str(row.get("data_sha256", "")), int(row["n"]))
+            groups.setdefault(key, []).append(row)
+        return tuple(
+            _recorded(name, digest, rows, source)
+            for (name, digest, _), rows in reversed(groups.items())
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(source, "recorded accuracies", f"malformed ones ({error!r})") from None
+
+
+def _recorded(name: str, digest: str, rows: Sequence[dict[str, Any]], source: str) -> Measurement:
+    names = sorted({str(flag) for row in rows for flag in row.get("flags", ())})
+    return Measurement(
+        source=source,
+        data=name or "unnamed data",
+        results=tuple(_result(row) for row in rows),
+        flags=tuple(
+            {"name": flag, "text": f"it was recorded with the flag {flag}", "advice": ""}
+            for flag in names
+        ),
+        manifest={"data": {"name": name, "scored_sha256": digest}},
+        recorded=True,
+    )
+
+
+def _result(row: dict[str, Any]) -> Result:
+    correct, n = int(row["correct"]), int(row["n"])
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(f"{correct} right of {n} images")
+    settings = ("alpha", "steps", "restarts", "seed")
+    return Result(
+        attack=str(row["attack"]),
+        correct=correct,
+        n=n,
+        interval=wilson_interval(correct, n),
+        per_class=tuple(row.get("per_class") or ()),
+        confusion=tuple(map(tuple, row.get("confusion") or ())),
+        norm=str(row.get("norm") or ""),
+        eps=None if row.get("eps") is None else float(row["eps"]),
+        eps_text=str(row.get("eps_text") or ""),
+        stages=tuple(row.get("stages") or ()),
+        distances=row.get("distances"),
+        settings={name: row[name] for name in settings if row.get(name) is not None},
+        forwards=row.get("forwards"),
+        backwards=row.get("backwards"),
+        seconds=row.get("seconds"),
+    )
+
+
+def _point(row: dict[str, Any]) -> CurvePoint:
+    correct, n = int(row["correct"]), int(row["n"])
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(f"{correct} right of {n} images on the curve")
+    return CurvePoint(
+        eps=float(row["eps"]),
+        eps_text=str(row["eps_text"]),
+        correct=correct,
+        n=n,
+        interval=wilson_interval(correct, n),
+    )

@@ -1,0 +1,135 @@
+"""The parts of a report that show a few images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from robust.images import encode_png
+from robust.prediction import AttackOutcome, top_classes
+from robust.report import plots
+from robust.report.document import Cell, Picture, Plot, Section, Table, Text
+from robust.report.examples import Examples, Surface
+from robust.report.words import decimal, percent
+from robust.threat_model import format_eps
+
+SHOWN = 128  # pixels a side: viewers smooth what they enlarge themselves
+_NO_DATA = (
+    "No data was given (--data), so there is nothing to show: pictures are somebody's, and a "
+    "checkpoint has none."
+)
+
+
+def gallery(examples: Examples | None) -> Section:
+    """Images, what was added, and what they were taken for."""
+    title = "A few images"
+    if examples is None:
+        return Section(title=title, blocks=(Text(text=_NO_DATA),))
+    settings = examples.settings
+    text = (
+        f"{len(examples.outcomes)} images of {examples.data.name}, not chosen by what came out, "
+        f"attacked with {settings.label} within {settings.threat_model}. What was added is "
+        "amplified to the full range, grey where nothing was. Answers are those to the image "
+        "rounded to 8 bits."
+    )
+    classes = examples.data.classes
+    rows = tuple(
+        _row(k, outcome, image, classes)
+        for k, (outcome, image) in enumerate(
+            zip(examples.outcomes, examples.data.images, strict=True)
+        )
+    )
+    header = ("image", "class", "original", "added", "result", "before", "after", "outcome")
+    table = Table(caption=f"{settings.label} on each image", header=header, rows=rows)
+    return Section(title=title, blocks=(Text(text=text), table))
+
+
+def _row(k: int, outcome: AttackOutcome, image: Tensor, classes: Sequence[str]) -> tuple[Cell, ...]:
+    label = classes[outcome.label]
+    pictures = (
+        (image, f"image {k + 1}, of class {label}"),
+        (outcome.perturbation, f"what was added to image {k + 1}, amplified"),
+        (outcome.image, f"image {k + 1} with it"),
+    )
+    return (
+        str(k + 1),
+        label,
+        *(Picture(png=encode_png(_enlarge(pixels)), alt=alt) for pixels, alt in pictures),
+        _leader(outcome.before, classes),
+        _leader(outcome.after, classes),
+        _outcome(outcome),
+    )
+
+
+def _enlarge(pixels: Tensor) -> Tensor:
+    times = max(1, SHOWN // pixels.shape[-1])
+    return pixels.cpu().repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+
+
+def _leader(probabilities: Tensor, classes: Sequence[str]) -> str:
+    (best,) = top_classes(probabilities, classes, 1)
+    return f"{best.label} {percent(best.probability, 0)}%"
+
+
+def _outcome(outcome: AttackOutcome) -> str:
+    if outcome.already_wrong:
+        return "wrong before"
+    if not outcome.success:
+        return "held"
+    return f"fooled, linf {format_eps(outcome.linf)}, l2 {outcome.l2:.2f}"
+
+
+def surface(examples: Examples | None) -> Section:
+    """The loss around some of the images."""
+    title = "The loss around an image"
+    if examples is None:
+        return Section(title=title, blocks=(Text(text=_NO_DATA),))
+    surfaces, threat_model = examples.surfaces, examples.settings.threat_model
+    if not surfaces:
+        text = "None of the images above was right before the attack."
+        return Section(title=title, blocks=(Text(text=text),))
+    eps_text = format_eps(threat_model.eps)
+    text = (
+        "From the image (cross) the loss is followed in two directions at once: along the "
+        "gradient, the way an attack goes, and along a random one. Where the picture rises "
+        "evenly to the right and hardly changes up and down, attacks with gradients see what "
+        "there is to see; ridges, spikes or a flat centre would hide it from them. The white "
+        "line is where the image begins to be taken for another class."
+    )
+    classes = examples.data.classes
+    plot = Plot(
+        caption=f"Cross-entropy within {threat_model} of {len(surfaces)} images that are right; "
+        "the sides are in units of eps",
+        alt="Maps of the loss. "
+        + " ".join(
+            f"Image {item.number + 1}: {decimal(item.at_image, 2)} at the image, "
+            f"{decimal(item.along_gradient, 2)} along the gradient, "
+            f"{decimal(item.at_random, 2)} at random."
+            for item in surfaces
+        ),
+        svg=plots.loss_surfaces(
+            [f"image {item.number + 1}, {classes[item.label]}" for item in surfaces],
+            [item.loss for item in surfaces],
+            [item.margin for item in surfaces],
+        ),
+    )
+    header = (
+        *("image", "class", "loss at the image", "along the gradient", "at random"),
+        *("highest", "rise", "foretold by the slope", "verdict"),
+    )
+    table = Table(
+        caption=f"The loss at a distance of {eps_text}",
+        header=header,
+        rows=tuple(_surface_row(item, classes) for item in surfaces),
+    )
+    return Section(title=title, blocks=(Text(text=text), plot, table))
+
+
+def _surface_row(item: Surface, classes: Sequence[str]) -> tuple[str, ...]:
+    values: list[Any] = [item.at_image, item.along_gradient, item.at_random, item.loss.max()]
+    values += [item.along_gradient - item.at_image, item.expected]
+    verdict = "follows the gradient" if item.follows_gradient else "gradient is not the way up"
+    shown = (decimal(float(value), 2) for value in values)
+    return (str(item.number + 1), classes[item.label], *shown, verdict)

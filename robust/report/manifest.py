@@ -1,0 +1,107 @@
+"""The part of a report that says what exactly was measured, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robust.checkpoint import Checkpoint
+from robust.report.document import Block, Section, Subsection, Table
+from robust.report.evaluations import Measurement
+from robust.report.examples import Examples
+from robust.report.words import count, duration
+
+Row = tuple[str, str]
+
+
+def manifest(
+    checkpoint: Checkpoint,
+    measurements: Sequence[Measurement],
+    examples: Examples | None,
+    *,
+    made_with: Mapping[str, str],
+) -> Section:
+    """Hashes, seeds, versions, precision and devices."""
+    header = ("what", "value")
+    blocks: list[Block] = [
+        Table(caption="The checkpoint", header=header, rows=_filled(_checkpoint(checkpoint)))
+    ]
+    measured = [item for item in measurements if _filled(_measurement(item))]
+    if measured:
+        blocks.append(Subsection(title="Evaluations"))
+    for item in measured:
+        table = Table(caption=item.title, header=header, rows=_filled(_measurement(item)))
+        blocks.append(table)
+    rows = [("made with", _versions(made_with))]
+    if examples is not None:
+        rows += [
+            ("images shown", f"{len(examples.data)} of {examples.data.name}"),
+            ("SHA-256 of these images", examples.data.sha256),
+            ("attack on them", f"{examples.settings.label}, seed {examples.settings.seed}"),
+        ]
+    blocks.append(Table(caption="This report", header=header, rows=_filled(rows)))
+    return Section(title="Manifest", blocks=tuple(blocks))
+
+
+def _checkpoint(checkpoint: Checkpoint) -> list[Row]:
+    sidecar, data = checkpoint.sidecar, checkpoint.sidecar.data
+    network, limit = sidecar.architecture, sidecar.threat_model
+    weights = sum(parameter.numel() for parameter in checkpoint.classifier.parameters())
+    return [
+        ("file", checkpoint.path.name),
+        ("SHA-256 of the weights", checkpoint.sha256),
+        ("architecture", f"{network.arch}, {network.stem} stem, {count(weights)} weights"),
+        ("mean and std of pixels", f"{_numbers(network.mean)} and {_numbers(network.std)}"),
+        ("threat model", "" if limit is None else str(limit)),
+        ("training data", "" if data is None else f"{data.name}, {count(data.count)} images"),
+        ("SHA-256 of the training data", "" if data is None else data.sha256),
+        ("seed", "" if sidecar.seed is None else str(sidecar.seed)),
+        ("device", sidecar.device),
+        ("versions", _versions(sidecar.versions)),
+        (
+            "time",
+            "" if sidecar.duration_seconds is None else duration(sidecar.duration_seconds),
+        ),
+    ]
+
+
+def _measurement(item: Measurement) -> list[Row]:
+    found, data = item.manifest, item.manifest.get("data", {})
+    rows = [("data", _data(data)), ("SHA-256 of the data", str(data.get("sha256", "")))]
+    scored = str(data.get("scored_sha256", ""))
+    if scored != data.get("sha256"):
+        rows.append(("SHA-256 of the images scored", scored))
+    for result in item.attacks:
+        settings = ", ".join(f"{k} {_number(v)}" for k, v in result.settings.items())
+        rows.append((result.attack, ", ".join(filter(None, (result.ball, settings)))))
+    rows += [
+        (name, str(found[key]))
+        for key, name in (("batch_size", "batch size"), ("precision", "precision"))
+        if found.get(key)
+    ]
+    rows.append(("device", str(found.get("device", ""))))
+    rows.append(("versions", _versions(found.get("versions", {}))))
+    rows.append(("time", duration(found["seconds"]) if found.get("seconds") else ""))
+    return rows
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if "scored" not in data:
+        return str(data.get("name", ""))
+    return f"{count(data['scored'])} of {count(data.get('count'))} images of {data.get('name')}"
+
+
+def _filled(rows: Sequence[Row]) -> tuple[Row, ...]:
+    return tuple(row for row in rows if row[1])
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,261 @@
+"""A report as PDF, with its plots as vectors, by fpdf2."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import matplotlib as mpl
+from fpdf import FPDF
+from fpdf.enums import TableBordersLayout, WrapMode, XPos, YPos
+from fpdf.fonts import FontFace
+
+from robust.report.document import (
+    INK,
+    Block,
+    Cell,
+    Document,
+    Highlights,
+    Notice,
+    Picture,
+    Plot,
+    Section,
+    Subsection,
+    Table,
+    Text,
+)
+
+FONT = "DejaVu Sans"  # comes with matplotlib, and has Latin, Greek, Cyrillic and more
+MARGIN = 18.0  # mm
+BODY, SMALL, TINY = 9.0, 7.5, 6.5  # points
+SOFT, LINE = (90, 90, 86), (200, 200, 196)
+COLOURS = {"warning": (162, 59, 0), "good": (0, 102, 74), "note": SOFT}
+PICTURE = 15.0  # mm
+HEADING = 22.0  # mm of a column's heading in one line
+POINT = 25.4 / 72  # mm
+
+
+def render_pdf(document: Document) -> bytes:
+    """A4 pages with bookmarks and page numbers; the same bytes for the same document."""
+    pdf = _Pages(document)
+    for section in document.sections:
+        pdf.section(section)
+    return bytes(pdf.output())
+
+
+class _Pages(FPDF):
+    """Puts blocks under each other, and keeps together what belongs together."""
+
+    def __init__(self, document: Document) -> None:
+        super().__init__(format="A4", unit="mm")
+        fonts = Path(mpl.get_data_path()) / "fonts" / "ttf"
+        self.add_font(FONT, "", fonts / "DejaVuSans.ttf")
+        self.add_font(FONT, "B", fonts / "DejaVuSans-Bold.ttf")
+        self.set_creation_date(datetime(2000, 1, 1, tzinfo=UTC))  # none that is true: see above
+        self.set_title(document.title)
+        self.set_lang("en")
+        self.running_title = document.title
+        self.set_margins(MARGIN, MARGIN, MARGIN)
+        self.set_auto_page_break(True, margin=MARGIN + 4)
+        self.set_draw_color(*LINE)
+        self.add_page()
+        self._write(document.title, 17, bold=True, after=0.5)
+        self._write(document.subtitle, SMALL, colour=SOFT, after=2)
+
+    def footer(self) -> None:
+        """Title and page number."""
+        self.set_y(-MARGIN + 4)
+        self._font(TINY, colour=SOFT)
+        half = self.epw / 2
+        self.cell(half, 4, self.running_title)
+        self.cell(half, 4, str(self.page_no()), align="R")
+
+    def section(self, section: Section) -> None:
+        """A section with its heading and bookmark."""
+        self._need(14 + self._opening(section.blocks))
+        if self.y > self.t_margin + 1:
+            self.ln(5)
+            self.line(self.l_margin, self.y, self.l_margin + self.epw, self.y)
+            self.ln(2.5)
+        self.start_section(section.title)
+        self._write(section.title, 13, bold=True, after=1.5)
+        for k, block in enumerate(section.blocks):
+            if isinstance(block, Subsection):
+                self._need(10 + self._opening(section.blocks[k + 1 :]))
+            self._block(block)
+
+    def _opening(self, blocks: Sequence[Block]) -> float:
+        """Height in mm of the first blocks, up to one that is not text, or what of it must fit."""
+        height = 0.0
+        for block in blocks:
+            height += self._height(block)
+            if not isinstance(block, Text | Subsection):
+                break
+        return height
+
+    def _height(self, block: Block) -> float:
+        """Of a block in mm, about; of a long table its first rows."""
+        if isinstance(block, Plot):
+            width, height = _size(block.svg)
+            return height * min(1.0, self.epw / width) + 8
+        if isinstance(block, Table):
+            row = PICTURE + 2 if _has_pictures(block) else SMALL * POINT * 1.9
+            whole = 8 + row * (len(block.rows) + 1)
+            return whole if whole < 0.4 * self.eph else 8 + 4 * row
+        return 4 + 5 * (len(block.text) // 100 + 1) if isinstance(block, Text) else 18.0
+
+    def _block(self, block: Block) -> None:
+        if isinstance(block, Text):
+            self._write(block.text, BODY, after=2)
+        elif isinstance(block, Subsection):
+            self.ln(2)
+            self._write(block.title, 10.5, bold=True, after=1)
+        elif isinstance(block, Notice):
+            self._notice(block)
+        elif isinstance(block, Highlights):
+            self._highlights(block)
+        elif isinstance(block, Table):
+            self._table(block)
+        else:
+            self._plot(block)
+
+    def _notice(self, block: Notice) -> None:
+        self._need(18)
+        colour, top, page = COLOURS[block.kind], self.y, self.page
+        self.set_left_margin(MARGIN + 4)
+        self._write(block.title, BODY, bold=True, colour=colour)
+        self._write(block.text, BODY)
+        self.set_left_margin(MARGIN)
+        if self.page == page:
+            with self.local_context(draw_color=colour, line_width=0.9):
+                self.line(MARGIN + 1, top + 0.5, MARGIN + 1, self.y - 0.5)
+        self.ln(2)
+
+    def _highlights(self, block: Highlights) -> None:
+        columns = min(4, len(block.items))
+        width = self.epw / columns
+        for start in range(0, len(block.items), columns):
+            self._need(22)
+            top, lowest = self.y, self.y
+            for k, (value, name, note) in enumerate(block.items[start : start + columns]):
+                self.set_left_margin(MARGIN + k * width)
+                self.set_xy(MARGIN + k * width, top)
+                self._write(value, 17, bold=True, width=width - 3)
+                self._write(name, BODY, width=width - 3)
+                self._write(note, TINY, colour=SOFT, width=width - 3)
+                lowest = max(lowest, self.y)
+            self.set_left_margin(MARGIN)
+            self.set_xy(MARGIN, lowest)
+            self.ln(2.5)
+
+    def _plot(self, plot: Plot) -> None:
+        self._need(self._height(plot))
+        width, height = _size(plot.svg)
+        scale = min(1.0, self.epw / width)
+        # fpdf2 reads SVG with black for what is not black as well: the ink is black on paper.
+        data = io.BytesIO(plot.svg.replace(INK, "#000000").encode())
+        self.image(data, w=width * scale, h=height * scale, alt_text=plot.alt)
+        self._write(plot.caption, SMALL, colour=SOFT, after=3)
+
+    def _table(self, table: Table) -> None:
+        size = SMALL
+        widths = self._widths(table, size)
+        if sum(widths) > self.epw:
+            size = TINY
+            widths = _narrowed(self._widths(table, size), self.epw)
+        self._need(self._height(table))
+        self._write(table.caption, SMALL, colour=SOFT, after=0.5)
+        self._font(size)
+        aligns = tuple(
+            "RIGHT" if k and table.is_numeric(k) else "LEFT" for k in range(len(table.header))
+        )
+        with self.table(
+            width=sum(widths),
+            col_widths=widths,
+            align="LEFT",
+            text_align=aligns,
+            borders_layout=TableBordersLayout.HORIZONTAL_LINES,
+            headings_style=FontFace(emphasis="BOLD"),
+            line_height=size * POINT * 1.3,
+            padding=(0.7, 1.2),
+            wrapmode=WrapMode.WORD,
+        ) as rendered:
+            rendered.row([_cut(name) for name in table.header])
+            for row in table.rows:
+                line = rendered.row()
+                for cell in row:
+                    if isinstance(cell, Picture):
+                        line.cell(img=io.BytesIO(cell.png), img_fill_width=True)
+                    else:
+                        line.cell(cell)
+        self.ln(3.5)
+
+    def _widths(self, table: Table, size: float) -> list[float]:
+        """What each column needs, in mm."""
+        widths = []
+        for k, name in enumerate(table.header):
+            self._font(size, bold=True)
+            # A long heading may go over several lines, a word may not.
+            whole = self.get_string_width(name)
+            words = [self.get_string_width(word) for word in name.split()]
+            needed = [whole] if whole < HEADING else words
+            self._font(size)
+            needed += [self._cell_width(row[k]) for row in table.rows]
+            widths.append(max(needed) + 2.8)
+        return widths
+
+    def _cell_width(self, cell: Cell) -> float:
+        return PICTURE if isinstance(cell, Picture) else float(self.get_string_width(cell))
+
+    def _need(self, height: float) -> None:
+        """Begin a new page unless so many mm are left, or nothing is on this one."""
+        if self.will_page_break(height) and self.y > self.t_margin + 1:
+            self.add_page()
+
+    def _font(self, size: float, *, bold: bool = False, colour: Sequence[int] = (0, 0, 0)) -> None:
+        self.set_font(FONT, "B" if bold else "", size)
+        self.set_text_color(*colour)
+
+    def _write(
+        self,
+        text: str,
+        size: float,
+        *,
+        bold: bool = False,
+        colour: Sequence[int] = (0, 0, 0),
+        width: float = 0,
+        after: float = 0,
+    ) -> None:
+        self._font(size, bold=bold, colour=colour)
+        self.multi_cell(
+            width, size * POINT * 1.4, text, align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT
+        )
+        self.ln(after)
+
+
+def _size(svg: str) -> tuple[float, float]:
+    """Width and height in mm, which the element gives in points."""
+    head = svg[: svg.index(">")]
+    width, height = (
+        float(head.split(f' {name}="')[1].split("pt")[0]) for name in ("width", "height")
+    )
+    return width * POINT, height * POINT
+
+
+def _narrowed(widths: Sequence[float], room: float) -> list[float]:
+    """Widths that fit the room: the widest columns give way, as their text can be wrapped."""
+    low, high = 0.0, max(widths)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(min(w, middle) for w in widths) > room else (middle, high)
+    return [min(width, low) for width in widths]
+
+
+def _has_pictures(table: Table) -> bool:
+    return any(isinstance(cell, Picture) for row in table.rows for cell in row)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:39]}…"

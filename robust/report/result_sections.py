@@ -1,0 +1,269 @@
+"""The parts of a report that are about what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robust.evaluation import wilson_interval
+from robust.report import plots
+from robust.report.document import Block, Plot, Section, Subsection, Table, Text
+from robust.report.evaluations import Measurement, Result
+from robust.report.words import NONE, count, decimal, duration, interval, listed, percent
+
+MOST_CLASSES = 12  # of a confusion matrix that a page holds
+MOST_CONFUSIONS = 20  # rows where it does not
+
+
+def accuracies(measurements: Sequence[Measurement]) -> Table:
+    """Every accuracy of every evaluation."""
+    rows: list[tuple[str, ...]] = []
+    for item in measurements:
+        for result in (*item.results, *filter(None, (item.worst,))):
+            rows.append(_row(item.data, result))
+            rows += [
+                _row(item.data, result, part=str(stage["attack"]), correct=int(stage["correct"]))
+                for stage in result.stages
+            ]
+    header = ("attack", "ball", "accuracy %", "95% interval", "correct", "data")
+    return Table(caption="All accuracies", header=header, rows=tuple(rows))
+
+
+def _row(
+    data: str, result: Result, *, part: str = "", correct: int | None = None
+) -> tuple[str, ...]:
+    correct = result.correct if correct is None else correct
+    return (
+        f"after its {part}" if part else result.attack,
+        result.ball or NONE,
+        percent(correct / result.n),
+        interval(wilson_interval(correct, result.n)),
+        f"{count(correct)} of {count(result.n)}",
+        data,
+    )
+
+
+def against_eps(measurements: Sequence[Measurement], *, classes: int) -> Section:
+    """Accuracy against eps: curves, and the attacks where they stand."""
+    title = "Accuracy against eps"
+    norms = sorted({r.norm for m in measurements for r in m.attacks if r.eps is not None})
+    if not norms:
+        return Section(title=title, blocks=(Text(text="Nothing was measured under attack."),))
+    if not any(item.curve for item in measurements):
+        text = (
+            "No evaluation at hand has a curve, which would show an attack that fails; "
+            "robust evaluate --json makes one."
+        )
+        tables = [block for norm in norms for block in _curves(measurements, norm, classes)]
+        return Section(title=title, blocks=(Text(text=text), *tables))
+    text = (
+        "With more room an attack must do more harm, and where all images can become the same "
+        "grey nobody can be right more often than by chance: a curve that stays up there, or "
+        "rises, shows an attack that fails and not a model that holds. Lines are one attack "
+        "repeated at growing eps; open markers are the attacks of the evaluation."
+    )
+    blocks: list[Block] = [Text(text=text)]
+    for norm in norms:
+        blocks += _curves(measurements, norm, classes)
+    return Section(title=title, blocks=tuple(blocks))
+
+
+def _curves(measurements: Sequence[Measurement], norm: str, classes: int) -> list[Block]:
+    series, rows = [], []
+    ticks = {0.0: "0"}
+    for item in measurements:
+        attacks = [r for r in item.attacks if r.norm == norm and r.eps is not None]
+        # A curve is about the first attack's norm.
+        points = item.curve if item.attacks and item.attacks[0].norm == norm else ()
+        if points:
+            series.append(
+                plots.Series(
+                    label=f"curve, {count(points[0].n)} images ({item.source})",
+                    x=tuple(point.eps for point in points),
+                    y=tuple(point.correct / point.n for point in points),
+                    intervals=tuple(point.interval for point in points),
+                )
+            )
+        for point in points:
+            ticks[point.eps] = point.eps_text if point.eps else "0"
+            rows.append(
+                (
+                    f"curve ({item.source})",
+                    point.eps_text,
+                    percent(point.correct / point.n, 1),
+                    interval(point.interval),
+                    f"{count(point.correct)} of {count(point.n)}",
+                )
+            )
+        for result in attacks:
+            assert result.eps is not None
+            ticks.setdefault(result.eps, result.eps_text)
+            series.append(
+                plots.Series(
+                    label=f"{result.attack}, {count(result.n)} images",
+                    x=(result.eps,),
+                    y=(result.accuracy,),
+                    intervals=(result.interval,),
+                    joined=False,
+                )
+            )
+            rows.append(
+                (
+                    f"{result.attack} ({item.source})",
+                    result.eps_text,
+                    percent(result.accuracy, 1),
+                    interval(result.interval),
+                    f"{count(result.correct)} of {count(result.n)}",
+                )
+            )
+    svg = plots.accuracy_against_eps(
+        series, ticks=dict(sorted(ticks.items())), chance=1 / classes, norm=norm
+    )
+    header = ("what", "eps", "accuracy %", "95% interval", "correct")
+    points_of_it = Table(caption=f"Accuracy at each eps, {norm}", header=header, rows=tuple(rows))
+    if not any(item.joined for item in series):
+        return [points_of_it]
+    told = listed([f"{row[2]}% at {row[1]} ({row[0]})" for row in rows])
+    plot = Plot(caption=f"Accuracy against eps, {norm}", alt=f"Accuracy: {told}.", svg=svg)
+    return [plot, points_of_it]
+
+
+def by_class(measurements: Sequence[Measurement], classes: Sequence[str]) -> Section:
+    """Accuracy by class, and what images were taken for, clean and under the hardest attack."""
+    blocks: list[Block] = []
+    for item in measurements:
+        results = [r for r in item.results if len(r.per_class) == len(classes)]
+        if not results:
+            continue
+        blocks += [Subsection(title=item.title), *_classes(results, classes)]
+        blocks += _confusions([r for r in (item.clean, item.hardest) if r], classes)
+    if not blocks:
+        blocks.append(Text(text="No evaluation at hand tells the classes apart."))
+    return Section(title="By class", blocks=tuple(blocks))
+
+
+def _classes(results: Sequence[Result], classes: Sequence[str]) -> list[Block]:
+    sizes = [count(sum(row)) for row in results[0].confusion]
+    rows = [
+        (name, *sizes[k : k + 1], *(percent(result.per_class[k], 1) for result in results))
+        for k, name in enumerate(classes)
+    ]
+    shown = [result for result in results if result.attack == "clean"]
+    shown += [min(results, key=lambda result: result.correct)] if len(results) > 1 else []
+    weakest = min(
+        (k for k in range(len(classes)) if shown[-1].per_class[k] is not None),
+        key=lambda k: shown[-1].per_class[k] or 0.0,
+        default=0,
+    )
+    labels = [_title(result) for result in shown]
+    plot = Plot(
+        caption=f"Accuracy by class: {listed(labels)}",
+        alt=f"Bars for {len(classes)} classes; {classes[weakest]} is the lowest under "
+        f"{labels[-1]}, at {percent(shown[-1].per_class[weakest], 1)}%. The table has all numbers.",
+        svg=plots.accuracy_by_class(
+            classes, [(_title(result), result.per_class) for result in shown]
+        ),
+    )
+    images = ("images",) if sizes else ()
+    header = ("class", *images, *(f"{result.attack} %" for result in results))
+    return [plot, Table(caption="Accuracy by class", header=header, rows=tuple(rows))]
+
+
+def _title(result: Result) -> str:
+    return f"{result.attack}, {result.ball}" if result.ball else result.attack
+
+
+def _confusions(results: Sequence[Result], classes: Sequence[str]) -> list[Block]:
+    found = [result for result in results if len(result.confusion) == len(classes)]
+    if not found:
+        return []
+    blocks: list[Block] = []
+    if len(classes) <= 100:
+        told = "; ".join(f"{_title(r)}: {_commonest(r, classes)}" for r in found)
+        blocks.append(
+            Plot(
+                caption="Of each class (row) the percentage taken for each class (column)",
+                alt=f"Matrices of {len(classes)} classes. Commonest confusions: {told}.",
+                svg=plots.confusions(classes, [(_title(r), r.confusion) for r in found]),
+            )
+        )
+    for result in found:
+        wide = len(classes) <= MOST_CLASSES
+        blocks.append(_matrix(result, classes) if wide else _commonest_rows(result, classes))
+    return blocks
+
+
+def _matrix(result: Result, classes: Sequence[str]) -> Table:
+    rows = [(name, *map(count, row)) for name, row in zip(classes, result.confusion, strict=True)]
+    return Table(
+        caption=f"Images of each class (row) taken for each class (column), {_title(result)}",
+        header=("class", *classes),
+        rows=tuple(rows),
+    )
+
+
+def _pairs(result: Result) -> list[tuple[int, int, int]]:
+    """How many, of which class, taken for which; the commonest first."""
+    pairs = [
+        (number, row, column)
+        for row, numbers in enumerate(result.confusion)
+        for column, number in enumerate(numbers)
+        if row != column and number
+    ]
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))
+
+
+def _commonest(result: Result, classes: Sequence[str]) -> str:
+    pairs = _pairs(result)[:3]
+    return listed([f"{n} {classes[a]} as {classes[b]}" for n, a, b in pairs]) or "none"
+
+
+def _commonest_rows(result: Result, classes: Sequence[str]) -> Table:
+    rows = [(classes[a], classes[b], count(n)) for n, a, b in _pairs(result)[:MOST_CONFUSIONS]]
+    return Table(
+        caption=f"The commonest confusions, {_title(result)}",
+        header=("class", "taken for", "images"),
+        rows=tuple(rows),
+    )
+
+
+def cost(measurements: Sequence[Measurement], training: Sequence[tuple[str, ...]]) -> Section:
+    """What training and evaluation took; `training` are rows of phase, epochs, speed, time."""
+    blocks: list[Block] = []
+    if training:
+        columns = ("training", "epochs", "images/s", "time", "of it scoring")
+        blocks.append(Table(caption="Cost of training", header=columns, rows=tuple(training)))
+    rows = [
+        (
+            result.attack,
+            count(result.n),
+            duration(result.seconds),
+            decimal(_rate(result.n, result.seconds), 1),
+            count(result.forwards),
+            count(result.backwards),
+            decimal(_rate(result.passes, result.n), 1),
+            item.source,
+        )
+        for item in measurements
+        for result in item.results
+        if result.seconds is not None
+    ]
+    if rows:
+        header = (
+            *("attack", "images", "time", "images/s", "forward passes", "backward passes"),
+            *("passes an image", "evaluation"),
+        )
+        text = (
+            "A pass is one image through the network, there or back. An attack leaves an image "
+            "once it is fooled, and does not begin on one that is wrong as it came."
+        )
+        blocks += [
+            Text(text=text),
+            Table(caption="Cost of evaluation", header=header, rows=tuple(rows)),
+        ]
+    if not blocks:
+        blocks.append(Text(text="No times are on record."))
+    return Section(title="Throughput and cost", blocks=tuple(blocks))
+
+
+def _rate(amount: float | None, by: float | None) -> float | None:
+    return amount / by if amount is not None and by else None

@@ -1,0 +1,99 @@
+"""The part of a report that says whether its numbers can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from robust.report.document import Block, Notice, Section, Text
+from robust.report.evaluations import Measurement
+from robust.report.examples import Surface
+from robust.report.words import count, finite, listed
+
+FEW = 1000  # images, below which the interval is wider than 6 points
+
+
+def trust(measurements: Sequence[Measurement], surfaces: Sequence[Surface] | None) -> Section:
+    """Flags, notes, and what was not looked at; `surfaces` is None where there are none."""
+    blocks: list[Block] = [*_flags(measurements)]
+    checked = [item for item in measurements if item.probes is not None]
+    if checked and not blocks:
+        text = (
+            "The checks of the evaluation found no sign of masked gradients, of an answer that "
+            "changes from call to call, or of an attack that fails where it should not."
+        )
+        blocks.append(Notice(kind="good", title="No reason for doubt was found", text=text))
+    blocks += _limits(measurements, surfaces)
+    for item in checked:
+        blocks.append(Text(text=_probes(item)))
+    for item in measurements:
+        for note in item.notes:
+            blocks.append(Notice(kind="note", title=item.source, text=f"{note}."))
+    return Section(title="Can the numbers be trusted?", blocks=tuple(blocks))
+
+
+def _flags(measurements: Sequence[Measurement]) -> Iterator[Notice]:
+    for item in measurements:
+        for flag in item.flags:
+            advice = f" What to do: {flag['advice']}." if flag["advice"] else ""
+            text = f"In {item.source}: {flag['text']}.{advice}"
+            yield Notice(kind="warning", title=f"Flag: {flag['name']}", text=text)
+
+
+def _limits(
+    measurements: Sequence[Measurement], surfaces: Sequence[Surface] | None
+) -> Iterator[Notice]:
+    if any(item.recorded for item in measurements):
+        yield Notice(
+            kind="note",
+            title="Recorded figures",
+            text="No evaluation was given, so the accuracies are those that the checkpoint's "
+            "sidecar has on record. It keeps no curve, no confusion and no checks.",
+        )
+    if not measurements:
+        text = "Neither an evaluation nor accuracies on record: nothing is known of this model."
+        yield Notice(kind="warning", title="Not evaluated", text=text)
+        return
+    attacks = {result.attack for item in measurements for result in item.attacks}
+    if not any(name.startswith("autoattack") for name in attacks):
+        shown = listed(sorted(attacks)) or "no attack"
+        yield Notice(
+            kind="note",
+            title="No AutoAttack",
+            text=f"Only {shown} was tried. A stronger attack fools more images, so the robust "
+            "accuracy is an upper bound; AutoAttack is what others quote.",
+        )
+    for item in measurements:
+        if item.n < FEW:
+            yield Notice(
+                kind="note",
+                title="Few images",
+                text=f"{item.source} is over {count(item.n)} images of {item.data}; look at the "
+                "intervals before comparing.",
+            )
+    if surfaces:
+        odd = [surface for surface in surfaces if not surface.follows_gradient]
+        if odd:
+            yield Notice(
+                kind="warning",
+                title="Loss surface",
+                text=f"Around {len(odd)} of {len(surfaces)} images the gradient is not the way "
+                "up: it may be masked. Run autoattack, and look at square.",
+            )
+
+
+def _probes(item: Measurement) -> str:
+    probes = item.probes or {}
+    n = count(probes.get("n"))
+    difference = finite(probes.get("difference"))
+    same = (
+        "the same answer twice"
+        if not difference or difference < 1e-4
+        else (f"answers that differ by {difference:.1%} of the largest logit")
+    )
+    return (
+        f"{item.source}: the model gave {same} to {n} probe images; "
+        f"{count(probes.get('zero_gradients'))} had no gradient and "
+        f"{count(probes.get('nan_gradients'))} had NaN in theirs. As they came "
+        f"{count(probes.get('right'))} were right, and at best "
+        f"{count(probes.get('right_normalised'))} when normalised once more."
+    )

@@ -1,0 +1,63 @@
+"""Numbers as people read them. What is missing, NaN or infinite is a dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+NONE = "–"
+
+
+def finite(value: object) -> float | None:
+    """`value` if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def percent(share: object, digits: int = 2) -> str:
+    """A share in percent, without the sign."""
+    number = finite(share)
+    return NONE if number is None else f"{100 * number:.{digits}f}"
+
+
+def decimal(value: object, digits: int = 3) -> str:
+    """A number with so many digits after the point."""
+    number = finite(value)
+    return NONE if number is None else f"{number:.{digits}f}"
+
+
+def significant(value: object, digits: int = 3) -> str:
+    """A number with so many digits that count."""
+    number = finite(value)
+    return NONE if number is None else f"{number:.{digits}g}"
+
+
+def count(value: object) -> str:
+    """A whole number, thousands set apart."""
+    number = finite(value)
+    return NONE if number is None else f"{round(number):,}"
+
+
+def interval(bounds: Sequence[object]) -> str:
+    """Two shares in percent, as ``33.6 to 36.3``."""
+    low, high = bounds
+    return f"{percent(low, 1)} to {percent(high, 1)}"
+
+
+def duration(seconds: object) -> str:
+    """Seconds as ``5.9 s``, ``3 min 13 s`` or ``1 h 53 min``."""
+    number = finite(seconds)
+    if number is None:
+        return NONE
+    if number < 99.95:
+        return f"{number:.1f} s"
+    minutes, rest = divmod(round(number), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def listed(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

@@ -1,0 +1,236 @@
+"""The parts a report is made of, one by one."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pypdf import PdfReader
+from torch import Tensor, nn
+
+from robust.classifier import Architecture
+from robust.commands.report import find_run
+from robust.report import words
+from robust.report.document import Document, Notice, Section, Table, Text
+from robust.report.evaluations import Measurement, parse_evaluation
+from robust.report.examples import SIDE, Surface, measure_surface
+from robust.report.html import render_html
+from robust.report.pdf import render_pdf
+from robust.report.result_sections import accuracies, by_class
+from robust.report.trust import trust
+from robust.sidecar import Sidecar
+from robust.threat_model import ThreatModel
+
+Values = dict[str, Any]
+
+
+def parsed(values: Values, sidecar: Sidecar) -> Measurement:
+    return parse_evaluation(values, source="a.json", sidecar=sidecar, sha256="0000")
+
+
+def titles(section: Section) -> list[str]:
+    return [block.title for block in section.blocks if isinstance(block, Notice)]
+
+
+# Evaluations
+
+
+def test_stages_of_an_attack_are_told_one_by_one(evaluation: Values, sidecar: Sidecar) -> None:
+    evaluation["results"][1] |= {
+        "attack": "autoattack",
+        "stages": [
+            {"attack": "apgd-ce", "attacked": 83, "correct": 44, "seconds": 1.0},
+            {"attack": "square", "attacked": 42, "correct": 42, "seconds": 1.0},
+        ],
+    }
+    found = parsed(evaluation, sidecar)
+    assert [row[0] for row in accuracies([found]).rows][2:] == [
+        *("after its apgd-ce", "after its square")
+    ]
+    assert [row[4] for row in accuracies([found]).rows][2:] == ["44 of 120", "42 of 120"]
+    assert "No AutoAttack" not in titles(trust([found], None))
+
+
+def test_of_several_attacks_the_worst_case_counts(
+    evaluation: Values, sidecar: Sidecar, make_result: Callable[..., Values]
+) -> None:
+    weak = make_result("fgsm", [[20, 12, 6, 2], [5, 19, 12, 4], [4, 10, 26, 0], [0] * 4])
+    evaluation["results"].insert(1, weak)
+    evaluation["worst_case"]["correct"] = 41
+    found = parsed(evaluation, sidecar)
+    assert found.hardest is not None
+    assert found.robust is not None
+    assert (found.hardest.attack, found.hardest.correct) == ("pgd-20", 42)
+    assert (found.robust.correct, found.robust.ball) == (41, "linf 8/255")
+
+
+def test_clean_checks_are_told_as_such(evaluation: Values, sidecar: Sidecar) -> None:
+    evaluation |= {"flags": [], "notes": []}
+    assert titles(trust([parsed(evaluation, sidecar)], None)) == [
+        *("No reason for doubt was found", "No AutoAttack", "Few images")
+    ]
+
+
+@pytest.mark.parametrize("value", ["NaN", None, [1]])
+def test_numbers_that_are_none_are_refused(
+    evaluation: Values, sidecar: Sidecar, value: object
+) -> None:
+    evaluation["results"][1]["correct"] = value
+    with pytest.raises(ValueError, match=r"a\.json: expected the JSON of robust evaluate"):
+        parsed(evaluation, sidecar)
+
+
+def test_many_classes_with_long_names_fit_the_page(
+    evaluation: Values, make_result: Callable[..., Values]
+) -> None:
+    k = 40
+    names = tuple(f"a class with quite a long name, the {i}th" for i in range(k))
+    matrix = (np.eye(k, dtype=int) * 7 + np.roll(np.eye(k, dtype=int), 1, axis=1) * 3).tolist()
+    results = [make_result("clean", matrix), make_result("pgd-20", matrix)]
+    evaluation |= {"results": results, "classes": list(names), "curve": []}
+    sidecar = Sidecar(architecture=Architecture(arch="resnet18", num_classes=k), classes=names)
+    section = by_class([parsed(evaluation, sidecar)], names)
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    assert [len(table.rows) for table in tables] == [k, 20, 20]
+    assert tables[1].rows[0] == (names[0], names[1], "3")
+    document = Document(title="t", subtitle="s", sections=(section,))
+    assert render_pdf(document).startswith(b"%PDF")
+    assert names[-1] in render_html(document)
+
+
+# The surface of the loss
+
+
+class Margin(nn.Module):
+    """Logits (w.x, 0): class 0 leads by w.x."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = (x * self.w).flatten(1).sum(dim=1)
+        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
+
+
+class Rounded(Margin):
+    """The same, with a gradient that is turned away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits.detach() + (logits.detach() - logits)
+
+
+def test_the_surface_of_a_linear_model_is_that_of_the_formula() -> None:
+    generator = torch.Generator().manual_seed(7)
+    w = torch.randn(3, 4, 4, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(1, 3, 4, 4, generator=generator)
+    ball = ThreatModel(eps=8 / 255)
+    found = measure_surface(Margin(w), x, 0, threat_model=ball, number=0)
+    lead, fall = float((x * w).sum()), ball.eps * float(w.abs().sum())
+    middle = SIDE // 2
+    # The Linf margin falls by exactly eps times the L1 norm of w, evenly.
+    expected = -(lead - fall * np.linspace(-1, 1, SIDE))
+    np.testing.assert_allclose(found.margin[middle], expected, atol=1e-5)
+    np.testing.assert_allclose(found.loss[middle], np.log1p(np.exp(expected)), atol=1e-5)
+    slope = 1 / (1 + np.exp(lead))
+    assert found.expected == pytest.approx(slope * fall, rel=1e-4)
+    assert found.follows_gradient
+
+
+def test_a_masked_gradient_is_told() -> None:
+    generator = torch.Generator().manual_seed(7)
+    w = torch.randn(3, 4, 4, generator=generator)
+    x = 0.3 + 0.4 * torch.rand(1, 3, 4, 4, generator=generator)
+    found = measure_surface(Rounded(w), x, 0, threat_model=ThreatModel(), number=0)
+    assert found.along_gradient < found.at_image
+    assert not found.follows_gradient
+
+
+def test_a_flat_surface_does_not_follow_its_gradient(evaluation: Values, sidecar: Sidecar) -> None:
+    flat = np.zeros((SIDE, SIDE))
+    surface = Surface(number=0, label=0, loss=flat, margin=flat - 1, expected=0.0)
+    assert not surface.follows_gradient
+    assert "Loss surface" in titles(trust([parsed(evaluation, sidecar)], [surface]))
+
+
+# Documents and words
+
+
+def test_rows_must_fit_their_header() -> None:
+    with pytest.raises(ValueError, match="rows of 2 cells in 'c'"):
+        Table(caption="c", header=("a", "b"), rows=(("1",),))
+
+
+@pytest.mark.parametrize(
+    ("cells", "numeric"),
+    [
+        (("1", "2,000", "–"), True),
+        (("8/255", "0.5", "4.64e-09"), True),
+        (("1", "held"), False),
+        (("5.9 s",), False),
+        ((), False),
+    ],
+)
+def test_columns_of_numbers(cells: tuple[str, ...], numeric: bool) -> None:
+    table = Table(caption="", header=("a",), rows=tuple((cell,) for cell in cells))
+    assert table.is_numeric(0) is numeric
+
+
+def test_a_long_document_goes_over_pages_with_its_header_again() -> None:
+    rows = tuple((str(k), "value") for k in range(120))
+    table = Table(caption="c", header=("number", "heading"), rows=rows)
+    text = Text(text="Ω ≤ ε, naïve 漢字")  # some are not in the font: a box, and no failure
+    document = Document(
+        title="t", subtitle="s", sections=(Section(title="One", blocks=(text, table)),)
+    )
+    pages = PdfReader(BytesIO(render_pdf(document))).pages
+    assert len(pages) > 1
+    assert all("heading" in page.extract_text() for page in pages)
+    assert "naïve" in pages[0].extract_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5.88, "5.9 s"), (99.9, "99.9 s"), (193, "3 min 13 s"), (6793.4, "1 h 53 min"), (None, "–")],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert words.duration(seconds) == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "7", True])
+def test_what_is_no_number_is_a_dash(value: object) -> None:
+    for write in (words.percent, words.decimal, words.significant, words.count, words.duration):
+        assert write(value) == "–"
+
+
+def test_words_in_a_row() -> None:
+    assert [words.listed(list("abc"[:k])) for k in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+@pytest.mark.parametrize(
+    ("run", "checkpoint", "expected"),
+    [
+        ("m/runs/a", None, ("m/a.pt", "m/runs/a")),
+        ("m/runs/a", "b.pt", ("b.pt", "m/runs/a")),
+        (None, None, ("models/robust_model.pt", "models/runs/robust_model")),
+        (None, "m/a.pt", ("m/a.pt", "m/runs/a")),
+        (None, "m/b.pt", ("m/b.pt", None)),
+    ],
+)
+def test_run_and_checkpoint_are_found_from_each_other(
+    run: str | None,
+    checkpoint: str | None,
+    expected: tuple[str, str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m/runs/a").mkdir(parents=True)
+    found = find_run(run and Path(run), checkpoint and Path(checkpoint))  # type: ignore[arg-type]
+    weights, folder = expected
+    assert found[0].resolve() == Path(weights).resolve()
+    assert found[1] == (folder and Path(folder))
