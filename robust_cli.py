@@ -12,6 +12,7 @@ import click
 import app.commands
 import robust.commands
 import training.commands
+from robust.commands.completion import completion
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
@@ -22,6 +23,12 @@ class _InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The first sentence of each whole, on two lines where it takes them."""
+        rows = [(name, item.get_short_help_str(limit=200)) for name, item in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -34,7 +41,12 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 @click.group(
     cls=_InOrder,
-    commands=[*training.commands.commands, *robust.commands.commands, *app.commands.commands],
+    commands=[
+        *training.commands.commands,
+        *robust.commands.commands,
+        *app.commands.commands,
+        completion,
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(

@@ -1,0 +1,29 @@
+"""``robust completion``: what a shell needs to complete commands and options."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+PROGRAM, VARIABLE = "robust", "_ROBUST_COMPLETE"
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print what makes a shell complete robust's commands and options.
+
+    Load it in the file that the shell reads when it starts. Examples:
+
+    \b
+        echo 'eval "$(robust completion bash)"' >> ~/.bashrc
+        echo 'eval "$(robust completion zsh)"' >> ~/.zshrc
+        robust completion fish > ~/.config/fish/completions/robust.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    # Not its `source`, which runs bash to look at its version, also where none is to be used here.
+    script = kind(ctx.find_root().command, {}, PROGRAM, VARIABLE)
+    click.echo(script.source_template % script.source_vars())
