@@ -36,7 +36,9 @@ def serve(host: str, port: int, checkpoint: Path | None, device: str | None) -> 
     """Serve a checkpoint over HTTP until SIGTERM or Ctrl-C.
 
     A new checkpoint in the same place is taken over without a restart, at once after SIGHUP.
-    Everything else is set by environment variables, ROBUST_MAX_STEPS and others.
+    Everything else is set by environment variables, ROBUST_MAX_STEPS and others. Example:
+
+        robust serve --checkpoint models/digits.pt --port 9000
     """
     # First of all, so that a port in use is told before seconds go into loading.
     with listen(host, port) as listener:

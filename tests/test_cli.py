@@ -56,8 +56,7 @@ def test_every_command_has_help_with_an_example(
     assert run([name, "--help"]) == 0
     help_text = capsys.readouterr().out
     assert help_text.startswith(f"Usage: robust {name}")
-    if name != "serve":
-        assert f"    robust {name} " in help_text
+    assert f"    robust {name} " in help_text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
