@@ -103,7 +103,8 @@ class _Pages(FPDF):
         if isinstance(block, Table):
             row = PICTURE + 2 if _has_pictures(block) else SMALL * POINT * 1.9
             whole = 8 + row * (len(block.rows) + 1)
-            return whole if whole < 0.4 * self.eph else 8 + 4 * row
+            most = 0.9 if _has_pictures(block) else 0.4
+            return whole if whole < most * self.eph else 8 + 4 * row
         return 4 + 5 * (len(block.text) // 100 + 1) if isinstance(block, Text) else 18.0
 
     def _block(self, block: Block) -> None:

@@ -131,9 +131,9 @@ def learning_curves(epochs: Sequence[dict[str, Any]], *, kept: int | None) -> st
                 textcoords="offset points",
                 ha="right",
             )
-        accuracy.legend(ncols=3, loc="upper right", bbox_to_anchor=(1, 1.14))
+        accuracy.legend(ncols=3, loc="upper right", bbox_to_anchor=(1, 1.18))
 
-    return render(draw, height=4.6)
+    return render(draw, height=3.7)
 
 
 def _line(
@@ -183,7 +183,7 @@ def accuracy_against_eps(
             y = 100 * np.array(item.y)
             spread = 100 * np.abs(np.array(item.intervals).T - np.array(item.y))
             axes.errorbar(
-                [eps * (1 + apart) for eps in item.x],
+                [eps * (1 if item.joined else 1 + apart) for eps in item.x],
                 y,
                 yerr=spread,
                 color=colour,
@@ -242,9 +242,9 @@ def accuracy_by_class(
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         axes.set(ylim=(0, 100), title="Accuracy by class, %")
-        axes.legend(ncols=len(accuracies), loc="upper right", bbox_to_anchor=(1, 1.17))
+        axes.legend(ncols=len(accuracies), loc="upper right", bbox_to_anchor=(1, 1.2))
 
-    return render(draw, height=2.5)
+    return render(draw, height=2.1)
 
 
 def confusions(
@@ -270,7 +270,7 @@ def confusions(
             if annotated:
                 _write_numbers(axes, shares)
 
-    return render(draw, square=True, height=4.0 if len(matrices) > 1 else 4.5)
+    return render(draw, square=True, height=3.6 if len(matrices) > 1 else 4.5)
 
 
 def _write_numbers(axes: Axes, shares: Any) -> None:

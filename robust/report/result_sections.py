@@ -19,17 +19,17 @@ def accuracies(measurements: Sequence[Measurement]) -> Table:
     rows: list[tuple[str, ...]] = []
     for item in measurements:
         for result in (*item.results, *filter(None, (item.worst,))):
-            rows.append(_row(item.data, result))
+            rows.append(_row(item, result))
             rows += [
-                _row(item.data, result, part=str(stage["attack"]), correct=int(stage["correct"]))
+                _row(item, result, part=str(stage["attack"]), correct=int(stage["correct"]))
                 for stage in result.stages
             ]
-    header = ("attack", "ball", "accuracy %", "95% interval", "correct", "data")
+    header = ("attack", "ball", "accuracy %", "95% interval", "correct", "data", "evaluation")
     return Table(caption="All accuracies", header=header, rows=tuple(rows))
 
 
 def _row(
-    data: str, result: Result, *, part: str = "", correct: int | None = None
+    item: Measurement, result: Result, *, part: str = "", correct: int | None = None
 ) -> tuple[str, ...]:
     correct = result.correct if correct is None else correct
     return (
@@ -38,7 +38,8 @@ def _row(
         percent(correct / result.n),
         interval(wilson_interval(correct, result.n)),
         f"{count(correct)} of {count(result.n)}",
-        data,
+        item.data,
+        item.source,
     )
 
 

@@ -130,8 +130,8 @@ def test_the_pdf_says_all_that_the_page_says(page: Page, printed: PdfReader) -> 
 
 def test_accuracies_with_intervals(page: Page) -> None:
     assert table(page, "All accuracies")[1:] == [
-        ["clean", "–", "69.17", "60.4 to 76.7", "83 of 120", "test.npz"],
-        ["pgd-20", "linf 8/255", "35.00", "27.1 to 43.9", "42 of 120", "test.npz"],
+        ["clean", "–", "69.17", "60.4 to 76.7", "83 of 120", "test.npz", "pgd.json"],
+        ["pgd-20", "linf 8/255", "35.00", "27.1 to 43.9", "42 of 120", "test.npz", "pgd.json"],
     ]
 
 
@@ -269,7 +269,7 @@ def test_without_evaluation_and_data(
     assert "Recorded figures" in text
     assert "No data was given" in text
     # The newest first, those of the hold-out last.
-    assert [row[-1] for row in table(page, "All accuracies")[1:]] == [
+    assert [row[-2] for row in table(page, "All accuracies")[1:]] == [
         *("test.npz", "held out from training")
     ]
     assert table(page, "The epochs")  # of the run beside the checkpoint
