@@ -62,6 +62,10 @@ class NotFound(ServiceError):
     """No such thing under this address."""
 
 
+class Conflict(ServiceError):
+    """What is asked for can't be had as things stand."""
+
+
 class Overloaded(ServiceError):
     """More work than the service holds; `retry_after` is in whole seconds."""
 

@@ -44,6 +44,7 @@ FAULTS: dict[int, Exception] = {
     401: errors.Unauthorized("expected a key in the header Authorization: Bearer KEY"),
     404: errors.NotFound("There is no evaluation of this id, or it has expired."),
     408: errors.SlowBody("The body did not arrive in time."),
+    409: errors.Conflict("The evaluation is running; a report is made of one that is done."),
     413: errors.BodyTooLarge(64 * 2**20),
     415: errors.UnusableImages(
         "unsupported",
@@ -94,6 +95,8 @@ def answers() -> dict[tuple[str, str, str], Any]:
         ("get", "/evaluate/{id}/events", "text/event-stream"): (
             f"event: progress\ndata: {_job('running', attacks).model_dump_json()}\n\n"
         ),
+        ("get", "/evaluate/{id}/report", "text/html"): "<!doctype html>…",
+        ("get", "/evaluate/{id}/report", "application/pdf"): "%PDF-1.7…",
         ("get", "/model", json): ModelCard(
             sha256=_SHA256,
             device="cpu",

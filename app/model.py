@@ -24,6 +24,7 @@ class ServedModel:
     sha256: str  # of the weights file
     device: torch.device
     loaded: datetime
+    name: str = "model.pt"  # of the weights file
     fast: InferenceClassifier | None = None  # the same function in fewer operations
 
     @property
@@ -46,6 +47,7 @@ def load_model(path: Path, device: torch.device) -> ServedModel:
     """Read and validate a checkpoint. Raises CheckpointError."""
     checkpoint = load_checkpoint(path, device=device)
     return ServedModel(
+        name=path.name,
         classifier=checkpoint.classifier,
         fast=for_inference(checkpoint.classifier, device),
         sidecar=checkpoint.sidecar,

@@ -151,6 +151,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.BadRequest: (400, "Bad request"),
     errors.NotFound: (404, "Not found"),
+    errors.Conflict: (409, "Conflict"),
     errors.SlowBody: (408, "Request timeout"),
     errors.BodyTooLarge: (413, "Too large"),
     errors.ClientGone: (CLIENT_CLOSED_REQUEST, "Client closed request"),

@@ -3,9 +3,11 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.documents import body
@@ -13,6 +15,7 @@ from app.errors import FieldError, InvalidParameters
 from app.jobs import Job, ended, watch
 from app.parameters import EvaluateParameters, parse, resolve_attacks
 from app.problem import documented
+from app.report import check_reportable, make_report
 from app.schemas import JobStatus
 from app.service import Service, unless_gone
 from app.sets import load_set
@@ -95,6 +98,28 @@ def router(service: Service) -> APIRouter:
         async for item in watch(found):
             event = "progress" if item.active else item.state
             yield ServerSentEvent(event=event, data=job_status(item))
+
+    @routes.get(
+        "/{id}/report",
+        summary="The report on an evaluation",
+        response_class=HTMLResponse,
+        responses={
+            200: {
+                "description": "One page, or with `Accept: application/pdf` the same as PDF.",
+                "content": {"application/pdf": {"schema": {"type": "string", "format": "binary"}}},
+            },
+            **documented(404, 409),
+        },
+    )
+    async def report(found: Found, request: Request) -> Response:
+        """Accuracies, curve, tables by class, costs, flags and what it takes to repeat it.
+
+        Nothing outside it is needed to read it.
+        """
+        model = service.models.current
+        check_reportable(found, model)
+        pdf = "application/pdf" in request.headers.get("accept", "").lower()
+        return await service.beside(partial(make_report, found, model, pdf=pdf))
 
     @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404))
     async def delete(found: Found) -> JobStatus:

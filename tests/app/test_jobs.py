@@ -18,6 +18,7 @@ import pytest
 from app import jobs as jobs_module
 from app.settings import Settings
 from app.store import JobStore, StoreError
+from robust import report
 from tests.app.conftest import write_checkpoint
 from tests.app.serving import Running, gated, labelled, serving, until
 
@@ -254,6 +255,37 @@ def test_a_clock_set_back_keeps_no_job_for_longer(
         job = running.service.jobs.get(done["id"])
         assert job.expires is not None
         assert job.expires <= time.monotonic() + settings.job_expiry_seconds
+
+
+def test_a_finished_evaluation_has_a_report(running: Running) -> None:
+    done = finish(running, submit(running, 12, curve="6")["id"])
+    page = running.client.get(f"/evaluate/{done['id']}/report")
+    assert page.status_code == 200
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert "script" not in page.headers["Content-Security-Policy"]
+    correct = done["evaluation"]["results"][0]["correct"]
+    assert f"{correct} of 12" in page.text or f"{correct}/12" in page.text
+    assert done["model_sha256"][:16] in page.text
+    headers = {"Accept": "application/pdf"}
+    printed = running.client.get(f"/evaluate/{done['id']}/report", headers=headers)
+    assert printed.headers["Content-Type"] == "application/pdf"
+    assert printed.content.startswith(b"%PDF")
+
+
+def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gated(running.service):
+        job = submit(running, 13)
+        response = running.client.get(f"/evaluate/{job['id']}/report")
+        assert response.status_code == 409
+        assert "report is made of one that is done" in response.json()["detail"]
+        running.client.delete(f"/evaluate/{job['id']}")
+    done = finish(running, submit(running, 12)["id"])
+    monkeypatch.setitem(report.PACKAGES, "matplotlib", "no_such_module")
+    response = running.client.get(f"/evaluate/{done['id']}/report")
+    assert (response.status_code, "without the extra" in response.text) == (409, True)
+    running.service.jobs.get(done["id"]).model = "0"
+    response = running.client.get(f"/evaluate/{done['id']}/report")
+    assert "Another model" in response.json()["detail"]
 
 
 def test_a_killed_service_takes_its_job_up_again(checkpoint: Path, tmp_path: Path) -> None:

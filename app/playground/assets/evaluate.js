@@ -28,6 +28,8 @@ export class Evaluate {
     });
     $("cancel").addEventListener("click", () => this.#cancel());
     copies($("evaluate-copy"), $("evaluate-curl"));
+    $("report-html").addEventListener("click", () => this.#report("text/html", "report.html"));
+    $("report-pdf").addEventListener("click", () => this.#report("application/pdf", "report.pdf"));
     new ResizeObserver(() => this.#draw()).observe($("settling"));
   }
 
@@ -218,6 +220,7 @@ export class Evaluate {
         failed: "",
       }[state],
     );
+    $("reports").hidden = state !== "done";
     if (state === "failed") say($("evaluate-error"), job.error ?? "The evaluation failed.");
     if (evaluation?.results[0].n) this.#result(evaluation);
   }
@@ -236,6 +239,20 @@ export class Evaluate {
     const found = flags(evaluation.flags ?? evaluation.doubts ?? [], evaluation.notes ?? []);
     $("flags").replaceChildren(...found);
     this.#draw();
+  }
+
+  /** Saves the report; a link would not send the key along. */
+  async #report(kind, name) {
+    say($("evaluate-error"));
+    try {
+      const headers = { Accept: kind };
+      const response = await open(`evaluate/${this.job.id}/report`, { headers });
+      const address = URL.createObjectURL(await response.blob());
+      el("a", { href: address, download: name }).click();
+      setTimeout(() => URL.revokeObjectURL(address), 60_000);
+    } catch (error) {
+      this.#failed(error);
+    }
   }
 
   #draw() {
