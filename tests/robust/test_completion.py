@@ -23,7 +23,9 @@ def test_scripts_ask_robust_itself(shell: str, capsys: pytest.CaptureFixture[str
 def test_bash_completes_commands_and_options() -> None:
     commands = """
         eval "$(robust completion bash)"
-        ask() { COMPREPLY=(); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _robust_completion robust; }
+        ask() {
+            COMPREPLY=(); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _robust_completion robust
+        }
         ask robust e; echo "${COMPREPLY[@]}"
         ask robust report --ev; echo "${COMPREPLY[@]}"
         ask robust completion z; echo "${COMPREPLY[@]}"
