@@ -21,6 +21,7 @@ from robust.report.document import (
     Text,
 )
 
+LONG = 40  # characters of a cell that may go over several lines
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1b1b1a; --soft: #5d5d58;
   --line: #d9d8d3; --band: #f3f2ee; --link: #005a91; --good: #00664a; --warn: #a23b00; }
@@ -57,7 +58,7 @@ figcaption, caption { color: var(--soft); font-size: .85rem; text-align: left; p
 table { border-collapse: collapse; font-size: .84rem; line-height: 1.35; }
 th, td { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: middle; white-space: nowrap; }
-thead th { border-bottom: 1.5px solid var(--soft); vertical-align: bottom; }
+thead th { white-space: normal; border-bottom: 1.5px solid var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 500; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .long { overflow-wrap: anywhere; white-space: normal; min-width: 16rem; }
@@ -67,7 +68,8 @@ td img { display: block; width: 4.5rem; height: 4.5rem; image-rendering: pixelat
   body { max-width: none; padding: 0; font-size: 9.5pt; } nav { display: none; }
   .scroll { overflow: visible; } figure svg { min-width: 0; } table { font-size: 7.5pt; }
   th, td { padding: .2rem .35rem; } td img { width: 16mm; height: 16mm; }
-  h2, h3, caption { break-after: avoid; } tr, figure, .notice, .cards { break-inside: avoid; } }
+  h2, h3, caption { break-after: avoid; }
+  tr, .scroll, figure, .notice, .cards { break-inside: avoid; } }
 """
 
 
@@ -154,7 +156,7 @@ def _table(table: Table) -> str:
     rows = "\n".join(f"<tr>{_row(row, numeric)}</tr>" for row in table.rows)
     # Reached by keyboard, as it scrolls where the page is narrow.
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(table.caption)}">'
         f"<table><caption>{escape(table.caption)}</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
@@ -166,7 +168,8 @@ def _row(row: tuple[Cell, ...], numeric: list[bool]) -> str:
         if not k:
             cells.append(f'<th scope="row">{_cell(cell)}</th>')
         else:
-            cells.append(f"<td{_class(number, long=len(str(cell)) > 40)}>{_cell(cell)}</td>")
+            long = isinstance(cell, str) and len(cell) > LONG
+            cells.append(f"<td{_class(number, long=long)}>{_cell(cell)}</td>")
     return "".join(cells)
 
 
@@ -191,7 +194,7 @@ def _plot(plot: Plot, number: int) -> str:
     caption = escape(plot.caption)
     # The figure scrolls where the page is narrow.
     return (
-        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{caption}">\n{svg}\n'
+        f'<figure><div class="scroll" tabindex="0" role="group" aria-label="{caption}">\n{svg}\n'
         f"</div><figcaption>{caption}</figcaption>\n</figure>"
     )
 
