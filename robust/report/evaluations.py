@@ -30,7 +30,6 @@ class Result:
     eps: float | None = None
     eps_text: str = ""
     stages: tuple[dict[str, Any], ...] = ()
-    distances: dict[str, float] | None = None
     settings: dict[str, Any]
     forwards: int | None = None
     backwards: int | None = None
@@ -161,13 +160,14 @@ def _measurement(values: dict[str, Any], source: str) -> Measurement:
         results=results,
         worst=_result(worst) if worst else None,
         curve=tuple(_point(row) for row in values.get("curve") or ()),
-        probes=values.get("probes"),
+        probes=None if values.get("probes") is None else dict(values["probes"]),
         flags=tuple(
             {name: str(flag[name]) for name in ("name", "text", "advice")}
             for flag in values.get("flags") or ()
         ),
         notes=tuple(map(str, values.get("notes") or ())),
-        manifest={name: values[name] for name in kept if name in values},
+        manifest={name: values[name] for name in kept if name in values}
+        | {"data": dict(values["data"]), "versions": dict(values.get("versions") or {})},
     )
 
 
@@ -210,18 +210,23 @@ def _result(row: dict[str, Any]) -> Result:
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"{correct} right of {n} images")
     settings = ("alpha", "steps", "restarts", "seed")
+    confusion = tuple(tuple(map(int, line)) for line in row.get("confusion") or ())
+    if any(len(line) != len(confusion) for line in confusion):
+        raise ValueError("a confusion matrix that is not square")
     return Result(
         attack=str(row["attack"]),
         correct=correct,
         n=n,
         interval=wilson_interval(correct, n),
-        per_class=tuple(row.get("per_class") or ()),
-        confusion=tuple(map(tuple, row.get("confusion") or ())),
+        per_class=tuple(None if v is None else float(v) for v in row.get("per_class") or ()),
+        confusion=confusion,
         norm=str(row.get("norm") or ""),
         eps=None if row.get("eps") is None else float(row["eps"]),
         eps_text=str(row.get("eps_text") or ""),
-        stages=tuple(row.get("stages") or ()),
-        distances=row.get("distances"),
+        stages=tuple(
+            {"attack": str(stage["attack"]), "correct": int(stage["correct"])}
+            for stage in row.get("stages") or ()
+        ),
         settings={name: row[name] for name in settings if row.get(name) is not None},
         forwards=row.get("forwards"),
         backwards=row.get("backwards"),

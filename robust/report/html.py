@@ -82,7 +82,7 @@ def render_html(document: Document) -> str:
     plots = _Counter()
     sections = "\n".join(_section(section, plots) for section in document.sections)
     title = escape(document.title)
-    return f"""<!DOCTYPE html>
+    page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -102,6 +102,7 @@ def render_html(document: Document) -> str:
 </body>
 </html>
 """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", page)  # control characters
 
 
 class _Counter:

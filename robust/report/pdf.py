@@ -26,6 +26,7 @@ from robust.report.document import (
     Table,
     Text,
 )
+from robust.report.words import plain
 
 FONT = "DejaVu Sans"  # comes with matplotlib, and has Latin, Greek, Cyrillic and more
 MARGIN = 18.0  # mm
@@ -69,7 +70,7 @@ class _Pages(FPDF):
         self.set_y(-MARGIN + 4)
         self._font(TINY, colour=SOFT)
         half = self.epw / 2
-        self.cell(half, 4, self.running_title)
+        self.cell(half, 4, plain(self.running_title))
         self.cell(half, 4, str(self.page_no()), align="R")
 
     def section(self, section: Section) -> None:
@@ -190,7 +191,7 @@ class _Pages(FPDF):
                     if isinstance(cell, Picture):
                         line.cell(img=io.BytesIO(cell.png), img_fill_width=True)
                     else:
-                        line.cell(cell)
+                        line.cell(plain(cell))
         self.ln(3.5)
 
     def _widths(self, table: Table, size: float) -> list[float]:
@@ -208,7 +209,7 @@ class _Pages(FPDF):
         return widths
 
     def _cell_width(self, cell: Cell) -> float:
-        return PICTURE if isinstance(cell, Picture) else float(self.get_string_width(cell))
+        return PICTURE if isinstance(cell, Picture) else float(self.get_string_width(plain(cell)))
 
     def _need(self, height: float) -> None:
         """Begin a new page unless so many mm are left, or nothing is on this one."""
@@ -231,7 +232,7 @@ class _Pages(FPDF):
     ) -> None:
         self._font(size, bold=bold, colour=colour)
         self.multi_cell(
-            width, size * POINT * 1.4, text, align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT
+            width, size * POINT * 1.4, plain(text), align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT
         )
         self.ln(after)
 
@@ -259,4 +260,5 @@ def _has_pictures(table: Table) -> bool:
 
 
 def _cut(name: str) -> str:
+    name = plain(name)
     return name if len(name) <= 40 else f"{name[:39]}…"

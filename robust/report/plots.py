@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from robust.report.document import INK
+from robust.report.words import plain
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#808080"
@@ -41,6 +43,7 @@ _PARAMETERS: Any = {
     "svg.fonttype": "path",
     "font.family": ["DejaVu Sans"],
     "font.size": 8.0,
+    "text.parse_math": False,  # names of classes may have dollars
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     "legend.fontsize": 7.5,
@@ -78,7 +81,8 @@ def render(draw: Callable[[Figure], None], *, height: float, square: bool = Fals
     """
     settings: Any = {**mpl.rcParamsDefault, **_PARAMETERS}
     settings.pop("backend", None)  # not to be settled here
-    with _ONE_AT_A_TIME, mpl.rc_context(settings):
+    with _ONE_AT_A_TIME, mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a box stands for what is not drawn
         layout: Any = "compressed" if square else "constrained"
         figure = Figure(figsize=(WIDTH, height), layout=layout)
         draw(figure)
@@ -155,7 +159,9 @@ def _line(
 
 def _phases(axes: Axes, epochs: Sequence[dict[str, Any]], *, named: bool) -> None:
     starts = [
-        row for k, row in enumerate(epochs) if not k or row.get("phase") != epochs[k - 1]["phase"]
+        row
+        for k, row in enumerate(epochs)
+        if not k or row.get("phase") != epochs[k - 1].get("phase")
     ]
     for k, row in enumerate(starts):
         if k:
@@ -310,7 +316,7 @@ def loss_surfaces(titles: Sequence[str], grids: Sequence[Any], wrong: Sequence[A
                     )
             for colour, width in (("#000000", 2.6), ("#ffffff", 1.3)):
                 axes.plot(0, 0, marker="+", color=colour, markersize=8, markeredgewidth=width)
-            axes.set(title=title, xlabel="along the gradient", aspect="equal")
+            axes.set(title=plain(title), xlabel="along the gradient", aspect="equal")
             axes.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
             axes.grid(visible=False)
         panels[0].set_ylabel("at random")
@@ -322,4 +328,5 @@ def loss_surfaces(titles: Sequence[str], grids: Sequence[Any], wrong: Sequence[A
 
 
 def _short(name: str) -> str:
+    name = plain(name)
     return name if len(name) <= 14 else f"{name[:13]}…"

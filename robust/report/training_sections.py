@@ -106,7 +106,7 @@ def _parts(phase: dict[str, Any]) -> str:
 
 def _loss(phase: dict[str, Any]) -> str:
     loss = str(phase.get("loss", ""))
-    return f"{loss}, beta {phase.get('trades_beta'):g}" if loss == "trades" else loss
+    return f"{loss}, beta {significant(phase.get('trades_beta'))}" if loss == "trades" else loss
 
 
 def _augmentation(values: dict[str, Any]) -> str:

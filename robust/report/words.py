@@ -8,6 +8,11 @@ from collections.abc import Sequence
 NONE = "–"
 
 
+def plain(text: str) -> str:
+    """`text` without line breaks or control characters: names come from files of others."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 def finite(value: object) -> float | None:
     """`value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -83,6 +83,26 @@ def test_numbers_that_are_none_are_refused(
         parsed(evaluation, sidecar)
 
 
+@pytest.mark.parametrize("field", ["confusion", "stages", "per_class"])
+def test_malformed_parts_are_refused(evaluation: Values, sidecar: Sidecar, field: str) -> None:
+    evaluation["results"][1][field] = [{"a": 1}, 2]
+    with pytest.raises(ValueError, match=r"a\.json: expected the JSON of robust evaluate"):
+        parsed(evaluation, sidecar)
+
+
+def test_any_name_of_a_class_can_be_shown(evaluation: Values) -> None:
+    names = ("$x_{", "<script>\x1b[2J\x00", "漢字\n", "")
+    architecture = Architecture(arch="resnet18", num_classes=4)
+    sidecar = Sidecar(architecture=architecture, classes=names)
+    section = by_class([parsed(evaluation | {"classes": list(names)}, sidecar)], names)
+    document = Document(title="t", subtitle="s", sections=(section,))
+    page = render_html(document)
+    assert not {"\x1b", "\x00"} & set(page)
+    assert "<script" not in page
+    assert "漢字" in page
+    assert render_pdf(document).startswith(b"%PDF")
+
+
 def test_many_classes_with_long_names_fit_the_page(
     evaluation: Values, make_result: Callable[..., Values]
 ) -> None:
