@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from robust.datasets import Dataset, DatasetError, check_labels
 
@@ -35,14 +36,20 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
 
 
 def first_images(dataset: Dataset, count: int) -> Dataset:
+    """The images at `first_indices`."""
+    return dataset.subset(first_indices(dataset, count))
+
+
+def first_indices(dataset: Dataset, count: int) -> Tensor:
     """The first `count` images; where all are sorted by class, as folders are, evenly spread ones.
 
-    The first images of sorted data would be of one class only.
+    The first images of sorted data would be of one class only. Returns int64 (count,), or less
+    where there are fewer.
     """
     n = len(dataset)
     if count < n and bool((dataset.labels.diff() >= 0).all()):
-        return dataset.subset(torch.arange(count) * n // count)
-    return dataset.limit(count)
+        return torch.arange(count) * n // count
+    return torch.arange(min(count, n))
 
 
 def _numbered(names: Sequence[str]) -> bool:

@@ -110,7 +110,7 @@ def evaluate(
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
     from robust.evaluation.run import CURVE_ATTACK, evaluate_batches
-    from robust.matching import first_images, match_classes
+    from robust.matching import first_indices, match_classes
 
     start = time.perf_counter()
     attacks = resolve_attacks(
@@ -128,7 +128,8 @@ def evaluate(
     dataset = load_dataset(data, size=loaded.classifier.architecture.input_size, train=not test)
     scored = match_classes(dataset, classes)
     if limit is not None:
-        scored = first_images(scored, limit)
+        indices = first_indices(scored, limit)
+        scored = scored.subset(indices)
 
     progress = Progress(100, title="evaluate", unit="%")
     results = evaluate_batches(
@@ -160,6 +161,7 @@ def evaluate(
                 "count": len(dataset),
                 "sha256": dataset.sha256,
                 "scored": len(scored),
+                "indices": "all" if limit is None else indices.tolist(),
                 "scored_sha256": scored.sha256,
             },
             **evaluation.to_dict(),

@@ -245,6 +245,7 @@ def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
     report = json.loads(robust("evaluate", "--data", data, *arguments, "--json", "-"))
     assert (report["seed"], report["batch_size"], report["precision"]) == (3, 8, "fp32")
     assert re.fullmatch("[0-9a-f]{64}", report["data"]["scored_sha256"])
+    assert report["data"]["indices"] == "all"
     assert report["curve"][-1]["eps_text"] == "128/255"
     assert report["notes"] == []
     for item in report["results"]:
@@ -252,6 +253,9 @@ def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
         assert item["seconds"] > 0
         assert item["forwards"] > 0
     assert report["results"][1]["seed"] == 3
+    arguments = ("--attack", "fgsm", "--limit", 3, "--curve", 0)
+    report = json.loads(robust("evaluate", "--data", data, *arguments, "--json", "-"))
+    assert len(report["data"]["indices"]) == report["n"] == 3
     assert [flag.keys() for flag in report["flags"]] == [
         {"name", "text", "advice"} for _ in report["flags"]
     ]
