@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from robust.evaluation import wilson_interval
+from robust.evaluation.run import CURVE_ATTACK
 from robust.report import plots
 from robust.report.document import Block, Plot, Section, Subsection, Table, Text
 from robust.report.evaluations import Measurement, Result
@@ -59,8 +60,8 @@ def against_eps(measurements: Sequence[Measurement], *, classes: int) -> Section
     text = (
         "With more room an attack must do more harm, and where all images can become the same "
         "grey nobody can be right more often than by chance: a curve that stays up there, or "
-        "rises, shows an attack that fails and not a model that holds. Lines are one attack "
-        "repeated at growing eps; open markers are the attacks of the evaluation."
+        "rises, shows an attack that fails and not a model that holds. Lines are "
+        f"{CURVE_ATTACK} at growing eps; open markers are the attacks of the evaluation."
     )
     blocks: list[Block] = [Text(text=text)]
     for norm in norms:
