@@ -323,7 +323,7 @@ def test_ctrl_c_in_a_real_process(folder: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("evaluate: 40/400")
+    assert process.stderr.readline().startswith("evaluate: ")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130

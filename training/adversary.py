@@ -29,7 +29,6 @@ def make_adversarial(
     eps, kind = threat_model.eps, part.kind
     if kind == "clean" or eps == 0:
         return x
-    steps = part.steps if kind == "pgd" else 1
     alpha = part.alpha or default_alpha(part, eps)
     with frozen(model, x.device):
         if kind == "n-fgsm":
@@ -40,7 +39,7 @@ def make_adversarial(
             x_adv = threat_model.project(x + 0.1 * threat_model.noise(x, generator), x)
         else:
             x_adv = x if kind == "fgsm" else threat_model.random_start(x, generator)
-        for _ in range(steps):
+        for _ in range(part.attack_steps):
             gradient = _gradient(model, x_adv, targets)
             x_adv = threat_model.project(x_adv + alpha * threat_model.steepest(gradient), x)
         return x_adv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import time
@@ -149,7 +150,8 @@ class Display:
             click.echo(
                 f"epoch {progress.epoch}/{progress.epochs} {progress.phase.name} "
                 f"step {progress.step}/{progress.steps} loss {progress.loss:.3f} "
-                f"lr {progress.learning_rate:.2g} {progress.images_per_second:.0f} images/s"
+                f"lr {progress.learning_rate:.2g} {progress.images_per_second:.0f} images/s, "
+                f"{time_left(progress.seconds_left)} left"
             )
 
     def _advance(self, progress: Progress) -> None:
@@ -167,6 +169,7 @@ class Display:
             loss=f"{progress.loss:.3f}",
             lr=f"{progress.learning_rate:.2g}",
             images=f"{progress.images_per_second:.0f}/s",
+            run=f"{time_left(progress.seconds_left)} left",
             refresh=False,
         )
         self.bar.update()
@@ -186,5 +189,15 @@ def epoch_line(progress: Progress) -> str:
         f"epoch {row['epoch']}/{progress.epochs} {row['phase']}: loss {row['loss']:.3f}, "
         f"held out (n={row['n']}) clean {100 * row['clean']:.1f}% FGSM {100 * row['fgsm']:.1f}% "
         f"PGD-10 {100 * row['pgd']:.1f}%, {row['images_per_second']:.0f} images/s, "
-        f"{row['seconds']:.0f} s"
+        f"{row['seconds']:.0f} s, {time_left(progress.seconds_left)} left"
     )
+
+
+def time_left(seconds: float) -> str:
+    """Seconds as ``45 s``, ``12 min`` or ``3 h 05 min``."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -49,6 +49,11 @@ class AdversarialPart:
     """Step in pixel units. 0: eps for `fgsm` and `n-fgsm`, 1.25 eps for `fgsm-rs`, for `pgd` a
     quarter of eps or what crosses the ball."""
 
+    @property
+    def attack_steps(self) -> int:
+        """Gradient steps before the image is trained on."""
+        return {"clean": 0, "pgd": self.steps}.get(self.kind, 1)
+
 
 CLEAN = (AdversarialPart(kind="clean"),)
 
@@ -79,6 +84,17 @@ class Phase:
     def is_adversarial(self) -> bool:
         """Whether any part of the loss is attacked."""
         return any(part.kind != "clean" for part in self.parts)
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes an image takes, roughly: what one phase costs to another."""
+        attacks = [2 * part.attack_steps for part in self.parts]
+        if self.loss == "trades":  # clean and attacked, and the prediction it is to diverge from
+            return attacks[0] + 7
+        if self.split:
+            pairs = zip(self.parts, attacks, strict=True)
+            return 3 + sum(part.share * attack for part, attack in pairs)
+        return 3 * len(self.parts) + sum(attacks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ class Progress:
     loss: float
     learning_rate: float
     images_per_second: float
+    seconds_left: float  # of the whole run, scoring left out; infinite before the first step
     row: dict[str, Any] | None = None  # the epoch's metrics, once it is scored
 
 
@@ -206,6 +208,7 @@ class _Run:
 
         def progress(rate: float, row: dict[str, Any] | None = None) -> Progress:
             seconds = time.monotonic() - began
+            speed = (state.step - first) * recipe.batch_size / seconds
             return Progress(
                 phase=phase,
                 epoch=len(state.history) + (row is None),
@@ -214,7 +217,8 @@ class _Run:
                 steps=self.steps,
                 loss=state.epoch_loss / max(1, state.step),
                 learning_rate=rate,
-                images_per_second=(state.step - first) * recipe.batch_size / seconds,
+                images_per_second=speed,
+                seconds_left=self._images_left(phase) / speed if speed else math.inf,
                 row=row,
             )
 
@@ -239,6 +243,13 @@ class _Run:
         observe(progress(rate, row))
         state.epoch, state.step, state.epoch_loss = state.epoch + 1, 0, 0.0
         self._save()
+
+    def _images_left(self, phase: Phase) -> float:
+        """Images of the run still to come, each as so many of `phase` as it costs passes."""
+        state, later = self.state, self.recipe.phases[self.state.phase + 1 :]
+        steps = (phase.epochs - state.epoch) * self.steps - state.step
+        further = sum(other.epochs * self.steps * other.passes / phase.passes for other in later)
+        return (steps + further) * self.recipe.batch_size
 
     def _step(self, phase: Phase, batch: Tensor, rate: float) -> float:
         """One update of the weights; returns the loss."""

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ from robust.checkpoint import load_checkpoint
 from robust.datasets import Dataset
 from robust_cli import run
 from tests.training import small
-from training.commands import Display
+from training.commands import Display, time_left
 from training.recipe import RECIPES
 from training.state import RunFolder
 
@@ -91,3 +92,11 @@ def test_sigterm_saves_and_resume_goes_on(
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert load_checkpoint(here / "model.pt").classifier.architecture.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (89, "89 s"), (600, "10 min"), (11100, "3 h 05 min"), (math.inf, "unknown time")],
+)
+def test_time_left(seconds: float, words: str) -> None:
+    assert time_left(seconds) == words

@@ -91,3 +91,35 @@ def test_the_shipped_recipe_leaves_normalisation_to_the_first_batch_norm() -> No
     recipe: Recipe = cpu()
     assert (recipe.mean, recipe.std) == ((0.0,) * 3, (1.0,) * 3)
     assert (recipe.arch, recipe.stem, recipe.activation) == ("resnet50", "imagenet", "relu")
+
+
+@pytest.mark.parametrize(
+    ("phase", "passes"),
+    [
+        (Phase(name="a", epochs=1), 3),
+        (Phase(name="a", epochs=1, parts=(AdversarialPart(kind="n-fgsm"),)), 5),
+        (Phase(name="a", epochs=1, parts=(AdversarialPart(kind="pgd", steps=10),)), 23),
+        (
+            Phase(
+                name="a", epochs=1, parts=(AdversarialPart(kind="pgd", steps=10),), loss="trades"
+            ),
+            27,
+        ),
+        (
+            Phase(
+                name="a",
+                epochs=1,
+                parts=(
+                    AdversarialPart(kind="clean", share=0.5),
+                    AdversarialPart(kind="pgd", share=0.5, steps=10),
+                ),
+            ),
+            26,
+        ),
+    ],
+)
+def test_what_a_phase_costs(phase: Phase, passes: float) -> None:
+    assert phase.passes == passes
+    parts = phase.parts
+    if len(parts) == 2:
+        assert replace(phase, split=True).passes == 13

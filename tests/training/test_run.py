@@ -226,6 +226,8 @@ def test_every_technique_can_be_switched(
     assert load_checkpoint(out).classifier.architecture.stem == recipe.stem
     assert [p.step for p in progress] == [1, 2, 3, 4, 4]
     assert progress[-1].row is not None
+    assert progress[0].seconds_left > 0
+    assert progress[-1].seconds_left == 0
 
 
 def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
