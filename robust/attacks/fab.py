@@ -100,6 +100,9 @@ class FAB:
         away = distance(rows["x_adv"], rows["x"], self.norm)
         return torch.where(away <= rows["eps"].flatten(), -away, -torch.inf)
 
+    def guess(self, rows: Rows, most: int) -> list[Tensor]:
+        return []
+
     def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
         x_adv, landed = rows["x_adv"], rows["landed"]
         beyond = landed & (logits.argmax(dim=1) != rows["y"])

@@ -152,6 +152,9 @@ class PGD:
     def score(self, rows: Rows, logits: Tensor, loss: Tensor) -> Tensor:
         return loss
 
+    def guess(self, rows: Rows, most: int) -> list[Tensor]:
+        return []
+
     def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
         if gradient is None:
             return torch.ones_like(rows["fooled"])

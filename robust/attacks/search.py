@@ -22,6 +22,8 @@ from robust.attacks.passes import ModelError, Passes, check_classes
 from robust.attacks.result import AttackResult
 from robust.geometry import Norm, distance
 
+GUESSES = 3  # queries guessed ahead; with each the chance falls that all before it were right
+
 # Tensors by name, all with the same first dimension: one row for each image at work.
 Rows = dict[str, Tensor]
 # What is left of a run when it ends.
@@ -82,6 +84,10 @@ class Algorithm(Protocol):
         """How good `x_adv` is among those that fool the model alike, (N,); -inf: not allowed."""
         ...
 
+    def guess(self, rows: Rows, most: int) -> list[Tensor]:
+        """What `x_adv` may be after this query, and after the ones to come; at most so many."""
+        ...
+
     def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
         """Set the next `x_adv`; which rows have spent their budget, bool (N,)."""
         ...
@@ -116,8 +122,8 @@ def search(
     `keep_failed` is off, the result of an image that withstood is the image itself, with the
     logits of its best iterate. With `confirm` a success counts only where that model is fooled
     too. What is found does not depend on the batch size or the order of the images, as far as the
-    model's logits don't; passes spent on runs begun ahead do. Raises ValueError for labels or
-    targets that the model has no class for, and ModelError.
+    model's logits don't; passes spent on runs begun ahead and on guesses do. Raises ValueError for
+    labels or targets that the model has no class for, and ModelError.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
@@ -184,13 +190,19 @@ class _Search:
                 return
             self.waiting[kind] = _take(rows, slice(self.batch_size, None))
             rows = _take(rows, slice(self.batch_size))
-            ended = self._step(rows, differentiate=kind)
-            if bool(ended.any()):
-                ended_rows = _take(rows, ended)
-                self._wait(_take(rows, ~ended))
-                yield from self._end(ended_rows)
+            if kind or 2 * _count(rows) > self.batch_size:
+                yield from self._sort(rows, self._step(rows, differentiate=kind))
             else:
-                self._wait(rows)
+                yield from self._step_ahead(rows)
+
+    def _sort(self, rows: Rows, ended: Tensor) -> Iterator[Finished]:
+        """Hand out the rows that have ended and let the others wait for their next query."""
+        if bool(ended.any()):
+            ended_rows = _take(rows, ended)
+            self._wait(_take(rows, ~ended))
+            yield from self._end(ended_rows)
+        else:
+            self._wait(rows)
 
     def _clean_logits(self) -> Tensor:
         parts = torch.split(torch.arange(len(self.x)), self.batch_size)
@@ -293,11 +305,42 @@ class _Search:
             loss = self._loss(logits, rows)
         rows["forwards"] = rows["forwards"] + 1
         rows["backwards"] = rows["backwards"] + int(differentiate)
+        return self._move_on(rows, logits, loss, gradient)
+
+    def _move_on(
+        self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None = None
+    ) -> Tensor:
         self._keep(rows, logits, loss)
         spent = self.algorithm.advance(rows, logits, loss, gradient)
         if self.algorithm.early_stop:
             spent = spent | rows["fooled"]
         return spent
+
+    def _step_ahead(self, rows: Rows) -> Iterator[Finished]:
+        """Query the model once, with room left in the batch for guesses at the queries to come.
+
+        A guess is of use where the row then asks for just those pixels.
+        """
+        room = min(self.batch_size // _count(rows) - 1, GUESSES)
+        tried = [rows["x_adv"], *self.algorithm.guess(rows, room)]
+        answers = torch.split(self.passes.logits(torch.cat(tried)), _count(rows))
+        rows["forwards"] = rows["forwards"] + 1
+        place = torch.arange(_count(rows), device=self.device)
+        for number, (x_adv, logits) in enumerate(zip(tried, answers, strict=True)):
+            if number:
+                right = (rows["x_adv"] == x_adv[place]).flatten(1).all(dim=1)
+                self._wait(_take(rows, ~right))
+                rows, place = _take(rows, right), place[right]
+            if not _count(rows):
+                return
+            logits = logits[place]
+            ended = self._move_on(rows, logits, self._loss(logits, rows))
+            if not number:
+                rows["forwards"] = rows["forwards"] + (len(tried) - 1)  # right or wrong
+            if bool(ended.any()):
+                yield from self._end(_take(rows, ended))
+                rows, place = _take(rows, ~ended), place[~ended]
+        self._wait(rows)
 
     def _loss(self, logits: Tensor, rows: Rows) -> Tensor:
         self._check_classes(logits)

@@ -102,10 +102,16 @@ class Square:
         rows["x_top"] = torch.where(better.view(-1, 1, 1, 1), rows["x_adv"], rows["x_top"])
         rows["loss_top"] = torch.where(better, loss, rows["loss_top"])
         spent = rows["query"] >= self.queries
-        change = self._square if self.norm == "linf" else self._windows
-        rows["x_adv"] = change(rows)
+        rows["x_adv"] = self._next(rows)
         rows["query"] = rows["query"] + 1
         return spent
+
+    def guess(self, rows: Rows, most: int) -> list[Tensor]:
+        """Few squares are kept, so the next ones change the best image there is now."""
+        return [self._next({**rows, "query": rows["query"] + ahead}) for ahead in range(most)]
+
+    def _next(self, rows: Rows) -> Tensor:
+        return self._square(rows) if self.norm == "linf" else self._windows(rows)
 
     def _draws(self, rows: Rows, count: int) -> Tensor:
         """Numbers in [0, 1), float32 (N, count), anew for the start and each query."""

@@ -501,6 +501,9 @@ class Scripted:
     def score(self, rows: Any, logits: Tensor, loss: Tensor) -> Tensor:
         return loss
 
+    def guess(self, rows: Any, most: int) -> list[Tensor]:
+        return []
+
     def advance(self, rows: Any, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
         rows["step"] = rows["step"] + 1
         self._show(rows)

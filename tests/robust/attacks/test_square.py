@@ -1,14 +1,16 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from robust.attacks import square
+from robust.attacks import AttackResult, square
 from robust.attacks.search import Rows
 from robust.attacks.square import HALVED_AFTER, Square, _window
 from robust.geometry import Norm, distance
 from robust.threat_model import ThreatModel
+from tests.robust.attacks.conftest import Curved
 
 
 def sides_at(queries: list[int], side: int, least: int) -> list[int]:
@@ -105,3 +107,23 @@ def test_an_image_goes_on_from_its_best() -> None:
         if leads[query] < leads[best]:
             best = query
     assert best > 0
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.02), ("l2", 0.15)])
+def test_room_in_a_batch_is_for_guesses_that_change_nothing(
+    make_curved: Callable[..., Curved], images: Tensor, norm: Norm, eps: float
+) -> None:
+    y = make_curved()(images).argmax(dim=1)
+
+    def run(batch_size: int) -> tuple[AttackResult, Curved]:
+        model = make_curved()
+        ball = ThreatModel(norm=norm, eps=eps)
+        result = square(model, images, y, threat_model=ball, queries=80, batch_size=batch_size)
+        return result, model
+
+    (plain, one_by_one), (ahead, guessing) = run(12), run(60)
+    assert 0 < int(plain.success.sum()) < 12
+    for name in ("x_adv", "success", "distance", "logits"):
+        assert torch.equal(getattr(plain, name), getattr(ahead, name))
+    assert len(guessing.calls) < 0.7 * len(one_by_one.calls)
+    assert int(ahead.forwards.sum()) == sum(guessing.calls)  # also those that were of no use

