@@ -488,6 +488,18 @@ def test_a_registered_set_is_evaluated_and_shown(visit: Visit, served: Running) 
             expect(row).to_contain_text(f"{low} to {high}")
 
 
+def test_the_report_on_an_evaluation_is_saved(visit: Visit, tmp_path: Path) -> None:
+    page = visit.open()
+    expect(page.locator("#reports")).to_be_hidden()
+    start(page, "few", eps="4")
+    for name, beginning in (("html", b"<!doctype html>"), ("pdf", b"%PDF")):
+        with page.expect_download() as download:
+            page.click(f"#report-{name}")
+        assert download.value.suggested_filename == f"report.{name}"
+        download.value.save_as(tmp_path / name)
+        assert (tmp_path / name).read_bytes().lower().startswith(beginning.lower())
+
+
 def test_an_evaluation_converges_live(visit: Visit) -> None:
     page = visit.open()
     seen: set[str] = set()
