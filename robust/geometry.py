@@ -40,7 +40,8 @@ def project(x_adv: Tensor, x: Tensor, *, norm: Norm, eps: Tensor | float) -> Ten
 
 def projection(x: Tensor, *, norm: Norm, eps: Tensor | float) -> Callable[[Tensor], Tensor]:
     """`project` for one `x` and many `x_adv`."""
-    eps = _column(eps)
+    if isinstance(eps, Tensor) and eps.ndim == 1:
+        eps = column(eps)
     if norm == "linf":
         low, high = (x - eps).clamp_min_(0), (x + eps).clamp_max_(1)
         return lambda x_adv: torch.clamp(x_adv, low, high)
@@ -64,5 +65,6 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     return scaled / lengths(scaled).clamp_min(1e-12)
 
 
-def _column(eps: Tensor | float) -> Tensor | float:
-    return eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.ndim == 1 else eps
+def column(values: Tensor) -> Tensor:
+    """One value for each image, (N,), as (N, 1, 1, 1): to be used with images."""
+    return values.view(-1, 1, 1, 1)

@@ -14,7 +14,7 @@ from robust.attacks.losses import FUNCTIONS, Loss, classes_needed
 from robust.attacks.noise import normal, uniform
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Rows
-from robust.geometry import Norm, lengths, projection, steepest
+from robust.geometry import Norm, column, lengths, projection, steepest
 from robust.threat_model import ThreatModel
 
 STEPS = 100
@@ -182,8 +182,8 @@ class APGD:
         rows["rises"] = torch.where(first, 0, rows["rises"])
         rows["loss_old"] = torch.where(first, 0.0, loss)
         top = loss > rows["loss_top"]
-        rows["x_top"] = torch.where(_column(top), x_adv, rows["x_top"])
-        rows["g_top"] = torch.where(_column(top), gradient, rows["g_top"])
+        rows["x_top"] = torch.where(column(top), x_adv, rows["x_top"])
+        rows["g_top"] = torch.where(column(top), gradient, rows["g_top"])
         rows["loss_top"] = torch.where(top, loss, rows["loss_top"])
         rows["loss_checked"] = torch.where(first, loss, rows["loss_checked"])
         x_adv, gradient = self._check(rows, x_adv, gradient)
@@ -203,14 +203,14 @@ class APGD:
         rows["halved"] = torch.where(due, halve, rows["halved"])
         rows["loss_checked"] = torch.where(due, rows["loss_top"], rows["loss_checked"])
         rows["rises"] = torch.where(due, 0, rows["rises"])
-        back = _column(halve)
+        back = column(halve)
         rows["size"] = torch.where(back, rows["size"] / 2, rows["size"])
         return torch.where(back, rows["x_top"], x_adv), torch.where(back, rows["g_top"], gradient)
 
     def _move(self, rows: Rows, x_adv: Tensor, gradient: Tensor) -> Tensor:
         x, eps, old = rows["x"], rows["eps"], rows["x_old"]
         inside = projection(x, norm=self.norm, eps=eps)
-        share = torch.where(_column(rows["step"] == 0), 1.0, MOMENTUM)
+        share = torch.where(column(rows["step"] == 0), 1.0, MOMENTUM)
         ahead = inside(steepest(gradient, self.norm).mul_(rows["size"]).add_(x_adv))
         moved = ahead.sub_(x_adv).mul_(share).add_(x_adv)
         return inside(moved.add_((x_adv - old).mul_(1 - share)))
@@ -243,7 +243,3 @@ def _windows(steps: int, device: torch.device) -> Tensor:
     """Of each step the window that ends with it, or 0, int64 (steps + 1,)."""
     found = checks(steps)
     return torch.tensor([found.get(step, 0) for step in range(steps + 1)], device=device)
-
-
-def _column(mask: Tensor) -> Tensor:
-    return mask.view(-1, 1, 1, 1)

@@ -13,7 +13,7 @@ from robust.attacks.call import attack
 from robust.attacks.frozen import Model
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Rows
-from robust.geometry import Norm, distance, lengths
+from robust.geometry import Norm, column, distance, lengths
 from robust.threat_model import ThreatModel
 
 STEPS = 100
@@ -108,14 +108,14 @@ class FAB:
         beyond = landed & (logits.argmax(dim=1) != rows["y"])
         spent = landed & (rows["step"] >= self.steps)
         back = torch.lerp(rows["x"], x_adv, BETA)
-        rows["x_adv"] = torch.where(_column(beyond), back, x_adv)
+        rows["x_adv"] = torch.where(column(beyond), back, x_adv)
         rows["short"] = torch.where(landed, ~beyond, rows["short"])
         if gradient is None:
             rows["landed"] = torch.zeros_like(landed)
             return spent
         goes = ~beyond & ~spent
         stepped = self._step(rows, x_adv, loss, gradient)
-        rows["x_adv"] = torch.where(_column(goes), stepped, rows["x_adv"])
+        rows["x_adv"] = torch.where(column(goes), stepped, rows["x_adv"])
         rows["step"] = rows["step"] + goes
         rows["landed"] = goes
         return spent
@@ -171,7 +171,3 @@ def hyperplane(w: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Tensor]:
         return moved.view_as(w)
 
     return step_from
-
-
-def _column(mask: Tensor) -> Tensor:
-    return mask.view(-1, 1, 1, 1)

@@ -20,7 +20,7 @@ from robust.attacks.frozen import Model, frozen
 from robust.attacks.noise import image_keys
 from robust.attacks.passes import ModelError, Passes, check_classes
 from robust.attacks.result import AttackResult
-from robust.geometry import Norm, distance
+from robust.geometry import Norm, column, distance
 
 GUESSES = 3  # queries guessed ahead; with each the chance falls that all before it were right
 
@@ -376,7 +376,7 @@ class _Search:
         rows["fooled"] = was | fools
         taken = better if self.keep_failed else better & fools
         if bool(taken.any()):
-            rows["best_x"] = torch.where(_column(taken), rows["x_adv"], rows["best_x"])
+            rows["best_x"] = torch.where(column(taken), rows["x_adv"], rows["best_x"])
 
     def _fools(self, rows: Rows, logits: Tensor) -> Tensor:
         predicted = logits.argmax(dim=1)
@@ -480,7 +480,3 @@ def _join(rows: Rows, more: Rows) -> Rows:
     for name in rows.keys() - more.keys():
         more[name] = rows[name].new_zeros(len(more["image"]), *rows[name].shape[1:])
     return {name: torch.cat([rows[name], more[name]]) for name in rows}
-
-
-def _column(mask: Tensor) -> Tensor:
-    return mask.view(-1, 1, 1, 1)

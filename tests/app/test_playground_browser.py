@@ -599,21 +599,12 @@ def test_an_evaluation_is_found_again_after_a_reload(visit: Visit) -> None:
 FLAG = {"name": "masked", "text": "PGD is weaker than FGSM.", "advice": "Use Square."}
 
 
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        ({"doubts": ["gradients are masked"]}, "gradients are masked"),
-        ({"flags": [FLAG]}, "Masked: PGD is weaker than FGSM. – Use Square."),
-    ],
-)
-def test_flags_are_shown(visit: Visit, found: dict[str, Any], words: str) -> None:
+def test_flags_are_shown(visit: Visit) -> None:
     page = visit.open()
 
     def flagged(route: Route) -> None:
         answer = json.loads(route.fetch().text().split("data: ")[-1].split("\n")[0])
-        for name in ("doubts", "flags"):
-            answer["evaluation"].pop(name, None)
-        answer["evaluation"] |= found
+        answer["evaluation"]["flags"] = [FLAG]
         route.fulfill(
             status=200,
             content_type="text/event-stream",
@@ -622,6 +613,7 @@ def test_flags_are_shown(visit: Visit, found: dict[str, Any], words: str) -> Non
 
     page.route("**/evaluate/*/events", flagged)
     start(page, "few")
+    words = "Masked: PGD is weaker than FGSM. – Use Square."
     expect(page.locator("#flags li")).to_have_text(words)
 
 

@@ -236,7 +236,7 @@ export class Evaluate {
     if (results.length > 2) rows.push(accuracyRow({ ...worst, attack: "Worst case" }, null));
     $("evaluate-result").hidden = false;
     $("accuracies").tBodies[0].replaceChildren(...rows);
-    const found = flags(evaluation.flags ?? evaluation.doubts ?? [], evaluation.notes ?? []);
+    const found = flags(evaluation.flags, evaluation.notes);
     $("flags").replaceChildren(...found);
     this.#draw();
   }
@@ -295,12 +295,9 @@ export function interval({ accuracy, interval: [low, high] }) {
 
 /** Reasons not to trust the numbers, as sentences or as objects with advice; and notes. */
 function flags(found, notes) {
-  const items = found.map((flag) => {
-    if (typeof flag === "string") return el("li", {}, flag);
-    const { name, text, advice } = flag;
-    const what = name ? el("b", {}, `${capital(name)}: `) : null;
-    return el("li", {}, what, text ?? "", advice ? el("em", {}, ` – ${advice}`) : null);
-  });
+  const items = found.map(({ name, text, advice }) =>
+    el("li", {}, el("b", {}, `${capital(name)}: `), text, el("em", {}, ` – ${advice}`)),
+  );
   const lists = [];
   if (items.length) lists.push(el("h3", {}, "Flags"), el("ul", { class: "flags" }, ...items));
   if (notes.length) {
