@@ -38,13 +38,25 @@ NO_DATA = """expected --data, found no train.pt in this folder. Forms that are r
 )
 @click.option("--device", "device_name", default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="CHECKPOINT",
+    help="Weights to begin with, where classes differ all but the head. Default: random ones.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 def train(
-    data: str | None, recipe_name: str, out: Path, device_name: str, seed: int, resume: bool
+    data: str | None,
+    recipe_name: str,
+    out: Path,
+    device_name: str,
+    seed: int,
+    init: Path | None,
+    resume: bool,
 ) -> None:
     """Train a robust classifier in two phases, clean and then adversarial.
 
-    Recipes: classic, cpu, quick. Example:
+    Recipes: classic, cpu, cpu-further, quick. Example:
 
         robust train --data digits --recipe quick --out models/digits.pt
     """
@@ -56,6 +68,7 @@ def train(
 
     recipe = named_recipe(recipe_name)  # a wrong name is told before torch is loaded
 
+    from robust.checkpoint import load_checkpoint
     from robust.classifier import resolve_device
     from robust.datasets import load_dataset
     from training.run import Stopped
@@ -65,6 +78,7 @@ def train(
     device = resolve_device(device_name)
     if out.suffix != ".pt":
         raise click.UsageError(f"expected --out to end in .pt, got {out.name}")
+    beginning = None if init is None else load_checkpoint(init)
     dataset = load_dataset(data, size=recipe.input_size)
     click.echo(
         f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
@@ -79,6 +93,7 @@ def train(
                 out=out,
                 device=device,
                 seed=seed,
+                init=beginning,
                 resume=resume,
                 should_stop=stop.requested,
                 observe=display,

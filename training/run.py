@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robust import files
 from robust.attacks import resolve_attack
-from robust.checkpoint import load_checkpoint, save_checkpoint
+from robust.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset, stratified_split
 from robust.environment import device_in_words, versions
@@ -66,6 +66,7 @@ def train(
     out: Path,
     device: torch.device,
     seed: int = 0,
+    init: Checkpoint | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     observe: Observer = lambda progress: None,
@@ -75,13 +76,17 @@ def train(
     The run's own files go to ``runs/NAME`` beside it; the state there is saved after each epoch,
     every few minutes and when `should_stop` says so, after which Stopped is raised. With
     `resume` a run goes on from there; on the CPU its result is bit-equal to one that was never
-    stopped. Raises TrainingError when another run holds the output, an unfinished run would be
-    lost, `resume` meets another recipe, data or seed, the loss is no number, or the disk is full.
+    stopped. With `init` the weights begin as those of that checkpoint, under a new head where its
+    classes are others. Raises TrainingError when another run holds the output, an unfinished run
+    would be lost, `resume` meets another recipe, data, seed or beginning, the recipe's
+    architecture is not that of `init`, the loss is no number, or the disk is full.
     """
     folder = RunFolder.of(out)
     with folder.locked():
         try:
-            run = _Run(recipe, dataset, folder=folder, device=device, seed=seed, resume=resume)
+            run = _Run(
+                recipe, dataset, folder=folder, device=device, seed=seed, init=init, resume=resume
+            )
             if run.finished:
                 logger.info("%s: this run is finished; %s is its result", folder.path, out)
                 return load_checkpoint(out).sidecar
@@ -104,10 +109,11 @@ class _Run:
         folder: RunFolder,
         device: torch.device,
         seed: int,
+        init: Checkpoint | None,
         resume: bool,
     ) -> None:
         self.recipe, self.dataset, self.folder = recipe, dataset, folder
-        self.device, self.seed = device, seed
+        self.device, self.seed, self.init = device, seed, init
         self.threat_model = ThreatModel(norm=recipe.norm, eps=recipe.eps)
         self.bf16 = uses_bf16(recipe, device)
         self.num_classes = len(dataset.classes)
@@ -132,7 +138,13 @@ class _Run:
         data = DataRecord(
             name=self.dataset.name, count=len(self.dataset), sha256=self.dataset.sha256
         )
-        return {"recipe": self.recipe.to_dict(), "data": vars(data), "seed": self.seed}
+        init = self.init and self.init.sha256
+        return {
+            "recipe": self.recipe.to_dict(),
+            "data": vars(data),
+            "seed": self.seed,
+            "init": init,  # SHA-256 of the weights it begins with
+        }
 
     def _initial_state(self, resume: bool) -> tuple[RunState, bool]:
         folder = self.folder
@@ -141,8 +153,8 @@ class _Run:
             for key, value in files.from_json(files.to_json(self.manifest)).items():
                 if saved.get(key) != value:
                     raise TrainingError(
-                        f"{folder.path}: expected to resume with the same recipe, data and seed, "
-                        f"found another {key}"
+                        f"{folder.path}: expected to resume with the same recipe, data, seed and "
+                        f"init, found another {key}"
                     )
             if saved.get("finished"):
                 return RunState(), True
@@ -171,6 +183,9 @@ class _Run:
             self.model = Classifier(architecture)
         if recipe.zero_init_residual:
             self.model.zero_residuals()
+        if self.init is not None:
+            _begin_with(self.model, self.init, self.dataset.classes)
+            self._warn_of_seen_images(self.init.sidecar)
         self.model = self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = AveragedModel(self.model, recipe.ema_decay)
         self.optimizer = make_optimizer(self.model, recipe)
@@ -179,6 +194,15 @@ class _Run:
             self.averaged.module.load_state_dict(self.state.averaged)
             self.averaged.steps = self.state.averaged_steps
             self.optimizer.load_state_dict(self.state.optimizer)
+
+    def _warn_of_seen_images(self, earlier: Sidecar) -> None:
+        same_data = earlier.data is not None and earlier.data.sha256 == self.dataset.sha256
+        if same_data and earlier.seed != self.seed:
+            logger.warning(
+                "the weights were trained on some of the images held out now; "
+                "with --seed %s the same are held out again",
+                earlier.seed,
+            )
 
     def start(self) -> None:
         """Bring the run's files to the state, and open its reports."""
@@ -358,7 +382,11 @@ class _Run:
             architecture=classifier.architecture,
             classes=self.dataset.classes,
             threat_model=self.threat_model,
-            recipe={**self.recipe.to_dict(), "kept_epoch": best.epoch},
+            recipe={
+                **self.recipe.to_dict(),
+                "kept_epoch": best.epoch,
+                "init": self.manifest["init"],
+            },
             data=DataRecord(**self.manifest["data"]),
             seed=self.seed,
             versions=versions(),
@@ -384,3 +412,25 @@ class _Run:
         files.write_json(self.folder.manifest, manifest)
         self.folder.state.unlink(missing_ok=True)
         return sidecar
+
+
+def _begin_with(model: Classifier, init: Checkpoint, classes: tuple[str, ...]) -> None:
+    """Take the weights of `init` over, its head only where the classes are the same."""
+    weights, same_classes = init.classifier.state_dict(), init.sidecar.classes == classes
+    expected = model.architecture
+    found = replace(init.sidecar.architecture, num_classes=expected.num_classes)
+    if found != expected:
+        differing = {
+            name: value for name, value in vars(found).items() if value != vars(expected)[name]
+        }
+        wanted = {name: vars(expected)[name] for name in differing}
+        raise TrainingError(
+            f"{init.path}: expected weights of the recipe's architecture, {wanted}, "
+            f"found {differing}"
+        )
+    own = model.state_dict()
+    head = {key for key in own if key.startswith("net.fc.")}
+    assert head
+    model.load_state_dict(
+        {key: own[key] if key in head and not same_classes else weights[key] for key in own}
+    )

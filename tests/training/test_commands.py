@@ -40,10 +40,11 @@ def test_without_data_the_forms_are_listed(here: Path, capsys: pytest.CaptureFix
     ("arguments", "expected"),
     [
         (["--data", "none.npz"], "none.npz: expected"),
-        (["--data", "digits", "--recipe", "slow"], "expected a recipe out of classic, cpu, quick"),
+        (["--data", "digits", "--recipe", "slow"], "expected a recipe out of classic, cpu,"),
         (["--data", "digits", "--recipe", "tiny", "--out", "m.txt"], "expected --out to end in"),
         (["--data", "digits", "--recipe", "tiny", "--device", "toaster"], "expected a device"),
         (["--data", "digits", "--seed", "-1"], "seed"),
+        (["--data", "digits", "--recipe", "tiny", "--init", "none.pt"], "none.pt: expected"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(

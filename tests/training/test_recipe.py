@@ -22,7 +22,8 @@ HALF = (AdversarialPart(kind="pgd", share=0.5),)
 def test_every_recipe_has_two_phases_and_is_json(name: str) -> None:
     recipe = named_recipe(name)
     assert recipe.name == name
-    assert [phase.is_adversarial for phase in recipe.phases] == [False, True]
+    clean_first = [] if name == "cpu-further" else [False]  # that begins with trained weights
+    assert [phase.is_adversarial for phase in recipe.phases] == [*clean_first, True]
     assert json.loads(json.dumps(recipe.to_dict()))["name"] == name
 
 
@@ -83,7 +84,7 @@ def test_a_wrong_recipe_says_which_field(change: dict[str, object], expected: st
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="classic, cpu, quick, got 'slow'"):
+    with pytest.raises(ValueError, match="classic, cpu, cpu-further, quick, got 'slow'"):
         named_recipe("slow")
 
 

@@ -131,16 +131,82 @@ def test_an_unfinished_run_is_not_overwritten(tiny: Recipe, colours: Dataset, ou
     assert RunFolder.of(out).state.exists()
 
 
-@pytest.mark.parametrize("changed", ["recipe", "seed", "data"])
+def test_a_run_begins_with_the_weights_it_is_given(
+    tiny: Recipe, colours: Dataset, out: Path, finished: Path
+) -> None:
+    """At a rate of nearly nothing, without averaging, it ends with them."""
+    frozen = replace(
+        tiny, ema_decay=0, phases=(replace(tiny.phases[1], epochs=1, learning_rate=1e-30),)
+    )
+    sidecar = train(frozen, colours, out=out, device=CPU, init=load_checkpoint(finished))
+    assert sidecar.recipe["init"] == load_checkpoint(finished).sha256
+    before, after = (torch.load(path, weights_only=True) for path in (finished, out))
+    assert all(
+        torch.equal(before[key], after[key])
+        for key in before
+        if "running" not in key and "tracked" not in key
+    )
+
+
+def test_other_classes_get_a_new_head(
+    tiny: Recipe, colours: Dataset, out: Path, finished: Path
+) -> None:
+    others = replace(colours, classes=("a", "b", "c", "d"))
+    frozen = replace(
+        tiny, ema_decay=0, phases=(replace(tiny.phases[1], epochs=1, learning_rate=1e-30),)
+    )
+    train(frozen, others, out=out, device=CPU, init=load_checkpoint(finished))
+    before, after = (torch.load(path, weights_only=True) for path in (finished, out))
+    assert torch.equal(before["layer4.1.conv2.weight"], after["layer4.1.conv2.weight"])
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+
+
+def test_a_beginning_of_another_architecture_is_refused(
+    tiny: Recipe, colours: Dataset, out: Path, finished: Path
+) -> None:
+    other = replace(tiny, stem="cifar")
+    with pytest.raises(TrainingError, match=r"'stem': 'cifar'}, found {'stem': 'imagenet'}"):
+        train(other, colours, out=out, device=CPU, init=load_checkpoint(finished))
+
+
+def test_a_seed_that_holds_out_images_seen_before_is_told(
+    tiny: Recipe, colours: Dataset, out: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    init = load_checkpoint(finished)
+    for seed in (0, 1):
+        caplog.clear()
+        with pytest.raises(Stopped):
+            train(
+                tiny,
+                colours,
+                out=out.with_name(f"{seed}.pt"),
+                device=CPU,
+                seed=seed,
+                init=init,
+                should_stop=lambda: True,
+            )
+        assert ("with --seed 0 the same are held out" in caplog.text) is (seed == 1)
+
+
+@pytest.mark.parametrize("changed", ["recipe", "seed", "data", "init"])
 def test_resuming_something_else_is_refused(
-    changed: str, tiny: Recipe, colours: Dataset, out: Path
+    changed: str, tiny: Recipe, colours: Dataset, out: Path, finished: Path
 ) -> None:
     with pytest.raises(Stopped):
         train(tiny, colours, out=out, device=CPU, should_stop=lambda: True)
     recipe = replace(tiny, label_smoothing=0.2) if changed == "recipe" else tiny
     data = colours.subset(range(79)) if changed == "data" else colours
+    init = load_checkpoint(finished) if changed == "init" else None
     with pytest.raises(TrainingError, match=f"found another {changed}"):
-        train(recipe, data, out=out, device=CPU, seed=int(changed == "seed"), resume=True)
+        train(
+            recipe,
+            data,
+            out=out,
+            device=CPU,
+            seed=int(changed == "seed"),
+            init=init,
+            resume=True,
+        )
 
 
 def test_resuming_a_finished_run_changes_nothing(
