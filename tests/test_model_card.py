@@ -1,0 +1,45 @@
+"""The shipped model does on the test images what its record and card say."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust.attacks import resolve_attack
+from robust.checkpoint import load_checkpoint
+from robust.datasets import load_dataset
+from robust.evaluation import evaluate
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "models" / "robust_model.pt"
+# Another processor rounds otherwise, and so may take a borderline image or two of a thousand.
+TOLERANCE = 0.003
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_card_s_figures_hold() -> None:
+    path = Path(os.environ.get("CIFAR10_TEST", ROOT / "test.npz"))
+    if not path.exists():
+        pytest.skip(f"needs the 5,000 test images: {path}, or where CIFAR10_TEST says")
+    checkpoint = load_checkpoint(CHECKPOINT)
+    recorded = {
+        row["attack"]: row for row in checkpoint.sidecar.evaluation if row["data"] == "test.npz"
+    }
+    dataset = load_dataset(str(path), size=checkpoint.sidecar.architecture.input_size)
+    assert checkpoint.sidecar.threat_model is not None
+    result = evaluate(
+        checkpoint.classifier,
+        dataset.images,
+        dataset.labels,
+        num_classes=len(checkpoint.sidecar.classes),
+        attacks=[resolve_attack("pgd-20", checkpoint.sidecar.threat_model)],
+        device=torch.device("cpu"),
+    )
+    measured = {row.summary()["attack"]: row.summary() for row in result.accuracies}
+    for attack in ("clean", "pgd-20"):
+        assert measured[attack]["n"] == recorded[attack]["n"] == 5000
+        assert measured[attack]["accuracy"] == pytest.approx(
+            recorded[attack]["accuracy"], abs=TOLERANCE
+        )
