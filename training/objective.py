@@ -11,58 +11,80 @@ from torch import Tensor, nn
 from robust.attacks import frozen
 from robust.threat_model import ThreatModel
 from training.adversary import make_adversarial
-from training.recipe import Phase
+from training.recipe import AdversarialPart, Phase
 
 
-def objective(
+def taught(targets: Tensor, teacher: nn.Module, x: Tensor, *, share: float) -> Tensor:
+    """Targets (N, K) of which `share` is what `teacher` predicts for the images x.
+
+    Source: Tarvainen & Valpola 2017, arXiv:1703.01780, and for adversarial training Dong et al.
+    2022, arXiv:2106.01606.
+    """
+    if share == 0:
+        return targets
+    with torch.no_grad():
+        prediction: Tensor = teacher(x).softmax(dim=1)
+    return (1 - share) * targets + share * prediction
+
+
+def attacked(
     model: nn.Module,
     x: Tensor,
     targets: Tensor,
     *,
     phase: Phase,
     threat_model: ThreatModel,
-    label_smoothing: float,
     generator: torch.Generator,
-) -> Tensor:
-    """Mean loss, a scalar with gradient, of images float32 (N, 3, H, W) in [0, 1].
+) -> list[Tensor]:
+    """What `objective` takes the loss of: images x, float32 (N, 3, H, W) in [0, 1], attacked.
 
-    `targets` float32 (N, K) are distributions. Attacks see the model in eval mode; the loss
-    itself runs in the mode the model is in.
+    `targets` float32 (N, K) are distributions. Attacks see the model in eval mode. Returns one
+    tensor of all images where the phase is `split`, else one for each part; for TRADES the clean
+    images and the attacked ones.
+    """
+
+    def attack(part: AdversarialPart, images: Tensor, towards: Tensor) -> Tensor:
+        return make_adversarial(
+            model,
+            images,
+            towards,
+            part=part,
+            threat_model=threat_model,
+            generator=generator,
+            divergence=phase.loss == "trades",
+        )
+
+    if phase.loss == "trades":
+        with frozen(model, x.device), torch.no_grad():
+            clean = model(x).softmax(dim=1)
+        return [x, attack(phase.parts[0], x, clean)]
+    if phase.split:
+        spans = zip(phase.parts, _spans(phase, len(x)), strict=True)
+        pieces = [(part, slice(*span)) for part, span in spans if span[1] > span[0]]
+        # One batch of all parts, so that batch norm sees them together.
+        return [torch.cat([attack(part, x[span], targets[span]) for part, span in pieces])]
+    return [attack(part, x, targets) for part in phase.parts]
+
+
+def objective(
+    model: nn.Module,
+    batches: list[Tensor],
+    targets: Tensor,
+    *,
+    phase: Phase,
+    label_smoothing: float,
+) -> Tensor:
+    """Mean loss, a scalar with gradient, of the images that `attacked` gave.
+
+    `targets` float32 (N, K) are distributions; the model runs in the mode it is in.
     """
     if phase.loss == "trades":
-        return _trades(
-            model,
-            x,
-            targets,
-            phase=phase,
-            threat_model=threat_model,
-            label_smoothing=label_smoothing,
-            generator=generator,
-        )
-    if phase.split:
-        images = []
-        for part, (start, stop) in zip(phase.parts, _spans(phase, len(x)), strict=True):
-            if stop > start:
-                piece, labels = x[start:stop], targets[start:stop]
-                images.append(
-                    make_adversarial(
-                        model,
-                        piece,
-                        labels,
-                        part=part,
-                        threat_model=threat_model,
-                        generator=generator,
-                    )
-                )
-        # One forward for all parts, so that batch norm sees them together.
-        return F.cross_entropy(model(torch.cat(images)), targets, label_smoothing=label_smoothing)
-    loss = torch.zeros((), device=x.device)
-    for part in phase.parts:
-        x_part = make_adversarial(
-            model, x, targets, part=part, threat_model=threat_model, generator=generator
-        )
-        part_loss = F.cross_entropy(model(x_part), targets, label_smoothing=label_smoothing)
-        loss = loss + part.share * part_loss
+        return _trades(model, batches, targets, phase.trades_beta, label_smoothing)
+    shares = [1.0] if phase.split else [part.share for part in phase.parts]
+    loss = torch.zeros((), device=targets.device)
+    for share, images in zip(shares, batches, strict=True):
+        part_loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
+        loss = loss + share * part_loss
     return loss
 
 
@@ -76,27 +98,10 @@ def _spans(phase: Phase, n: int) -> list[tuple[int, int]]:
 
 
 def _trades(
-    model: nn.Module,
-    x: Tensor,
-    targets: Tensor,
-    *,
-    phase: Phase,
-    threat_model: ThreatModel,
-    label_smoothing: float,
-    generator: torch.Generator,
+    model: nn.Module, batches: list[Tensor], targets: Tensor, beta: float, label_smoothing: float
 ) -> Tensor:
     """Source: Zhang et al. 2019, arXiv:1901.08573."""
-    with frozen(model, x.device), torch.no_grad():
-        clean = model(x).softmax(dim=1)
-    x_adv = make_adversarial(
-        model,
-        x,
-        clean,
-        part=phase.parts[0],
-        threat_model=threat_model,
-        generator=generator,
-        divergence=True,
-    )
+    x, x_adv = batches
     logits, attacked = model(x), model(x_adv)
     divergence = F.kl_div(
         attacked.log_softmax(dim=1),
@@ -105,4 +110,4 @@ def _trades(
         log_target=True,
     )
     natural = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    return natural + phase.trades_beta * divergence
+    return natural + beta * divergence

@@ -28,12 +28,16 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate(phase: Phase, step: int, total: int) -> float:
-    """Rate of step `step` (from 0) of `total`: linear warm-up to the peak, then cosine to 0."""
+    """Rate of step `step` (from 0) of `total`: linear warm-up to the peak, then a cosine.
+
+    It falls to `phase.final_rate` of the peak.
+    """
     warmup = round(phase.warmup * total)
     if step < warmup:
         return phase.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return phase.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    height = 0.5 * (1 + math.cos(math.pi * progress))
+    return phase.learning_rate * (phase.final_rate + (1 - phase.final_rate) * height)
 
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:

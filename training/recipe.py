@@ -78,6 +78,17 @@ class Phase:
     """Peak, reached after the warm-up, then a cosine down to 0."""
     warmup: float = 0.05
     """Share of the phase's steps in which the rate rises linearly. 0: none."""
+    final_rate: float = 0.0
+    """Where the cosine ends, as a share of the peak, so that a further phase can go on from
+    there. 0: at nothing."""
+    teacher: float = 0.0
+    """Share of the target that is the averaged model's own prediction of the unattacked image
+    (Tarvainen & Valpola 2017; against robust overfitting, Dong et al. 2022). 0: labels alone."""
+    awp: float = 0.0
+    """Adversarial weight perturbation: how far the weights are pushed up the loss, as a share of
+    their norm (Wu et al. 2020, who take 0.005). 0: none."""
+    awp_from: float = 0.0
+    """Share of the phase's steps after which `awp` begins; late is cheaper."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     @property
@@ -90,11 +101,14 @@ class Phase:
         """Forward and backward passes an image takes, roughly: what one phase costs to another."""
         attacks = [2 * part.attack_steps for part in self.parts]
         if self.loss == "trades":  # clean and attacked, and the prediction it is to diverge from
-            return attacks[0] + 7
-        if self.split:
+            attack, loss = attacks[0] + 1.0, 6.0
+        elif self.split:
             pairs = zip(self.parts, attacks, strict=True)
-            return 3 + sum(part.share * attack for part, attack in pairs)
-        return 3 * len(self.parts) + sum(attacks)
+            attack, loss = sum(part.share * steps for part, steps in pairs), 3.0
+        else:
+            attack, loss = float(sum(attacks)), 3.0 * len(self.parts)
+        perturbed = 1 - self.awp_from if self.awp else 0.0  # the loss once more, for its direction
+        return attack + loss * (1 + perturbed) + (1 if self.teacher else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +152,9 @@ class Recipe:
     """Stratified share of the training data that is never trained on and picks the model."""
     monitor_limit: int = 1000
     """Held-out images scored after each epoch. 0: all."""
-    select: Literal["pgd", "mean"] = "pgd"
-    """The model kept: the best PGD-10 accuracy on the held-out images, or the best mean of that
-    and the clean one; the later of equals."""
+    select: Literal["pgd", "mean", "last"] = "pgd"
+    """The model kept: the best PGD-10 accuracy on the held-out images, the best mean of that and
+    the clean one, the later of equals; or the last."""
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]
@@ -183,6 +197,9 @@ def _check_phase(phase: Phase) -> None:
     attacked = [part for part in phase.parts if part.kind != "clean"]
     if phase.loss == "trades" and (len(attacked) != 1 or len(phase.parts) != 1):
         raise ValueError(f"{phase.name}: expected trades with one attacked part, got {phase.parts}")
+    for name in ("final_rate", "teacher", "awp", "awp_from"):
+        if not 0 <= getattr(phase, name) < 1:
+            raise ValueError(f"{phase.name}: expected {name} in [0, 1), got {getattr(phase, name)}")
     augmentation = phase.augmentation
     if augmentation.mixup and phase.is_adversarial:
         raise ValueError(f"{phase.name}: expected mixup in a clean phase only")

@@ -24,9 +24,10 @@ from robust.evaluation import evaluate
 from robust.sidecar import DataRecord, Sidecar
 from robust.threat_model import ThreatModel
 from training.augment import augment, mixup
+from training.awp import perturbed
 from training.ema import AveragedModel
 from training.monitor import Board, score, warnings_for, write_metrics
-from training.objective import objective
+from training.objective import attacked, objective, taught
 from training.optimise import autocast, learning_rate, make_optimizer, uses_bf16
 from training.recipe import Phase, Recipe
 from training.state import Best, RunFolder, RunState, TrainingError, load_state, save_state
@@ -285,17 +286,30 @@ class _Run:
         x = x.contiguous(memory_format=torch.channels_last)
         self.model.train()
         with autocast(self.bf16, self.device):
-            loss = objective(
+            targets = taught(targets, self.averaged.module, x, share=phase.teacher)
+            batches = attacked(
                 self.model,
                 x,
                 targets,
                 phase=phase,
                 threat_model=self.threat_model,
-                label_smoothing=recipe.label_smoothing,
                 generator=generator,
             )
+
+        def loss_of() -> Tensor:
+            with autocast(self.bf16, self.device):
+                return objective(
+                    self.model,
+                    batches,
+                    targets,
+                    phase=phase,
+                    label_smoothing=recipe.label_smoothing,
+                )
+
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with perturbed(self.model, loss_of, gamma=self._awp(phase)):
+            loss = loss_of()
+            loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
         if value != value or abs(value) == float("inf"):
             raise TrainingError(
@@ -309,6 +323,11 @@ class _Run:
         self.optimizer.step()
         self.averaged.update(self.model)
         return value
+
+    def _awp(self, phase: Phase) -> float:
+        """How far the weights are perturbed at this step."""
+        done = self.state.epoch * self.steps + self.state.step
+        return phase.awp if done >= phase.awp_from * phase.epochs * self.steps else 0.0
 
     def _score(self, phase: Phase, rate: float, speed: float) -> dict[str, Any]:
         """Score the averaged weights on held-out images, keep them if they are the best."""
@@ -347,6 +366,8 @@ class _Run:
         value = row["pgd"]
         if self.recipe.select == "mean":
             value = (row["pgd"] + row["clean"]) / 2
+        elif self.recipe.select == "last":
+            value = float(row["epoch"])
         if self.state.best is None or value >= self.state.best.score:
             weights = {k: v.clone() for k, v in self.averaged.module.state_dict().items()}
             self.state.best = Best(score=value, epoch=row["epoch"], weights=weights)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from robust.threat_model import ThreatModel
 from training.adversary import default_alpha, make_adversarial
-from training.objective import objective
+from training.objective import attacked, objective, taught
 from training.recipe import AdversarialPart, Phase
 
 EPS = 8 / 255
@@ -100,15 +100,15 @@ def test_default_steps_cross_the_ball() -> None:
 
 
 def loss_of(phase: Phase, model: nn.Module, x: Tensor, targets: Tensor, eps: float = EPS) -> Tensor:
-    return objective(
+    batches = attacked(
         model,
         x,
         targets,
         phase=phase,
         threat_model=ThreatModel(norm="linf", eps=eps),
-        label_smoothing=0.1,
         generator=seeded(),
     )
+    return objective(model, batches, targets, phase=phase, label_smoothing=0.1)
 
 
 def phase_of(*parts: AdversarialPart, **fields: object) -> Phase:
@@ -147,3 +147,12 @@ def test_trades_adds_the_divergence(model: nn.Module, x: Tensor, targets: Tensor
     assert loss_of(phase_of(part, loss="trades"), model, x, targets, eps=0).item() == pytest.approx(
         natural, rel=1e-5
     )
+
+
+def test_a_teacher_has_its_share_of_the_targets(
+    model: nn.Module, x: Tensor, targets: Tensor
+) -> None:
+    mixed = taught(targets, model, x, share=0.25)
+    assert torch.allclose(mixed, 0.75 * targets + 0.25 * model(x).softmax(dim=1))
+    assert not mixed.requires_grad
+    assert taught(targets, model, x, share=0.0) is targets

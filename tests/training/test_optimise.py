@@ -21,6 +21,14 @@ def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_a_phase_goes_on_from_the_rate_where_the_one_before_ended() -> None:
+    first = Phase(name="a", epochs=1, learning_rate=0.4, warmup=0.1, final_rate=0.25)
+    second = Phase(name="b", epochs=1, learning_rate=0.1, warmup=0)
+    assert max(learning_rate(first, step, 100) for step in range(100)) == 0.4
+    assert learning_rate(first, 55, 100) == pytest.approx(0.25)  # half way down from 0.4 to 0.1
+    assert learning_rate(first, 100, 100) == pytest.approx(learning_rate(second, 0, 100))
+
+
 def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(Phase(name="a", epochs=1, learning_rate=0.4, warmup=0), 0, 10) == 0.4
 

@@ -73,6 +73,10 @@ def test_classic_is_the_baselines_schedule() -> None:
             },
             "mixup in a clean phase",
         ),
+        ({"phases": (Phase(name="a", epochs=1, awp=-0.1),)}, "a: expected awp in"),
+        ({"phases": (Phase(name="a", epochs=1, awp_from=1.0),)}, "a: expected awp_from in"),
+        ({"phases": (Phase(name="a", epochs=1, teacher=1.5),)}, "a: expected teacher in"),
+        ({"phases": (Phase(name="a", epochs=1, final_rate=-1),)}, "a: expected final_rate in"),
         ({"batch_size": 1}, "batch_size"),
         ({"held_out": 0.0}, "held_out"),
         ({"ema_decay": 1.0}, "ema_decay"),
@@ -92,6 +96,15 @@ def test_the_shipped_recipe_leaves_normalisation_to_the_first_batch_norm() -> No
     recipe: Recipe = cpu()
     assert (recipe.mean, recipe.std) == ((0.0,) * 3, (1.0,) * 3)
     assert (recipe.arch, recipe.stem, recipe.activation) == ("resnet50", "imagenet", "relu")
+
+
+def test_awp_and_a_teacher_cost_what_they_run() -> None:
+    phase = Phase(
+        name="a", epochs=1, parts=(AdversarialPart(kind="pgd", steps=2),), loss="trades", awp=0.005
+    )
+    assert phase.passes == 4 + 1 + 6 + 6
+    assert replace(phase, awp_from=0.5).passes == 4 + 1 + 6 + 3
+    assert replace(phase, awp=0.0, awp_from=0.5, teacher=0.3).passes == 4 + 1 + 6 + 1
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,33 @@ def test_every_technique_can_be_switched(
     assert progress[-1].seconds_left == 0
 
 
+def test_awp_begins_where_the_phase_says(tiny: Recipe, colours: Dataset, tmp_path: Path) -> None:
+    phase = replace(tiny.phases[1], epochs=1)  # 4 steps
+
+    def weights(name: str, **changes: float) -> bytes:
+        recipe = replace(tiny, phases=(replace(phase, **changes),))  # type: ignore[arg-type]
+        out = tmp_path / f"{name}.pt"
+        train(recipe, colours, out=out, device=CPU)
+        return out.read_bytes()
+
+    plain = weights("plain")
+    assert weights("never", awp=0.1, awp_from=0.9) == plain
+    assert weights("at the last step", awp=0.1, awp_from=0.7) != plain
+
+
+def test_the_last_model_is_kept_where_the_recipe_says(
+    tiny: Recipe, colours: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falling = iter((0.9, 0.8, 0.7))
+    monkeypatch.setattr(
+        run_module,
+        "score",
+        lambda *args, **kwargs: dict.fromkeys(("clean", "fgsm", "pgd"), next(falling)),
+    )
+    sidecar = train(replace(tiny, select="last"), colours, out=out, device=CPU)
+    assert sidecar.recipe["kept_epoch"] == 3
+
+
 def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
     folder = RunFolder.of(tmp_path / "model.pt")
     script = (
