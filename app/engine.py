@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from app.processors import available_processors
 from app.queue import Kind, Work, WorkQueue
 from app.tracing import Tracing
 from robust.images import to_float
+from robust.inference import FEW
 from robust.prediction import predict
 
 logger = logging.getLogger(__name__)
@@ -45,13 +46,14 @@ class Session:
     """What a function on the device gets: a model to call, with pauses for more urgent work.
 
     Calling it maps images to logits as any model does. Before that it serves what goes ahead, and
-    raises Cancelled or DeadlineExceeded when nobody waits for the result any more.
+    raises Cancelled or DeadlineExceeded when nobody waits for any of the results any more.
     """
 
-    def __init__(self, engine: Engine, work: Work) -> None:
-        self._engine, self._work = engine, work
-        self.model = work.model
-        self.device = work.model.device
+    def __init__(self, engine: Engine, batch: list[Work]) -> None:
+        self._engine, self._batch = engine, batch
+        self.errors: list[ServiceError | None] = [None] * len(batch)
+        self.model = batch[0].model
+        self.device = batch[0].model.device
 
     def __call__(self, x: Tensor) -> Tensor:
         self._pause()
@@ -63,9 +65,20 @@ class Session:
         logits: Tensor = self.model.classifier(x)
         return logits
 
+    def given_up(self) -> Tensor:
+        """For which of the works that share this session nobody waits any more, bool (n,)."""
+        return torch.tensor([error is not None for error in self.errors])
+
     def _pause(self) -> None:
-        self._engine.serve(below=self._work.kind)
-        self._work.check()
+        self._engine.serve(below=self._batch[0].kind)
+        for place, work in enumerate(self._batch):
+            try:
+                work.check()
+            except ServiceError as error:
+                self.errors[place] = self.errors[place] or error
+        first = self.errors[0]
+        if first is not None and all(self.errors):
+            raise first
 
     def seconds(self) -> float:
         """Time on the device so far, without what was served in between."""
@@ -76,7 +89,8 @@ class Engine:
     """Runs predictions in shared batches, and attacks and evaluations one after the other.
 
     The thread takes what is queued as soon as the device is free; there is no timer. Predictions
-    go ahead of attacks, and both of evaluations, between the steps of the latter.
+    go ahead of attacks, and both of evaluations, between the steps of the latter. Works that
+    `share` the same run as one.
     """
 
     def __init__(
@@ -150,9 +164,26 @@ class Engine:
         result: T = await self._result(work)
         return result
 
+    async def run_shared(self, works: Sequence[Work]) -> list[Any]:
+        """The results of works of one kind, let in together, each shared with others like it.
+
+        A result that is an exception fails that work alone. Raises the first failure, Overloaded,
+        DeadlineExceeded or EngineStopped; then, and when this is cancelled, all are given up.
+        """
+        try:
+            works[0].check()
+            self._queue.put(*works)
+            return [await self._finished(work) for work in works]
+        finally:
+            for work in works:
+                work.abandon()
+
     async def _result(self, work: Work) -> Any:
         work.check()
         self._queue.put(work)
+        return await self._finished(work)
+
+    async def _finished(self, work: Work) -> Any:
         left = None if work.deadline is None else work.deadline - time.monotonic()
         try:
             async with asyncio.timeout(left):
@@ -191,8 +222,12 @@ class Engine:
 
     def _do(self, work: Work) -> None:
         if work.kind is not Kind.PREDICT:
-            if self._begin(work):
-                self._run(work)
+            sharing = [] if work.share is None else self._queue.take_sharing(work, FEW - 1)
+            batch = [item for item in (work, *sharing) if self._begin(item)]
+            if work.share is not None and batch:
+                self._metrics.attack_images.observe(len(batch))
+            if batch:
+                self._run(batch)
             return
         batch = [work, *self._queue.take_fellows(work, self._max_batch - work.cost)]
         batch = [item for item in batch if self._begin(item)]
@@ -267,18 +302,29 @@ class Engine:
         x = images.to(model.device)
         return predict(model.logits, x if x.is_floating_point() else to_float(x))
 
-    def _run(self, work: Work) -> None:
-        assert work.function is not None
+    def _run(self, batch: list[Work]) -> None:
+        """Run the function of the first work for all; after a failure each alone."""
+        session = Session(self, batch)
         try:
-            with self._on_device([work]):
-                result = work.function(Session(self, work))
+            with self._on_device(batch):
+                results = _call(batch, session)
         except Exception as error:
-            work.future.set_exception(_told(error))
+            if len(batch) == 1:
+                batch[0].future.set_exception(_told(error))
+                return
+            if not all(session.errors):
+                logger.warning("work for %d requests failed; trying each alone", len(batch))
+            for work in batch:
+                self._run([work])
+            return
         except BaseException:
-            _fail([work])
+            _fail(batch)
             raise
-        else:
-            work.future.set_result(result)
+        for work, result, given_up in zip(batch, results, session.errors, strict=True):
+            if given_up is not None or isinstance(result, Exception):
+                work.future.set_exception(given_up or result)
+            else:
+                work.future.set_result(result)
 
     @contextmanager
     def _on_device(self, batch: list[Work]) -> Iterator[None]:
@@ -297,6 +343,15 @@ class Engine:
             self._started, self._nested = outer[0], outer[1] + total
             del self._running[-len(batch) :]
             logs.request_id.reset(token)
+
+
+def _call(batch: list[Work], session: Session) -> list[Any]:
+    function = batch[0].function
+    assert function is not None
+    if batch[0].share is None:
+        return [function(session)]
+    results: list[Any] = function(session, [work.item for work in batch])
+    return results
 
 
 def _fail(batch: list[Work]) -> None:

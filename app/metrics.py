@@ -48,6 +48,12 @@ class Metrics:
             buckets=_IMAGES,
             registry=registry,
         )
+        self.attack_images = Histogram(
+            "robust_attack_images",
+            "Images that shared the passes of an attack.",
+            buckets=_IMAGES,
+            registry=registry,
+        )
         self.device_seconds = Counter(
             "robust_device_seconds", "Time spent on the device.", ["kind"], registry=registry
         )

@@ -6,10 +6,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class Work:
     """Something for the device: images to classify together with others, or a function to run.
 
     `cost` counts forward passes, a backward pass as one; `deadline` is on the monotonic clock.
+    Work of one kind and model that `share` the same, and not None, may run together: `function`
+    of the first then takes the `item` of each, and gives back as many results.
     """
 
     kind: Kind
@@ -48,6 +51,8 @@ class Work:
     deadline: float | None = None
     images: Tensor | None = None  # uint8, or float32 in [0, 1], (n, 3, H, W)
     function: Callable[..., Any] | None = None
+    share: Hashable = None
+    item: Any = None
     future: Future[Any] = field(default_factory=Future)
     admitted: float = field(default_factory=time.monotonic)
     began: float | None = None  # when the device took it up
@@ -83,19 +88,25 @@ class WorkQueue:
         self._pace: dict[Kind, float] = {}  # seconds for one forward pass, measured
         self._closed: EngineStopped | None = None
 
-    def put(self, work: Work) -> None:
-        """Let work in. Raises Overloaded past the limit, EngineStopped after `close`."""
+    def put(self, *works: Work) -> None:
+        """Let work of one kind in, all or none.
+
+        Raises Overloaded past the limit, EngineStopped after `close`.
+        """
         with self._changed:
             if self._closed:
                 raise self._closed
-            if work.kind is not Kind.EVALUATE and not self._fits(work):
+            kind = works[0].kind
+            if kind is not Kind.EVALUATE and not self._fits(works):
                 self._metrics.rejected.labels("queue").inc()
-                retry_after = self._in_seconds(self._wait(work.kind))
+                retry_after = self._in_seconds(self._wait(kind))
                 raise Overloaded("The queue is full.", retry_after=retry_after)
-            self._count(work.kind, work.cost)
-            self._queues[work.kind].append(work)
+            for work in works:
+                self._count(kind, work.cost)
+                self._queues[kind].append(work)
             self._changed.notify()
-        work.future.add_done_callback(lambda _: self._leave(work))
+        for work in works:
+            work.future.add_done_callback(partial(self._leave, work))
 
     def take(self, *, below: Kind | None = None, admitted_before: float = math.inf) -> Work | None:
         """The next work, of a kind that goes ahead of `below`; None when there is none."""
@@ -117,6 +128,15 @@ class WorkQueue:
                 fellows.append(queue.popleft())
                 room -= fellows[-1].cost
         return fellows
+
+    def take_sharing(self, first: Work, most: int) -> list[Work]:
+        """At most so many that share with `first`, in order, whatever waits between them."""
+        with self._changed:
+            queue = self._queues[first.kind]
+            same = [w for w in queue if w.share == first.share and w.model is first.model]
+            for work in same[:most]:
+                queue.remove(work)
+        return same[:most]
 
     def wait(self) -> bool:
         """Sleep until there is work; False once closed."""
@@ -149,10 +169,11 @@ class WorkQueue:
         with self._changed:
             return self._in_seconds(self._wait(kind))
 
-    def _fits(self, work: Work) -> bool:
-        ahead = sum(self._pending[kind] for kind in Kind if kind <= work.kind)
-        late = work.deadline and time.monotonic() + self._wait(work.kind) > work.deadline
-        return ahead + work.cost <= self._limit and not late
+    def _fits(self, works: tuple[Work, ...]) -> bool:
+        kind, deadline = works[0].kind, works[0].deadline
+        ahead = sum(self._pending[other] for other in Kind if other <= kind)
+        late = deadline and time.monotonic() + self._wait(kind) > deadline
+        return ahead + sum(work.cost for work in works) <= self._limit and not late
 
     def _wait(self, kind: Kind) -> float:
         return sum(self._pending[k] * self._pace.get(k, 0.0) for k in Kind if k <= kind)
@@ -161,7 +182,7 @@ class WorkQueue:
     def _in_seconds(wait: float) -> int:
         return min(max(math.ceil(wait), 1), MAX_RETRY_SECONDS)
 
-    def _leave(self, work: Work) -> None:
+    def _leave(self, work: Work, _: Future[Any]) -> None:
         with self._changed:
             self._count(work.kind, -work.cost)
             if work in self._queues[work.kind]:  # given up before its turn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -14,6 +15,9 @@ from robust.classifier import Classifier
 
 SMALL = 2  # side in pixels of feature maps on which matrix products beat convolutions
 ROWS = 64  # of a matrix product: fewer are slower for each row, more are padding
+# On a CPU with AVX-512 an image has the same bits in all passes of just so many images, and in all
+# of at least so many.
+FEW, MANY = 8, 16
 
 
 class InferenceClassifier(nn.Module):
@@ -43,6 +47,19 @@ class InferenceClassifier(nn.Module):
             raise ValueError(f"expected images (N, 3, {side}, {side}), got {tuple(x.shape)}")
         logits: Tensor = self.classifier(x.contiguous(memory_format=torch.channels_last))
         return logits
+
+
+def at_least(rows: int, model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`model` called with at least so many images: where there are fewer, the last is repeated."""
+
+    def forward(x: Tensor) -> Tensor:
+        n = len(x)
+        if not 0 < n < rows:
+            return model(x)
+        more = x[-1:].detach().expand(rows - n, *x.shape[1:])
+        return model(torch.cat([x, more]))[:n]
+
+    return forward
 
 
 def for_inference(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from robust.attacks import AttackSettings, Model, frozen
+from robust.attacks import AttackSettings, GivenUp, Model, frozen
 from robust.images import to_float, to_uint8
 
 
@@ -103,38 +103,75 @@ def attack_image(
     if x.dtype != torch.uint8 or x.ndim != 3:
         raise ValueError(f"expected a uint8 image (3, H, W), got {x.dtype} {tuple(x.shape)}")
     start = time.perf_counter()
-    clean = to_float(x).unsqueeze(0)
-    before = predict(model, clean)[0]
-    label = int(before.argmax()) if y is None else y
-    for name, index in (("label", label), ("target", target)):
-        if index is not None and not 0 <= index < len(before):
-            raise ValueError(f"expected a {name} from 0 to {len(before) - 1}, got {index}")
+    before = predict(model, to_float(x).unsqueeze(0))
+    label = int(before[0].argmax()) if y is None else y
+    (outcome,) = attack_images(
+        model,
+        x.unsqueeze(0),
+        [label],
+        settings=settings,
+        targets=None if target is None else [target],
+        before=before,
+    )
+    return replace(outcome, seconds=time.perf_counter() - start)
+
+
+def attack_images(
+    model: Model,
+    x: Tensor,
+    labels: Sequence[int],
+    *,
+    settings: AttackSettings,
+    before: Tensor,
+    targets: Sequence[int] | None = None,
+    given_up: GivenUp | None = None,
+    batch_size: int | None = None,
+) -> list[AttackOutcome]:
+    """The same for images uint8 (N, 3, H, W) together, each led away from its label.
+
+    `before` are their probabilities float32 (N, K). `given_up` tells between two passes, bool
+    (N,), whose result nobody wants any more: their attack ends there, and what is given for them
+    is what was found so far. `seconds` are those of all.
+    """
+    start = time.perf_counter()
+    for name, indices in (("label", labels), ("target", targets or ())):
+        for index in indices:
+            if not 0 <= index < before.shape[1]:
+                raise ValueError(f"expected a {name} from 0 to {before.shape[1] - 1}, got {index}")
+    clean = to_float(x)
     result = settings.run(
         model,
         clean,
-        torch.tensor([label], device=x.device),
-        target=None if target is None else torch.tensor([target], device=x.device),
+        torch.tensor(labels, device=x.device),
+        target=None if targets is None else torch.tensor(targets, device=x.device),
+        given_up=given_up,
+        batch_size=batch_size,
     )
-    image = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))[0]
-    x_adv = to_float(image).unsqueeze(0)
-    after = predict(model, x_adv)[0]
-    predicted = int(after.argmax())
-    levels = image.cpu().double() - x.cpu().double()  # whole grey levels: the distances are exact
-    return AttackOutcome(
-        settings=settings,
-        label=label,
-        target=target,
-        before=before,
-        after=after,
-        success=predicted != label if target is None else predicted == target,
-        linf=float(levels.abs().amax()) / 255,
-        l2=float(levels.square().sum().sqrt()) / 255,
-        image=image.cpu(),
-        perturbation=amplify(image, x).cpu(),
-        forwards=int(result.forwards.sum()) + 2,
-        backwards=int(result.backwards.sum()),
-        seconds=time.perf_counter() - start,
-    )
+    images = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))
+    after = predict(model, to_float(images))
+    levels = (images.cpu().double() - x.cpu().double()).flatten(1)  # whole: distances are exact
+    seconds = time.perf_counter() - start
+    outcomes = []
+    for place, label in enumerate(labels):
+        predicted, target = int(after[place].argmax()), targets[place] if targets else None
+        outcomes.append(
+            AttackOutcome(
+                settings=settings,
+                label=label,
+                target=target,
+                before=before[place],
+                after=after[place],
+                success=predicted != label if target is None else predicted == target,
+                linf=float(levels[place].abs().amax()) / 255,
+                l2=float(levels[place].square().sum().sqrt()) / 255,
+                image=images[place].cpu(),
+                perturbation=amplify(images[place], x[place]).cpu(),
+                forwards=int(result.forwards[place]) + 2,
+                backwards=int(result.backwards[place]),
+                seconds=seconds,
+            )
+        )
+    return outcomes
 
 
 def amplify(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from torch import Tensor
 
+from app.attacks import Attacked, attack_together, cost
 from app.documents import PNG_ANSWER, body
-from app.engine import Session
 from app.errors import FieldError, InvalidParameters
 from app.images import decode
 from app.model import ServedModel
 from app.parameters import AttackImageParameters, parse, resolve_attacks, resolve_class
 from app.problem import documented
-from app.queue import Kind
 from app.schemas import AttackResponse
 from app.service import Service, unless_gone
 from app.uploads import read_upload
 from app.views import attack_result, base64_png, class_name, seen
-from robust.attacks import AttackSettings
-from robust.images import encode_png, to_float
-from robust.prediction import AttackOutcome, attack_image, predict
+from robust.images import encode_png
+from robust.prediction import AttackOutcome
 
 
 def router(service: Service) -> APIRouter:
@@ -55,18 +52,17 @@ def router(service: Service) -> APIRouter:
         as_png = _wants_png(request)
         if as_png and len(attacks) != 1:
             raise _fault("attack", "exactly one for Accept: image/png", f"{len(attacks)}")
-        cost = sum(item.cost + 2 for item in attacks) + 1
-        if cost > service.settings.queue_limit:
+        if cost(attacks) > service.settings.queue_limit:
             expected = f"at most {service.settings.queue_limit} forward passes in all"
-            raise _fault("steps", expected, f"{cost}")
+            raise _fault("steps", expected, f"{cost(attacks)}")
 
         async def work() -> AttackResponse | Response:
             image = (await decode(service, model, upload.files))[0]
-            outcomes = await service.engine.run(
-                Kind.ATTACK,
+            outcomes = await attack_together(
+                service.engine,
                 model,
-                lambda session: _run(session, image, attacks, label=label, target=target),
-                cost=cost,
+                Attacked(image=image, label=label, target=target),
+                attacks,
                 deadline=service.deadline(request),
             )
             if as_png:
@@ -76,28 +72,6 @@ def router(service: Service) -> APIRouter:
         return await unless_gone(request, work())
 
     return routes
-
-
-def _run(
-    session: Session,
-    image: Tensor,
-    attacks: list[AttackSettings],
-    *,
-    label: int | None,
-    target: int | None,
-) -> list[AttackOutcome]:
-    """Runs on the device thread. Raises InvalidParameters when target and label are the same."""
-    x = image.to(session.device)
-    if label is None:
-        label = int(predict(session, to_float(x).unsqueeze(0)).argmax())
-    if label == target:
-        raise _fault("target", "another class than the label", "the label itself")
-    outcomes = []
-    for settings in attacks:
-        start = session.seconds()
-        outcome = attack_image(session, x, label, settings=settings, target=target)
-        outcomes.append(replace(outcome, seconds=session.seconds() - start))
-    return outcomes
 
 
 def _answer(outcomes: list[AttackOutcome], image: Tensor, model: ServedModel) -> AttackResponse:

@@ -7,6 +7,7 @@ from robust.attacks.minimal import minimal
 from robust.attacks.passes import ModelError
 from robust.attacks.pgd import fgsm, pgd
 from robust.attacks.result import AttackResult
+from robust.attacks.search import GivenUp
 from robust.attacks.settings import (
     ATTACKS,
     AUTOATTACK,
@@ -24,6 +25,7 @@ __all__ = [
     "DEFAULT_EPS",
     "AttackResult",
     "AttackSettings",
+    "GivenUp",
     "Model",
     "ModelError",
     "apgd",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robust.attacks.frozen import Model
 from robust.attacks.result import AttackResult
-from robust.attacks.search import Algorithm, search
+from robust.attacks.search import Algorithm, GivenUp, search
 from robust.threat_model import ThreatModel
 
 
@@ -23,6 +23,7 @@ def attack(
     clean: Tensor | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    given_up: GivenUp | None = None,
 ) -> AttackResult:
     """Run `algorithm` on images float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
 
@@ -42,6 +43,7 @@ def attack(
             clean=clean,
             seed=seed,
             batch_size=batch_size,
+            given_up=given_up,
         )
     )
     order = torch.cat([part.index for part in parts]).argsort().to(x.device)

@@ -11,6 +11,7 @@ from robust.attacks.call import attack
 from robust.attacks.frozen import Model
 from robust.attacks.pgd import PGD
 from robust.attacks.result import AttackResult
+from robust.attacks.search import GivenUp, of_rows
 from robust.threat_model import ThreatModel
 
 ROUNDS = 10  # of bisection: eps to a thousandth of the largest
@@ -30,6 +31,7 @@ def minimal(
     eps: Tensor | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    given_up: GivenUp | None = None,
 ) -> AttackResult:
     """Bisect the radius at which PGD on the margin fools the model, up to eps.
 
@@ -59,13 +61,17 @@ def minimal(
             target=None if target is None else target[rows],
             seed=seed,
             batch_size=batch_size,
+            given_up=of_rows(given_up, rows),
         )
 
     everything = torch.arange(len(x), device=x.device)
     best = try_at(sizes, everything)
     low, high = torch.zeros_like(sizes), best.distance
     for _ in range(rounds):
-        rows = (best.success & (high > low)).nonzero().squeeze(1)
+        going_on = best.success & (high > low)
+        if given_up is not None:
+            going_on = going_on & ~given_up().to(x.device)
+        rows = going_on.nonzero().squeeze(1)
         if not len(rows):
             break
         middle = (low + high) / 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from robust.geometry import Norm, column, distance
 
 GUESSES = 3  # queries guessed ahead; with each the chance falls that all before it were right
 
+# Of which images nobody wants the result any more, bool (N,); asked after each query.
+GivenUp = Callable[[], Tensor]
 # Tensors by name, all with the same first dimension: one row for each image at work.
 Rows = dict[str, Tensor]
 # What is left of a run when it ends.
@@ -114,6 +116,7 @@ def search(
     batch_size: int | None = None,
     keep_failed: bool = True,
     confirm: Model | None = None,
+    given_up: GivenUp | None = None,
 ) -> Iterator[Finished]:
     """Run `algorithm` on images float32 or uint8 (N, C, H, W), which may lie on another device.
 
@@ -121,9 +124,10 @@ def search(
     is done. Yields images as they finish, each once. `batch_size` None takes all at once. Where
     `keep_failed` is off, the result of an image that withstood is the image itself, with the
     logits of its best iterate. With `confirm` a success counts only where that model is fooled
-    too. What is found does not depend on the batch size or the order of the images, as far as the
-    model's logits don't; passes spent on runs begun ahead and on guesses do. Raises ValueError for
-    labels or targets that the model has no class for, and ModelError.
+    too. An image that is `given_up` leaves after its next query, with what it has found so far.
+    What is found for others does not depend on the batch size or the order of the images, as far
+    as the model's logits don't; passes spent on runs begun ahead and on guesses do. Raises
+    ValueError for labels or targets that the model has no class for, and ModelError.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
@@ -132,6 +136,7 @@ def search(
     work = _Search(model, algorithm, x, y, eps=eps, target=target, clean=clean, seed=seed)
     work.batch_size, work.keep_failed = batch_size or len(x), keep_failed
     work.confirm = None if confirm is None else Passes(confirm)
+    work.given_up = given_up
     iterator = work.loop()
     while True:
         # Frozen only while computing: whoever takes the results has the model as it was.
@@ -162,6 +167,7 @@ class _Search:
         self.seed, self.device = seed, y.device
         self.batch_size, self.keep_failed = len(x), True
         self.confirm: Passes | None = None
+        self.given_up: GivenUp | None = None
         n, runs = len(x), algorithm.runs
         self.queue = deque(range(n))  # images whose next run may begin
         self.next_run = [0] * n
@@ -314,7 +320,16 @@ class _Search:
         spent = self.algorithm.advance(rows, logits, loss, gradient)
         if self.algorithm.early_stop:
             spent = spent | rows["fooled"]
+        if self.given_up is not None:
+            spent = spent | self._let_go(rows, self.given_up().to(self.device)[rows["image"]])
         return spent
+
+    def _let_go(self, rows: Rows, gone: Tensor) -> Tensor:
+        """Begin no further run of the images that are `gone`."""
+        for image in rows["image"][gone].tolist():
+            self.next_run[image] = self.last
+            self.may_go_on.discard(image)
+        return gone
 
     def _step_ahead(self, rows: Rows) -> Iterator[Finished]:
         """Query the model once, with room left in the batch for guesses at the queries to come.
@@ -455,6 +470,11 @@ class _Search:
                 backwards=spent[:, 1].to(self.device),
             ),
         )
+
+
+def of_rows(given_up: GivenUp | None, rows: Tensor) -> GivenUp | None:
+    """The same for an attack on some rows, int64 (M,), of the images."""
+    return None if given_up is None else lambda: given_up()[rows.cpu()]
 
 
 def to_images(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from robust.attacks.minimal import ROUNDS, minimal
 from robust.attacks.passes import Passes, check_classes
 from robust.attacks.pgd import PGD, relative
 from robust.attacks.result import AttackResult
-from robust.attacks.search import Algorithm
+from robust.attacks.search import Algorithm, GivenUp, of_rows
 from robust.attacks.square import QUERIES, Square
 from robust.threat_model import Norm, ThreatModel
 
@@ -146,10 +146,12 @@ class AttackSettings:
         target: Tensor | None = None,
         early_stop: bool = False,
         batch_size: int | None = None,
+        given_up: GivenUp | None = None,
     ) -> AttackResult:
         """Attack images float32 (N, C, H, W) in [0, 1] with labels int64 (N,), as `pgd` says.
 
-        Raises ValueError also for a target where the attack takes none.
+        `given_up` tells, on the CPU, which images may leave early, see `search`. Raises ValueError
+        also for a target where the attack takes none.
         """
         if target is not None and not self.takes_target:
             raise ValueError(f"expected an attack that takes a target, got {self.name}")
@@ -164,6 +166,7 @@ class AttackSettings:
                 target=target,
                 seed=self.seed,
                 batch_size=batch_size,
+                given_up=given_up,
             )
         if len(self.stages) == 1:
             return attack(
@@ -175,13 +178,24 @@ class AttackSettings:
                 target=target,
                 seed=self.seed,
                 batch_size=batch_size,
+                given_up=given_up,
             )
         check_inputs(x, y)
         result = _clean(model, x, y, batch_size)
         for number, stage in enumerate(self.stages):
-            left = (~result.success).nonzero().squeeze(1)
+            done = result.success
+            if given_up is not None:
+                done = done | given_up().to(x.device)
+            left = (~done).nonzero().squeeze(1)
             if len(left):
-                more = stage.run(model, x[left], y[left], early_stop=True, batch_size=batch_size)
+                more = stage.run(
+                    model,
+                    x[left],
+                    y[left],
+                    early_stop=True,
+                    batch_size=batch_size,
+                    given_up=of_rows(given_up, left),
+                )
                 result = _merge(result, more, left, also_failed=not number)
         return result
 

@@ -538,3 +538,25 @@ def test_the_lowest_run_that_succeeds_is_the_one_given(
         assert float(found.result.x_adv[0, 0, 0, 0]) == (run + 1) / 8
     assert len(seen) == calls
     assert sum(seen) == int(found.result.forwards)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "fgsm"])  # over too soon
+def test_images_given_up_leave_and_change_nothing_for_the_others(
+    curved: nn.Module, images: Tensor, y: Tensor, name: str
+) -> None:
+    whole = run(name, curved, images, y, 0.003)
+    gone = ~whole.success  # they would have stayed to the end
+    gone[gone.nonzero()[::2]] = False
+    assert 0 < int(gone.sum()) < int((~whole.success).sum())
+    asked: list[Tensor] = []
+
+    def given_up() -> Tensor:
+        asked.append(gone & (len(asked) > 0))
+        return asked[-1]
+
+    rest = run(name, curved, images, y, 0.003, given_up=given_up)
+    for field in ("x_adv", "success", "distance"):
+        assert torch.equal(getattr(rest, field)[~gone], getattr(whole, field)[~gone])
+    assert not bool(rest.success[gone].any())
+    assert bool((rest.forwards[gone] <= whole.forwards[gone] / 2).all())
