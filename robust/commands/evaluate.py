@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,11 @@ def evaluate(
     \b
         robust evaluate --data cifar10 --attack pgd-50 --limit 1000
         robust evaluate --data test.npz --attack autoattack --journal test.journal
+
+    On several GPUs, or processes, each takes its share of the images:
+
+    \b
+        torchrun --nproc-per-node 2 -m robust_cli evaluate --data test.npz --attack autoattack
     """
     from robust.checkpoint import load_checkpoint, record_evaluation
     from robust.classifier import resolve_device
@@ -111,6 +117,7 @@ def evaluate(
     from robust.environment import device_in_words, versions
     from robust.evaluation.run import CURVE_ATTACK, evaluate_batches
     from robust.matching import first_indices, match_classes
+    from robust.ranks import joined
 
     start = time.perf_counter()
     attacks = resolve_attacks(
@@ -122,7 +129,9 @@ def evaluate(
         restarts=restarts,
         seed=seed,
     )
-    device = resolve_device(device_name)
+    # Long, as attacks take some images hours longer than others.
+    group = joined(resolve_device(device_name), patience=timedelta(days=30))
+    ranks, device = click.get_current_context().with_resource(group)
     loaded = load_checkpoint(checkpoint, device=device)
     classes = loaded.sidecar.classes
     dataset = load_dataset(data, size=loaded.classifier.architecture.input_size, train=not test)
@@ -131,7 +140,7 @@ def evaluate(
         indices = first_indices(scored, limit)
         scored = scored.subset(indices)
 
-    progress = Progress(100, title="evaluate", unit="%")
+    progress = Progress(100, title="evaluate", unit="%", quiet=not ranks.is_first)
     results = evaluate_batches(
         loaded.classifier,
         scored.images,
@@ -145,13 +154,16 @@ def evaluate(
         journal=journal,
         model_id=loaded.sha256,
         watch=progress.tick,
+        ranks=ranks,
     )
     # Closed also by Ctrl-C, so that the journal is let go.
     with closing(progress), closing(results):
         for evaluation in results:
             progress.update(int(100 * evaluation.done), _so_far(evaluation))
+    if not ranks.is_first:
+        return
 
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, ranks.in_words(device_in_words(device))
     if json_path is not None:
         report = {
             "checkpoint": str(checkpoint),
@@ -169,7 +181,7 @@ def evaluate(
             "seed": seed,
             "batch_size": batch_size,
             "versions": versions(),
-            "device": device_in_words(device),
+            "device": used,
             "seconds": seconds,
         }
         write_report(json_path, report)
@@ -185,7 +197,7 @@ def evaluate(
         if evaluation.curve:
             click.echo(f"at other eps ({CURVE_ATTACK}, {evaluation.curve[0].n} images):")
             click.echo(_curve(evaluation, table_format))
-        click.echo(f"{seconds:.1f} s on {device_in_words(device)}, {evaluation.precision}")
+        click.echo(f"{seconds:.1f} s on {used}, {evaluation.precision}")
     for line in evaluation.notes:
         click.echo(f"note: {line}", err=True)
     for flag in evaluation.flags:

@@ -83,13 +83,13 @@ def write_report(path: Path, value: Any) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line for each tenth of the work."""
+    """A bar on a terminal; elsewhere a plain line for each tenth of the work. Nothing if quiet."""
 
-    def __init__(self, total: int, *, title: str, unit: str) -> None:
-        self.total, self.title, self.unit = total, title, unit
+    def __init__(self, total: int, *, title: str, unit: str, quiet: bool = False) -> None:
+        self.total, self.title, self.unit, self.quiet = total, title, unit, quiet
         self.done, self.tenths = 0, 0
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc=title, unit=unit, leave=False)
@@ -99,7 +99,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.done)
-        elif done * 10 // self.total > self.tenths:
+        elif done * 10 // self.total > self.tenths and not self.quiet:
             self.tenths = done * 10 // self.total
             share = f"{done}%" if self.unit == "%" else f"{done}/{self.total} {self.unit}"
             click.echo(f"{self.title}: {share}, {note}", err=True)

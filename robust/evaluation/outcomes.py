@@ -12,6 +12,16 @@ from robust.evaluation.journal import Row
 from robust.evaluation.result import MAX_CONFUSION, Accuracy, Distances, StageAccuracy
 
 BLOCK = 50  # images whose results are shown together
+_COLUMNS = (
+    "through",
+    "fooled",
+    "attacked",
+    "unheld",
+    "predicted",
+    "distance",
+    "forwards",
+    "backwards",
+)
 
 
 class Outcomes:
@@ -67,6 +77,22 @@ class Outcomes:
         self.unheld[at] |= columns[4].bool()
         self.forwards[at] += columns[5].long()
         self.backwards[at] += columns[6].long()
+
+    def join(self, shares: Sequence[Outcomes]) -> None:
+        """Take over shares of which the r-th has every image of place r, r + W, and so on."""
+        for rank, share in enumerate(shares):
+            for name in _COLUMNS:
+                getattr(self, name)[rank :: len(shares)] = getattr(share, name)
+        self.stages = [
+            StageAccuracy(
+                attack=parts[0].attack,
+                attacked=sum(part.attacked for part in parts),
+                correct=sum(part.correct for part in parts),
+                seconds=max(part.seconds for part in parts),
+            )
+            for parts in zip(*(share.stages for share in shares), strict=True)
+        ]
+        self.seconds = max(share.seconds for share in shares)
 
     @property
     def seen(self) -> int:

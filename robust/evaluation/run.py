@@ -17,6 +17,7 @@ from robust.evaluation.precision import Precision, full_float32, in_bf16, search
 from robust.evaluation.result import Evaluation
 from robust.evaluation.work import CURVE_ATTACK, Work
 from robust.inference import for_inference
+from robust.ranks import ALONE, Ranks
 
 __all__ = ["CURVE_ATTACK", "Precision", "evaluate", "evaluate_batches"]
 
@@ -33,6 +34,7 @@ def evaluate(
     curve: int = 0,
     precision: Precision = "auto",
     allow_probabilities: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The last result of `evaluate_batches`."""
     *_, last = evaluate_batches(
@@ -46,6 +48,7 @@ def evaluate(
         curve=curve,
         precision=precision,
         allow_probabilities=allow_probabilities,
+        ranks=ranks,
     )
     return last
 
@@ -66,6 +69,7 @@ def evaluate_batches(
     journal: Path | None = None,
     model_id: str | None = None,
     watch: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Evaluation]:
     """Score images uint8 (N, 3, H, W) with labels int64 (N,), attack after attack.
 
@@ -82,6 +86,10 @@ def evaluate_batches(
     takes a success only where float32 agrees. With `journal` what is finished is kept in that
     file, and the same evaluation goes on from there;
     `model_id` tells models apart that are no modules.
+
+    Several `ranks` share the images out, each with a journal of its own (`Ranks.own_file`); all
+    are given the same model and images. Before the last result, which is of all, each yields what
+    it knows of its own share.
 
     Raises ValueError when there is nothing to score or a label does not fit the model, ModelError
     for a model that can't be evaluated, and JournalError for a journal of another evaluation.
@@ -106,10 +114,11 @@ def evaluate_batches(
         searched=in_bf16(fast, device) if bf16 else fast,
         confirm=model if bf16 else None,
         watch=watch,
+        ranks=ranks,
     )
     if journal is not None:
         work.open_journal = lambda: Journal(
-            journal,
+            ranks.own_file(journal),
             {
                 "model": model_id or model_digest(model),
                 "data": data_digest(work.images, work.labels),

@@ -18,6 +18,7 @@ from robust.evaluation.journal import Journal, Row
 from robust.evaluation.outcomes import Outcomes
 from robust.evaluation.result import CurvePoint, Evaluation, StageAccuracy
 from robust.evaluation.verify import rows_of, verify
+from robust.ranks import ALONE, Ranks
 from robust.threat_model import ThreatModel, format_eps
 
 CURVE = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of eps
@@ -30,7 +31,8 @@ class Work:
     """The parts of an evaluation, made by `evaluate_batches`, which checks what goes in.
 
     `fast` is searched in float32 and `searched` where successes are confirmed, by `confirm` if
-    given and at last by `model`.
+    given and at last by `model`. Of several `ranks` each has every W-th image, so that the first
+    of all are the first of each, and in the end they put together what they found.
     """
 
     def __init__(
@@ -48,8 +50,11 @@ class Work:
         searched: Model,
         confirm: Model | None,
         watch: Callable[[], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.images, self.labels = model, images, labels
+        own = slice(ranks.rank, None, ranks.size)
+        self.ranks, self.all_labels, self.probed = ranks, labels, images[:PROBED]
+        self.model, self.images, self.labels = model, images[own], labels[own]
         self.num_classes, self.device, self.batch_size = num_classes, device, batch_size
         self.fast, self.searched, self.confirm, self.watch = fast, searched, confirm, watch
         self.exact = Passes(self._watched(model))
@@ -59,11 +64,12 @@ class Work:
         self.clean = self._outcomes(None)
         self.outcomes = [self._outcomes(attack) for attack in attacks]
         self.curve: list[CurvePoint] = []
-        self.curve_images = min(curve, len(images)) if attacks else 0
-        self.radii = radii(attacks[0].threat_model, images[0]) if self.curve_images else []
+        first = range(min(curve, len(images)) if attacks else 0)
+        self.curve_images = len(first[own])
+        self.radii = radii(attacks[0].threat_model, images[0]) if first else []
         self.base = Evaluation(
             n=0,
-            total=len(images),
+            total=len(self.images),
             clean=self.clean.accuracy(),
             attacks=(),
             worst_correct=0,
@@ -86,8 +92,10 @@ class Work:
             if outcomes is not shared:
                 outcomes.start_from(self.clean)
                 yield from self._attack(outcomes)
-        if self.curve_images:
+        if self.radii:
             yield from self._curve()
+        if self.ranks.size > 1:
+            self._join()
         result = replace(self._result(), done=1.0, stage="")
         yield replace(result, flags=find_flags(result))
 
@@ -97,14 +105,13 @@ class Work:
         )
 
     def _probe(self, *, allow_probabilities: bool) -> None:
-        first = slice(PROBED)
         settings = [outcomes.settings for outcomes in self.outcomes if outcomes.settings]
         stages = [stage for attack in settings for stage in attack.stages]
         self.stage = "probe"
         probes = probe(
             self.model,
-            to_images(self.images[first].to(self.device)),
-            self.labels[first].to(self.device),
+            to_images(self.probed.to(self.device)),
+            self.all_labels[:PROBED].to(self.device),
             num_classes=self.num_classes,
             allow_probabilities=allow_probabilities,
             differentiate=bool(self.radii) or any(stage.name != "square" for stage in stages),
@@ -149,7 +156,7 @@ class Work:
             yield self._result()
         self.clean.share(outcomes)
         passes = len(everything) + int(outcomes.forwards.sum() + outcomes.backwards.sum())
-        self.clean.seconds = outcomes.seconds * len(everything) / passes
+        self.clean.seconds = outcomes.seconds * len(everything) / max(passes, 1)
         outcomes.seconds -= self.clean.seconds
         self.stages_done += 2
 
@@ -315,6 +322,28 @@ class Work:
             correct = int((~outcomes.fooled[:n]).sum())
             self.curve.append(CurvePoint(eps=eps, correct=correct, n=n))
             self.stages_done += 1
+
+    def _join(self) -> None:
+        """Put what all ranks found in place of what this one did."""
+        shares = self.ranks.gather((self.clean, self.outcomes, self.curve, self.base.probes))
+        cleans, outcomes, curves, probes = zip(*shares, strict=True)
+        self.labels = self.all_labels
+        self.clean = self._joined(cleans)
+        self.outcomes = [self._joined(parts) for parts in zip(*outcomes, strict=True)]
+        self.curve = [
+            CurvePoint(
+                eps=points[0].eps,
+                correct=sum(point.correct for point in points),
+                n=sum(point.n for point in points),
+            )
+            for points in zip(*curves, strict=True)
+        ]
+        self.base = replace(self.base, total=len(self.labels), probes=probes[0])
+
+    def _joined(self, shares: Sequence[Outcomes]) -> Outcomes:
+        whole = self._outcomes(shares[0].settings)
+        whole.join(shares)
+        return whole
 
     def _result(self) -> Evaluation:
         attacks = tuple(outcomes.accuracy() for outcomes in self.outcomes)

@@ -1,0 +1,78 @@
+"""Several processes that share the images out find what one finds."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from robust.evaluation.outcomes import Outcomes
+from robust_cli import run
+from tests.processes import run_together
+
+SCRIPT = Path(__file__).with_name("sharing.py")
+ATTACKS = ("--attack", "fgsm", "--attack", "pgd-3", "--eps", "1/255", "--curve", "4")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """An odd number of images, so that shares differ in size."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (45, 3, 32, 32), dtype=np.uint8)
+    path = tmp_path / "data.npz"
+    np.savez(path, images=images, labels=generator.integers(0, 4, 45))
+    return path
+
+
+def found(path: Path) -> Any:
+    """A report but for what time and place make of it."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without(v) for k, v in value.items() if k not in ("seconds", "device")}
+        return [without(item) for item in value] if isinstance(value, list) else value
+
+    return without(json.loads(path.read_text()))
+
+
+def test_two_processes_find_what_one_finds_also_after_a_kill(
+    tmp_path: Path, data: Path, checkpoint_path: Path
+) -> None:
+    common = ["evaluate", "--checkpoint", str(checkpoint_path), "--data", str(data), *ATTACKS]
+    one, two, journal = (tmp_path / name for name in ("one.json", "two.json", "journal"))
+    assert run([*common, "--json", str(one)]) == 0
+    arguments = [SCRIPT, *common, "--json", two, "--journal", journal]
+    run_together(*arguments, status=-signal.SIGKILL, KILL_AT="1")
+    assert not two.exists()
+    for rank in (1, 2):
+        connection = sqlite3.connect(f"{journal}.{rank}-of-2")
+        ((done,),) = connection.execute("SELECT count(DISTINCT image) FROM finished")
+        connection.close()
+        assert done == (23 if rank == 1 else 22)  # clean and FGSM are through
+    first, second = run_together(*arguments)
+    assert found(two) == found(one)
+    assert found(two)["n"] == 45
+    assert [point["n"] for point in found(two)["curve"]] == [4] * 8
+    assert "2 times cpu" in first
+    assert second == ""
+
+
+def test_shares_come_back_to_their_places() -> None:
+    labels = torch.arange(5)
+    whole = Outcomes(None, labels, num_classes=5, batch_size=5)
+    shares = [Outcomes(None, labels[r::2], num_classes=5, batch_size=5) for r in (0, 1)]
+    shares[0].take([(0, 1, 3, 0.5, 0, 1, 2), (2, 0, 4, 0.0, 0, 1, 2)])
+    shares[1].take([(1, 1, 0, 0.25, 1, 3, 4)])
+    whole.join(shares)
+    assert whole.fooled.tolist() == [True, False, False, True, False]
+    assert whole.predicted.tolist() == [3, 1, 2, 0, 4]
+    assert whole.distance.tolist() == [0.5, 0, 0, 0.25, 0]
+    assert whole.unheld.tolist() == [False, False, False, True, False]
+    assert whole.forwards.tolist() == [1, 0, 0, 3, 1]
+    assert whole.through.tolist() == [True, False, False, True, True]
