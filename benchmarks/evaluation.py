@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
+from benchmarks.environments import environment_of_peers
 from robust.checkpoint import load_checkpoint
 from robust.classifier import resolve_device
 from robust.datasets import load_dataset
@@ -62,20 +63,6 @@ class Tool:
             raise SystemExit(f"{self.name} ended before it answered")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-
-def environment_of_peers(folder: Path) -> Path:
-    """The Python of the peers' environment, made when it is not there."""
-    python = folder / "bin" / "python"
-    wanted = (HERE / "peers.txt").read_text()
-    mark = folder / "peers.txt"
-    if not mark.exists() or mark.read_text() != wanted:
-        click.echo(f"setting up the peers in {folder}: minutes", err=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-r", str(HERE / "peers.txt")], check=True)
-        mark.write_text(wanted)
-    return python
 
 
 @contextmanager
@@ -217,7 +204,7 @@ def main() -> None:
         "reference": arguments.reference,
     }
     report: dict[str, Any] = {"versions": versions(), "device": device_in_words(device)}
-    peers = environment_of_peers(arguments.peers)
+    peers = environment_of_peers(arguments.peers, HERE / "peers.txt")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "images.npz"
         np.savez(file, images=images.numpy(), labels=labels.numpy())

@@ -1,0 +1,140 @@
+"""How close to the limit of the machine does the service come, and how far are the peers?
+
+    python benchmarks/serving --json serving.json
+    python benchmarks/serving --soak 300
+
+The same network behind `robust serve` as shipped and behind the peers, and as the limit the forward
+alone at its best batch, by the fastest runtime, in a process of its own. They take turns, each turn
+in another order. Each server is started fresh, warmed, loaded by wrk with one small PNG and ended
+before the next one starts. The peers run torch, and first each setting of theirs is tried at each
+number of clients and the best kept. Given are medians over the turns and, in brackets, the least
+and the most; ratios are taken within a turn. The load generator shares the processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where it is not installed
+
+from app.processors import available_processors
+from benchmarks.environments import environment_of_peers
+from benchmarks.inference import hardware
+from benchmarks.serving.bench import Bench
+from benchmarks.serving.load import version_of_wrk
+from benchmarks.serving.servers import KINDS
+from benchmarks.serving.soak import soak
+from benchmarks.serving.table import check_targets, print_table, summarise
+from robust.checkpoint import load_checkpoint, save_checkpoint
+from robust.classifier import STEMS, Classifier
+from robust.files import write_json
+from robust.sidecar import Sidecar
+
+HERE = Path(__file__).resolve().parent
+
+
+def weights_for(stem: str, checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint where it has that stem, else random weights, which take as long."""
+    given = load_checkpoint(checkpoint)
+    if given.classifier.architecture.stem == stem:
+        return checkpoint
+    architecture = replace(given.classifier.architecture, stem=stem)
+    torch.manual_seed(0)
+    classifier = Classifier(architecture).eval()
+    path = folder / f"{stem}.pt"
+    save_checkpoint(
+        path, classifier, Sidecar(architecture=architecture, classes=given.sidecar.classes)
+    )
+    return path
+
+
+def header(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    peers = {}
+    if set(arguments.servers) - {"robust"} and not arguments.soak:
+        python = environment_of_peers(arguments.peers, HERE / "peers.txt")
+        peers = installed(python, ("fastapi", "litserve", "bentoml", "torch"))
+    return {
+        "machine": hardware(torch.device("cpu")),
+        "processors": available_processors(),
+        "load_generator": version_of_wrk(),
+        "runtimes": installed(Path(sys.executable), ("onnxruntime", "openvino")),
+        "versions_of_peers": peers,
+        "seconds": arguments.seconds,
+        "turns": arguments.turns,
+        "clients": arguments.clients,
+    }
+
+
+def installed(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those packages that an environment has."""
+    ask_for = (
+        "import json, sys; from importlib.metadata import distributions; "
+        "print(json.dumps({d.name: d.version for d in distributions() if d.name in sys.argv}))"
+    )
+    done = subprocess.run(
+        [str(python), "-c", ask_for, *packages], check=True, capture_output=True, text=True
+    )
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("models/robust_model.pt"))
+    parser.add_argument("--peers", type=Path, default=HERE.parents[1] / "build" / "serving-peers")
+    parser.add_argument("--servers", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--stem", nargs="+", choices=STEMS, default=list(STEMS))
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--seconds", type=float, default=10, help="of each load")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--warm", type=float, default=3, help="seconds of load before the first")
+    parser.add_argument(
+        "--tune", type=float, default=3, help="seconds of each load when tuning; 0 does not tune"
+    )
+    parser.add_argument("--limit", type=float, default=2, help="seconds of each batch size alone")
+    parser.add_argument("--soak", type=float, help="watch ours under load for so many seconds")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report = header(arguments) | {"loads": [], "limits": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for stem in arguments.stem:
+            weights = weights_for(stem, arguments.checkpoint.resolve(), Path(folder))
+            bench = Bench(arguments, stem, weights, Path(folder))
+            if arguments.soak:
+                report.setdefault("soak", []).append(soak(bench))
+                continue
+            bench.check_agreement()
+            for name in arguments.servers:
+                bench.tune(KINDS[name])
+            for number in range(arguments.turns):
+                bench.turn(number)
+            report["loads"] += bench.loads
+            report["limits"] += bench.limits
+    if not arguments.soak:
+        report["summary"] = summarise(report["loads"], report["limits"])
+        report["targets"] = check_targets(report["summary"])
+        print_table(report)
+    if arguments.json:
+        write_json(arguments.json.resolve(), report)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, httpx.HTTPError) as error:
+        sys.exit(f"Error: {error}")

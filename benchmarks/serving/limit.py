@@ -1,0 +1,125 @@
+"""How many images a second can this machine classify, without any server?
+
+    python benchmarks/serving/limit.py WEIGHTS FOLDER SECONDS BATCH...
+
+The forward alone, by each runtime that is installed, at each batch size, for so many seconds each.
+Prints JSON: for each runtime and batch the images a second and the median of a batch in ms, and
+which runtimes are missing. The network as ONNX is kept in the folder for the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where it is not installed
+
+from app.processors import available_processors
+from robust.checkpoint import Checkpoint, load_checkpoint
+from robust.export import export_checkpoint
+from robust.inference import for_inference
+
+Forward = Callable[[np.ndarray], np.ndarray]
+TOLERANCE = 1e-4
+WARM_UP = 3  # passes of each shape
+
+
+def torch_copy(checkpoint: Checkpoint, _: Path) -> Forward:
+    """torch, with batch norm folded and channels last: what attacks and evaluations run."""
+    model = for_inference(checkpoint.classifier)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            logits: np.ndarray = model(torch.from_numpy(x)).numpy()
+        return logits
+
+    return forward
+
+
+def onnx_runtime(_: Checkpoint, onnx: Path) -> Forward:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_processors()
+    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"images": x})[0]
+
+
+def openvino(_: Checkpoint, onnx: Path) -> Forward:
+    import openvino
+
+    config = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": available_processors(),
+    }
+    core = openvino.Core()
+    requests: dict[int, Any] = {}
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        if len(x) not in requests:  # of a fixed shape each: none is faster
+            model = core.read_model(onnx)
+            model.reshape(list(x.shape))
+            requests[len(x)] = core.compile_model(model, "CPU", config).create_infer_request()
+        logits: np.ndarray = requests[len(x)].infer([x], share_inputs=True)[0]
+        return logits
+
+    return forward
+
+
+RUNTIMES: dict[str, Callable[[Checkpoint, Path], Forward]] = {
+    "torch": torch_copy,
+    "onnxruntime": onnx_runtime,
+    "openvino": openvino,
+}
+
+
+def measure(forward: Forward, x: np.ndarray, seconds: float) -> dict[str, float]:
+    """Images a second and the median of a pass in ms, of passes for so many seconds."""
+    for _ in range(WARM_UP):
+        forward(x)
+    times = []
+    latest = time.perf_counter() + seconds
+    while time.perf_counter() < latest:
+        began = time.perf_counter()
+        forward(x)
+        times.append(time.perf_counter() - began)
+    return {"images_per_second": len(x) * len(times) / sum(times), "p50_ms": 1000 * median(times)}
+
+
+def main() -> None:
+    weights, folder, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    batches = [int(batch) for batch in sys.argv[4:]]
+    checkpoint = load_checkpoint(weights)
+    torch.set_num_threads(available_processors())
+    onnx = folder / f"{checkpoint.sha256}.onnx"
+    if not onnx.exists():
+        export_checkpoint(checkpoint, onnx, "onnx")
+    size = checkpoint.classifier.architecture.input_size
+    x = np.random.default_rng(0).random((max(batches), 3, size, size), dtype=np.float32)
+    with torch.inference_mode():
+        expected = checkpoint.classifier(torch.from_numpy(x)).numpy()
+    found: dict[str, Any] = {"runtimes": {}, "missing": []}
+    for name, build in RUNTIMES.items():
+        try:
+            forward = build(checkpoint, onnx)
+            gap = float(np.abs(forward(x) - expected).max())
+        except ImportError:
+            found["missing"].append(name)
+            continue
+        if gap > TOLERANCE:
+            raise SystemExit(f"expected {name} within {TOLERANCE} of the classifier, got {gap:g}")
+        found["runtimes"][name] = {n: measure(forward, x[:n], seconds) for n in batches}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

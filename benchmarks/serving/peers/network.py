@@ -1,0 +1,43 @@
+"""The network and the image as the peers see them: torch and torchvision, nothing of this project.
+
+The checkpoint is that of the environment variable SERVING_WEIGHTS, with its sidecar beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+
+def load_network() -> nn.Module:
+    """torchvision's network with the weights in it, in eval mode."""
+    weights = Path(os.environ["SERVING_WEIGHTS"])
+    about = json.loads(weights.with_suffix(".json").read_text())["architecture"]
+    if about["activation"] != "relu" or about["mean"] != [0, 0, 0] or about["std"] != [1, 1, 1]:
+        raise SystemExit("expected a checkpoint with relu and without normalisation")
+    network: nn.Module = getattr(torchvision.models, about["arch"])(
+        num_classes=about["num_classes"]
+    )
+    if about["stem"] == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network.eval()
+
+
+def to_input(image: object) -> Tensor:
+    """A Pillow image of the network's size as float32 (3, H, W) in [0, 1]."""
+    pixels: Tensor = pil_to_tensor(image.convert("RGB"))  # type: ignore[attr-defined]
+    return pixels.float() / 255
+
+
+def answer(probabilities: Tensor) -> dict[str, int | float]:
+    """What a client gets: the likeliest class of probabilities (K,)."""
+    index = int(probabilities.argmax())
+    return {"index": index, "probability": float(probabilities[index])}

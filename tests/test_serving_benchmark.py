@@ -1,0 +1,119 @@
+"""What the figures of benchmarks/serving rest on: the load, the ratios, and the end of servers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from app.images import _decode
+from benchmarks.serving import limit, load, servers, table
+
+ANSWERS = """Running 1s test @ http://127.0.0.1:1/predict
+{"seconds": 2.0, "p50_ms": 4.5, "p99_ms": 9.0, "broken": 1, "timeouts": 0, "statuses": {"200": 30, "429": 10}}
+"""  # noqa: E501
+
+
+def test_throughput_counts_what_was_answered_with_200() -> None:
+    found = load.read_load(ANSWERS, 16)
+    assert found.throughput == 15
+    assert found.requests == 40
+    assert found.errors() == "10 429, 1 broken"
+
+
+def test_the_image_is_as_small_as_it_is_said_to_be() -> None:
+    image = load.small_png(32)
+    assert 2000 < len(image) < 3000
+    assert _decode(image, 32, 1024).shape == (3, 32, 32)
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="needs the load generator wrk")
+def test_wrk_sends_the_form_and_counts_statuses(tmp_path: Path) -> None:
+    bodies: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(429 if len(bodies) % 3 == 0 else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    body = tmp_path / "body"
+    body.write_bytes(load.form(load.small_png(32)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/predict"
+        found = load.generate(url, body, clients=1, seconds=1)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert set(bodies) == {body.read_bytes()}
+    assert found.requests > 10
+    assert abs(found.statuses[429] - found.requests / 3) <= 1
+    assert found.broken == 0
+    assert 0 < found.p50_ms <= found.p99_ms
+
+
+def test_ratios_are_taken_within_a_turn() -> None:
+    rates = {("robust", 0): 80.0, ("litserve", 0): 40.0, ("robust", 1): 30.0, ("litserve", 1): 10.0}
+    loads = [
+        {"stem": "cifar", "turn": turn, "clients": 16, "server": server, "throughput": rate}
+        | {"p50_ms": 20.0, "p99_ms": 30.0, "cpu_ms": 1.0, "memory_bytes": 10, "errors": ""}
+        for (server, turn), rate in rates.items()
+    ]
+    limits = [
+        {"stem": "cifar", "turn": turn, "images_per_second": rate, "p50_ms": 15.0}
+        for turn, rate in enumerate((100.0, 50.0))
+    ]
+    ours, theirs = table.summarise(loads, limits)
+    assert ours["throughput"] == {"median": 55, "least": 30, "most": 80}
+    assert ours["to_limit"] == {"median": pytest.approx(0.7), "least": 0.6, "most": 0.8}
+    assert ours["to_litserve"] == {"median": 2.5, "least": 2, "most": 3}
+    assert theirs["to_litserve"]["median"] == 1
+    met = {target["figure"]: target["met"] for target in table.check_targets([ours, theirs])}
+    assert met == {"to_limit": False, "to_litserve": True}
+
+
+def test_the_limit_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        now[0] += 0.01
+        return x
+
+    monkeypatch.setattr(limit, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = limit.measure(forward, np.zeros((8, 1), dtype=np.float32), 0.1)
+    assert found["images_per_second"] == pytest.approx(800)
+    assert found["p50_ms"] == pytest.approx(10)
+
+
+def test_a_server_ends_with_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "LEFT_SECONDS", 0.5)
+    sleeper = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    process = subprocess.Popen([sys.executable, "-c", sleeper], stdin=subprocess.PIPE)
+    latest = time.monotonic() + 30
+    while len(servers.family(process.pid)) < 2:
+        assert time.monotonic() < latest
+        time.sleep(0.02)
+    child = servers.family(process.pid)[1]
+    servers.end(process)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert not servers._running(child)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
