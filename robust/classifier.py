@@ -1,4 +1,4 @@
-"""The classifier: a torchvision ResNet with its normalisation inside."""
+"""The classifier: a ResNet with its normalisation inside."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torchvision
 from torch import Tensor, nn
+
+from robust.resnet import BasicBlock, Bottleneck, ResNet
 
 Arch = Literal["resnet18", "resnet34", "resnet50"]
 Stem = Literal["imagenet", "cifar"]
@@ -61,8 +62,8 @@ class Architecture:
 class Classifier(nn.Module):
     """Maps images float32 (N, 3, H, W) in [0, 1] to logits float32 (N, K).
 
-    `net` is torchvision's model and its state dict torchvision's; mean and std are part of the
-    architecture, so eps outside is always in pixel units.
+    `net` has the state dict of torchvision's model; mean and std are part of the architecture, so
+    eps outside is always in pixel units.
     """
 
     mean: Tensor
@@ -88,15 +89,14 @@ class Classifier(nn.Module):
         Source: Goyal et al. 2017, arXiv:1706.02677.
         """
         for module in self.net.modules():
-            if isinstance(module, torchvision.models.resnet.Bottleneck):
+            if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
-            elif isinstance(module, torchvision.models.resnet.BasicBlock):
+            elif isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
 
 
-def _build_resnet(architecture: Architecture) -> nn.Module:
-    build = getattr(torchvision.models, architecture.arch)
-    net: nn.Module = build(num_classes=architecture.num_classes)
+def _build_resnet(architecture: Architecture) -> ResNet:
+    net = ResNet(architecture.arch, architecture.num_classes)
     if architecture.stem == "cifar":
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 import torchvision
 
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
+from robust.resnet import ResNet
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -16,6 +19,30 @@ def test_state_dict_is_torchvisions(arch: str, stem: str) -> None:
         own = getattr(torchvision.models, arch)(num_classes=10)
     assert list(net.state_dict()) == list(own.state_dict())
     assert net.state_dict()["fc.weight"].shape[0] == 10
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_seed_gives_the_network_that_torchvision_builds(arch: str) -> None:
+    built = []
+    for build in (getattr(torchvision.models, arch), lambda num_classes: ResNet(arch, num_classes)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            built.append(build(num_classes=7))
+    theirs, ours = built
+    expected = theirs.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours(x), theirs(x))  # in train mode, so the norms' statistics move as well
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_neither_torchvision_nor_the_compiler_is_imported() -> None:
+    code = (
+        "import sys, robust.classifier as c; c.Classifier(c.Architecture(arch='resnet18'))\n"
+        "print([m for m in ('torchvision', 'torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_normalisation_is_inside(make_classifier: Callable[..., Classifier]) -> None:
