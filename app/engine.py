@@ -15,11 +15,13 @@ from torch import Tensor
 
 from app import logs
 from app.errors import DeadlineExceeded, EngineStopped, OutOfMemory, ServiceError
+from app.memory import give_back
 from app.metrics import Metrics
 from app.model import ServedModel
-from app.processors import available_processors
+from app.processors import device_threads
 from app.queue import Kind, Work, WorkQueue
 from app.tracing import Tracing
+from robust.classifier import Classifier
 from robust.images import to_float
 from robust.inference import FEW
 from robust.prediction import predict
@@ -54,22 +56,26 @@ class Session:
         self.errors: list[ServiceError | None] = [None] * len(batch)
         self.model = batch[0].model
         self.device = batch[0].model.device
+        self._exact: Classifier | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._pause()
+        self.pause()
         return self.model.logits(x)
 
     def exact(self, x: Tensor) -> Tensor:
         """The same from the classifier itself, not from its faster copy."""
-        self._pause()
-        logits: Tensor = self.model.classifier(x)
+        self.pause()
+        if self._exact is None:
+            self._exact = self.model.exact()
+        logits: Tensor = self._exact(x)
         return logits
 
     def given_up(self) -> Tensor:
         """For which of the works that share this session nobody waits any more, bool (n,)."""
         return torch.tensor([error is not None for error in self.errors])
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
+        """Serve what goes ahead, and end here when nobody waits for any of the results."""
         self._engine.serve(below=self._batch[0].kind)
         for place, work in enumerate(self._batch):
             try:
@@ -208,10 +214,7 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            # torch counts the machine's processors and knows nothing of a container's share.
-            torch.set_num_threads(
-                self._threads or min(torch.get_num_threads(), available_processors())
-            )
+            torch.set_num_threads(device_threads(self._threads))
             while self._queue.wait():
                 if work := self._queue.take():
                     self._do(work)
@@ -228,6 +231,8 @@ class Engine:
                 self._metrics.attack_images.observe(len(batch))
             if batch:
                 self._run(batch)
+            if work.kind is Kind.EVALUATE:
+                give_back()
             return
         batch = [work, *self._queue.take_fellows(work, self._max_batch - work.cost)]
         batch = [item for item in batch if self._begin(item)]
@@ -300,7 +305,7 @@ class Engine:
     def _forward(self, model: ServedModel, images: Tensor) -> Tensor:
         self._metrics.batch_images.observe(len(images))
         x = images.to(model.device)
-        return predict(model.logits, x if x.is_floating_point() else to_float(x))
+        return predict(model.answer, x if x.is_floating_point() else to_float(x))
 
     def _run(self, batch: list[Work]) -> None:
         """Run the function of the first work for all; after a failure each alone."""

@@ -18,6 +18,7 @@ from app.schemas import (
     JobStatus,
     ModelCard,
     PredictResponse,
+    RuntimeChoice,
     Seen,
 )
 from app.tensors import InferResponse, OutputTensor
@@ -103,6 +104,7 @@ def answers() -> dict[tuple[str, str, str], Any]:
             loaded=_WHEN,
             classes=list(_CLASSES),
             input_size=32,
+            runtimes=[RuntimeChoice(images=64, runtime="onnxruntime", images_per_second=965.0)],
             card=Sidecar(
                 architecture=Architecture(num_classes=len(_CLASSES)), classes=_CLASSES
             ).to_dict(),

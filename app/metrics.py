@@ -67,6 +67,18 @@ class Metrics:
         )
         self.jobs = Gauge("robust_jobs", "Evaluations held.", ["state"], registry=registry)
         self.model = Info("robust_model", "The model that is served.", registry=registry)
+        self.runtime_rate = Gauge(
+            "robust_runtime_images_per_second",
+            "What computes predictions of up to so many images, and how fast it was when loaded.",
+            ["runtime", "images"],
+            registry=registry,
+        )
+        self.runtime_failures = Counter(
+            "robust_runtime_failures",
+            "Runtimes that torch took the place of, when loaded or for a batch.",
+            ["runtime", "reason"],
+            registry=registry,
+        )
         self.reloads = Counter(
             "robust_reloads",
             "New checkpoints taken over or refused.",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from app.engine import Engine, Session
 from app.errors import NotReady
+from app.memory import give_back
 from app.metrics import Metrics
 from app.model import ServedModel, load_model
 from app.queue import Kind
+from app.runtime import SIZES, Plan, examples, plan_for
 from robust.checkpoint import CheckpointError, sidecar_path
 from robust.prediction import predict
 
@@ -24,8 +27,11 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 class Models:
     """Holds the model that new work is admitted with; work in hand keeps the one it began with."""
 
-    def __init__(self, path: Path, *, device: torch.device, metrics: Metrics) -> None:
+    def __init__(
+        self, path: Path, *, device: torch.device, metrics: Metrics, threads: int = 0
+    ) -> None:
         self._path, self._device, self._metrics = path, device, metrics
+        self._threads = threads
         self._current: ServedModel | None = None
         self._seen: Signature = ()
         self._asked = asyncio.Event()
@@ -50,7 +56,11 @@ class Models:
     def load(self) -> None:
         """Load the first model. Raises CheckpointError."""
         self._seen = self._signature()
-        self._take(load_model(self._path, self._device))
+        self._take(self._load())
+
+    async def warm(self, engine: Engine) -> None:
+        """Make the first model ready. Raises ValueError when it answers NaN."""
+        self._take(await warm(engine, self.current, self._metrics))
 
     def ask(self) -> None:
         """Look at the files again, changed or not."""
@@ -71,10 +81,10 @@ class Models:
                 continue
             self._seen = signature
             try:
-                model = await asyncio.to_thread(load_model, self._path, self._device)
+                model = await asyncio.to_thread(self._load)
                 if not asked and self._serves(model):
                     continue  # seen between its two renames: taken over already
-                await warm(engine, model)
+                model = await warm(engine, model, self._metrics)
             except Exception as error:
                 self._metrics.reloads.labels("failed").inc()
                 known = isinstance(error, CheckpointError)
@@ -88,6 +98,9 @@ class Models:
                 self._metrics.reloads.labels("ok").inc()
                 logger.info("took over the checkpoint %s", model.sha256)
 
+    def _load(self) -> ServedModel:
+        return load_model(self._path, self._device, threads=self._threads, metrics=self._metrics)
+
     def _serves(self, model: ServedModel) -> bool:
         current = self._current
         return (
@@ -99,19 +112,33 @@ class Models:
     def _take(self, model: ServedModel) -> None:
         self._current = model
         self._metrics.model.info({"sha256": model.sha256, "arch": model.sidecar.architecture.arch})
+        self._metrics.runtime_rate.clear()
+        for choice in model.plan.choices if model.plan else ():
+            labels = choice.runtime.name, str(choice.images)
+            self._metrics.runtime_rate.labels(*labels).set(choice.rate)
 
     def _signature(self) -> Signature:
         return tuple(map(_stamp, (self._path, sidecar_path(self._path))))
 
 
-async def warm(engine: Engine, model: ServedModel) -> None:
-    """Run `model` once on the device thread. Raises ValueError when it answers NaN."""
+async def warm(engine: Engine, model: ServedModel, metrics: Metrics) -> ServedModel:
+    """Run `model` on the device thread, and return it with what computes its predictions chosen.
 
-    def once(session: Session) -> None:
+    Other work goes on in between. Raises ValueError when it answers NaN.
+    """
+
+    def choose(session: Session) -> Plan | None:
         size = model.input_size
         predict(session, torch.full((1, 3, size, size), 0.5, device=session.device))
+        if session.device.type != "cpu":
+            for n in SIZES:
+                predict(session, examples(n, size).to(session.device))
+            return None
+        return plan_for(model.runtimes, side=size, metrics=metrics, pause=session.pause)
 
-    await engine.run(Kind.ATTACK, model, once, cost=0)
+    plan = await engine.run(Kind.ATTACK, model, choose, cost=0)
+    give_back()
+    return replace(model, plan=plan, runtimes=())
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

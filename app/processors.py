@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 
 def available_processors(
     *, cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
@@ -20,6 +22,14 @@ def available_processors(
         allowed = os.cpu_count() or 1
     quotas = [quota for folder in _folders(cgroups, membership) if (quota := _quota(folder))]
     return max(1, int(min([allowed, *quotas])))
+
+
+def device_threads(asked: int = 0) -> int:
+    """Threads for the work on the CPU: as many as asked for, else torch's number or fewer.
+
+    torch counts the machine's processors and knows nothing of a container's share.
+    """
+    return asked or min(torch.get_num_threads(), available_processors())
 
 
 def _folders(cgroups: Path, membership: Path) -> list[Path]:

@@ -50,7 +50,7 @@ def make_report(job: Job, model: ServedModel, *, pdf: bool) -> Response:
         values, source="POST /evaluate", sidecar=model.sidecar, sha256=model.sha256
     )
     checkpoint = Checkpoint(
-        classifier=model.classifier,
+        classifier=model.exact(),
         sidecar=model.sidecar,
         sha256=model.sha256,
         path=Path(model.name),

@@ -212,6 +212,14 @@ class JobStatus(BaseModel):
     error: str | None = Field(default=None, description="Why it failed.")
 
 
+class RuntimeChoice(BaseModel):
+    """What computes predictions of up to so many images at once."""
+
+    images: int = Field(description="At once; more than the last entry's go in several parts.")
+    runtime: str = Field(examples=["onnxruntime", "torch"])
+    images_per_second: float = Field(description="As measured when the model was loaded.")
+
+
 class ModelCard(BaseModel):
     """The model in service: its card, as the sidecar of the checkpoint has it."""
 
@@ -220,6 +228,9 @@ class ModelCard(BaseModel):
     loaded: datetime
     classes: list[str]
     input_size: int
+    runtimes: list[RuntimeChoice] = Field(
+        description="The fastest for predictions, by number of images; empty on a GPU: torch."
+    )
     card: dict[str, Any]
 
 

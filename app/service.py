@@ -17,7 +17,7 @@ from app.errors import ClientGone
 from app.jobs import Jobs
 from app.metrics import Metrics
 from app.model import ServedModel
-from app.models import Models, warm
+from app.models import Models
 from app.settings import Settings
 from app.tracing import tracing_for
 from robust.classifier import resolve_device
@@ -40,7 +40,10 @@ class Service:
         self.metrics = Metrics()
         self.tracing = tracing_for(settings.traces, project_version())
         self.models = Models(
-            settings.checkpoint, device=resolve_device(settings.device), metrics=self.metrics
+            settings.checkpoint,
+            device=resolve_device(settings.device),
+            metrics=self.metrics,
+            threads=settings.threads,
         )
         self.engine = Engine(
             queue_limit=settings.queue_limit,
@@ -63,7 +66,7 @@ class Service:
         self.engine.start()
         watcher = None
         try:
-            await warm(self.engine, self.models.current)
+            await self.models.warm(self.engine)
             await self.jobs.restore(self.models.current)
             watcher = asyncio.create_task(
                 self.models.watch(self.engine, self.settings.reload_seconds)

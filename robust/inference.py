@@ -41,6 +41,12 @@ class InferenceClassifier(nn.Module):
         self.classifier = own
         self.eval()
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        device: torch.device = self.classifier.mean.device
+        return device
+
     def forward(self, x: Tensor) -> Tensor:
         side = self.architecture.input_size
         if x.shape[1:] != (3, side, side):
@@ -74,7 +80,7 @@ def for_inference(
     return InferenceClassifier(classifier, device or classifier.mean.device)
 
 
-class _Pixelwise(nn.Module):
+class Pixelwise(nn.Module):
     """A 1x1 convolution as a matrix product for each pixel."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -89,7 +95,7 @@ class _Pixelwise(nn.Module):
         return rows.view(*x.shape[:3], len(self.weight)).permute(0, 3, 1, 2)
 
 
-class _Dense(nn.Module):
+class Dense(nn.Module):
     """A convolution as one matrix product from all pixels to all pixels.
 
     On a map of 2x2 pixels 16 of the 36 products of a padded 3x3 convolution don't meet padding.
@@ -153,9 +159,9 @@ def _avoid_slow_convolutions(classifier: Classifier) -> None:
         assert isinstance(conv, nn.Conv2d)
         replacement: nn.Module
         if conv.kernel_size == (1, 1) and out_side <= SMALL:
-            replacement = _Pixelwise(conv)
+            replacement = Pixelwise(conv)
         elif conv.kernel_size != (1, 1) and side <= SMALL:
-            replacement = _Dense(conv, side, out_side)
+            replacement = Dense(conv, side, out_side)
         else:
             continue
         parent, _, child = name.rpartition(".")
@@ -164,18 +170,29 @@ def _avoid_slow_convolutions(classifier: Classifier) -> None:
 
 def _sides(classifier: Classifier) -> dict[str, tuple[int, int]]:
     """For each convolution the side of its input and output, in pixels."""
-    shapes = copy.deepcopy(classifier).to("meta")
     sides: dict[str, tuple[int, int]] = {}
+    net = classifier.net
 
-    def watch(name: str, conv: nn.Conv2d) -> None:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            sides[name] = (inputs[0].shape[-1], output.shape[-1])
+    def through(name: str, side: int) -> int:
+        layer = net.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        sides[f"net.{name}"] = side, _shrunk(layer, side)
+        return sides[f"net.{name}"][1]
 
-        conv.register_forward_hook(note)
-
-    for name, module in shapes.named_modules():
-        if isinstance(module, nn.Conv2d):
-            watch(name, module)
-    side = classifier.architecture.input_size
-    shapes(torch.zeros(1, 3, side, side, device="meta"))
+    side = through("conv1", classifier.architecture.input_size)
+    if isinstance(net.maxpool, nn.MaxPool2d):
+        side = _shrunk(net.maxpool, side)
+    for name, block in net.named_blocks():
+        if block.downsample is not None:
+            through(f"{name}.downsample.0", side)
+        for convolution in block.convolutions:
+            side = through(f"{name}.{convolution}", side)
     return sides
+
+
+def _shrunk(layer: nn.Conv2d | nn.MaxPool2d, side: int) -> int:
+    size, stride, padding = (
+        value if isinstance(value, int) else int(value[0])
+        for value in (layer.kernel_size, layer.stride, layer.padding)
+    )
+    return (side + 2 * padding - size) // stride + 1

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.errors import EngineStopped, NotReady
 from app.problem import documented
-from app.schemas import Health, ModelCard
+from app.schemas import Health, ModelCard, RuntimeChoice
 from app.service import Service
 
 _METRICS = CONTENT_TYPE_LATEST.partition(";")[0]
@@ -27,6 +27,14 @@ def router(service: Service) -> APIRouter:
             loaded=current.loaded,
             classes=list(current.classes),
             input_size=current.input_size,
+            runtimes=[
+                RuntimeChoice(
+                    images=choice.images,
+                    runtime=choice.runtime.name,
+                    images_per_second=choice.rate,
+                )
+                for choice in (current.plan.choices if current.plan else ())
+            ],
             card=current.sidecar.to_dict(),
         )
 

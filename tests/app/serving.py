@@ -116,8 +116,8 @@ def gated(service: Service) -> Iterator[Gate]:
     """Let the served model wait until the gate is opened, and put the real one back after."""
     models = service.models
     current = models.current
-    gate = Gate(current.classifier)
-    models._current = replace(current, classifier=gate, fast=None)  # type: ignore[arg-type]
+    gate = Gate(current.exact())
+    models._current = replace(current, classifier=gate, fast=None, plan=None)  # type: ignore[arg-type]
     try:
         yield gate
     finally:

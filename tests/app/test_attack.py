@@ -174,7 +174,7 @@ def test_an_attack_whose_client_hangs_up_stops(running: Running) -> None:
 
 def test_torch_is_left_alone(running: Running) -> None:
     """No attack leaves gradients or another mode behind in the served model."""
-    classifier = running.service.models.current.classifier
+    classifier = running.service.models.current.exact()
     attacked(running, png(), steps="2")
     assert not any(module.training for module in classifier.modules())
     assert all(p.grad is None and not p.requires_grad for p in classifier.parameters())

@@ -411,7 +411,7 @@ def test_threads_are_those_the_cgroup_grants(monkeypatch: pytest.MonkeyPatch) ->
         found = await engine.run(Kind.ATTACK, model, lambda _: torch.get_num_threads(), cost=0)
         assert found == expected
 
-    monkeypatch.setattr("app.engine.available_processors", lambda: 1)
+    monkeypatch.setattr("app.processors.available_processors", lambda: 1)
     expected = 1
     run(test, threads=0)
     expected = 2

@@ -71,7 +71,7 @@ def test_lines_from_every_thread_name_their_request(
     current = models.current
     from dataclasses import replace
 
-    talking = replace(current, classifier=Talking(), fast=None)  # type: ignore[arg-type]
+    talking = replace(current, classifier=Talking(), fast=None, plan=None)  # type: ignore[arg-type]
     monkeypatch.setattr(models, "_current", talking)
     for path, name in (("/predict", "one"), ("/attack?attack=fgsm", "two")):
         response = running.client.post(path, content=png(), headers={"X-Request-ID": name})
