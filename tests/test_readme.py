@@ -30,7 +30,7 @@ class Example:
     """A block of commands, how it is to be tried, and the answer printed below it."""
 
     commands: str
-    kind: str  # `make`, `curl`, `robust`, or why it is not run
+    kind: str  # `make`, `curl`, `robust`, `torchrun`, or why it is not run
     answer: str | None
 
     def __str__(self) -> str:
@@ -45,7 +45,8 @@ def examples() -> list[Example]:
     )
     for match in re.finditer(pattern, README, re.DOTALL):
         commands = match["commands"].strip()
-        kind = next(word for word in ("make", "curl", "robust") if f"{word} " in commands)
+        words = ("make", "curl", "robust", "torchrun")
+        kind = next(word for word in words if f"{word} " in commands)
         found.append(Example(commands=commands, kind=match["why"] or kind, answer=match["answer"]))
     return found
 

@@ -109,7 +109,7 @@ def evaluate(
     On several GPUs, or processes, each takes its share of the images:
 
     \b
-        torchrun --nproc-per-node 2 -m robust_cli evaluate --data test.npz --attack autoattack
+        torchrun --standalone --nproc-per-node 2 -m robust_cli evaluate --data test.npz
     """
     from robust.checkpoint import load_checkpoint, record_evaluation
     from robust.classifier import resolve_device
