@@ -1,14 +1,17 @@
-"""How much faster is a classifier's copy for inference? Prints images/s, forward and gradient.
+"""How fast is each way to run a classifier? Prints images/s: forward of all, gradient of torch's.
 
     python benchmarks/inference.py --arch resnet50 --batch 1 8 32 100 200
 
-Both take turns, so that a machine that others use slows both; given are the median and, after
-it, the fastest and slowest of the repeats.
+`classifier` is the network as trained, `for inference` its copy; `onnxruntime` and `openvino` run
+the graph that is built of the copy, on a CPU and where they are installed (OpenVINO in float32).
+All take turns, so that a machine that others use slows all; given are the median and, after it, the
+slowest and fastest of the repeats. `gap` is how far the logits are from the classifier's at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import sys
 import time
@@ -18,27 +21,30 @@ from statistics import median
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
+from app.runtime import examples, onnx_runtime
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
 from robust.environment import device_in_words, versions
-from robust.inference import for_inference
+from robust.inference import InferenceClassifier, for_inference
+
+Model = Callable[[Tensor], Tensor]
 
 
-def forward(model: nn.Module, x: Tensor) -> None:
+def forward(model: Model, x: Tensor) -> None:
     with torch.no_grad():
         model(x)
 
 
-def gradient(model: nn.Module, x: Tensor) -> None:
+def gradient(model: Model, x: Tensor) -> None:
     """What a step of an attack costs."""
     x = x.detach().requires_grad_()
     torch.autograd.grad(model(x)[:, 0].sum(), x)
 
 
-def seconds(run: Callable[[nn.Module, Tensor], None], model: nn.Module, x: Tensor) -> float:
+def seconds(run: Callable[[Model, Tensor], None], model: Model, x: Tensor) -> float:
     began = time.perf_counter()
     run(model, x)
     if x.is_cuda:
@@ -81,21 +87,75 @@ def main() -> None:
     click.echo(
         f"{args.arch}, {args.size}x{args.size}, float32, images/s: median (slowest-fastest)\n"
     )
-    click.echo(f"{'stem':8} {'':8} {'batch':>5} {'classifier':>22} {'for inference':>22}  ratio")
     for stem in args.stem:
         architecture = Architecture(arch=args.arch, stem=stem, input_size=args.size)
         classifier = Classifier(architecture).eval().requires_grad_(False).to(device)
-        models = (classifier, for_inference(classifier))
+        models = models_of(classifier)
+        show(stem, "", "batch", list(models))
+        show(stem, "gap", 8, [f"{gap(model, classifier):.1g}" for model in models.values()])
         for run in (forward, gradient):
+            taking_part = list(models.values())[: None if run is forward else 2]
             for n in args.batch:
                 x = torch.rand(n, 3, args.size, args.size, device=device)
-                for model in models:  # warm up
+                for model in taking_part:  # warm up
                     seconds(run, model, x)
-                turns = [[seconds(run, model, x) for model in models] for _ in range(args.repeats)]
-                plain, ours = map(list, zip(*turns, strict=True))
-                ratio = median(plain) / median(ours)
-                row = f"{rates(plain, n):>22} {rates(ours, n):>22} {ratio:6.2f}"
-                click.echo(f"{stem:8} {run.__name__:8} {n:5} {row}")
+                turns = [
+                    [seconds(run, model, x) for model in taking_part] for _ in range(args.repeats)
+                ]
+                show(
+                    stem,
+                    run.__name__,
+                    n,
+                    [rates(list(times), n) for times in zip(*turns, strict=True)],
+                )
+        click.echo()
+
+
+def models_of(classifier: Classifier) -> dict[str, Model]:
+    """The ways to run it that there are here, torch's own first."""
+    fast = for_inference(classifier)
+    models: dict[str, Model] = {"classifier": classifier, "for inference": fast}
+    if fast.device.type != "cpu":
+        return models
+    threads = torch.get_num_threads()
+    for name, build in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
+        with contextlib.suppress(ImportError):
+            models[name] = build(fast, threads)
+    return models
+
+
+def openvino(fast: InferenceClassifier, threads: int) -> Model:
+    """The graph in OpenVINO. Raises ImportError where it is not installed."""
+    from openvino import Core
+
+    from robust.graph import build_onnx
+
+    core = Core()
+    config = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    graph = core.read_model(build_onnx(fast).SerializeToString())
+    request = core.compile_model(graph, "CPU", config).create_infer_request()
+
+    def logits(x: Tensor) -> Tensor:
+        request.infer([x.numpy()], share_inputs=True)
+        return torch.from_numpy(request.get_output_tensor().data.copy())
+
+    return logits
+
+
+def gap(model: Model, classifier: Classifier) -> float:
+    """The largest difference of a logit on some images."""
+    side = classifier.architecture.input_size
+    x = examples(8, side).to(classifier.mean.device)
+    with torch.no_grad():
+        return float((model(x) - classifier(x)).abs().amax())
+
+
+def show(stem: str, what: str, batch: object, cells: list[str]) -> None:
+    click.echo(f"{stem:8} {what:8} {batch:>5} " + " ".join(f"{cell:>22}" for cell in cells))
 
 
 if __name__ == "__main__":
