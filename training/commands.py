@@ -7,8 +7,9 @@ import math
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -44,6 +45,12 @@ NO_DATA = """expected --data, found no train.pt in this folder. Forms that are r
     metavar="CHECKPOINT",
     help="Weights to begin with, where classes differ all but the head. Default: random ones.",
 )
+@click.option(
+    "--compile",
+    "compile_passes",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Passes through torch.compile. Default: as the recipe says, which is auto: on CUDA.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 def train(
     data: str | None,
@@ -52,11 +59,12 @@ def train(
     device_name: str,
     seed: int,
     init: Path | None,
+    compile_passes: Literal["auto", "on", "off"] | None,
     resume: bool,
 ) -> None:
     """Train a robust classifier in two phases, clean and then adversarial.
 
-    Recipes: classic, cpu, cpu-further, quick. Example:
+    Recipes: classic, cpu, cpu-further, quick, gpu, fast. Example:
 
         robust train --data digits --recipe quick --out models/digits.pt
     """
@@ -64,9 +72,11 @@ def train(
         if not Path(DEFAULT_DATA).exists():
             raise click.UsageError(NO_DATA)
         data = DEFAULT_DATA
-    from training.recipe import named_recipe
+    from training.recipes import named_recipe
 
     recipe = named_recipe(recipe_name)  # a wrong name is told before torch is loaded
+    if compile_passes is not None:
+        recipe = replace(recipe, compile=compile_passes)
 
     from robust.checkpoint import load_checkpoint
     from robust.classifier import resolve_device

@@ -1,13 +1,12 @@
 """Recipes: everything that decides what a training run does, as data.
 
-Each technique is a field and has a value that switches it off. A further recipe is one more
-function in `RECIPES`.
+Each technique is a field and has a value that switches it off. The recipes themselves are in
+`training.recipes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from robust.classifier import Activation, Arch, Stem
@@ -147,6 +146,8 @@ class Recipe:
     """Averaged weights, per step, lower while the run is young. 0: no averaging."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the device multiplies it in hardware (CUDA, CPUs with AMX)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Passes through torch.compile, attack and training as graphs of their own. `auto`: on CUDA."""
 
     held_out: float = 0.02
     """Stratified share of the training data that is never trained on and picks the model."""
@@ -205,137 +206,3 @@ def _check_phase(phase: Phase) -> None:
         raise ValueError(f"{phase.name}: expected mixup in a clean phase only")
     if min(augmentation.crop_padding, augmentation.cutout, augmentation.rotation) < 0:
         raise ValueError(f"{phase.name}: expected augmentation sizes of at least 0")
-
-
-def classic() -> Recipe:
-    """The baseline's own schedule: 100 clean epochs, then 50 of half clean, half FGSM or PGD-20.
-
-    Its mistakes are left out: the model is picked on held-out images by PGD accuracy, attacks
-    leave batch norm alone, and averaged weights are kept. Hours on a GPU.
-    """
-    augmentation = Augmentation(crop_padding=4, flip=0.5, rotation=10, jitter=0.1, cutout=8)
-    return Recipe(
-        name="classic",
-        weight_decay=1e-4,
-        batch_size=256,
-        phases=(
-            Phase(
-                name="clean",
-                epochs=100,
-                warmup=0.05,
-                augmentation=Augmentation(
-                    crop_padding=4, flip=0.5, rotation=10, jitter=0.1, cutout=8, mixup=0.2
-                ),
-            ),
-            Phase(
-                name="adversarial",
-                epochs=50,
-                parts=(
-                    AdversarialPart(kind="clean", share=0.5),
-                    AdversarialPart(kind="fgsm", share=0.25),
-                    AdversarialPart(kind="pgd", share=0.25, steps=20, alpha=2 / 255),
-                ),
-                split=True,
-                augmentation=augmentation,
-            ),
-        ),
-    )
-
-
-def cpu() -> Recipe:
-    """A robust ResNet-50 from 50,000 images on two CPU cores within 2.5 hours.
-
-    AdamW, because SGD stays at chance for hundreds of steps on so short a schedule; mild
-    augmentation and N-FGSM, because there is no time to overfit or for more attack steps.
-    """
-    return Recipe(
-        name="cpu",
-        optimizer="adamw",
-        weight_decay=0.05,
-        zero_init_residual=True,
-        ema_decay=0.998,
-        phases=(
-            Phase(name="clean", epochs=3, learning_rate=2e-3, warmup=0.1),
-            Phase(
-                name="adversarial",
-                epochs=10,
-                learning_rate=1.4e-3,
-                parts=(
-                    AdversarialPart(kind="clean", share=0.15),
-                    AdversarialPart(kind="n-fgsm", share=0.85),
-                ),
-                split=True,
-            ),
-        ),
-    )
-
-
-def cpu_further() -> Recipe:
-    """A further hour and a half for what `cpu` made: begin with it by ``--init``.
-
-    Every image attacked, a lower peak rate and a longer average of the weights.
-    """
-    return replace(
-        cpu(),
-        name="cpu-further",
-        ema_decay=0.999,
-        phases=(
-            Phase(
-                name="adversarial",
-                epochs=9,
-                learning_rate=1e-3,
-                parts=(AdversarialPart(kind="n-fgsm"),),
-            ),
-        ),
-    )
-
-
-def quick() -> Recipe:
-    """Minutes on a laptop: shows the whole pipeline on a small data set such as `digits`."""
-    return Recipe(
-        name="quick",
-        arch="resnet18",
-        optimizer="adamw",
-        weight_decay=0.05,
-        zero_init_residual=True,
-        ema_decay=0.99,
-        batch_size=64,
-        held_out=0.1,
-        phases=(
-            Phase(
-                name="clean",
-                epochs=4,
-                learning_rate=2e-3,
-                augmentation=Augmentation(
-                    crop_padding=2, flip=0, rotation=10, jitter=0.1, cutout=4, mixup=0.2
-                ),
-            ),
-            Phase(
-                name="adversarial",
-                epochs=8,
-                learning_rate=1e-3,
-                parts=(
-                    AdversarialPart(kind="clean", share=0.25),
-                    AdversarialPart(kind="n-fgsm", share=0.25),
-                    AdversarialPart(kind="pgd", share=0.5, steps=3),
-                ),
-                split=True,
-                augmentation=Augmentation(crop_padding=2, flip=0, rotation=5),
-            ),
-        ),
-    )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "classic": classic,
-    "cpu": cpu,
-    "cpu-further": cpu_further,
-    "quick": quick,
-}
-
-
-def named_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError that lists the names there are."""
-    if name not in RECIPES:
-        raise ValueError(f"expected a recipe out of {', '.join(RECIPES)}, got {name[:40]!r}")
-    return RECIPES[name]()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust import files
 from robust.attacks import resolve_attack
@@ -25,6 +25,7 @@ from robust.sidecar import DataRecord, Sidecar
 from robust.threat_model import ThreatModel
 from training.augment import augment, mixup
 from training.awp import perturbed
+from training.compiled import compiled, compiles
 from training.ema import AveragedModel
 from training.monitor import Board, score, warnings_for, write_metrics
 from training.objective import attacked, objective, taught
@@ -195,6 +196,11 @@ class _Run:
             self.averaged.module.load_state_dict(self.state.averaged)
             self.averaged.steps = self.state.averaged_steps
             self.optimizer.load_state_dict(self.state.optimizer)
+        self.passes: nn.Module = self.model
+        if compiles(recipe, self.device):
+            x = self.images[: recipe.batch_size].float() / 255
+            x = x.contiguous(memory_format=torch.channels_last)
+            self.passes = compiled(self.model, x, bf16=self.bf16)
 
     def _warn_of_seen_images(self, earlier: Sidecar) -> None:
         same_data = earlier.data is not None and earlier.data.sha256 == self.dataset.sha256
@@ -288,7 +294,7 @@ class _Run:
         with autocast(self.bf16, self.device):
             targets = taught(targets, self.averaged.module, x, share=phase.teacher)
             batches = attacked(
-                self.model,
+                self.passes,
                 x,
                 targets,
                 phase=phase,
@@ -299,7 +305,7 @@ class _Run:
         def loss_of() -> Tensor:
             with autocast(self.bf16, self.device):
                 return objective(
-                    self.model,
+                    self.passes,
                     batches,
                     targets,
                     phase=phase,

@@ -12,7 +12,7 @@ from robust.datasets import Dataset
 from robust_cli import run
 from tests.training import small
 from training.commands import Display, time_left
-from training.recipe import RECIPES
+from training.recipes import RECIPES
 from training.state import RunFolder
 
 

@@ -2,18 +2,17 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from robust.classifier import Architecture, Classifier
 from training.recipe import (
-    RECIPES,
     AdversarialPart,
     Augmentation,
     Phase,
     Recipe,
-    classic,
-    cpu,
-    named_recipe,
-    quick,
 )
+from training.recipes import RECIPES, classic, cpu, fast, gpu, named_recipe, quick
 
 HALF = (AdversarialPart(kind="pgd", share=0.5),)
 
@@ -23,7 +22,8 @@ def test_every_recipe_has_two_phases_and_is_json(name: str) -> None:
     recipe = named_recipe(name)
     assert recipe.name == name
     clean_first = [] if name == "cpu-further" else [False]  # that begins with trained weights
-    assert [phase.is_adversarial for phase in recipe.phases] == [*clean_first, True]
+    stronger = [True] if name in ("gpu", "fast") else []  # a third phase with more attack steps
+    assert [phase.is_adversarial for phase in recipe.phases] == [*clean_first, True, *stronger]
     assert json.loads(json.dumps(recipe.to_dict()))["name"] == name
 
 
@@ -88,7 +88,7 @@ def test_a_wrong_recipe_says_which_field(change: dict[str, object], expected: st
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="classic, cpu, cpu-further, quick, got 'slow'"):
+    with pytest.raises(ValueError, match="classic, cpu, cpu-further, quick, gpu, fast, got 'slow'"):
         named_recipe("slow")
 
 
@@ -96,6 +96,23 @@ def test_the_shipped_recipe_leaves_normalisation_to_the_first_batch_norm() -> No
     recipe: Recipe = cpu()
     assert (recipe.mean, recipe.std) == ((0.0,) * 3, (1.0,) * 3)
     assert (recipe.arch, recipe.stem, recipe.activation) == ("resnet50", "imagenet", "relu")
+
+
+@pytest.mark.parametrize(("recipe", "petaflop"), [(gpu(), 134), (fast(), 17)])
+def test_the_gpu_recipes_cost_what_their_docstrings_reckon(recipe: Recipe, petaflop: float) -> None:
+    with torch.device("meta"):
+        model = Classifier(Architecture(arch=recipe.arch, stem=recipe.stem))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 32, 32))
+    passes = sum(phase.epochs * phase.passes for phase in recipe.phases)
+    assert counter.get_total_flops() * 49_000 * passes / 1e15 == pytest.approx(petaflop, rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", [gpu(), fast()])
+def test_a_phase_of_the_gpu_recipes_begins_where_the_one_before_ended(recipe: Recipe) -> None:
+    _, adversarial, strong = recipe.phases
+    assert adversarial.learning_rate * adversarial.final_rate == pytest.approx(strong.learning_rate)
+    assert strong.warmup == strong.final_rate == 0
 
 
 def test_awp_and_a_teacher_cost_what_they_run() -> None:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from robust.datasets import Dataset
 from robust.sidecar import Sidecar
 from training import run as run_module
 from training.recipe import AdversarialPart, Phase, Recipe
+from training.recipes import named_recipe
 from training.run import Progress, Stopped, train
 from training.state import RunFolder, TrainingError
 
@@ -294,6 +296,46 @@ def test_every_technique_can_be_switched(
     assert progress[-1].row is not None
     assert progress[0].seconds_left > 0
     assert progress[-1].seconds_left == 0
+
+
+@pytest.mark.parametrize("name", ["gpu", "fast"])
+def test_the_gpu_recipes_run_in_small_and_resume(
+    name: str, colours: Dataset, tmp_path: Path
+) -> None:
+    """Every field as it is, but for the size: one epoch a phase, a small network and few images."""
+    full = named_recipe(name)
+    phases = tuple(replace(phase, epochs=1) for phase in full.phases)
+    recipe = replace(
+        full, arch="resnet18", input_size=8, batch_size=16, held_out=0.2, phases=phases
+    )
+    colours = replace(colours, images=colours.images[:, :, :8, :8])
+    whole, stopped = tmp_path / "whole.pt", tmp_path / "stopped.pt"
+    train(recipe, colours, out=whole, device=CPU)
+    with pytest.raises(Stopped):  # in the last phase, after 4 steps in each of the others
+        train(recipe, colours, out=stopped, device=CPU, should_stop=stop_after(10))
+    sidecar = train(recipe, colours, out=stopped, device=CPU, resume=True)
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert sidecar.architecture.stem == "cifar"
+    assert sidecar.recipe["phases"][2]["awp"] == full.phases[2].awp
+    rows = [json.loads(line) for line in RunFolder.of(whole).metrics.read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["clean", "adversarial", "strong"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_run_is_that_of_the_recipe(
+    tiny: Recipe, colours: Dataset, tmp_path: Path
+) -> None:
+    """The first epoch, within the rounding of kernels that add up in another order."""
+    losses = {}
+    for choice in ("on", "off"):
+        recipe = replace(tiny, compile=choice)  # type: ignore[arg-type]
+        out = tmp_path / f"{choice}.pt"
+        train(recipe, colours, out=out, device=CPU)
+        rows = RunFolder.of(out).metrics.read_text().splitlines()
+        losses[choice] = json.loads(rows[0])["loss"]
+    assert losses["on"] == pytest.approx(losses["off"], rel=0.02)
 
 
 def test_awp_begins_where_the_phase_says(tiny: Recipe, colours: Dataset, tmp_path: Path) -> None:
