@@ -40,7 +40,8 @@ from robust.datasets import Dataset, load_dataset, stratified_split
 from robust.environment import device_in_words, versions
 from robust.evaluation import evaluate, wilson_interval
 from robust.threat_model import ThreatModel
-from training.recipe import AdversarialPart, Augmentation, Phase, Recipe, classic
+from training.recipe import AdversarialPart, Augmentation, Phase, Recipe
+from training.recipes import classic
 from training.run import Progress, train
 
 CLEAN_EPOCHS, ADVERSARIAL_EPOCHS = 3, 5
@@ -266,6 +267,13 @@ def finished(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def add(path: Path, row: dict[str, Any]) -> None:
+    """One line more, apart from one that was cut short."""
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut + json.dumps(row) + "\n")
+
+
 def results(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from map(run, jobs)
@@ -339,8 +347,7 @@ def main() -> None:
     jobs = [job for job in jobs if not any(job.key.items() <= row.items() for row in done)]
     click.echo(f"{len(jobs)} runs to do; {len(done)} lines in {args.json}")
     for row in results(jobs, args.jobs):
-        with args.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(args.json, row)
         click.echo(in_words(row))
 
 
