@@ -63,8 +63,22 @@ def _url_encoded(request: Request, body: bytes) -> dict[str, list[str]]:
     return fields
 
 
+class _Parser(MultiPartParser):
+    """Knows whether the form came to its end: what is cut short is no form with fewer parts."""
+
+    complete = False
+
+    def on_end(self) -> None:
+        self.complete = True
+
+    def close(self) -> None:
+        """Let go of the files, those of parts cut short too."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+
 async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dict[str, list[str]]]:
-    parser = MultiPartParser(
+    parser = _Parser(
         request.headers,
         request.stream(),
         max_files=max_files,
@@ -81,6 +95,9 @@ async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dic
         if isinstance(error, MultiPartException) and error.message.startswith("Too many files"):
             raise _fault(f"at most {max_files}", "more") from None
         raise BadRequest("The multipart form is malformed, or has too many fields.") from None
+    if not parser.complete:
+        parser.close()
+        raise BadRequest("The multipart form is cut short: its closing boundary is missing.")
     files: list[bytes] = []
     fields: dict[str, list[str]] = {}
     try:

@@ -148,6 +148,17 @@ def test_bad_requests(
         assert response.headers["Allow"]
 
 
+@pytest.mark.parametrize("ending", [b"", b"--b", b"--b-", b"--b\r\nContent-Disp"])
+def test_a_form_cut_short_is_not_one_of_fewer_parts(running: Running, ending: bytes) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    whole = part % png() + part % png(1)
+    response = running.client.post("/predict", content=whole + ending, headers=headers)
+    assert "closing boundary" in assert_problem(response, 400)["detail"]
+    response = running.client.post("/predict", content=whole + b"--b--", headers=headers)
+    assert [result["image"] for result in response.json()["results"]] == [0, 1]
+
+
 def test_a_bad_image_among_several_is_named_by_its_place(running: Running) -> None:
     files = [("file", png()), ("file", b""), ("file", png()), ("file", b"GIF89a")]
     body = assert_problem(running.client.post("/predict", files=files), 400)
