@@ -56,6 +56,7 @@ class Service:
         self.in_flight = InFlight(self.metrics)
         self.ready = False
         self.draining = False
+        self.reading_sets = asyncio.Semaphore(1)  # each may need the memory of the largest one
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="codec")
 
     @asynccontextmanager

@@ -56,14 +56,15 @@ def router(service: Service) -> APIRouter:
         model = service.model_for(request)
         attacks = resolve_attacks(parameters, service.settings)
         # Not among the threads that decode images: predictions would wait behind whole sets.
-        dataset = await asyncio.to_thread(
-            load_set,
-            upload.files,
-            parameters.dataset,
-            limit=parameters.limit,
-            model=model,
-            settings=service.settings,
-        )
+        async with service.reading_sets:
+            dataset = await asyncio.to_thread(
+                load_set,
+                upload.files,
+                parameters.dataset,
+                limit=parameters.limit,
+                model=model,
+                settings=service.settings,
+            )
         job = await service.jobs.submit(
             model, dataset, attacks, curve=parameters.curve, key=_idempotency_key(request)
         )

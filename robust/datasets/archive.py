@@ -28,8 +28,10 @@ class Archive:
         """Read a member; raises DatasetError when it is missing, damaged or encrypted."""
         if name not in self.members:
             raise DatasetError(self.source, expected=f"a member {name}", found="none")
-        with _broken_archive(self.source):
-            return self._file.read(self.members[name])
+        info = self.members[name]
+        with _broken_archive(self.source), self._file.open(info) as member:
+            # Told how much, or a member that holds more than it declares is inflated whole.
+            return member.read(info.file_size)
 
 
 @contextmanager

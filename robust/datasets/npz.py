@@ -79,5 +79,5 @@ def _read_array(archive: Archive, name: str) -> npt.NDArray[np.generic]:
     ):
         raise bad(f"{len(data) - end} bytes for a shape of {len(shape)} dimensions")
     # A copy, because what is built on read-only memory can't be handed to torch.
-    values = np.frombuffer(data[end:], dtype=dtype).copy()
+    values = np.frombuffer(data, dtype=dtype, offset=end).copy()
     return values.reshape(shape, order="F" if fortran == "True" else "C")
