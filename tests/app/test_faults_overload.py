@@ -34,7 +34,7 @@ def slowed(service: Service) -> Iterator[None]:
         time.sleep(SECONDS_PER_IMAGE * len(x))
         return current.logits(x)
 
-    models._current = replace(current, classifier=slow, fast=None)  # type: ignore[arg-type]
+    models._current = replace(current, classifier=slow, fast=None, plan=None)  # type: ignore[arg-type]
     try:
         yield
     finally:
