@@ -24,6 +24,7 @@ from app.store import JobStore, Kept, StoreError
 from robust.attacks import AttackSettings
 from robust.datasets import Dataset
 from robust.evaluation import Evaluation, evaluate_batches
+from robust.inference import MANY, at_least
 from robust.threat_model import ThreatModel
 
 logger = logging.getLogger(__name__)
@@ -272,13 +273,15 @@ class Jobs:
         def work(session: Session) -> Evaluation:
             loop.call_soon_threadsafe(show, "running")
             for evaluation in evaluate_batches(
-                session.exact,
+                at_least(MANY, session.exact),
                 dataset.images,
                 dataset.labels,
                 num_classes=len(model.classes),
                 attacks=job.attacks,
                 device=session.device,
-                fast=session,
+                batch_size=self._settings.evaluation_batch,
+                fast=at_least(MANY, session),
+                watch=session.pause,
                 curve=job.curve,
                 journal=None if self._store is None else self._store.journal(job.id),
                 model_id=model.sha256,

@@ -98,6 +98,11 @@ class Settings(BaseSettings):
     max_batch: int = Field(
         default=64, ge=1, description="Most images that predictions of several requests share."
     )
+    evaluation_batch: int = Field(
+        default=64,
+        ge=16,
+        description="Most images in a pass of an evaluation; a prediction waits for one at most.",
+    )
     queue_limit: int = Field(
         default=4096, ge=1, description="Most queued work, in forward passes; past it 429."
     )

@@ -21,11 +21,13 @@ class ModelError(ValueError):
 
 
 class Passes:
-    """Calls `model`; where a batch does not fit the memory it is halved from then on."""
+    """Calls `model` with at most so many images, 0: with all there are.
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._most = 0  # images that fit; 0 while all did
+    Where a batch does not fit the memory it is halved from then on.
+    """
+
+    def __init__(self, model: Model, most: int = 0) -> None:
+        self._model, self._most = model, most
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits float32 (N, K) of images float32 (N, C, H, W). Raises ModelError."""

@@ -34,10 +34,12 @@ def probe(
     differentiate: bool = True,
     fast: Model | None = None,
     watch: Callable[[], None] = lambda: None,
+    batch_size: int = 0,
 ) -> Probes:
     """Look at `model` on images float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
 
     `fast` is a copy of it to compare with; without `differentiate` a model may have no gradient.
+    `batch_size` bounds each pass, 0: not at all.
     Raises ModelError for one that can't be evaluated: another number of classes than
     `num_classes`, NaN or infinite logits, statistics that move while it predicts, no gradient,
     or probabilities instead of logits (unless allowed, and then flagged later).
@@ -47,7 +49,7 @@ def probe(
         watch()
         return model(x)
 
-    passes, half = Passes(watched), (len(x) + 1) // 2
+    passes, half = Passes(watched, batch_size), (len(x) + 1) // 2
     with frozen(model, x.device), _still(model):
         logits = passes.logits(x)
         # In other company, as a batch norm in train mode answers that differently.
@@ -61,7 +63,7 @@ def probe(
                 "sums to 1; leave its softmax out, or gradients vanish and attacks look weak"
             )
         gradient = _gradient(passes, x, y, needed=differentiate).flatten(1)
-        searched = logits if fast is None else Passes(fast).logits(x)
+        searched = logits if fast is None else Passes(fast, batch_size).logits(x)
         best, name = _normalised(passes, x, y)
     nan = ~gradient.isfinite().all(dim=1)
     return Probes(

@@ -74,12 +74,12 @@ def evaluate_batches(
     """Score images uint8 (N, 3, H, W) with labels int64 (N,), attack after attack.
 
     Yields the result so far again and again, so that the caller can show it or stop; `watch` is
-    called before each pass of the model besides. An image counts as robust if it is right when
-    clean and at every iterate of the attack; images wrong when clean are not attacked. Every
-    success is asked again of `model` itself in float32, its distance and range are checked, and
-    what does not hold counts as right and is told. With `curve` so many images, picked at random,
-    are attacked once more at growing eps. What comes out depends neither on the order of the
-    images nor on `batch_size`.
+    called before each pass of the model besides, and while the images are sorted. An image counts
+    as robust if it is right when clean and at every iterate of the attack; images wrong when clean
+    are not attacked. Every success is asked again of `model` itself in float32, its distance and
+    range are checked, and what does not hold counts as right and is told. With `curve` so many
+    images, picked at random, are attacked once more at growing eps. What comes out depends neither
+    on the order of the images nor on `batch_size`.
 
     A `Classifier` is searched through a faster copy of the same function, and any other model
     through `fast` where that is given; `precision` bf16 searches in bfloat16 (`auto`: on CUDA) and
@@ -100,7 +100,7 @@ def evaluate_batches(
     bf16 = searches_in_bf16(precision, device)
     if fast is None:
         fast = _faster(model, images, device)
-    order = shuffled(images, labels)
+    order = shuffled(images, labels, watch)
     work = Work(
         model,
         images[order.to(images.device)],
@@ -148,16 +148,19 @@ def _faster(model: Model, images: Tensor, device: torch.device) -> Model:
     return model
 
 
-def shuffled(images: Tensor, labels: Tensor) -> Tensor:
+def shuffled(images: Tensor, labels: Tensor, watch: Callable[[], None] = lambda: None) -> Tensor:
     """An order int64 (N,) that looks random and is of the images alone, not of how they came.
 
     In a set sorted by class no beginning is like the whole; and neither the images picked for a
     curve nor a journal shall depend on how a set was read.
     """
     parts = torch.split(images, max(1, 2**20 // images[0].numel()))
-    keys = torch.cat([image_keys(to_images(part), 0).cpu() for part in parts])
+    keys = []
+    for part in parts:
+        watch()
+        keys.append(image_keys(to_images(part), 0).cpu())
     by_label = labels.cpu().argsort(stable=True)  # for the same image twice
-    return by_label[keys[by_label].argsort(stable=True)]
+    return by_label[torch.cat(keys)[by_label].argsort(stable=True)]
 
 
 def _check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:

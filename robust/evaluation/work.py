@@ -12,12 +12,14 @@ from torch import Tensor
 from robust.attacks import AttackSettings, Model, ModelError, resolve_attack
 from robust.attacks.passes import Passes
 from robust.attacks.search import Finished, search, to_images
+from robust.classifier import Classifier
 from robust.evaluation.checks import PROBED, check_finite, probe
 from robust.evaluation.flags import find_flags, large_eps
 from robust.evaluation.journal import Journal, Row
 from robust.evaluation.outcomes import Outcomes
 from robust.evaluation.result import CurvePoint, Evaluation, StageAccuracy
 from robust.evaluation.verify import rows_of, verify
+from robust.inference import MANY, InferenceClassifier, at_least
 from robust.ranks import ALONE, Ranks
 from robust.threat_model import ThreatModel, format_eps
 
@@ -57,7 +59,7 @@ class Work:
         self.model, self.images, self.labels = model, images[own], labels[own]
         self.num_classes, self.device, self.batch_size = num_classes, device, batch_size
         self.fast, self.searched, self.confirm, self.watch = fast, searched, confirm, watch
-        self.exact = Passes(self._watched(model))
+        self.exact = Passes(self._watched(model), batch_size)
         self.precision = "fp32" if confirm is None else "bf16 search, fp32 verified"
         self.open_journal: Callable[[], Journal] | None = None
         self.journal: Journal | None = None
@@ -117,6 +119,7 @@ class Work:
             differentiate=bool(self.radii) or any(stage.name != "square" for stage in stages),
             fast=None if self.fast is self.model else self._watched(self.fast),
             watch=self.watch,
+            batch_size=self.batch_size,
         )
         self.base = replace(self.base, probes=probes, notes=notes(stages, self.num_classes))
 
@@ -233,11 +236,17 @@ class Work:
         )
 
     def _watched(self, model: Model) -> Model:
-        """`model`, told of before each pass and refused once its answer is none."""
+        """`model`, told of before each pass and refused once its answer is none.
+
+        Small passes of a classifier are filled up, so that an image has the same bits in all.
+        """
+        filled = model
+        if isinstance(model, Classifier | InferenceClassifier):
+            filled = at_least(MANY, model)
 
         def forward(x: Tensor) -> Tensor:
             self.watch()
-            logits = model(x)
+            logits = filled(x)
             if isinstance(logits, Tensor) and bool(logits.isnan().any()):
                 raise ModelError(f"expected finite logits, got NaN from the model in {self.stage}")
             return logits

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robust.attacks import AttackSettings, resolve_attack
+from robust.classifier import Architecture, Classifier
 from robust.evaluation import Accuracy, Evaluation, evaluate, evaluate_batches
 from robust.evaluation.precision import full_float32
 from robust.evaluation.run import shuffled
@@ -330,3 +331,32 @@ def test_refuses(
 
 def test_accuracy_of_nothing_is_no_number() -> None:
     assert math.isnan(Accuracy(attack=None, correct=0, n=0, per_class=()).value)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="other processors round by the place in the batch",
+)
+def test_a_classifier_is_evaluated_the_same_to_the_bit_with_any_batch_size() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = Classifier(Architecture(arch="resnet18", input_size=8, num_classes=3)).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (17, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = classifier(images.float() / 255).argmax(dim=1)
+
+    def found(batch_size: int) -> list[object]:
+        *_, last = evaluate_batches(
+            classifier,
+            images,
+            labels,
+            num_classes=3,
+            attacks=[resolve_attack("fab-t-3", ThreatModel(norm="l2", eps=2.0))],
+            device=CPU,
+            batch_size=batch_size,
+        )
+        return [(item.correct, item.distances) for item in last.accuracies]
+
+    whole = found(17)
+    assert whole[1] != (17, None)
+    assert found(6) == whole
