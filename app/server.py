@@ -50,7 +50,9 @@ def run(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,  # after `Service.drain` has waited
     )
-    asyncio.run(_serve(_Server(config), service, listener))
+    # uvloop's where it is installed: it takes less of the processors that the forward needs.
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(_Server(config), service, listener))
 
 
 def read_settings(*, checkpoint: Path | None = None, device: str | None = None) -> Settings:
