@@ -89,7 +89,8 @@ def run(running: Running, load: Callable[[httpx.AsyncClient], object]) -> tuple[
     """The answers of a load and the seconds it took."""
 
     async def connected() -> Answers:
-        limits = httpx.Limits(max_connections=None)
+        # No connection is used again: it could be idle for just as long as the service keeps it.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=running.url, timeout=60, limits=limits) as client:
             answers: Answers = await load(client)  # type: ignore[misc]
             return answers
