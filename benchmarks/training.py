@@ -75,7 +75,7 @@ class Steps:
         self.batch(recipe.batch_size)
         self.passes: nn.Module = self.model
         if compiles(recipe, device):
-            self.passes = compiled(self.model, self.x, bf16=self.bf16)
+            self.passes = compiled(self.model, self.x, bf16=self.bf16, awp=phase.awp > 0)
 
     def batch(self, n: int) -> None:
         """Take n images from now on."""

@@ -23,7 +23,7 @@ def perturbed(model: nn.Module, loss: Callable[[], Tensor], *, gamma: float) -> 
         yield
         return
     weights = [p for p in model.parameters() if p.ndim > 1]
-    with _running_statistics_kept(model):
+    with running_statistics_kept(model):
         gradients = torch.autograd.grad(loss(), weights)
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
@@ -39,7 +39,7 @@ def perturbed(model: nn.Module, loss: Callable[[], Tensor], *, gamma: float) -> 
 
 
 @contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Let batch norm use those of the batch without following them."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     flags = [norm.track_running_stats for norm in norms]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robust.attacks import frozen
+from training.awp import running_statistics_kept
 from training.optimise import autocast
 from training.recipe import Recipe
 
@@ -20,19 +21,22 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
     return recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
 
 
-def compiled(model: nn.Module, x: Tensor, *, bf16: bool) -> nn.Module:
+def compiled(model: nn.Module, x: Tensor, *, bf16: bool, awp: bool = False) -> nn.Module:
     """`model` compiled, with the same parameters and buffers; where that fails, `model` itself.
 
-    The two graphs of a step, that of the loss in train mode and that of an attack in eval mode
-    with frozen weights, are made and tried here, on images like `x`, so that no step waits and a
-    compiler that can't is a warning at the start. The model is left as it was, its statistics and
-    gradients too.
+    The graphs of a step are made and tried here, on images like `x`: that of the loss in train
+    mode, with `awp` the same beside the running statistics, and in eval mode with frozen weights
+    those of a gradient to the image and of a prediction. So no step waits, and a compiler that
+    can't is a warning at the start. The model is left as it was, its statistics and gradients too.
     """
     before = {key: value.clone() for key, value in model.state_dict().items()}
     mode = model.training
     fast = cast(nn.Module, torch.compile(model, dynamic=False))
     try:
         _try_loss(fast, x, bf16=bf16)
+        if awp:
+            with running_statistics_kept(model):
+                _try_loss(fast, x, bf16=bf16)
         _try_attack(fast, x, bf16=bf16)
     except Exception as error:  # compilers raise what they like
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -60,3 +64,5 @@ def _try_attack(model: nn.Module, x: Tensor, *, bf16: bool) -> None:
     with frozen(model, x.device), autocast(bf16, x.device):
         x = x.detach().requires_grad_(True)
         torch.autograd.grad(model(x).sum(), x)
+        with torch.no_grad():
+            model(x.detach())

@@ -200,7 +200,8 @@ class _Run:
         if compiles(recipe, self.device):
             x = self.images[: recipe.batch_size].float() / 255
             x = x.contiguous(memory_format=torch.channels_last)
-            self.passes = compiled(self.model, x, bf16=self.bf16)
+            awp = any(phase.awp for phase in recipe.phases)
+            self.passes = compiled(self.model, x, bf16=self.bf16, awp=awp)
 
     def _warn_of_seen_images(self, earlier: Sidecar) -> None:
         same_data = earlier.data is not None and earlier.data.sha256 == self.dataset.sha256

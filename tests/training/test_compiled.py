@@ -60,6 +60,35 @@ def test_a_compiler_that_fails_is_told_and_done_without(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_every_graph_of_a_step_is_tried(
+    model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool, bool]] = []
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = model[1]
+            asked.append((norm.training, norm.track_running_stats, torch.is_grad_enabled()))  # type: ignore[arg-type]
+            logits: Tensor = model(x)
+            return logits
+
+    monkeypatch.setattr(torch, "compile", lambda module, **settings: Seen())
+    assert isinstance(compiled(model, x, bf16=False, awp=True), Seen)
+    assert asked == [
+        (True, True, True),
+        (True, False, True),
+        (False, True, True),
+        (False, True, False),
+    ]
+    asked.clear()
+    compiled(model, x, bf16=False)
+    assert (True, False, True) not in asked
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
