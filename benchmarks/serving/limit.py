@@ -4,7 +4,8 @@
 
 The forward alone, by each runtime that is installed, at each batch size, for so many seconds each.
 Prints JSON: for each runtime and batch the images a second and the median of a batch in ms, and
-which runtimes are missing. The network as ONNX is kept in the folder for the next time.
+which runtimes are missing. The graph as ONNX, the service's own, is kept in the folder for the
+next time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where it is
 
 from app.processors import available_processors
 from robust.checkpoint import Checkpoint, load_checkpoint
-from robust.export import export_checkpoint
+from robust.graph import build_onnx
 from robust.inference import for_inference
 
 Forward = Callable[[np.ndarray], np.ndarray]
@@ -102,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(available_processors())
     onnx = folder / f"{checkpoint.sha256}.onnx"
     if not onnx.exists():
-        export_checkpoint(checkpoint, onnx, "onnx")
+        onnx.write_bytes(build_onnx(for_inference(checkpoint.classifier)).SerializeToString())
     size = checkpoint.classifier.architecture.input_size
     x = np.random.default_rng(0).random((max(batches), 3, size, size), dtype=np.float32)
     with torch.inference_mode():
