@@ -298,7 +298,7 @@ def test_every_technique_can_be_switched(
     assert progress[-1].seconds_left == 0
 
 
-@pytest.mark.parametrize("name", ["gpu", "fast"])
+@pytest.mark.parametrize("name", ["gpu", pytest.param("fast", marks=pytest.mark.slow)])
 def test_the_gpu_recipes_run_in_small_and_resume(
     name: str, colours: Dataset, tmp_path: Path
 ) -> None:
