@@ -135,9 +135,12 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def retry_after(self, kind: Kind) -> int:
-        """Whole seconds after which there should be room again for work of that kind."""
-        return self._queue.retry_after(kind)
+    def retry_after(self, kind: Kind, *, ahead: int = 0) -> int:
+        """Whole seconds after which there should be room again for work of that kind.
+
+        `ahead` counts forward passes that wait elsewhere.
+        """
+        return self._queue.retry_after(kind, ahead=ahead)
 
     async def predict(
         self, model: ServedModel, images: Tensor, *, deadline: float | None = None

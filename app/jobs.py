@@ -1,154 +1,69 @@
-"""Evaluation jobs: admitted by number, run one after the other, kept until they expire."""
+"""Evaluation jobs: asked for, watched, and run on the device one after the other."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 from app.engine import Engine, Session
-from app.errors import Cancelled, FieldError, InvalidParameters, NotFound, NotReady, Overloaded
+from app.errors import (
+    BodyTooLarge,
+    Cancelled,
+    FieldError,
+    InvalidParameters,
+    NotFound,
+    NotReady,
+    Overloaded,
+)
+from app.job import STATES, Job, bytes_for, digest_of
+from app.local import LocalStore
 from app.metrics import Metrics
 from app.model import ServedModel
+from app.models import Models
+from app.progress import Progress, as_json
 from app.queue import Kind
-from app.schemas import JobState
 from app.settings import Settings
-from app.store import JobStore, Kept, StoreError
+from app.store import Damaged, Full, JobStore, KeyUsed, Lost, StoreError, TooLarge
 from robust.attacks import AttackSettings
 from robust.datasets import Dataset
 from robust.evaluation import Evaluation, evaluate_batches
 from robust.inference import MANY, at_least
-from robust.threat_model import ThreatModel
 
 logger = logging.getLogger(__name__)
 
-ACTIVE: tuple[JobState, ...] = ("queued", "running")
-MAX_FINISHED = 1000  # results are small, but neither memory nor disk is endless
+LOOK_SECONDS = 5.0  # between looks at a watched job whose changes another replica tells of
+STOP_SECONDS = 5.0  # that the device gets to come to the end of a step
 
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """An evaluation and what is known of it. Changed on the event loop only."""
-
-    id: str
-    model: str  # SHA-256
-    dataset: str
-    images: int
-    attacks: tuple[AttackSettings, ...]
-    created: datetime
-    curve: int = 0  # images of the accuracy-against-eps curve
-    digest: str = ""  # of all that decides the result
-    key: str | None = None  # the client's own name for it
-    state: JobState = "queued"
-    result: dict[str, Any] | None = None  # the evaluation so far, as JSON values
-    error: str | None = None
-    finished: datetime | None = None
-    expires: float | None = None  # on the monotonic clock
-    stopped: bool = False  # by the end of the service; it goes on with the next one
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether there is more to come."""
-        return self.state in ACTIVE
-
-    def update(self, state: JobState, evaluation: Evaluation | None = None) -> None:
-        """Take over what is new and wake whoever watches."""
-        self.state = state
-        if evaluation is not None:
-            self.result = {**evaluation.to_dict(), "done": evaluation.done}
-        self.wake()
-
-    def wake(self) -> None:
-        """Let whoever watches look again."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def about(self) -> dict[str, Any]:
-        """All that outlives the service, as JSON values."""
-        return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "images": self.images,
-            "attacks": [_attack_to_dict(attack) for attack in self.attacks],
-            "created": self.created.isoformat(),
-            "curve": self.curve,
-            "digest": self.digest,
-            "key": self.key,
-            "state": self.state,
-            "result": self.result if not self.active else None,
-            "error": self.error,
-            "finished": None if self.finished is None else self.finished.isoformat(),
-        }
-
-    @classmethod
-    def from_kept(cls, kept: Kept) -> Job:
-        """The job as it was left. Raises KeyError, TypeError or ValueError for what is none."""
-        about = {name: value for name, value in kept.about.items() if name != "version"}
-        about["attacks"] = tuple(map(_attack_from_dict, about["attacks"]))
-        about["created"] = datetime.fromisoformat(about["created"])
-        if about["finished"] is not None:
-            about["finished"] = datetime.fromisoformat(about["finished"])
-        return cls(id=kept.id, **about)
+_KEY_USED = FieldError(
+    field="Idempotency-Key",
+    expected="a key that was not used for another evaluation",
+    got="one that was",
+)
 
 
 class Jobs:
-    """The evaluations of one service: in memory, and on disk where there is a folder for them."""
+    """The evaluations that this service answers for, whoever runs them."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
-        self._engine, self._settings, self._metrics = engine, settings, metrics
-        self._jobs: dict[str, Job] = {}
-        self._store = None if settings.jobs is None else JobStore(settings.jobs)
+    def __init__(
+        self, engine: Engine, models: Models, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._engine, self._models, self._metrics = engine, models, metrics
+        self._batch_size = settings.evaluation_batch
+        self._store = _store_for(settings, models, metrics)
+        for state in STATES:
+            metrics.jobs.labels(state).set_function(partial(self._store.count, state))
+        self._admitted: dict[str, ServedModel] = {}  # what a job of this service was admitted with
+        self.ending = False
 
-    async def restore(self, model: ServedModel) -> None:
-        """Take up what the store has: results to ask for, and work to go on with."""
-        if self._store is None:
-            return
-        self._store.sweep()
-        for kept in self._store.all():
-            try:
-                job = Job.from_kept(kept)
-            except (KeyError, TypeError, ValueError) as error:
-                logger.error("evaluation %s can't be read and is forgotten: %r", kept.id, error)
-                self._store.forget(kept.id)
-                continue
-            self._jobs[job.id] = job
-            if job.active:
-                await self._resume(job, model)
-            else:
-                job.expires = self._expiry(job)
-        self._expire()
-
-    async def _resume(self, job: Job, model: ServedModel) -> None:
-        assert self._store is not None
-        job.state = "queued"
-        if job.model != model.sha256:
-            self._fail(job, "The model it was begun with is no longer served.")
-            return
-        try:
-            dataset = await asyncio.to_thread(self._store.get, job.id)
-        except StoreError as error:
-            logger.error("evaluation %s can't go on: %s", job.id, error)
-            self._fail(job, "Its images were lost while the service was down.")
-            return
-        job.task = asyncio.create_task(self._run(job, model, dataset))
-
-    def check_room(self) -> None:
-        """Raise Overloaded when one more would be too many."""
-        if sum(job.active for job in self._jobs.values()) >= self._settings.max_jobs:
-            self._metrics.rejected.labels("jobs").inc()
-            raise Overloaded(
-                f"{self._settings.max_jobs} evaluations are queued or running.",
-                retry_after=self._engine.retry_after(Kind.EVALUATE),
-            )
+    async def start(self) -> None:
+        """Take up what is kept: results to ask for, and work to go on with."""
+        await self._store.start(self._run)
 
     async def submit(
         self,
@@ -162,14 +77,9 @@ class Jobs:
         """Queue an evaluation of `model`, or find the one that was asked for before.
 
         The same model, images and settings are one job, unless `key` says that it is another.
-        Raises Overloaded, NotReady where it can't be kept, InvalidParameters for a key that was
-        used for something else.
+        Raises Overloaded or BodyTooLarge where there is no room, NotReady where it can't be kept,
+        InvalidParameters for a key that was used for something else.
         """
-        self._expire()
-        digest = await asyncio.to_thread(_digest, model, dataset, attacks, curve)
-        if same := self._same(digest, key):
-            return same
-        self.check_room()
         job = Job(
             id=uuid.uuid4().hex,
             model=model.sha256,
@@ -178,211 +88,228 @@ class Jobs:
             attacks=tuple(attacks),
             created=datetime.now(UTC),
             curve=curve,
-            digest=digest,
+            digest=await asyncio.to_thread(digest_of, model.sha256, dataset, attacks, curve),
             key=key,
+            bytes=bytes_for(dataset, attacks, curve),
         )
-        self._jobs[job.id] = job  # counted from here on, while its images are written
-        if self._store is not None:
-            try:
-                await asyncio.to_thread(self._store.put, job.id, dataset)
-                self._store.save(job.id, job.created.timestamp(), job.about())
-            except BaseException as error:
-                del self._jobs[job.id]
-                self._store.release(job.id)
-                if isinstance(error, StoreError):
-                    logger.error("%s", error)
-                    raise NotReady("There is no room to keep the evaluation.") from error
-                raise
-        job.task = asyncio.create_task(self._run(job, model, dataset))
-        self._count()
-        return job
+        if self._store.alone:
+            self._admitted[job.id] = model
+        found = None
+        try:
+            with _reachable("There is no room to keep the evaluation."):
+                found = await self._store.add(job, dataset)
+        except Full as full:
+            self._metrics.rejected.labels(full.reason).inc()
+            raise Overloaded(str(full), retry_after=await self._retry_after()) from None
+        except TooLarge as error:
+            raise BodyTooLarge(error.limit, of="images and journal") from None
+        except KeyUsed:
+            raise InvalidParameters([_KEY_USED]) from None
+        finally:
+            if found is not job:
+                self._admitted.pop(job.id, None)
+        return found
 
-    def _same(self, digest: str, key: str | None) -> Job | None:
-        for job in self._jobs.values():
-            if job.state in ("failed", "cancelled") or job.stopped or job.key != key:
-                continue
-            if job.digest == digest:
-                return job
-            if key is not None:
-                raise InvalidParameters(
-                    [
-                        FieldError(
-                            field="Idempotency-Key",
-                            expected="a key that was not used for another evaluation",
-                            got="one that was",
-                        )
-                    ]
-                )
-        return None
+    async def _retry_after(self) -> int:
+        queued = [job.cost for job in await self.all() if job.state == "queued"]
+        return self._engine.retry_after(Kind.EVALUATE, ahead=sum(queued))
 
-    def all(self) -> list[Job]:
-        """Every job, the newest first."""
-        self._expire()
-        return sorted(self._jobs.values(), key=lambda job: job.created, reverse=True)
+    async def all(self) -> list[Job]:
+        """Every job, the newest first. Raises NotReady, as `get` and `delete` do."""
+        with _reachable():
+            return await self._store.all()
 
-    def get(self, id: str) -> Job:
+    async def get(self, id: str) -> Job:
         """The job of that id. Raises NotFound."""
-        self._expire()
-        if id not in self._jobs:
+        with _reachable():
+            job = await self._store.get(id)
+        if job is None:
             raise NotFound("There is no evaluation of this id, or it has expired.")
-        return self._jobs[id]
-
-    def delete(self, id: str) -> Job:
-        """Stop a job at its next step, or forget one that has ended. Raises NotFound."""
-        job = self.get(id)
-        if job.active:
-            self._cancel(job)
-        else:
-            self._forget(job)
-            self._count()
         return job
 
-    def cancel_all(self) -> None:
-        """Stop what is queued or running; what is on disk goes on with the next service."""
-        for job in self._jobs.values():
-            if not job.active or job.stopped:
-                continue
-            if self._store is None:
-                self._cancel(job)
-            else:
-                job.stopped = True
-                if job.task is not None:
-                    job.task.cancel()
-                job.wake()
+    async def delete(self, id: str) -> Job:
+        """Stop a job at its next step, or forget one that has ended. Raises NotFound."""
+        job = await self.get(id)
+        with _reachable():
+            if not job.active:
+                await self._store.forget(id)
+                return job
+            await self._store.cancel(id)
+            self._admitted.pop(id, None)
+            return await self._store.get(id) or job
+
+    async def watch(self, job: Job) -> AsyncIterator[Job]:
+        """`job` now and after each change, the last time when it has ended or the service does."""
+        seen = None
+        while True:
+            changed, ending = self._store.changes.next(job.id), self.ending
+            with suppress(StoreError):  # a store that is down comes back; there is nothing to tell
+                found = await self._store.get(job.id)
+                if found is None:
+                    return
+                job = found
+            if job.version != seen or ending:
+                seen = job.version
+                yield job  # which may end meanwhile
+                if ending or not job.active:
+                    return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await changed.wait()
+
+    async def ended(self, job: Job, seconds: float) -> Job:
+        """Wait until `job` ends, at most so long; how it is then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                async for item in self.watch(job):
+                    job = item
+        return job
+
+    async def hand_over(self) -> None:
+        """Let another replica go on with what this one runs, where there is another."""
+        await self._store.hand_over()
+
+    async def stop(self) -> None:
+        """Stop what runs and tell whoever watches; what is kept goes on with the next service."""
+        self.ending = True
+        await self._store.stop()
+        self._store.changes.tell_all()
 
     async def close(self) -> None:
-        """Let go of the folder. Call after `cancel_all`, when the engine has stopped."""
-        tasks = [job.task for job in self._jobs.values() if job.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._store is not None:
-            self._store.close()
+        """Let go of what keeps the jobs. Call after `stop`, when the engine has stopped."""
+        await self._store.close()
 
-    def _cancel(self, job: Job) -> None:
-        if job.task is not None:
-            job.task.cancel()
-        self._finish(job, "cancelled")
-
-    async def _run(self, job: Job, model: ServedModel, dataset: Dataset) -> None:
-        loop = asyncio.get_running_loop()
-
-        def show(state: JobState, evaluation: Evaluation | None = None) -> None:
-            if job.active and not job.stopped:
-                job.update(state, evaluation)
-                self._count()
-
-        def work(session: Session) -> Evaluation:
-            loop.call_soon_threadsafe(show, "running")
-            for evaluation in evaluate_batches(
-                at_least(MANY, session.exact),
-                dataset.images,
-                dataset.labels,
-                num_classes=len(model.classes),
-                attacks=job.attacks,
-                device=session.device,
-                batch_size=self._settings.evaluation_batch,
-                fast=at_least(MANY, session),
-                watch=session.pause,
-                curve=job.curve,
-                journal=None if self._store is None else self._store.journal(job.id),
-                model_id=model.sha256,
-            ):
-                loop.call_soon_threadsafe(show, "running", evaluation)
-            return evaluation
-
-        cost = len(dataset) * (1 + sum(attack.cost for attack in job.attacks))
+    async def _run(self, job: Job) -> None:
+        """Do the evaluation `job`. Cancelled, it leaves it to the store to go on elsewhere."""
         try:
-            evaluation = await self._engine.run(Kind.EVALUATE, model, work, cost=cost)
-        except Cancelled:
-            self._finish(job, "cancelled")
+            await self._evaluate(job)
+        except Lost as error:
+            logger.info("evaluation %s is no longer done here: %s", job.id, error)
+        finally:
+            self._admitted.pop(job.id, None)
+
+    async def _evaluate(self, job: Job) -> None:
+        model = self._model_of(job)
+        if model is None:
+            error = "The model it was begun with is no longer served."
+            await self._store.finish(job, "failed", error=error)
+            return
+        try:
+            dataset = await self._store.images(job)
+        except Damaged as damaged:
+            logger.error("evaluation %s can't go on: %s", job.id, damaged)
+            error = "Its images were lost while the service was down."
+            await self._store.finish(job, "failed", error=error)
+            return
+        async with self._store.journal(job) as journal:
+            await self._on_device(job, model, dataset, journal)
+
+    def _model_of(self, job: Job) -> ServedModel | None:
+        current = self._models.current
+        return self._admitted.get(job.id) or (current if current.sha256 == job.model else None)
+
+    async def _on_device(
+        self, job: Job, model: ServedModel, dataset: Dataset, journal: Path | None
+    ) -> None:
+        progress = Progress(journal, every=self._store.journal_seconds)
+        work = _evaluation(
+            job,
+            model,
+            dataset,
+            journal,
+            progress.show,
+            batch_size=self._batch_size,
+        )
+        task = asyncio.create_task(
+            self._engine.run(Kind.EVALUATE, model, progress.framed(work), cost=job.cost)
+        )
+        report = asyncio.create_task(self._report(job, progress))
+        try:
+            await asyncio.wait({task, report}, return_when=asyncio.FIRST_COMPLETED)
+            if report.done():
+                report.result()
+            evaluation = task.result()
+        except (asyncio.CancelledError, Cancelled):
+            task.cancel()
+            report.cancel()
+            await self._store.put_back(job, await progress.last_journal(STOP_SECONDS))
+            raise
+        except StoreError:
+            raise
         except Exception:
-            if job.stopped:
-                return
             logger.exception("evaluation %s failed", job.id)
-            self._fail(job, "The evaluation failed; the log of the service says why.")
+            error = "The evaluation failed; the log of the service says why."
+            await self._store.finish(job, "failed", progress.result, error)
         else:
-            self._finish(job, "done", evaluation)
+            await self._store.finish(job, "done", as_json(evaluation))
+        finally:
+            task.cancel()
+            report.cancel()
 
-    def _fail(self, job: Job, reason: str) -> None:
-        job.error = reason
-        self._finish(job, "failed")
-
-    def _finish(self, job: Job, state: JobState, evaluation: Evaluation | None = None) -> None:
-        if not job.active or job.stopped:
-            return
-        job.finished = datetime.now(UTC)
-        job.expires = self._expiry(job)
-        job.update(state, evaluation)
-        self._count()
-        if self._store is not None:
+    async def _report(self, job: Job, progress: Progress) -> None:
+        """Show what comes out, until cancelled. Raises Lost when the job is another's by now."""
+        while True:
+            await progress.changed()
             try:
-                self._store.save(job.id, job.created.timestamp(), job.about())
+                await self._store.show(job, progress.result, progress.take_journal())
+            except Lost:
+                raise
             except StoreError as error:
-                # Not lost: the journal has every image, and the next service ends the job anew.
-                logger.error("%s", error)
-            else:
-                self._store.release(job.id)
-
-    def _expiry(self, job: Job) -> float:
-        """When a finished job is forgotten, never later than after the whole time from now."""
-        assert job.finished is not None
-        whole = self._settings.job_expiry_seconds
-        passed = (datetime.now(UTC) - job.finished).total_seconds()
-        return time.monotonic() + min(max(whole - passed, 0.0), whole)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        ended = [job for job in self._jobs.values() if job.expires is not None]
-        surplus = {job.id for job in ended[: max(len(ended) - MAX_FINISHED, 0)]}
-        for job in ended:
-            assert job.expires is not None
-            if job.expires <= now or job.id in surplus:
-                self._forget(job)
-        self._count()
-
-    def _forget(self, job: Job) -> None:
-        del self._jobs[job.id]
-        if self._store is not None:
-            self._store.forget(job.id)
-
-    def _count(self) -> None:
-        states = [job.state for job in self._jobs.values()]
-        for state in (*ACTIVE, "done", "failed", "cancelled"):
-            self._metrics.jobs.labels(state).set(states.count(state))
+                logger.warning("evaluation %s: %s", job.id, error)
+            await asyncio.sleep(self._store.show_seconds)
 
 
-def _digest(
-    model: ServedModel, dataset: Dataset, attacks: Sequence[AttackSettings], curve: int
-) -> str:
-    """SHA-256 of all that decides the result of an evaluation."""
-    settings = [_attack_to_dict(attack) for attack in attacks]
-    decisive = [model.sha256, dataset.sha256, settings, curve]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _attack_to_dict(attack: AttackSettings) -> dict[str, Any]:
-    return {**vars(attack), "threat_model": vars(attack.threat_model)}
-
-
-def _attack_from_dict(values: dict[str, Any]) -> AttackSettings:
-    return AttackSettings(**{**values, "threat_model": ThreatModel(**values["threat_model"])})
-
-
-async def watch(job: Job) -> AsyncIterator[Job]:
-    """`job` now and after each change, the last time when it has ended or the service does."""
-    while True:
-        changed, last = job.changed, job.stopped or not job.active
-        yield job  # which may end meanwhile
-        if last:
-            return
-        await changed.wait()
-
-
-async def ended(job: Job, seconds: float) -> bool:
-    """Wait until `job` ends, at most so long; whether it did."""
+def _store_for(settings: Settings, models: Models, metrics: Metrics) -> JobStore:
+    if settings.database_url is None:
+        return LocalStore(settings)
     try:
-        async with asyncio.timeout(seconds):
-            async for _ in watch(job):
-                pass
-    except TimeoutError:
-        return False
-    return not job.active
+        from app.shared import SharedStore
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "ROBUST_DATABASE_URL needs the extra postgres: pip install 'robust[postgres]'"
+        ) from error
+    return SharedStore(settings.database_url.get_secret_value(), settings, models, metrics)
+
+
+def _evaluation(
+    job: Job,
+    model: ServedModel,
+    dataset: Dataset,
+    journal: Path | None,
+    show: Callable[[Evaluation], None],
+    *,
+    batch_size: int,
+) -> Callable[[Session], Evaluation]:
+    """The work of `job` on the device."""
+
+    def work(session: Session) -> Evaluation:
+        for evaluation in evaluate_batches(
+            at_least(MANY, session.exact),
+            dataset.images,
+            dataset.labels,
+            num_classes=len(model.classes),
+            attacks=job.attacks,
+            device=session.device,
+            batch_size=batch_size,
+            fast=at_least(MANY, session),
+            watch=session.pause,
+            curve=job.curve,
+            journal=journal,
+            model_id=model.sha256,
+        ):
+            show(evaluation)
+        return evaluation
+
+    return work
+
+
+@contextmanager
+def _reachable(otherwise: str = "The evaluations can't be looked up now.") -> Iterator[None]:
+    """Turn a store that can't be used into an answer."""
+    try:
+        yield
+    except (Full, TooLarge, KeyUsed):
+        raise
+    except StoreError as error:
+        logger.error("%s", error)
+        raise NotReady(otherwise) from error

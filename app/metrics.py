@@ -66,6 +66,10 @@ class Metrics:
             registry=registry,
         )
         self.jobs = Gauge("robust_jobs", "Evaluations held.", ["state"], registry=registry)
+        self.store_up = Gauge(
+            "robust_store_up", "Whether evaluations can be kept and looked up.", registry=registry
+        )
+        self.store_up.set(1)
         self.model = Info("robust_model", "The model that is served.", registry=registry)
         self.runtime_rate = Gauge(
             "robust_runtime_images_per_second",

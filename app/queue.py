@@ -164,10 +164,13 @@ class WorkQueue:
             if work.future.set_running_or_notify_cancel():
                 work.future.set_exception(reason)
 
-    def retry_after(self, kind: Kind) -> int:
-        """Whole seconds until what goes ahead of new work of that kind should be done."""
+    def retry_after(self, kind: Kind, *, ahead: int = 0) -> int:
+        """Whole seconds until what goes ahead of new work of that kind should be done.
+
+        `ahead` counts forward passes of such work that was not yet let in.
+        """
         with self._changed:
-            return self._in_seconds(self._wait(kind))
+            return self._in_seconds(self._wait(kind) + ahead * self._pace.get(kind, 0.0))
 
     def _fits(self, works: tuple[Work, ...]) -> bool:
         kind, deadline = works[0].kind, works[0].deadline

@@ -7,7 +7,7 @@ from pathlib import Path
 from starlette.responses import Response
 
 from app.errors import Conflict
-from app.jobs import Job
+from app.job import Job
 from app.model import ServedModel
 from robust.checkpoint import Checkpoint
 from robust.environment import device_in_words, versions

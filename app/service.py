@@ -52,7 +52,7 @@ class Service:
             metrics=self.metrics,
             tracing=self.tracing,
         )
-        self.jobs = Jobs(self.engine, settings, self.metrics)
+        self.jobs = Jobs(self.engine, self.models, settings, self.metrics)
         self.in_flight = InFlight(self.metrics)
         self.ready = False
         self.draining = False
@@ -68,7 +68,7 @@ class Service:
         watcher = None
         try:
             await self.models.warm(self.engine)
-            await self.jobs.restore(self.models.current)
+            await self.jobs.start()
             watcher = asyncio.create_task(
                 self.models.watch(self.engine, self.settings.reload_seconds)
             )
@@ -78,7 +78,7 @@ class Service:
             self.ready = False
             if watcher:
                 watcher.cancel()
-            self.jobs.cancel_all()
+            await self.jobs.stop()
             await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
             await self.jobs.close()
             self._workers.shutdown(wait=False, cancel_futures=True)
@@ -87,14 +87,15 @@ class Service:
     async def drain(self) -> None:
         """Take no new work and wait for the requests in hand, as long as the grace time.
 
-        Evaluations go on as long as work is waited for, and are cancelled then: those who only
-        watch one are told and leave.
+        An evaluation goes on at once on another replica, if there is one. Else it does as long as
+        work is waited for, and is stopped then: those who only watch one are told and leave.
         """
         self.draining = True
         try:
             async with asyncio.timeout(self.settings.grace_seconds):
+                await self.jobs.hand_over()
                 await self.in_flight.until(lambda: not self.in_flight.posts)
-                self.jobs.cancel_all()
+                await self.jobs.stop()
                 await self.in_flight.until(lambda: not self.in_flight.count)
         except TimeoutError:
             logger.warning("%d requests did not finish in time", self.in_flight.count)

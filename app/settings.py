@@ -58,6 +58,10 @@ class Settings(BaseSettings):
         default=None,
         description="Folder that keeps evaluations over a restart; empty: in memory only.",
     )
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="PostgreSQL that keeps evaluations for all replicas; needs the extra postgres.",
+    )
 
     api_keys: Keys = Field(
         default=(), description="Keys of which each request needs one, with commas; empty: none."
@@ -111,6 +115,16 @@ class Settings(BaseSettings):
     )
     max_jobs: int = Field(
         default=16, ge=1, description="Most evaluations queued or running at once; past it 429."
+    )
+    jobs_bytes: int = Field(
+        default=2 * 2**30,
+        ge=1,
+        description="Most bytes of all evaluations' images, journals and results; past it 429.",
+    )
+    lost_seconds: float = Field(
+        default=20.0,
+        gt=0,
+        description="Silence of a replica after which its evaluation goes on elsewhere.",
     )
     job_expiry_seconds: float = Field(
         default=3600.0, gt=0, description="How long a finished evaluation can be asked for."

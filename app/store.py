@@ -1,174 +1,139 @@
-"""Evaluation jobs on disk: they outlive the service and go on where they were."""
+"""What keeps evaluation jobs and hands them out to be run, wherever they are kept."""
 
 from __future__ import annotations
 
-import fcntl
-import io
-import json
-import logging
-import os
-import sqlite3
-import zipfile
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-
+from app.job import Job
+from app.schemas import JobState
 from robust.datasets import Dataset
-from robust.files import write_atomic
 
-logger = logging.getLogger(__name__)
+MAX_FINISHED = 1000  # results are small, but neither memory nor disk is endless
 
-VERSION = 1
-_TABLE = "CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, created REAL, about TEXT)"
+Run = Callable[[Job], Awaitable[None]]
 
 
 class StoreError(ValueError):
-    """A folder that can't keep jobs; the message says why."""
+    """Jobs can't be kept or looked up; the message says why."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A job as the store has it: its id and everything else as JSON values."""
+class Full(StoreError):
+    """One job more would be too many, or too large. `reason` is for the metrics."""
 
-    id: str
-    about: dict[str, Any]
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
-class JobStore:
-    """A folder with one SQLite file, and beside it the images and the journal of each job at work.
+class TooLarge(StoreError):
+    """A job that would never fit, however empty the store is."""
 
-    One service at a time may have it. A file that is no store any more is put aside, and a new one
-    begun. Raises StoreError for a folder that can't be written to or is in use.
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"expected at most {limit} bytes of images and journal")
+        self.limit = limit
+
+
+class KeyUsed(StoreError):
+    """A key by which the client has named another job."""
+
+
+class Damaged(StoreError):
+    """The images of a job are gone, or not what they were."""
+
+
+class Lost(StoreError):
+    """A job that is no longer in the hands of this run: cancelled, or taken over by another."""
+
+
+class JobStore(Protocol):
+    """Jobs and their images, journals and results.
+
+    A job is queued by `add`, handed to the function given to `start`, and ended by `finish`, or by
+    `cancel`, which cancels that function. What is asked for the same model, images and settings is
+    one job, unless a key says that it is another. Finished jobs expire. Every method raises
+    StoreError where the store can't be reached or written to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, path = folder, folder / "jobs.sqlite"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("w")
-        except OSError as error:
-            raise StoreError(
-                f"{folder}: expected a folder to write to: {error.strerror}"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise StoreError(f"{folder}: another service keeps its evaluations there") from None
-        try:
-            self._db = _open(path)
-        except sqlite3.DatabaseError as error:
-            aside = _put_aside(path)
-            logger.error("%s is no store of evaluations (%s); it is %s now", path, error, aside)
-            self._db = _open(path)
+    changes: Changes
+    alone: bool
+    """Whether whatever is added here is run here."""
+    show_seconds: float
+    """Least time between two calls of `show`."""
+    journal_seconds: float | None
+    """So often `show` wants the journal, where it does not outlive this machine."""
 
-    def all(self) -> list[Kept]:
-        """Every job, the oldest first."""
-        rows = self._db.execute("SELECT id, about FROM jobs ORDER BY created, id").fetchall()
-        return [Kept(id=id, about=json.loads(about)) for id, about in rows]
+    def count(self, state: JobState) -> int:
+        """How many jobs are in that state, as far as is known."""
 
-    def sweep(self) -> None:
-        """Remove files of jobs that are not there: a kill came between the two."""
-        known = {id for (id,) in self._db.execute("SELECT id FROM jobs")}
-        for path in self._folder.iterdir():
-            if path.suffix in (".npz", ".journal", ".tmp") and path.stem not in known:
-                path.unlink(missing_ok=True)
+    async def start(self, run: Run) -> None:
+        """Have `run` do the queued jobs, one after the other. Cancelled, it calls `put_back`."""
 
-    def save(self, id: str, created: float, about: dict[str, Any]) -> None:
-        """Add a job, or write over what is known of it. Raises StoreError, as on a full disk."""
-        text = json.dumps({"version": VERSION, **about}, allow_nan=False)
-        try:
-            with self._db:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", (id, created, text)
-                )
-        except sqlite3.Error as error:
-            raise StoreError(f"{self._folder}: a job could not be kept: {error}") from error
+    async def add(self, job: Job, dataset: Dataset) -> Job:
+        """Queue `job`, or return the same one. Raises Full, TooLarge or KeyUsed."""
 
-    def forget(self, id: str) -> None:
-        """Remove a job and its files."""
-        self.release(id)
-        with self._db:
-            self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+    async def get(self, id: str) -> Job | None:
+        """The job of that id, unless it has expired."""
 
-    def release(self, id: str) -> None:
-        """Remove the files of a job that has ended."""
-        for path in self._folder.glob(f"{id}.*"):
-            path.unlink(missing_ok=True)
+    async def all(self) -> list[Job]:
+        """Every job, the newest first."""
 
-    def journal(self, id: str) -> Path:
-        """Where an evaluation keeps what it has finished."""
-        return self._folder / f"{id}.journal"
+    async def cancel(self, id: str) -> None:
+        """Stop a job, keeping what came out so far."""
 
-    def put(self, id: str, dataset: Dataset) -> None:
-        """Keep the images of a job. Raises StoreError, as on a full disk."""
+    async def forget(self, id: str) -> None:
+        """Remove a job that has ended."""
 
-        def write(file: io.BufferedIOBase) -> None:
-            np.savez(
-                file,
-                images=dataset.images.numpy(),
-                labels=dataset.labels.numpy(),
-                classes=np.array(dataset.classes),
-                name=np.array(dataset.name),
-            )
+    async def images(self, job: Job) -> Dataset:
+        """What it is to be evaluated on. Raises Damaged."""
 
-        try:
-            write_atomic(self._images(id), write)  # type: ignore[arg-type]
-        except OSError as error:
-            self._images(id).unlink(missing_ok=True)
-            raise StoreError(
-                f"{self._folder}: a set could not be kept: {error.strerror}"
-            ) from error
+    def journal(self, job: Job) -> AbstractAsyncContextManager[Path | None]:
+        """Where the evaluation of `job` keeps what it has finished, if it does."""
 
-    def get(self, id: str) -> Dataset:
-        """The images of a job. Raises StoreError where they are gone or broken."""
-        try:
-            with np.load(self._images(id), allow_pickle=False) as arrays:
-                return Dataset(
-                    images=torch.from_numpy(arrays["images"]),
-                    labels=torch.from_numpy(arrays["labels"]),
-                    classes=tuple(map(str, arrays["classes"])),
-                    name=str(arrays["name"]),
-                )
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{self._images(id)}: expected the images of a job") from error
+    async def show(self, job: Job, result: dict[str, Any] | None, journal: bytes | None) -> None:
+        """Say that `job` is running, and what came out so far. Raises Lost."""
 
-    def close(self) -> None:
-        """Let another service have the folder."""
-        self._db.close()
-        self._lock.close()
+    async def finish(
+        self,
+        job: Job,
+        state: JobState,
+        result: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End `job`. Raises Lost."""
 
-    def _images(self, id: str) -> Path:
-        return self._folder / f"{id}.npz"
+    async def put_back(self, job: Job, journal: bytes | None) -> None:
+        """Let `job`, which was cut short, be run again, here or elsewhere."""
+
+    async def hand_over(self) -> None:
+        """Run nothing more where others can; what runs is cancelled and goes on there."""
+
+    async def stop(self) -> None:
+        """Run nothing more. What is kept goes on with the next service, all else is cancelled."""
+
+    async def close(self) -> None:
+        """Let go of what keeps the jobs. Call after `stop`."""
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, check_same_thread=False)
-    try:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
-        with db:
-            db.execute(_TABLE)
-        (state,) = db.execute("PRAGMA quick_check").fetchone()
-        if state != "ok":
-            raise sqlite3.DatabaseError(state)
-        for (about,) in db.execute("SELECT about FROM jobs"):
-            if json.loads(about).get("version") != VERSION:
-                raise sqlite3.DatabaseError("it is of another version")
-    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
-        db.close()
-        raise sqlite3.DatabaseError(str(error)) from error
-    return db
+class Changes:
+    """Wakes whoever waits for a job to change. Used on the event loop only."""
 
+    def __init__(self) -> None:
+        self._events: dict[str, asyncio.Event] = {}
 
-def _put_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
-        number += 1
-    os.replace(path, aside)
-    for ending in ("-wal", "-shm"):
-        path.with_name(path.name + ending).unlink(missing_ok=True)
-    return aside
+    def next(self, id: str) -> asyncio.Event:
+        """Set at the next change of the job; ask for it before looking at the job."""
+        return self._events.setdefault(id, asyncio.Event())
+
+    def tell(self, id: str) -> None:
+        """The job has changed."""
+        if event := self._events.pop(id, None):
+            event.set()
+
+    def tell_all(self) -> None:
+        """Any job may have changed."""
+        for id in list(self._events):
+            self.tell(id)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from app.jobs import Job
+from app.job import Job
 from app.schemas import (
     AttackResult,
     ClassName,

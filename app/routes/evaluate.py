@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.documents import body
 from app.errors import FieldError, InvalidParameters
-from app.jobs import Job, ended, watch
+from app.job import Job
 from app.parameters import EvaluateParameters, parse, resolve_attacks
 from app.problem import documented
 from app.report import check_reportable, make_report
@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/evaluate", tags=["evaluate"])
 
     async def find(id: str, request: Request) -> Job:
-        job = service.jobs.get(id)
+        job = await service.jobs.get(id)
         request.state.model_sha256 = job.model
         return job
 
@@ -72,16 +72,17 @@ def router(service: Service) -> APIRouter:
         seconds = _preferred_wait(request, service.settings.deadline_seconds)
         if seconds is not None:
             response.headers["Preference-Applied"] = f"wait={seconds:g}"
-            if await unless_gone(request, ended(job, seconds)):
+            job = await unless_gone(request, service.jobs.ended(job, seconds))
+            if not job.active:
                 response.status_code = 200
         return job_status(job)
 
-    @routes.get("", summary="Every evaluation", responses=documented())
+    @routes.get("", summary="Every evaluation", responses=documented(503))
     async def jobs() -> list[JobStatus]:
         """Those queued, running and not yet expired, the newest first."""
-        return [job_status(job) for job in service.jobs.all()]
+        return [job_status(job) for job in await service.jobs.all()]
 
-    @routes.get("/{id}", name="job", summary="An evaluation so far", responses=documented(404))
+    @routes.get("/{id}", name="job", summary="An evaluation so far", responses=documented(404, 503))
     async def job(found: Found) -> JobStatus:
         """State, progress and the result so far, with confidence intervals."""
         return job_status(found)
@@ -90,13 +91,13 @@ def router(service: Service) -> APIRouter:
         "/{id}/events",
         summary="An evaluation as it goes on",
         response_class=EventSourceResponse,
-        responses=documented(404),
+        responses=documented(404, 503),
     )
     async def events(found: Found) -> AsyncIterator[ServerSentEvent]:
         """Server-sent events: `progress` with the result so far, last `done`, `failed` or
         `cancelled`; each carries what GET /evaluate/{id} answers.
         """
-        async for item in watch(found):
+        async for item in service.jobs.watch(found):
             event = "progress" if item.active else item.state
             yield ServerSentEvent(event=event, data=job_status(item))
 
@@ -109,7 +110,7 @@ def router(service: Service) -> APIRouter:
                 "description": "One page, or with `Accept: application/pdf` the same as PDF.",
                 "content": {"application/pdf": {"schema": {"type": "string", "format": "binary"}}},
             },
-            **documented(404, 409),
+            **documented(404, 409, 503),
         },
     )
     async def report(found: Found, request: Request) -> Response:
@@ -122,10 +123,10 @@ def router(service: Service) -> APIRouter:
         pdf = "application/pdf" in request.headers.get("accept", "").lower()
         return await service.beside(partial(make_report, found, model, pdf=pdf))
 
-    @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404))
+    @routes.delete("/{id}", summary="Cancel an evaluation", responses=documented(404, 503))
     async def delete(found: Found) -> JobStatus:
         """Stop it at its next step, keeping what came out so far; forget one that has ended."""
-        return job_status(service.jobs.delete(found.id))
+        return job_status(await service.jobs.delete(found.id))
 
     return routes
 

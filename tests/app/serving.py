@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -25,6 +27,7 @@ from robust.images import encode_png
 
 CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = 32
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,6 +37,19 @@ class Running:
     service: Service
     client: httpx.Client
     url: str
+    loop: asyncio.AbstractEventLoop
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin something on the service's own event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def stop_jobs(self, gate: Gate) -> None:
+        """Stop the evaluations, as at the end of the service, while one waits at `gate`."""
+        stopping = self.begin(self.service.jobs.stop())
+        until(lambda: self.service.jobs.ending)
+        time.sleep(0.05)  # its cancellation goes before what opens the gate
+        gate.open.set()
+        stopping.result(30)
 
 
 @contextmanager
@@ -48,14 +64,20 @@ def serving(settings: Settings) -> Iterator[Running]:
         access_log=False,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
         until(lambda: server.started or not thread.is_alive())
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=url, timeout=30) as client:
-            yield Running(app.state.service, client, url)
+            yield Running(app.state.service, client, url, loops[0])
     finally:
         server.should_exit = True
         thread.join()

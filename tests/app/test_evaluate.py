@@ -1,9 +1,7 @@
 """POST /evaluate and its jobs: the library's result, while predictions go on."""
 
-import asyncio
 import json
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from app.jobs import Job, watch
 from app.settings import Settings
 from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint
 from robust.evaluation import evaluate
 from robust.threat_model import ThreatModel
-from tests.app.serving import Running, gated, labelled, pixels, png, serving, until
+from tests.app.serving import Gate, Running, gated, labelled, pixels, png, serving, until
 
 ATTACKS = {"attack": ["fgsm", "pgd-2"], "eps": "2/255"}
 
@@ -164,18 +161,22 @@ def test_events_tell_progress_and_the_end(running: Running, checkpoint: Path) ->
     assert [name for name, _ in events(running, job["id"])] == ["done"]  # a late watcher
 
 
-def test_a_watcher_sees_the_end_also_when_it_comes_while_it_is_busy() -> None:
-    async def seen() -> list[str]:
-        job = Job(id="1", model="", dataset="", images=1, attacks=(), created=datetime.now(UTC))
+def test_a_watcher_sees_the_end_also_when_it_comes_while_it_is_busy(running: Running) -> None:
+    async def seen(id: str, gate: Gate) -> list[str]:
+        jobs = running.service.jobs
         states = []
-        async for item in watch(job):
+        async for item in jobs.watch(await jobs.get(id)):
             states.append(item.state)
             if len(states) == 1:
-                job.update("running")
-                job.update("done")
+                gate.open.set()
+                await jobs.ended(item, 30)
         return states
 
-    assert asyncio.run(seen()) == ["queued", "done"]
+    with gated(running.service) as gate:
+        job = start(running, labelled(9))
+        until(lambda: gate.waiting)
+        states = running.begin(seen(job["id"], gate)).result(60)
+    assert states == ["running", "done"]
 
 
 def test_events_of_a_cancelled_job_end(running: Running) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from app import jobs as jobs_module
+from app import local
+from app.folder import JobFolder
 from app.settings import Settings
-from app.store import JobStore, StoreError
+from app.store import StoreError
 from robust import report
 from tests.app.conftest import write_checkpoint
 from tests.app.serving import Running, gated, labelled, serving, until
@@ -80,8 +81,7 @@ def test_a_job_goes_on_with_the_next_service(settings: Settings) -> None:
     with serving(settings) as running, gated(running.service) as gate:
         job = submit(running, key="anew")
         until(lambda: gate.waiting)
-        running.service.jobs.cancel_all()
-        gate.open.set()
+        running.stop_jobs(gate)
     with serving(settings) as running:
         found = finish(running, job["id"])
     assert (found["id"], found["state"], found["created"]) == (job["id"], "done", job["created"])
@@ -95,8 +95,7 @@ def test_a_watcher_is_told_when_the_service_ends(settings: Settings) -> None:
         with running.client.stream("GET", f"/evaluate/{job['id']}/events") as stream:
             lines = stream.iter_lines()
             assert next(lines) == "event: progress"
-            running.service.jobs.cancel_all()
-            gate.open.set()
+            running.stop_jobs(gate)
             events = [line for line in lines if line.startswith("event:")]
     assert set(events) == {"event: progress"}
 
@@ -140,11 +139,11 @@ def test_a_key_of_no_sense_is_refused(settings: Settings) -> None:
 
 def test_a_folder_belongs_to_one_service(settings: Settings, tmp_path: Path) -> None:
     with serving(settings), pytest.raises(StoreError, match="another service"):
-        JobStore(tmp_path / "jobs")
-    JobStore(tmp_path / "jobs").close()
+        JobFolder(tmp_path / "jobs")
+    JobFolder(tmp_path / "jobs").close()
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="a folder to write to"):
-        JobStore(tmp_path / "file")
+        JobFolder(tmp_path / "file")
 
 
 @pytest.mark.parametrize("content", [b"no database at all", b"", b"SQLite format 3\0" + b"x" * 200])
@@ -177,8 +176,7 @@ def left_over(settings: Settings) -> str:
     with serving(settings) as running, gated(running.service) as gate:
         job = submit(running)
         until(lambda: gate.waiting)
-        running.service.jobs.cancel_all()
-        gate.open.set()
+        running.stop_jobs(gate)
     id: str = job["id"]
     return id
 
@@ -205,7 +203,7 @@ def test_a_job_without_its_images_fails_and_says_so(settings: Settings) -> None:
 
 def test_a_job_that_can_not_be_read_is_forgotten(settings: Settings) -> None:
     assert settings.jobs is not None
-    store = JobStore(settings.jobs)
+    store = JobFolder(settings.jobs)
     store.save("odd", 0.0, {"state": "queued"})
     store.close()
     with serving(settings) as running:
@@ -220,7 +218,7 @@ def test_a_full_disk_refuses_the_job_and_leaves_nothing(
 
     with serving(settings) as running:
         with monkeypatch.context() as patched:
-            patched.setattr(JobStore, "save", full)
+            patched.setattr(JobFolder, "save", full)
             response = running.client.post("/evaluate", files={"file": labelled(5)}, data=ATTACKS)
             assert response.status_code == 503
             assert "no room" in response.json()["detail"]
@@ -239,22 +237,24 @@ def test_expired_jobs_are_gone_from_the_disk(settings: Settings) -> None:
         assert running.client.get("/evaluate").json() == []
 
 
+class Earlier(local.datetime):  # type: ignore[name-defined,misc]
+    """A clock that somebody has set back."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return super().now(tz).replace(year=2001)
+
+
 def test_a_clock_set_back_keeps_no_job_for_longer(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(settings) as running:
         done = finish(running, submit(running)["id"])
 
-    class Earlier(jobs_module.datetime):  # type: ignore[name-defined,misc]
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return super().now(tz).replace(year=2001)
-
-    monkeypatch.setattr(jobs_module, "datetime", Earlier)
+    monkeypatch.setattr(local, "datetime", Earlier)
     with serving(settings) as running:
-        job = running.service.jobs.get(done["id"])
-        assert job.expires is not None
-        assert job.expires <= time.monotonic() + settings.job_expiry_seconds
+        expires = running.service.jobs._store._expires[done["id"]]  # type: ignore[attr-defined]
+        assert expires <= time.monotonic() + settings.job_expiry_seconds
 
 
 def test_a_finished_evaluation_has_a_report(running: Running) -> None:
@@ -283,7 +283,7 @@ def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.Mo
     monkeypatch.setitem(report.PACKAGES, "matplotlib", "no_such_module")
     response = running.client.get(f"/evaluate/{done['id']}/report")
     assert (response.status_code, "without the extra" in response.text) == (409, True)
-    running.service.jobs.get(done["id"]).model = "0"
+    running.begin(running.service.jobs.get(done["id"])).result().model = "0"
     response = running.client.get(f"/evaluate/{done['id']}/report")
     assert "Another model" in response.json()["detail"]
 
@@ -329,3 +329,57 @@ def _ready(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def test_bytes_are_bounded_and_nothing_is_half_written(settings: Settings) -> None:
+    room = settings.model_copy(update={"jobs_bytes": 400_000})
+    with serving(room) as running, gated(running.service) as gate:
+        first = submit(running, 20)
+        response = running.client.post("/evaluate", files={"file": labelled(90)}, data=ATTACKS)
+        assert response.status_code == 413  # never, however long one waits
+        assert "400000" in response.json()["detail"]
+        response = running.client.post("/evaluate", files={"file": labelled(70)}, data=ATTACKS)
+        assert (response.status_code, "no room" in response.text) == (429, True)
+        assert int(response.headers["Retry-After"]) >= 1
+        assert 'robust_rejected_total{reason="bytes"} 1.0' in running.client.get("/metrics").text
+        assert [job["id"] for job in running.client.get("/evaluate").json()] == [first["id"]]
+        assert settings.jobs is not None
+        assert {path.stem for path in settings.jobs.glob("*.npz")} == {first["id"]}
+        gate.open.set()
+        assert finish(running, first["id"])["state"] == "done"
+        assert finish(running, submit(running, 70)["id"])["state"] == "done"  # what was refused
+
+
+@pytest.mark.parametrize(("n", "more"), [(20, {}), (40, {"attack": "autoattack", "curve": "40"})])
+def test_no_job_takes_more_than_was_set_aside_for_it(
+    settings: Settings, n: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    release = JobFolder.release
+
+    def measured(self: JobFolder, id: str) -> None:
+        sizes.append(sum(path.stat().st_size for path in self._folder.glob(f"{id}.*")))
+        release(self, id)
+
+    monkeypatch.setattr(JobFolder, "release", measured)
+    with serving(settings) as running:
+        with gated(running.service):
+            id = submit(running, n, **more)["id"]
+            reserved = running.begin(running.service.jobs.get(id)).result().bytes
+        assert finish(running, id)["state"] == "done"
+    assert n * 3072 < sizes[0] <= reserved
+
+
+def test_a_clock_set_back_during_a_job_loses_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(settings) as running:
+        with gated(running.service) as gate:
+            id = submit(running)["id"]
+            until(lambda: gate.waiting)
+            monkeypatch.setattr(local, "datetime", Earlier)
+        done = finish(running, id)
+        assert (done["state"], done["finished"][:4]) == ("done", "2001")
+        assert submit(running)["id"] == id
+    with serving(settings) as running:
+        assert running.client.get(f"/evaluate/{id}").json() == done

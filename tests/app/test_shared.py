@@ -1,0 +1,310 @@
+"""Evaluation jobs in PostgreSQL: any replica answers, and what one loses goes on at another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from app import shared
+from app.postgres import Database
+from app.settings import Settings
+from benchmarks.private_postgres import PrivatePostgres, why_not
+from tests.app.serving import Gate, Running, gated, labelled, png, serving, until
+from tests.app.test_jobs import ATTACKS, finish, submit, without_seconds
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+Pair = tuple[Running, Running]
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PrivatePostgres]:
+    with PrivatePostgres() as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="module")
+def settings(checkpoint: Path, postgres: PrivatePostgres) -> Settings:
+    return Settings(
+        checkpoint=checkpoint,
+        threads=1,
+        device="cpu",
+        database_url=SecretStr(postgres.database()),
+        max_jobs=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(settings: Settings) -> Iterator[Pair]:
+    """Two replicas on one database."""
+    with serving(settings) as one, serving(settings) as other:
+        yield one, other
+
+
+def query(settings: Settings, text: str) -> list[tuple[Any, ...]]:
+    assert settings.database_url is not None
+    url = settings.database_url.get_secret_value()
+    with psycopg.connect(url, autocommit=True, options="-c search_path=robust") as db:
+        cursor = db.execute(text)
+        return cursor.fetchall() if cursor.description else []
+
+
+def state(running: Running, id: str) -> str:
+    found: str = running.client.get(f"/evaluate/{id}").json()["state"]
+    return found
+
+
+@contextmanager
+def both_gated(pair: Pair) -> Iterator[tuple[Gate, Gate]]:
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(gated(running.service)) for running in pair)
+        yield one, other
+
+
+def running_at(pair: Pair, gates: tuple[Gate, Gate]) -> tuple[Running, Running, Gate, Gate]:
+    """The replica that runs the one job there is, the other one, and their gates."""
+    until(lambda: gates[0].waiting or gates[1].waiting)
+    first = 0 if gates[0].waiting else 1
+    return pair[first], pair[1 - first], gates[first], gates[1 - first]
+
+
+def events(running: Running, id: str) -> list[str]:
+    with running.client.stream("GET", f"/evaluate/{id}/events") as stream:
+        lines = list(stream.iter_lines())
+    return [line.removeprefix("event: ") for line in lines if line.startswith("event:")]
+
+
+def test_any_replica_answers_for_any_job(pair: Pair) -> None:
+    one, other = pair
+    job = submit(one, 12, curve="6")
+    assert other.client.get(f"/evaluate/{job['id']}").json()["id"] == job["id"]
+    assert events(other, job["id"])[-1] == "done"
+    done = finish(other, job["id"])
+    assert done == one.client.get(f"/evaluate/{job['id']}").json()
+    assert done["evaluation"]["n"] == 12
+    assert [item["id"] for item in other.client.get("/evaluate").json()] == [job["id"]]
+    other.client.delete(f"/evaluate/{job['id']}")
+    assert one.client.get(f"/evaluate/{job['id']}").status_code == 404
+    assert one.client.get("/evaluate").json() == []
+
+
+def test_the_same_again_is_one_job_wherever_it_is_sent(pair: Pair) -> None:
+    one, other = pair
+    with both_gated(pair):
+        first = submit(one, 13)
+        assert submit(other, 13)["id"] == first["id"]
+        named = submit(other, 13, key="mine")
+        assert named["id"] != first["id"]
+        assert submit(one, 13, key="mine")["id"] == named["id"]
+        response = one.client.post(
+            "/evaluate",
+            files={"file": labelled(14)},
+            data=ATTACKS,
+            headers={"Idempotency-Key": "mine"},
+        )
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["field"] == "Idempotency-Key"
+        submit(one, 15)
+        response = other.client.post("/evaluate", files={"file": labelled(16)}, data=ATTACKS)
+        assert (response.status_code, "3 evaluations" in response.text) == (429, True)
+        assert int(response.headers["Retry-After"]) >= 1
+        for job in one.client.get("/evaluate").json():
+            assert other.client.delete(f"/evaluate/{job['id']}").json()["state"] == "cancelled"
+        # What was cancelled is not what somebody who asks again wants.
+        again = submit(one, 13)
+        assert again["id"] != first["id"]
+        other.client.delete(f"/evaluate/{again['id']}")
+        forget_all(pair)
+
+
+def forget_all(pair: Pair) -> None:
+    for running in pair:
+        for job in running.client.get("/evaluate").json():
+            running.client.delete(f"/evaluate/{job['id']}")
+    assert pair[0].client.get("/evaluate").json() == []
+
+
+def test_a_job_is_cancelled_at_another_replica(pair: Pair, settings: Settings) -> None:
+    with both_gated(pair) as gates:
+        job = submit(pair[0], 17)
+        runner, asked, gate, _ = running_at(pair, gates)
+        calls = gate.calls
+        assert asked.client.delete(f"/evaluate/{job['id']}").json()["state"] == "cancelled"
+        assert events(runner, job["id"]) == ["cancelled"]
+        until(
+            lambda: query(settings, "SELECT abort_requested FROM procrastinate_jobs") == [(True,)]
+        )
+        gate.open.set()
+        until(lambda: not query(settings, "SELECT 1 FROM procrastinate_jobs"))
+        assert gate.calls == calls  # not one step more
+    assert not query(settings, "SELECT 1 FROM images")
+    forget_all(pair)
+
+
+def expected_result(pair: Pair, n: int) -> dict[str, Any]:
+    job = finish(pair[0], submit(pair[0], n)["id"])
+    forget_all(pair)
+    evaluation: dict[str, Any] = without_seconds(job["evaluation"])
+    return evaluation
+
+
+def test_a_lost_replicas_job_goes_on_elsewhere(pair: Pair, settings: Settings) -> None:
+    expected = expected_result(pair, 18)
+    with both_gated(pair) as gates:
+        job = submit(pair[0], 18)
+        runner, heir, gate, other_gate = running_at(pair, gates)
+        other_gate.open.set()
+        query(
+            settings,
+            "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '1h'"
+            " WHERE id IN (SELECT worker_id FROM procrastinate_jobs)",
+        )
+        heir.begin(heir.service.jobs._store._upkeep._take_up_what_was_lost()).result(30)  # type: ignore[attr-defined]
+        found = finish(heir, job["id"])
+        assert (found["id"], found["created"], found["state"]) == (
+            job["id"],
+            job["created"],
+            "done",
+        )
+        # The one that was only silent wakes up, and writes over nothing.
+        gate.open.set()
+        until(lambda: runner.service.engine._queue._pending[2] == 0)
+    assert without_seconds(found["evaluation"]) == expected
+    assert runner.client.get(f"/evaluate/{job['id']}").json() == found
+    assert query(settings, "SELECT lost FROM evaluations") == [(1,)]
+    forget_all(pair)
+
+
+def test_a_replica_that_ends_hands_its_job_over_at_once(
+    pair: Pair, settings: Settings, postgres: PrivatePostgres
+) -> None:
+    expected = expected_result(pair, 19)
+    own = settings.model_copy(update={"database_url": SecretStr(postgres.database())})
+    with serving(own) as leaving, gated(leaving.service) as gate:
+        job = submit(leaving, 19)
+        until(lambda: gate.waiting)
+        with serving(own) as heir:
+            handing = leaving.begin(leaving.service.jobs.hand_over())
+            begun = time.monotonic()
+            time.sleep(0.05)
+            gate.open.set()
+            handing.result(30)
+            found = finish(heir, job["id"])
+            assert time.monotonic() - begun < settings.lost_seconds  # it was not waited for
+            assert leaving.client.get(f"/evaluate/{job['id']}").json() == found
+    assert without_seconds(found["evaluation"]) == expected
+    assert query(own, "SELECT lost FROM evaluations") == [(0,)]
+
+
+def test_what_can_not_be_done_fails_and_says_why(pair: Pair, settings: Settings) -> None:
+    upkeep = pair[0].service.jobs._store._upkeep  # type: ignore[attr-defined]
+    with both_gated(pair) as gates:
+        unserved, deadly, damaged = (submit(pair[0], n)["id"] for n in (20, 21, 22))
+        until(lambda: gates[0].waiting and gates[1].waiting)
+        query(settings, f"UPDATE images SET content = '' WHERE evaluation = '{damaged}'")
+        query(settings, f"UPDATE evaluations SET lost = 3 WHERE id = '{deadly}'")
+        query(
+            settings,
+            "UPDATE evaluations SET state = 'queued', model = 'another', "
+            f"changed = now() - interval '1h' WHERE id = '{unserved}'",
+        )
+        pair[0].begin(upkeep._tidy()).result(30)
+        for gate in gates:
+            gate.open.set()
+        errors = [finish(pair[1], id)["error"] for id in (unserved, deadly, damaged)]
+    assert errors == [
+        "The model it was begun with is no longer served.",
+        "It was begun 3 times, and each time the replica was lost.",
+        "Its images were lost while the service was down.",
+    ]
+    forget_all(pair)
+
+
+def test_images_come_back_as_they_were_in_parts(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "PART_BYTES", 5000)
+    expected = expected_result(pair, 23)
+    with both_gated(pair):
+        submit(pair[0], 23, key="parts")
+        ((parts,),) = query(settings, "SELECT count(*) FROM images")
+        assert parts == 1 + -(-23 * 3 * 32 * 32 // 5000)
+    (job,) = pair[1].client.get("/evaluate").json()
+    assert without_seconds(finish(pair[1], job["id"])["evaluation"]) == expected
+    forget_all(pair)
+
+
+def test_what_is_finished_expires(pair: Pair, settings: Settings) -> None:
+    id = finish(pair[0], submit(pair[0], 24)["id"])["id"]
+    query(settings, "UPDATE evaluations SET finished = finished - interval '2h'")
+    assert pair[1].client.get(f"/evaluate/{id}").status_code == 404
+    assert pair[1].client.get("/evaluate").json() == []
+    again = submit(pair[0], 24)["id"]
+    assert again != id
+    forget_all(pair)
+
+
+def test_bytes_are_bounded_for_all(pair: Pair, settings: Settings) -> None:
+    with both_gated(pair):
+        submit(pair[0], 25)
+        query(settings, f"UPDATE evaluations SET bytes = {settings.jobs_bytes - 1000}")
+        response = pair[1].client.post("/evaluate", files={"file": labelled(26)}, data=ATTACKS)
+        assert (response.status_code, "no room" in response.text) == (429, True)
+        assert len(query(settings, "SELECT 1 FROM evaluations")) == 1
+        forget_all(pair)
+    forget_all(pair)
+
+
+def test_predictions_go_on_without_postgresql(
+    pair: Pair, settings: Settings, postgres: PrivatePostgres
+) -> None:
+    expected = expected_result(pair, 27)
+    one, other = pair
+    job = submit(one, 27)
+    postgres.stop()
+    try:
+        assert one.client.post("/predict", content=png()).status_code == 200
+        assert one.client.post("/attack", content=png()).status_code == 200
+        assert one.client.get("/readyz").status_code == 200
+        for response in (
+            one.client.post("/evaluate", files={"file": labelled(28)}, data=ATTACKS),
+            other.client.get("/evaluate"),
+            other.client.get(f"/evaluate/{job['id']}"),
+            other.client.delete(f"/evaluate/{job['id']}"),
+        ):
+            assert response.status_code == 503
+            assert int(response.headers["Retry-After"]) >= 1
+            assert "postgres" not in response.text.lower()
+        until(lambda: "robust_store_up 0.0" in one.client.get("/metrics").text)
+    finally:
+        postgres.start()
+    until(lambda: one.client.get("/evaluate").status_code == 200)
+    found = finish(other, job["id"])
+    assert without_seconds(found["evaluation"]) == expected
+    until(lambda: "robust_store_up 1.0" in one.client.get("/metrics").text)
+    forget_all(pair)
+
+
+def test_a_replica_starts_without_postgresql(checkpoint: Path) -> None:
+    settings = Settings(
+        checkpoint=checkpoint,
+        threads=1,
+        device="cpu",
+        database_url=SecretStr("postgresql://nobody@127.0.0.1:1/none"),
+    )
+    with serving(settings) as running:
+        assert running.client.post("/predict", content=png()).status_code == 200
+        assert running.client.get("/evaluate").status_code == 503
+
+
+def test_an_address_that_is_none_is_told_without_its_password() -> None:
+    with pytest.raises(ValueError, match="ROBUST_DATABASE_URL") as caught:
+        Database("postgresql://me:secret@host/x?nonsense=1")
+    assert "secret" not in str(caught.value)
