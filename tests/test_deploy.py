@@ -18,7 +18,7 @@ from app.settings import Settings
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy" / "kubernetes"
 PAGE = ROOT / "docs" / "deploy.md"
-VARIANTS = ["base", "cpu", "gpu", "cpu with keys", "gpu with keys"]
+VARIANTS = ["base", "cpu", "gpu", "cpu with keys", "gpu with keys and postgres"]
 # The oldest that has all that is used (preStop.sleep without a feature gate), and the newest known.
 VERSIONS = ["1.30", "1.32", kubernetes_validate.latest_version()]
 CUSTOM = {"PodMonitor", "InferenceService"}
@@ -49,6 +49,8 @@ def patched(manifest: Manifest, patch: str) -> Manifest:
             case "add":
                 assert last not in place
                 place[last] = operation["value"]
+            case "remove":
+                del place[last]
             case other:
                 raise AssertionError(f"teach this test {other}")
     return result
@@ -79,11 +81,17 @@ def apply(manifests: list[Manifest], kustomization: Manifest) -> list[Manifest]:
 
 
 def variant(name: str) -> list[Manifest]:
-    folder, _, keys = name.partition(" with ")
+    folder, components = parts(name)
     manifests = build(FOLDER / folder)
-    if keys:
-        manifests = apply(manifests, load(FOLDER / keys / "kustomization.yaml")[0])
+    for component in components:
+        manifests = apply(manifests, load(FOLDER / component / "kustomization.yaml")[0])
     return manifests
+
+
+def parts(name: str) -> tuple[str, list[str]]:
+    """The folder of a variant, and its components."""
+    folder, _, components = name.partition(" with ")
+    return folder, components.split(" and ") if components else []
 
 
 def only(manifests: list[Manifest], kind: str) -> Manifest:
@@ -150,11 +158,11 @@ def test_the_pod_of_the_inference_service_is_a_pod(version: str) -> None:
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_kustomize_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
-    folder, _, keys = name.partition(" with ")
+    folder, components = parts(name)
     shutil.copytree(FOLDER, tmp_path / "kubernetes")
     own = {"resources": [f"../kubernetes/{folder}"]}
-    if keys:
-        own["components"] = [f"../kubernetes/{keys}"]
+    if components:
+        own["components"] = [f"../kubernetes/{component}" for component in components]
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "kustomization.yaml").write_text(yaml.safe_dump(own))
     done = subprocess.run(
@@ -167,7 +175,7 @@ def test_kustomize_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
 
 def test_no_file_is_forgotten() -> None:
     names = {path.parent.name for path in FOLDER.rglob("*.yaml")}
-    assert names == {"base", "cpu", "gpu", "keys", "kserve", "monitoring"}
+    assert names == {"base", "cpu", "gpu", "keys", "kserve", "monitoring", "postgres"}
     for path in FOLDER.rglob("kustomization.yaml"):
         (kustomization,) = load(path)
         beside = {other.name for other in path.parent.glob("*.yaml")} - {path.name}
@@ -235,6 +243,17 @@ def test_the_gpu_variant_asks_for_one_and_uses_it() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_clients_return_to_their_replica_unless_any_will_do(name: str) -> None:
+    manifests = variant(name)
+    service = only(manifests, "Service")["spec"]
+    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    shared = any(item["name"] == "ROBUST_DATABASE_URL" for item in container["env"])
+    assert shared == ("postgres" in name)
+    assert service["sessionAffinity"] == ("None" if shared else "ClientIP")
+    assert ("sessionAffinityConfig" in service) == (not shared)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_everything_selects_the_pods(name: str) -> None:
     manifests = variant(name)
     deployment = only(manifests, "Deployment")
@@ -279,7 +298,7 @@ def test_the_autoscalers_metric_is_made_of_the_services(routes: set[str]) -> Non
 
 def test_the_page_names_every_variant_and_only_what_there_is() -> None:
     text = PAGE.read_text()
-    for name in ("cpu", "gpu", "keys", "kserve", "monitoring"):
+    for name in ("cpu", "gpu", "keys", "kserve", "monitoring", "postgres"):
         assert f"deploy/kubernetes/{name}" in text or f"kubernetes/{name}" in text, name
     for path in re.findall(r"deploy/kubernetes/[\w./-]*\w", text):
         assert (ROOT / path).exists(), path

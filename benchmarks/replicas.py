@@ -1,0 +1,318 @@
+"""Two replicas behind nginx, one killed while it runs an evaluation and both answer predictions.
+
+    python benchmarks/replicas.py
+
+starts a private PostgreSQL in a temporary folder, two `robust serve`, and nginx with
+`deploy/replicas/nginx.conf`; runs an evaluation undisturbed, and then again under the load of a few
+clients, where it kills the replica that runs it with SIGKILL. It exits with 1 unless every
+prediction was answered and the evaluation ended elsewhere with the same result. Needs the extra
+postgres, and Debian's packages postgresql and nginx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.private_postgres import PrivatePostgres, why_not  # noqa: E402
+from robust.checkpoint import load_checkpoint  # noqa: E402
+from robust.images import to_float  # noqa: E402
+
+PHOTO = ROOT / "examples" / "cat.jpg"
+CONFIGURATION = ROOT / "deploy" / "replicas" / "nginx.conf"
+LIMIT_SECONDS = 1800.0  # for any one thing that is waited for
+
+
+@dataclass
+class Replica:
+    """One `robust serve`."""
+
+    name: str
+    process: subprocess.Popen[str]
+    url: str
+
+
+def missing() -> str | None:
+    """What is not installed here, in words."""
+    if shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
+        return "nginx is not installed"
+    return why_not()
+
+
+def main() -> int:
+    """Run it and print what was seen; the exit status."""
+    options = parse()
+    if reason := missing():
+        click.echo(f"not run: {reason}", err=True)
+        return 2
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="replicas-")))
+        postgres = stack.enter_context(PrivatePostgres())
+        database = postgres.database()
+        replicas = [
+            stack.enter_context(replica(name, database, folder, options)) for name in ("A", "B")
+        ]
+        url = stack.enter_context(nginx(folder, replicas))
+        tell(f"replicas A and B on one PostgreSQL, nginx before them at {url}")
+        return show(url, replicas, folder, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=ROOT / "models" / "robust_model.pt")
+    add("--images", type=int, default=200, help="of the evaluation")
+    add("--attack", default="pgd-40")
+    add("--eps", default="2/255")
+    add("--clients", type=int, default=4, help="that ask for predictions, one after the other")
+    add("--kill-at", type=float, default=0.4, help="share of the evaluation that is done by then")
+    add("--lost-seconds", type=float, default=10.0, help="ROBUST_LOST_SECONDS")
+    add("--threads", type=int, default=1, help="of each replica")
+    return parser.parse_args()
+
+
+def show(url: str, replicas: list[Replica], folder: Path, options: argparse.Namespace) -> int:
+    """Evaluate twice, the second time with a kill; compare."""
+    data = labelled(options.checkpoint, options.images)
+    with httpx.Client(base_url=url, timeout=120) as client:
+        begun = time.monotonic()
+        expected = finished(client, submit(client, data, options, "undisturbed"))
+        tell(f"undisturbed: {accuracies(expected)}, {time.monotonic() - begun:.1f} s")
+        with load(url, options.clients) as answers:
+            begun = time.monotonic()
+            id = submit(client, data, options, "disturbed")
+            victim, heir = kill(client, id, replicas, options)
+            found = finished(client, id)
+            tell(f"disturbed: {accuracies(found)}, {time.monotonic() - begun:.1f} s")
+    same = without_seconds(found) == without_seconds(expected)
+    tell(f"the same result: {'yes' if same else 'NO'}")
+    lost = {status: count for status, count in answers.items() if status != "200"}
+    tell(f"predictions: {answers['200']} answered, {sum(lost.values())} not {lost or ''}")
+    tell(f"{repeats(folder / 'access.log')} of them were with {victim.name}, or sent to it when it "
+         f"was dead, and answered by {heir.name}")  # fmt: skip
+    return 0 if same and not lost else 1
+
+
+def kill(
+    client: httpx.Client, id: str, replicas: list[Replica], options: argparse.Namespace
+) -> tuple[Replica, Replica]:
+    """Kill the replica that runs the evaluation; that one, and the one that goes on with it."""
+    wait(lambda: done(client, id) >= options.kill_at)
+    victim = next(item for item in replicas if works(item))
+    heir = next(item for item in replicas if item is not victim)
+    share, killed = done(client, id), time.monotonic()
+    victim.process.kill()
+    victim.process.wait()
+    tell(f"killed {victim.name}, which had done {100 * share:.0f}% of it, "
+         f"while {options.clients} clients asked for predictions")  # fmt: skip
+    wait(lambda: works(heir))
+    tell(f"{heir.name} took it up after {time.monotonic() - killed:.1f} s")
+    return victim, heir
+
+
+def tell(line: str) -> None:
+    """Print it at once, also into a pipe."""
+    click.echo(line)
+
+
+def labelled(checkpoint: Path, n: int) -> bytes:
+    """An npz of random images with the labels that the model itself gives them."""
+    classifier = load_checkpoint(checkpoint).classifier
+    size = classifier.architecture.input_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+    with torch.inference_mode():
+        labels = torch.cat([classifier(to_float(part)).argmax(1) for part in images.split(50)])
+    buffer = io.BytesIO()
+    np.savez(buffer, images=images.numpy(), labels=labels.numpy())
+    return buffer.getvalue()
+
+
+def submit(client: httpx.Client, data: bytes, options: argparse.Namespace, key: str) -> str:
+    """Start the evaluation; its id."""
+    answer = client.post(
+        "/evaluate",
+        files={"file": data},
+        data={"attack": options.attack, "eps": options.eps},
+        headers={"Idempotency-Key": key},
+    )
+    answer.raise_for_status()
+    id: str = answer.json()["id"]
+    return id
+
+
+def status(client: httpx.Client, id: str) -> dict[str, Any]:
+    """Where the evaluation is, as the replica says that nginx picks."""
+    found: dict[str, Any] = client.get(f"/evaluate/{id}").raise_for_status().json()
+    return found
+
+
+def done(client: httpx.Client, id: str) -> float:
+    """The share of the evaluation that is done."""
+    share: float = (status(client, id)["evaluation"] or {"done": 0.0})["done"]
+    return share
+
+
+def finished(client: httpx.Client, id: str) -> dict[str, Any]:
+    """The result of the evaluation, waited for."""
+    wait(lambda: status(client, id)["state"] not in ("queued", "running"))
+    job = status(client, id)
+    if job["state"] != "done":
+        raise RuntimeError(f"the evaluation is {job['state']}: {job['error']}")
+    result: dict[str, Any] = job["evaluation"]
+    return result
+
+
+def works(replica: Replica) -> bool:
+    """Whether the replica runs an evaluation, by its own metrics."""
+    text = httpx.get(f"{replica.url}/metrics", timeout=60).text
+    found = re.search(r'^robust_queued_forwards\{kind="evaluate"\} (\S+)$', text, re.MULTILINE)
+    return found is not None and float(found[1]) > 0
+
+
+@contextmanager
+def load(url: str, clients: int) -> Iterator[Counter[str]]:
+    """Predictions without a pause, as long as the block runs; what came, counted."""
+    answers: Counter[str] = Counter()
+    photo, stop, lock = PHOTO.read_bytes(), threading.Event(), threading.Lock()
+
+    def ask() -> None:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            while not stop.is_set():
+                try:
+                    answer = str(client.post("/predict", content=photo).status_code)
+                except httpx.HTTPError as error:
+                    answer = type(error).__name__
+                with lock:
+                    answers[answer] += 1
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
+def replica(
+    name: str, database: str, folder: Path, options: argparse.Namespace
+) -> Iterator[Replica]:
+    """`robust serve` on a port of its own, its log beside it."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ROBUST_DATABASE_URL": database,
+        "ROBUST_LOST_SECONDS": str(options.lost_seconds),
+        "ROBUST_THREADS": str(options.threads),
+        "ROBUST_DEVICE": "cpu",
+    }
+    command = [sys.executable, "-m", "robust_cli", "serve", "--port", "0"]
+    command += ["--checkpoint", str(options.checkpoint)]
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            if found is None:
+                raise RuntimeError((folder / f"{name}.log").read_text())
+            yield Replica(name, process, found[0])
+        finally:
+            process.terminate()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@contextmanager
+def nginx(folder: Path, replicas: list[Replica]) -> Iterator[str]:
+    """nginx before the replicas; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    text = CONFIGURATION.read_text().replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    for item, place in zip(replicas, ("127.0.0.1:8001", "127.0.0.1:8002"), strict=True):
+        text = text.replace(place, item.url.removeprefix("http://"))
+    (folder / "nginx.conf").write_text(text)
+    folder.chmod(0o777)  # its workers run as another user
+    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    assert program is not None
+    command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr"]
+    with (folder / "nginx.log").open("w") as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            wait(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/livez"))
+            if process.poll() is not None:
+                raise RuntimeError((folder / "nginx.log").read_text())
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether there is an answer."""
+    try:
+        return httpx.get(url, timeout=10).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def repeats(log: Path) -> int:
+    """Predictions that nginx sent to a second replica."""
+    lines = [line.split() for line in log.read_text().splitlines()]
+    return sum(line[:2] == ["POST", "/predict"] and line[3].endswith(",") for line in lines)
+
+
+def accuracies(result: dict[str, Any]) -> str:
+    """Accuracy by attack, in words."""
+    return ", ".join(
+        f"{item['attack']} {item['correct']}/{item['n']}" for item in result["results"]
+    )
+
+
+def without_seconds(value: Any) -> Any:
+    """A result without what differs from run to run."""
+    if isinstance(value, dict):
+        return {name: without_seconds(v) for name, v in value.items() if name != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    """Wait until it holds. Raises TimeoutError."""
+    latest = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        if time.monotonic() > latest:
+            raise TimeoutError("waited in vain")
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Two replicas behind nginx, one killed: what `benchmarks/replicas.py` shows, in small."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.replicas import CONFIGURATION, missing
+from tests.app.conftest import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_killed_replica_loses_nothing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model.pt")
+    command = [sys.executable, "benchmarks/replicas.py", "--checkpoint", str(tmp_path / "model.pt")]
+    command += ["--images", "100", "--eps", "1/255", "--clients", "2", "--lost-seconds", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same result: yes" in done.stdout
+
+
+def test_nginx_repeats_what_may_be_repeated() -> None:
+    text = CONFIGURATION.read_text()
+    places = {part.split()[0]: part for part in text.split("location ")[1:]}
+    assert set(places) == {"/", "/evaluate"}
+    assert all("non_idempotent" in part for part in places.values())
+    # Its 503 is PostgreSQL's absence, and must not put a replica out of service for predictions.
+    assert "http_503" in places["/"].split("location")[0]
+    assert "http_503" not in places["/evaluate"]
