@@ -14,12 +14,18 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from app import local
 from app.folder import JobFolder
+from app.job import bytes_for
 from app.settings import Settings
 from app.store import StoreError
 from robust import report
+from robust.attacks import resolve_attack
+from robust.datasets import Dataset
+from robust.evaluation.journal import Journal
+from robust.threat_model import ThreatModel
 from tests.app.conftest import write_checkpoint
 from tests.app.serving import Running, gated, labelled, serving, until
 
@@ -350,24 +356,21 @@ def test_bytes_are_bounded_and_nothing_is_half_written(settings: Settings) -> No
         assert finish(running, submit(running, 70)["id"])["state"] == "done"  # what was refused
 
 
-@pytest.mark.parametrize(("n", "more"), [(20, {}), (40, {"attack": "autoattack", "curve": "40"})])
-def test_no_job_takes_more_than_was_set_aside_for_it(
-    settings: Settings, n: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = []
-    release = JobFolder.release
-
-    def measured(self: JobFolder, id: str) -> None:
-        sizes.append(sum(path.stat().st_size for path in self._folder.glob(f"{id}.*")))
-        release(self, id)
-
-    monkeypatch.setattr(JobFolder, "release", measured)
-    with serving(settings) as running:
-        with gated(running.service):
-            id = submit(running, n, **more)["id"]
-            reserved = running.begin(running.service.jobs.get(id)).result().bytes
-        assert finish(running, id)["state"] == "done"
-    assert n * 3072 < sizes[0] <= reserved
+def test_no_journal_takes_more_than_was_set_aside_for_it(tmp_path: Path) -> None:
+    attacks = [resolve_attack("autoattack", ThreatModel(norm="linf", eps=8 / 255))]
+    dataset = Dataset(
+        images=torch.zeros(2000, 3, 1, 1, dtype=torch.uint8),
+        labels=torch.zeros(2000, dtype=torch.int64),
+        classes=("one",),
+        name="many",
+    )
+    journal = Journal(tmp_path / "journal", {})
+    for stage in ("clean", *attacks[0].stages):
+        rows = [(image, 1, 999, 1 / 3, 1, 10**6, 10**6) for image in range(len(dataset))]
+        journal.write(f"{attacks[0]} {getattr(stage, 'label', stage)}", rows, 1 / 3)
+    journal.close()
+    set_aside = bytes_for(dataset, attacks, 0) - dataset.images.nbytes - dataset.labels.nbytes
+    assert set_aside / 4 < (tmp_path / "journal").stat().st_size <= set_aside
 
 
 def test_a_clock_set_back_during_a_job_loses_nothing(

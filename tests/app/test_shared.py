@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,10 +11,12 @@ from typing import Any
 
 import psycopg
 import pytest
+import torch
 from pydantic import SecretStr
 
 from app import shared
 from app.postgres import Database
+from app.queue import Kind
 from app.settings import Settings
 from benchmarks.private_postgres import PrivatePostgres, why_not
 from tests.app.serving import Gate, Running, gated, labelled, png, serving, until
@@ -155,52 +158,86 @@ def expected_result(pair: Pair, n: int) -> dict[str, Any]:
     return evaluation
 
 
-def test_a_lost_replicas_job_goes_on_elsewhere(pair: Pair, settings: Settings) -> None:
-    expected = expected_result(pair, 18)
-    with both_gated(pair) as gates:
-        job = submit(pair[0], 18)
-        runner, heir, gate, other_gate = running_at(pair, gates)
-        other_gate.open.set()
-        query(
-            settings,
-            "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '1h'"
-            " WHERE id IN (SELECT worker_id FROM procrastinate_jobs)",
-        )
-        heir.begin(heir.service.jobs._store._upkeep._take_up_what_was_lost()).result(30)  # type: ignore[attr-defined]
-        found = finish(heir, job["id"])
-        assert (found["id"], found["created"], found["state"]) == (
-            job["id"],
-            job["created"],
-            "done",
-        )
-        # The one that was only silent wakes up, and writes over nothing.
+class Brake:
+    """Lets so many passes of the model through, and then waits until it is released."""
+
+    def __init__(self, gate: Gate, passes: int) -> None:
+        self._inner, self._left = gate.inner, passes
+        self.waiting, self.released = threading.Event(), threading.Event()
+        gate.inner = self
         gate.open.set()
-        until(lambda: runner.service.engine._queue._pending[2] == 0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self._left -= 1
+        if self._left < 0:
+            self.waiting.set()
+            assert self.released.wait(60)
+        return self._inner(x)
+
+
+def undisturbed(running: Running, n: int) -> tuple[dict[str, Any], int]:
+    """The result of an evaluation, and the passes of the model that it takes."""
+    with gated(running.service) as gate:
+        gate.open.set()
+        job = finish(running, submit(running, n, key="undisturbed")["id"])
+    return without_seconds(job["evaluation"]), gate.calls
+
+
+def test_a_lost_replicas_job_goes_on_where_it_was(
+    settings: Settings, postgres: PrivatePostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.SharedStore, "journal_seconds", 0.0)
+    monkeypatch.setattr(shared.SharedStore, "show_seconds", 0.0)
+    own = settings.model_copy(update={"database_url": SecretStr(postgres.database())})
+    with serving(own) as runner:
+        expected, passes = undisturbed(runner, 120)
+        with gated(runner.service) as gate:
+            brake = Brake(gate, passes - 2)
+            job = submit(runner, 120)
+            until(brake.waiting.is_set)
+            until(lambda: query(own, "SELECT 1 FROM evaluations WHERE length(journal) > 0"))
+            with serving(own) as heir, gated(heir.service) as other:
+                other.open.set()
+                query(
+                    own,
+                    "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '1h'"
+                    " WHERE id IN (SELECT worker_id FROM procrastinate_jobs)",
+                )
+                heir.begin(heir.service.jobs._store._upkeep._take_up_what_was_lost())  # type: ignore[attr-defined]
+                found = finish(heir, job["id"])
+                # The one that was only silent wakes up, and writes over nothing.
+                brake.released.set()
+                until(lambda: runner.service.engine._queue._pending[Kind.EVALUATE] == 0)
+                assert runner.client.get(f"/evaluate/{job['id']}").json() == found
+    assert (found["id"], found["created"], found["state"]) == (job["id"], job["created"], "done")
     assert without_seconds(found["evaluation"]) == expected
-    assert runner.client.get(f"/evaluate/{job['id']}").json() == found
-    assert query(settings, "SELECT lost FROM evaluations") == [(1,)]
-    forget_all(pair)
+    assert other.calls < passes  # without the journal it would be all of them again
+    assert query(own, "SELECT lost FROM evaluations WHERE key IS NULL") == [(1,)]
 
 
 def test_a_replica_that_ends_hands_its_job_over_at_once(
-    pair: Pair, settings: Settings, postgres: PrivatePostgres
+    settings: Settings, postgres: PrivatePostgres
 ) -> None:
-    expected = expected_result(pair, 19)
     own = settings.model_copy(update={"database_url": SecretStr(postgres.database())})
-    with serving(own) as leaving, gated(leaving.service) as gate:
-        job = submit(leaving, 19)
-        until(lambda: gate.waiting)
-        with serving(own) as heir:
-            handing = leaving.begin(leaving.service.jobs.hand_over())
-            begun = time.monotonic()
-            time.sleep(0.05)
-            gate.open.set()
-            handing.result(30)
-            found = finish(heir, job["id"])
-            assert time.monotonic() - begun < settings.lost_seconds  # it was not waited for
-            assert leaving.client.get(f"/evaluate/{job['id']}").json() == found
+    with serving(own) as leaving:
+        expected, passes = undisturbed(leaving, 120)
+        with gated(leaving.service) as gate:
+            brake = Brake(gate, passes - 2)
+            job = submit(leaving, 120)
+            until(brake.waiting.is_set)
+            with serving(own) as heir, gated(heir.service) as other:
+                other.open.set()
+                begun = time.monotonic()
+                handing = leaving.begin(leaving.service.jobs.hand_over())
+                time.sleep(0.1)
+                brake.released.set()
+                handing.result(30)
+                found = finish(heir, job["id"])
+                assert time.monotonic() - begun < settings.lost_seconds  # it was not waited for
+                assert leaving.client.get(f"/evaluate/{job['id']}").json() == found
     assert without_seconds(found["evaluation"]) == expected
-    assert query(own, "SELECT lost FROM evaluations") == [(0,)]
+    assert other.calls < passes  # without the journal it would be all of them again
+    assert query(own, "SELECT lost FROM evaluations WHERE key IS NULL") == [(0,)]
 
 
 def test_what_can_not_be_done_fails_and_says_why(pair: Pair, settings: Settings) -> None:
