@@ -149,9 +149,9 @@ class Jobs:
                     return
                 job = found
             if job.version != seen or ending:
-                seen = job.version
+                seen, last = job.version, ending or not job.active
                 yield job  # which may end meanwhile
-                if ending or not job.active:
+                if last:
                     return
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
