@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -123,9 +124,13 @@ def test_bombs_are_refused_without_the_memory_they_ask_for(default: Running) -> 
 
 def test_sets_at_their_largest_are_read_one_after_the_other(default: Running) -> None:
     data, size = npz(80_000)  # not more than an upload may hold once inflated, but too many images
+
+    def send(_: int) -> httpx.Response:
+        return httpx.post(f"{default.url}/evaluate", content=data, timeout=120)
+
     with unharmed(default), ThreadPoolExecutor(3) as pool:
         peak = Peak()
-        answers = pool.map(lambda _: default.client.post("/evaluate", content=data), range(3))
+        answers = pool.map(send, range(3))
         assert {response.status_code for response in answers} == {422}
         assert peak.grown() < 3.5 * size
         assert default.client.post("/evaluate?attack=fgsm", content=labelled(5)).status_code == 202
