@@ -8,14 +8,19 @@ NCCL.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -92,14 +97,43 @@ def joined(
         yield ALONE, device
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     device = _own_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=patience)
+    store, rank, _ = next(rendezvous("env://"))
+    store = _fresh(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
-        yield Ranks(rank=dist.get_rank(), size=size), device
+        yield Ranks(rank=rank, size=size), device
     finally:
         dist.destroy_process_group()
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """`store` under a name that is new to this start of all ranks.
+
+    torchrun gives those that it starts again the store of those that were killed, with the
+    addresses of these in it (github.com/pytorch/pytorch/issues/135712). So each rank calls itself
+    by a name of its own, and the first tells each of those the name for all, until it is taken up.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    own = uuid4().hex
+    store.set(f"here/{rank}", own)
+    if rank > 0:
+        name = store.get(f"for/{own}").decode()
+        store.set(f"taken/{name}/{rank}", "")
+        return PrefixStore(name, store)
+    others = set(range(1, size))
+    while others:
+        for other in list(others):
+            if store.check([f"taken/{own}/{other}"]):
+                others.remove(other)
+            elif store.check([f"here/{other}"]):  # of this start, or still of an earlier one
+                store.set(f"for/{store.get(f'here/{other}').decode()}", own)
+        time.sleep(0.02)
+    return PrefixStore(own, store)
 
 
 def _own_device(device: torch.device) -> torch.device:

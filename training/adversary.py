@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robust.attacks import Model, frozen
 from robust.threat_model import ThreatModel
+from training.distributed import Share
 from training.recipe import AdversarialPart
 
 
@@ -20,25 +21,31 @@ def make_adversarial(
     threat_model: ThreatModel,
     generator: torch.Generator,
     divergence: bool = False,
+    share: Share | None = None,
 ) -> Tensor:
     """Attack images float32 (N, 3, H, W) in [0, 1] as `part` says; same shape, in eval mode.
 
     `targets` (N, K) are distributions: labels, or with `divergence` (TRADES) the model's own
-    clean prediction. `n-fgsm` leaves the ball on purpose, see `AdversarialPart`.
+    clean prediction. `n-fgsm` leaves the ball on purpose, see `AdversarialPart`. `share` says of
+    which images these are some, for the random numbers; all of them if it is not given.
     """
     eps, kind = threat_model.eps, part.kind
     if kind == "clean" or eps == 0:
         return x
-    alpha = part.alpha or default_alpha(part, eps)
+    alpha, share = part.alpha or default_alpha(part, eps), share or Share(n=len(x))
+
+    def noise() -> Tensor:
+        return share.draw(threat_model.noise, x, generator)
+
     with frozen(model, x.device):
         if kind == "n-fgsm":
-            start = x + 2 * threat_model.noise(x, generator)
+            start = x + 2 * noise()
             return start + alpha * threat_model.steepest(_gradient(model, start, targets))
         if divergence:
             # The clean image is the minimum of the divergence, where the gradient vanishes.
-            x_adv = threat_model.project(x + 0.1 * threat_model.noise(x, generator), x)
+            x_adv = threat_model.project(x + 0.1 * noise(), x)
         else:
-            x_adv = x if kind == "fgsm" else threat_model.random_start(x, generator)
+            x_adv = x if kind == "fgsm" else threat_model.project(x + noise(), x)
         for _ in range(part.attack_steps):
             gradient = _gradient(model, x_adv, targets)
             x_adv = threat_model.project(x_adv + alpha * threat_model.steepest(gradient), x)

@@ -11,20 +11,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
-def perturbed(model: nn.Module, loss: Callable[[], Tensor], *, gamma: float) -> Iterator[None]:
+def perturbed(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    *,
+    gamma: float,
+    add_up: Callable[[list[Tensor]], None] = lambda gradients: None,
+) -> Iterator[None]:
     """Hold the weights of `model` where one step up `loss` takes them, and put them back.
 
     Each filter bank and matrix moves along its own gradient by `gamma` times its own norm; norms
     and biases stay. The pass that finds the direction leaves the running statistics of batch norm
     alone. What the block computes, backward included, is of the perturbed weights. `gamma` 0 does
-    nothing. Source: Wu et al. 2020, arXiv:2004.05884.
+    nothing. Where each rank has a share of the loss, `add_up` puts the sum over the ranks into the
+    gradients. Source: Wu et al. 2020, arXiv:2004.05884.
     """
     if gamma == 0:
         yield
         return
     weights = [p for p in model.parameters() if p.ndim > 1]
     with running_statistics_kept(model):
-        gradients = torch.autograd.grad(loss(), weights)
+        gradients = list(torch.autograd.grad(loss(), weights))
+    add_up(gradients)
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):

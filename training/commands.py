@@ -67,6 +67,10 @@ def train(
     Recipes: classic, cpu, cpu-further, quick, gpu, fast. Example:
 
         robust train --data digits --recipe quick --out models/digits.pt
+
+    On several GPUs, or processes, which share out every batch:
+
+        torchrun --standalone --nproc-per-node 2 -m training --data digits --recipe quick
     """
     if data is None:
         if not Path(DEFAULT_DATA).exists():
@@ -81,20 +85,26 @@ def train(
     from robust.checkpoint import load_checkpoint
     from robust.classifier import resolve_device
     from robust.datasets import load_dataset
+    from robust.ranks import joined
+    from training.distributed import was_restarted
     from training.run import Stopped
     from training.run import train as run
 
-    configure_logging()
     device = resolve_device(device_name)
     if out.suffix != ".pt":
         raise click.UsageError(f"expected --out to end in .pt, got {out.name}")
+    # Before signals are caught: a process that waits for others in vain is to end by SIGTERM.
+    ranks, device = click.get_current_context().with_resource(joined(device))
+    configure_logging(quiet=not ranks.is_first)
     beginning = None if init is None else load_checkpoint(init)
     dataset = load_dataset(data, size=recipe.input_size)
-    click.echo(
-        f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
-        f"recipe {recipe.name}, {recipe.epochs} epochs on {device}; writes {out}"
-    )
-    display = Display()
+    if ranks.is_first:
+        click.echo(
+            f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
+            f"recipe {recipe.name}, {recipe.epochs} epochs on {ranks.in_words(str(device))}; "
+            f"writes {out}"
+        )
+    display = Display(quiet=not ranks.is_first)
     with StopRequest() as stop:
         try:
             sidecar = run(
@@ -104,16 +114,20 @@ def train(
                 device=device,
                 seed=seed,
                 init=beginning,
-                resume=resume,
+                resume=resume or was_restarted(),
                 should_stop=stop.requested,
                 observe=display,
+                ranks=ranks,
             )
         except Stopped:
             display.close()
-            click.echo("stopped; the run is saved, --resume goes on with it", err=True)
-            raise SystemExit(128 + stop.signal) from None
+            if ranks.is_first:
+                click.echo("stopped; the run is saved, --resume goes on with it", err=True)
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM)) from None
         finally:
             display.close()
+    if not ranks.is_first:
+        return
     held_out = ", ".join(
         f"{row['attack']} {100 * row['accuracy']:.2f}%" for row in sidecar.evaluation
     )
@@ -123,9 +137,10 @@ def train(
 commands: list[click.Command] = [train]
 
 
-def configure_logging() -> None:
-    """Warnings and notes of the library as plain lines on standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+def configure_logging(*, quiet: bool = False) -> None:
+    """Warnings and notes of the library as plain lines on standard error; if quiet errors only."""
+    level = logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 
 class StopRequest:
@@ -155,16 +170,19 @@ class StopRequest:
 
 
 class Display:
-    """A progress bar on a terminal; elsewhere a plain line now and then."""
+    """A progress bar on a terminal; elsewhere a plain line now and then. Nothing if quiet."""
 
     EVERY = 60.0  # seconds between plain lines
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.bar: Any = None
         self.shown = time.monotonic()
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, progress: Progress) -> None:
+        if self.quiet:
+            return
         if progress.row:
             self.close()
             click.echo(epoch_line(progress))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robust import files
 from robust.attacks import resolve_attack
 from robust.evaluation import evaluate
+from robust.ranks import ALONE, Ranks
 from robust.threat_model import ThreatModel
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def score(
     num_classes: int,
     threat_model: ThreatModel,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Clean, FGSM and PGD-10 accuracy, in [0, 1], of a model in eval mode and float32."""
     attacks = [resolve_attack("fgsm", threat_model), resolve_attack("pgd-10", threat_model)]
@@ -41,6 +43,7 @@ def score(
         attacks=attacks,
         device=device,
         batch_size=250 if device.type == "cpu" else 1000,
+        ranks=ranks,
     )
     return {
         "clean": result.accuracy("clean"),

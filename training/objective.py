@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robust.attacks import frozen
 from robust.threat_model import ThreatModel
 from training.adversary import make_adversarial
+from training.distributed import Share
 from training.recipe import AdversarialPart, Phase
 
 
@@ -35,15 +36,17 @@ def attacked(
     phase: Phase,
     threat_model: ThreatModel,
     generator: torch.Generator,
+    share: Share | None = None,
 ) -> list[Tensor]:
     """What `objective` takes the loss of: images x, float32 (N, 3, H, W) in [0, 1], attacked.
 
     `targets` float32 (N, K) are distributions. Attacks see the model in eval mode. Returns one
     tensor of all images where the phase is `split`, else one for each part; for TRADES the clean
-    images and the attacked ones.
+    images and the attacked ones. `share` says of which batch these images are some.
     """
+    share = share or Share(n=len(x))
 
-    def attack(part: AdversarialPart, images: Tensor, towards: Tensor) -> Tensor:
+    def attack(part: AdversarialPart, images: Tensor, towards: Tensor, share: Share) -> Tensor:
         return make_adversarial(
             model,
             images,
@@ -52,18 +55,22 @@ def attacked(
             threat_model=threat_model,
             generator=generator,
             divergence=phase.loss == "trades",
+            share=share,
         )
 
     if phase.loss == "trades":
         with frozen(model, x.device), torch.no_grad():
             clean = model(x).softmax(dim=1)
-        return [x, attack(phase.parts[0], x, clean)]
+        return [x, attack(phase.parts[0], x, clean, share)]
     if phase.split:
-        spans = zip(phase.parts, _spans(phase, len(x)), strict=True)
-        pieces = [(part, slice(*span)) for part, span in spans if span[1] > span[0]]
+        images = []
+        for part, (start, stop) in zip(phase.parts, _spans(phase, share.n), strict=True):
+            if stop > start:
+                own, part_share = share.within(start, stop)
+                images.append(attack(part, x[own], targets[own], part_share))
         # One batch of all parts, so that batch norm sees them together.
-        return [torch.cat([attack(part, x[span], targets[span]) for part, span in pieces])]
-    return [attack(part, x, targets) for part in phase.parts]
+        return [torch.cat(images)]
+    return [attack(part, x, targets, share) for part in phase.parts]
 
 
 def objective(

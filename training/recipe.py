@@ -149,6 +149,11 @@ class Recipe:
     compile: Literal["auto", "on", "off"] = "auto"
     """Passes through torch.compile, attack and training as graphs of their own. `auto`: on CUDA."""
 
+    batch_norm: Literal["sync", "local"] = "sync"
+    """Where several GPUs share out a batch. `sync`: statistics over the whole batch, so that all
+    is as on one. `local`: each over its share, which spares two rounds of talk a layer; running
+    statistics are the mean over the GPUs."""
+
     held_out: float = 0.02
     """Stratified share of the training data that is never trained on and picks the model."""
     monitor_limit: int = 1000

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset, stratified_split
 from robust.environment import device_in_words, versions
 from robust.evaluation import evaluate
+from robust.ranks import ALONE, Ranks
 from robust.sidecar import DataRecord, Sidecar
 from robust.threat_model import ThreatModel
 from training.augment import augment, mixup
 from training.awp import perturbed
 from training.compiled import compiled, compiles
+from training.distributed import Team
 from training.ema import AveragedModel
 from training.monitor import Board, score, warnings_for, write_metrics
 from training.objective import attacked, objective, taught
@@ -72,6 +75,7 @@ def train(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     observe: Observer = lambda progress: None,
+    ranks: Ranks = ALONE,
 ) -> Sidecar:
     """Train, keep the best model on held-out images, and write the checkpoint `out` at the end.
 
@@ -82,16 +86,27 @@ def train(
     classes are others. Raises TrainingError when another run holds the output, an unfinished run
     would be lost, `resume` meets another recipe, data, seed or beginning, the recipe's
     architecture is not that of `init`, the loss is no number, or the disk is full.
+
+    Several `ranks` are each given the same arguments and share out every batch, see
+    `training.distributed`; the first one alone reads and writes files.
     """
     folder = RunFolder.of(out)
-    with folder.locked():
+    with ExitStack() as held:
+        ranks.from_first(lambda: held.enter_context(folder.locked()))
         try:
             run = _Run(
-                recipe, dataset, folder=folder, device=device, seed=seed, init=init, resume=resume
+                recipe,
+                dataset,
+                folder=folder,
+                device=device,
+                seed=seed,
+                init=init,
+                resume=resume,
+                team=Team(ranks),
             )
             if run.finished:
                 logger.info("%s: this run is finished; %s is its result", folder.path, out)
-                return load_checkpoint(out).sidecar
+                return ranks.from_first(lambda: load_checkpoint(out).sidecar)
             run.start()
             run.loop(should_stop, observe)
             return run.finish(out)
@@ -113,14 +128,17 @@ class _Run:
         seed: int,
         init: Checkpoint | None,
         resume: bool,
+        team: Team,
     ) -> None:
         self.recipe, self.dataset, self.folder = recipe, dataset, folder
+        self.team, self.ranks = team, team.ranks
         self.device, self.seed, self.init = device, seed, init
         self.threat_model = ThreatModel(norm=recipe.norm, eps=recipe.eps)
         self.bf16 = uses_bf16(recipe, device)
         self.num_classes = len(dataset.classes)
         self.manifest = self._manifest()
-        self.state, self.finished = self._initial_state(resume)
+        self._check_ranks()
+        self.state, self.finished = self.ranks.from_first(lambda: self._initial_state(resume))
         if self.finished:
             return
         kept, held_out = stratified_split(dataset.labels, recipe.held_out, seed=seed)
@@ -147,6 +165,21 @@ class _Run:
             "seed": self.seed,
             "init": init,  # SHA-256 of the weights it begins with
         }
+
+    def _check_ranks(self) -> None:
+        """Raise TrainingError for ranks that can't work together."""
+        for rank, manifest in enumerate(self.ranks.gather(self.manifest)):
+            for key, value in manifest.items():
+                if value != self.manifest[key]:
+                    raise TrainingError(
+                        f"expected the same recipe, data, seed and init for every process, found "
+                        f"another {key} for process {rank + 1} of {self.ranks.size}"
+                    )
+        if self.recipe.batch_size < 2 * self.ranks.size:
+            raise TrainingError(
+                f"expected at least 2 images of a batch for each process, got a batch_size of "
+                f"{self.recipe.batch_size} for {self.ranks.size}"
+            )
 
     def _initial_state(self, resume: bool) -> tuple[RunState, bool]:
         folder = self.folder
@@ -196,10 +229,13 @@ class _Run:
             self.averaged.module.load_state_dict(self.state.averaged)
             self.averaged.steps = self.state.averaged_steps
             self.optimizer.load_state_dict(self.state.optimizer)
+        synced = self.ranks.size > 1 and recipe.batch_norm == "sync"
+        if synced:  # not the averaged model, which never sees a batch
+            self.team.with_global_norms(self.model)
         self.passes: nn.Module = self.model
-        if compiles(recipe, self.device):
+        if compiles(recipe, self.device) and not synced:  # no graph has room for what ranks say
             x = self.images[: recipe.batch_size].float() / 255
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = self.team.share(len(x)).of(x).contiguous(memory_format=torch.channels_last)
             awp = any(phase.awp for phase in recipe.phases)
             self.passes = compiled(self.model, x, bf16=self.bf16, awp=awp)
 
@@ -214,10 +250,12 @@ class _Run:
 
     def start(self) -> None:
         """Bring the run's files to the state, and open its reports."""
-        files.write_json(self.folder.manifest, {**self.manifest, "versions": versions()})
-        write_metrics(self.folder.metrics, self.state.history)
-        self.board = Board(self.folder.tensorboard, done=len(self.state.history))
         self.clock = time.monotonic() - self.state.seconds
+        self.board: Board | None = None
+        if self.ranks.is_first:
+            files.write_json(self.folder.manifest, {**self.manifest, "versions": versions()})
+            write_metrics(self.folder.metrics, self.state.history)
+            self.board = Board(self.folder.tensorboard, done=len(self.state.history))
 
     def loop(self, should_stop: Callable[[], bool], observe: Observer) -> None:
         """Run what is left of all phases."""
@@ -230,7 +268,8 @@ class _Run:
                 state.phase, state.epoch = state.phase + 1, 0
                 self.optimizer = make_optimizer(self.model, self.recipe)
         finally:
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
 
     def _epoch(self, phase: Phase, should_stop: Callable[[], bool], observe: Observer) -> None:
         state, recipe = self.state, self.recipe
@@ -263,7 +302,7 @@ class _Run:
             state.epoch_loss += self._step(phase, batch.to(self.device), rate)
             state.step += 1
             observe(progress(rate))
-            if should_stop():
+            if self.team.any(should_stop()):
                 self._save()
                 raise Stopped
             if time.monotonic() - saved > STATE_SECONDS:
@@ -290,6 +329,8 @@ class _Run:
         targets = F.one_hot(self.labels[batch], self.num_classes).float()
         if phase.augmentation.mixup:
             x, targets = mixup(x, targets, phase.augmentation.mixup, generator)
+        share = self.team.share(len(x))
+        x, targets = share.of(x), share.of(targets)
         x = x.contiguous(memory_format=torch.channels_last)
         self.model.train()
         with autocast(self.bf16, self.device):
@@ -301,23 +342,25 @@ class _Run:
                 phase=phase,
                 threat_model=self.threat_model,
                 generator=generator,
+                share=share,
             )
 
         def loss_of() -> Tensor:
             with autocast(self.bf16, self.device):
-                return objective(
+                loss = objective(
                     self.passes,
                     batches,
                     targets,
                     phase=phase,
                     label_smoothing=recipe.label_smoothing,
                 )
+            return share.weight * loss
 
         self.optimizer.zero_grad(set_to_none=True)
-        with perturbed(self.model, loss_of, gamma=self._awp(phase)):
+        with perturbed(self.model, loss_of, gamma=self._awp(phase), add_up=self.team.add_up):
             loss = loss_of()
             loss.backward()  # type: ignore[no-untyped-call]
-        value = loss.item()
+        value = self.team.add_gradients(self.model, loss)
         if value != value or abs(value) == float("inf"):
             raise TrainingError(
                 f"the loss became {value} in phase {phase.name}, epoch {self.state.epoch + 1}, "
@@ -347,6 +390,7 @@ class _Run:
             num_classes=self.num_classes,
             threat_model=self.threat_model,
             device=self.device,
+            ranks=self.ranks,
         )
         state.seconds = time.monotonic() - self.clock
         row: dict[str, Any] = {
@@ -366,7 +410,8 @@ class _Run:
             logger.warning("epoch %d: %s", row["epoch"], message)
         if row["adversarial"] or not self.recipe.is_adversarial:
             self._keep_if_best(row)
-        self.board.add(row)
+        if self.board is not None:
+            self.board.add(row)
         return row
 
     def _keep_if_best(self, row: dict[str, Any]) -> None:
@@ -380,6 +425,8 @@ class _Run:
             self.state.best = Best(score=value, epoch=row["epoch"], weights=weights)
 
     def _save(self) -> None:
+        if not self.ranks.is_first:
+            return
         state = self.state
         state.seconds = time.monotonic() - self.clock
         state.model = self.model.state_dict()
@@ -418,7 +465,7 @@ class _Run:
             data=DataRecord(**self.manifest["data"]),
             seed=self.seed,
             versions=versions(),
-            device=device_in_words(self.device),
+            device=self.ranks.in_words(device_in_words(self.device)),
             duration_seconds=round(self.state.seconds, 1),
         )
         classifier.half().float()  # as it will be stored, so that the stored model is scored
@@ -433,9 +480,14 @@ class _Run:
             ],
             device=self.device,
             batch_size=250,
+            ranks=self.ranks,
         )
         results = [{"data": "held out from training", **r.summary()} for r in result.accuracies]
-        sidecar = save_checkpoint(out, classifier, replace(sidecar, evaluation=results))
+        sidecar = replace(sidecar, evaluation=results)
+        return self.ranks.from_first(lambda: self._write(out, classifier, sidecar))
+
+    def _write(self, out: Path, classifier: Classifier, sidecar: Sidecar) -> Sidecar:
+        sidecar = save_checkpoint(out, classifier, sidecar)
         manifest = {**self.manifest, "versions": versions(), "finished": True}
         files.write_json(self.folder.manifest, manifest)
         self.folder.state.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """A run small enough for a unit test: 16-pixel images whose colour is their class."""
 
+from dataclasses import replace
+
 import torch
 
 from robust.datasets import Dataset
@@ -49,3 +51,10 @@ def tiny() -> Recipe:
             ),
         ),
     )
+
+
+def shared() -> Recipe:
+    """Steps so small that roundings stay small: on so few pixels they grow fast."""
+    phases = tiny().phases
+    noisy = replace(phases[1], learning_rate=1e-3, parts=(AdversarialPart(kind="n-fgsm"),))
+    return replace(tiny(), optimizer="sgd", phases=(replace(phases[0], learning_rate=1e-3), noisy))

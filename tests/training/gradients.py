@@ -1,0 +1,131 @@
+"""On one of several ranks: gradients and statistics of a shared batch, against those of a whole.
+
+Prints one JSON object: by phase and precision the relative difference of the gradient, of the
+running statistics and of the loss, and the bytes handed to all-reduces.
+"""
+
+import json
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust.classifier import Architecture, Classifier
+from robust.ranks import ALONE, joined
+from robust.threat_model import Norm, ThreatModel
+from tests.training import small
+from training.awp import perturbed
+from training.distributed import Team
+from training.objective import attacked, objective
+from training.recipe import AdversarialPart, Phase
+
+BATCH = 15  # not a multiple of the ranks
+CPU = torch.device("cpu")
+
+part = AdversarialPart
+PHASES: dict[str, tuple[Norm, Phase]] = {
+    "awp": ("linf", Phase(name="awp", epochs=1, awp=0.01)),
+    "split": (
+        "linf",
+        Phase(
+            name="split",
+            epochs=1,
+            split=True,
+            # The second has one image, which all ranks but one go without.
+            parts=(
+                part(kind="clean", share=0.1),
+                part(kind="n-fgsm", share=0.07),
+                part(kind="pgd", steps=2, share=0.83),
+            ),
+        ),
+    ),
+    "trades": (
+        "l2",
+        Phase(name="trades", epochs=1, loss="trades", parts=(part(kind="pgd", steps=2),)),
+    ),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Classifier(Architecture(arch="resnet18", num_classes=4, input_size=16)).net
+
+
+def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    data = small.colours()
+    x, labels = data.images[:BATCH].to(dtype) / 255, data.labels[:BATCH]
+    return x, F.one_hot(labels, 4).to(dtype)
+
+
+def train(team: Team, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """The last gradient and loss, and the statistics then: of one step, in float64 of three."""
+    norm, phase = PHASES[name]
+    model = team.with_global_norms(network().to(dtype)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    share = team.share(BATCH)
+    x, targets = (share.of(whole) for whole in batch(dtype))
+    value = 0.0
+    for seed in range(3 if dtype == torch.float64 else 1):
+        batches = attacked(
+            model,
+            x,
+            targets,
+            phase=phase,
+            threat_model=ThreatModel(norm=norm, eps=8 / 255 if norm == "linf" else 1.0),
+            generator=torch.Generator().manual_seed(seed),
+            share=share,
+        )
+        loss_of = partial(
+            lambda images: (
+                share.weight * objective(model, images, targets, phase=phase, label_smoothing=0.1)
+            ),
+            batches,
+        )
+        optimizer.zero_grad()
+        with perturbed(model, loss_of, gamma=phase.awp, add_up=team.add_up):
+            loss = loss_of()
+            loss.backward()  # type: ignore[no-untyped-call]
+        value = team.add_gradients(model, loss)
+        optimizer.step()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return gradient, torch.cat([b.flatten() for b in model.buffers()]), value
+
+
+def local(team: Team) -> dict[str, float]:
+    """With norms of its own: how far the statistics are from the mean over the shares."""
+    model = network().train()
+    x, targets = batch(torch.float32)
+    share = team.share(BATCH)
+    loss = share.weight * F.cross_entropy(model(share.of(x)), share.of(targets))
+    loss.backward()
+    team.add_gradients(model, loss)
+    means = []
+    for rank in range(team.ranks.size):
+        other = network().train()
+        other(x[rank :: team.ranks.size])
+        means.append(torch.cat([b.flatten() for b in other.buffers()]))
+    own = torch.cat([b.flatten() for b in model.buffers()])
+    return {"statistics": far(own, torch.stack(means).mean(dim=0)), "bytes": team.bytes}
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+torch.set_num_threads(1)
+with joined(CPU) as (ranks, _):
+    found: dict[str, dict[str, float]] = {"local": local(Team(ranks))}
+    for name in PHASES:
+        for dtype in (torch.float32, torch.float64)[: 1 + (name != "awp")]:
+            team = Team(ranks)
+            shared, whole = train(team, name, dtype), train(Team(ALONE), name, dtype)
+            found[f"{name} {str(dtype)[-2:]}"] = {
+                "gradient": far(shared[0], whole[0]),
+                "statistics": far(shared[1], whole[1]),
+                "loss": abs(shared[2] - whole[2]),
+                "bytes": team.bytes,
+            }
+    team = Team(ranks)
+    found["stop"] = {"asked": team.any(ranks.rank == 1), "not asked": team.any(False)}
+    print(json.dumps(found))  # noqa: T201
