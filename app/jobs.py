@@ -205,8 +205,10 @@ class Jobs:
             await self._on_device(job, model, dataset, journal)
 
     def _model_of(self, job: Job) -> ServedModel | None:
+        if admitted := self._admitted.get(job.id):
+            return admitted
         current = self._models.current
-        return self._admitted.get(job.id) or (current if current.sha256 == job.model else None)
+        return current if current.sha256 == job.model else None
 
     async def _on_device(
         self, job: Job, model: ServedModel, dataset: Dataset, journal: Path | None

@@ -99,6 +99,7 @@ def onnx_runtime(model: InferenceClassifier, threads: int) -> Logits:
 
     from robust.graph import build_onnx
 
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

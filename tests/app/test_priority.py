@@ -1,13 +1,15 @@
 """While an evaluation runs, a prediction waits for the pass it comes in, and for no other."""
 
 import asyncio
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from app.engine import Engine
-from app.jobs import Jobs, ended
+from app.jobs import Jobs
 from app.metrics import Metrics
+from app.models import Models
 from app.settings import Settings
 from robust.attacks import resolve_attack
 from robust.datasets import Dataset
@@ -47,10 +49,12 @@ def test_a_prediction_goes_ahead_of_every_pass_of_an_evaluation() -> None:
             asyncio.run_coroutine_threadsafe(ask(), loop).result(60)
 
         model.hook = hook
-        jobs = Jobs(engine, Settings(evaluation_batch=32), metrics)
+        models = Models(Path("none.pt"), device=torch.device("cpu"), metrics=metrics)
+        jobs = Jobs(engine, models, Settings(evaluation_batch=32), metrics)
+        await jobs.start()
         attacks = [resolve_attack(name, ThreatModel(eps=0.1)) for name in ATTACKS]
         job = await jobs.submit(served(model), dataset, attacks)
-        assert await ended(job, 60)
+        job = await jobs.ended(job, 60)
         assert job.state == "done", job.error
         assert job.result is not None
         assert job.result["results"][0]["correct"] == 100
@@ -60,6 +64,7 @@ def test_a_prediction_goes_ahead_of_every_pass_of_an_evaluation() -> None:
         assert max(model.batches) == 32
         assert len(log) > 40
         assert log == ["pass", "prediction"] * (len(log) // 2)
+        await jobs.stop()
         await jobs.close()
 
     run(test, queue_limit=10_000)
