@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust.classifier import Architecture, Classifier
 from robust.ranks import ALONE, joined
 from robust.threat_model import Norm, ThreatModel
 from tests.training import small
@@ -49,7 +48,15 @@ PHASES: dict[str, tuple[Norm, Phase]] = {
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return Classifier(Architecture(arch="resnet18", num_classes=4, input_size=16)).net
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
 
 
 def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
