@@ -29,7 +29,7 @@ from robust.sidecar import Sidecar
 from robust.threat_model import ThreatModel
 
 REQUEST_ID = "81f121892aab4b66bb02ca9cc65b1e5b"
-_SHA256 = "c09de826713121d0e571a2bdd6c8e86c9e68be68884a11cd2db2b5b997abc8c2"
+_SHA256 = "dca10e3f7d2c25d47165452f66cda64881e14e23ced323190b1a7448c83c050d"
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2j"
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship")
 _WHEN = datetime(2026, 11, 22, 13, 20, 44, tzinfo=UTC)

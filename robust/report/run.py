@@ -76,7 +76,8 @@ def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
 
 def check_belongs(run: TrainingRun, sidecar: Sidecar, checkpoint: Path) -> None:
     """Raise ReportError unless the checkpoint came out of this run."""
-    recipe = {name: value for name, value in sidecar.recipe.items() if name != "kept_epoch"}
+    added = ("kept_epoch", "init")  # by the end of the run
+    recipe = {name: value for name, value in sidecar.recipe.items() if name not in added}
     data = None if sidecar.data is None else vars(sidecar.data)
     for name, found in (("recipe", recipe), ("data", data), ("seed", sidecar.seed)):
         if run.manifest.get(name) != found:

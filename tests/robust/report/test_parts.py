@@ -1,6 +1,7 @@
 """The parts a report is made of, one by one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from robust.report.examples import SIDE, Surface, measure_surface
 from robust.report.html import render_html
 from robust.report.pdf import render_pdf
 from robust.report.result_sections import accuracies, by_class
+from robust.report.run import ReportError, TrainingRun, check_belongs
 from robust.report.trust import trust
 from robust.sidecar import Sidecar
 from robust.threat_model import ThreatModel
@@ -254,3 +256,17 @@ def test_run_and_checkpoint_are_found_from_each_other(
     weights, folder = expected
     assert found[0].resolve() == Path(weights).resolve()
     assert found[1] == (folder and Path(folder))
+
+
+def test_what_a_run_adds_to_its_recipe_does_not_make_it_another(tmp_path: Path) -> None:
+    recipe = {"name": "tiny"}
+    run = TrainingRun(name="a", epochs=(), manifest={"recipe": recipe, "data": None, "seed": 0})
+    sidecar = Sidecar(
+        architecture=Architecture(num_classes=2),
+        classes=("a", "b"),
+        recipe={**recipe, "kept_epoch": 3, "init": "c09de8"},
+        seed=0,
+    )
+    check_belongs(run, sidecar, tmp_path / "a.pt")
+    with pytest.raises(ReportError, match="another recipe"):
+        check_belongs(run, replace(sidecar, recipe={"name": "cpu"}), tmp_path / "a.pt")
