@@ -128,8 +128,8 @@ def model(x):
 
 def watch():
     global passes
-    passes += 1
-    if passes == 16:
+    passes += path.exists()
+    if passes == 6:
         os.kill(os.getpid(), signal.SIGKILL)
 
 def run(path):
