@@ -18,13 +18,12 @@ from app.errors import DeadlineExceeded, EngineStopped, OutOfMemory, ServiceErro
 from app.memory import give_back
 from app.metrics import Metrics
 from app.model import ServedModel
+from app.pixels import together
 from app.processors import device_threads
 from app.queue import Kind, Work, WorkQueue
 from app.tracing import Tracing
 from robust.classifier import Classifier
-from robust.images import to_float
 from robust.inference import FEW
-from robust.prediction import predict
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -259,7 +258,7 @@ class Engine:
 
     def _predict(self, batch: list[Work]) -> None:
         model = batch[0].model
-        images = _together([work.images for work in batch if work.images is not None])
+        images = together([work.images for work in batch if work.images is not None])
         try:
             with self._on_device(batch):
                 probabilities = self._classify(model, images)
@@ -274,10 +273,10 @@ class Engine:
         except BaseException:
             _fail(batch)
             raise
-        for work, rows in zip(
-            batch, torch.split(probabilities, [w.cost for w in batch]), strict=True
-        ):
-            work.future.set_result(rows)
+        begin, rows = 0, probabilities.numpy()
+        for work in batch:
+            work.future.set_result(torch.from_numpy(rows[begin : begin + work.cost]))
+            begin += work.cost
 
     def _classify(self, model: ServedModel, images: Tensor) -> Tensor:
         """Probabilities float32 (n, K), in as many parts as the memory makes necessary.
@@ -288,7 +287,8 @@ class Engine:
         done: list[Tensor] = []
         while len(images):
             size = min(self._fitting, len(images))
-            part = _without_memory(lambda: self._forward(model, images[:size]))  # noqa: B023
+            some = images if size == len(images) else images[:size]
+            part = _without_memory(lambda: self._forward(model, some))  # noqa: B023
             if part is None:
                 self._metrics.out_of_memory.inc()
                 if model.device.type == "cuda":
@@ -303,12 +303,11 @@ class Engine:
             self._fitted += size == self._fitting < self._max_batch
             if self._fitted >= _FITTED_OFTEN:
                 self._fitting, self._fitted = min(2 * self._fitting, self._max_batch), 0
-        return torch.cat(done)
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def _forward(self, model: ServedModel, images: Tensor) -> Tensor:
         self._metrics.batch_images.observe(len(images))
-        x = images.to(model.device)
-        return predict(model.answer, x if x.is_floating_point() else to_float(x))
+        return model.classify(images)
 
     def _run(self, batch: list[Work]) -> None:
         """Run the function of the first work for all; after a failure each alone."""
@@ -366,13 +365,6 @@ def _fail(batch: list[Work]) -> None:
     for work in batch:
         if not work.future.done():
             work.future.set_exception(_STOPPED)
-
-
-def _together(images: list[Tensor]) -> Tensor:
-    """One batch; of bytes as long as all are, which is a quarter of what goes to the device."""
-    if any(item.is_floating_point() for item in images):
-        images = [item if item.is_floating_point() else to_float(item) for item in images]
-    return torch.cat(images)
 
 
 def _without_memory(function: Callable[[], T]) -> T | None:

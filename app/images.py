@@ -9,6 +9,7 @@ from torch import Tensor
 
 from app.errors import FieldError, UnusableImages
 from app.model import ServedModel
+from app.pixels import together
 from app.service import Service
 from robust.images import ImageError, decode_image, fit_image
 
@@ -37,7 +38,7 @@ async def decode(service: Service, model: ServedModel, files: list[bytes]) -> Te
                 for index, error in errors.items()
             ],
         )
-    return torch.stack(images)
+    return together([torch.from_numpy(image.numpy()[None]) for image in images])
 
 
 def _decode(data: bytes, size: int, max_pixels: int) -> Tensor | ImageError:

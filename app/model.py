@@ -13,10 +13,12 @@ from torch import Tensor
 from app.memory import give_back
 from app.metrics import Metrics
 from app.processors import device_threads
-from app.runtime import Plan, Runtime, runtimes_for
+from app.runtime import Plan, Runtime, probabilities_of, runtimes_for
 from robust.checkpoint import load_checkpoint
 from robust.classifier import Classifier
+from robust.images import to_float
 from robust.inference import InferenceClassifier, for_inference
+from robust.prediction import predict
 from robust.sidecar import Sidecar
 
 
@@ -81,9 +83,17 @@ class ServedModel:
         logits: Tensor = (self.fast or self.exact())(x)
         return logits
 
-    def answer(self, x: Tensor) -> Tensor:
-        """The same within 1e-4 and without a gradient, as fast as it gets."""
-        return self.logits(x) if self.plan is None else self.plan(x)
+    def classify(self, images: Tensor) -> Tensor:
+        """Probabilities float32 (n, K) of images (n, 3, H, W), uint8 or float32 in [0, 1].
+
+        They agree within 1e-4 with those of the `logits`, and come as fast as it gets. Raises
+        ValueError for NaN and infinities.
+        """
+        if self.plan is not None and self.device.type == "cpu":
+            return probabilities_of(self.plan, images)
+        x = images.to(self.device)
+        model = self.plan or self.logits
+        return predict(model, x if x.is_floating_point() else to_float(x))
 
 
 def load_model(

@@ -11,7 +11,7 @@ import torch
 
 from app.engine import Engine, Session
 from app.errors import NotReady
-from app.memory import give_back
+from app.memory import give_back, resettle
 from app.metrics import Metrics
 from app.model import ServedModel, load_model
 from app.queue import Kind
@@ -95,6 +95,7 @@ class Models:
                 )
             else:
                 self._take(model)
+                resettle()
                 self._metrics.reloads.labels("ok").inc()
                 logger.info("took over the checkpoint %s", model.sha256)
 

@@ -1,13 +1,18 @@
-"""Connections that don't wait for ever for a request."""
+"""Connections that don't wait for ever for a request, and take no head without end."""
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from functools import partial
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.problem import problem
+
+MAX_HEAD_BYTES = 64 * 2**10
 
 
 def patient_for(seconds: float) -> Any:
@@ -15,13 +20,13 @@ def patient_for(seconds: float) -> Any:
     return partial(Connection, patience=seconds)
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """A connection that is closed when a request's head takes longer than `patience` seconds.
 
     uvicorn itself waits without end for the first request, and as long as each byte is followed by
     another one. Bodies are timed by the middleware, which can answer; what is left of one after the
     answer counts as the head of what comes next. A client that takes none of its answer for so long
-    is given up too.
+    is given up too. A head of over 64 KiB is refused, and what is no HTTP gets a problem document.
     """
 
     def __init__(self, *arguments: Any, patience: float, **named: Any) -> None:
@@ -29,6 +34,8 @@ class Connection(H11Protocol):
         self._patience = patience
         self._timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
+        self._in_head, self._head_bytes = False, 0
+        self._broken = False  # what came was no HTTP; nothing after it is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -40,12 +47,32 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._broken:
+            return
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before:
             self._disarm()
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self._broken:
+            self.send_400_response(f"The head of the request is over {MAX_HEAD_BYTES} bytes.")
         if self._idle and self._timer is None:
             self._arm()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # what stands after a body in chunks says nothing about the request
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts != 1 and self.parser.get_http_version() == "1.1":
+            raise httptools.HttpParserError("expected one header Host")
+        super().on_headers_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -57,14 +84,22 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP where no answer has begun, and tell the request it was part of."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
-        if self.cycle is not None:  # else it would answer once more
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        """Answer what is no HTTP, after the answers to what came before it.
+
+        A request whose body it was part of is told that its client has gone; one whose answer has
+        begun can't be answered otherwise any more.
+        """
+        self._broken = True
+        cycle = self.cycle
+        if not self._idle and not cycle.more_body:
+            cycle.keep_alive = False
+            return
+        if self._idle or not cycle.response_started:
+            self.transport.write(_bad_request(msg))
+        self.transport.close()
+        if cycle is not None:  # else it would answer once more
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     @property
     def _idle(self) -> bool:
@@ -87,3 +122,10 @@ class Connection(H11Protocol):
         self._timer = None
         if self._idle and not self.transport.is_closing():
             self.transport.close()
+
+
+def _bad_request(detail: str) -> bytes:
+    answer = problem(uuid.uuid4().hex, 400, "Bad request", detail)
+    headers = [*answer.raw_headers, (b"connection", b"close")]
+    lines = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in headers)]
+    return b"\r\n".join([*lines, b"", bytes(answer.body)])

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from app.metrics import Metrics
+from app.pixels import as_float, softmax
 from robust.inference import InferenceClassifier
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ class Plan:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The logits of any number of images, without a gradient."""
-        parts = [self._part(part) for part in torch.split(x, self.choices[-1].images)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(x) <= self.choices[-1].images:
+            return self._part(x)
+        return torch.cat([self._part(part) for part in torch.split(x, self.choices[-1].images)])
 
     def _part(self, x: Tensor) -> Tensor:
         runtime = next(item.runtime for item in self.choices if len(x) <= item.images)
@@ -103,6 +106,8 @@ def onnx_runtime(model: InferenceClassifier, threads: int) -> Logits:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # In small pieces: a thread that others keep from its processor leaves the rest to its fellow.
+    options.add_session_config_entry("session.dynamic_block_base", "4")
     # Its threads wait busily within a pass; after it they would take the cores from torch's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
@@ -114,6 +119,19 @@ def onnx_runtime(model: InferenceClassifier, threads: int) -> Logits:
         return torch.from_numpy(values)
 
     return logits
+
+
+def probabilities_of(logits_of: Logits, images: Tensor) -> Tensor:
+    """Probabilities float32 (n, K) of images on the CPU, uint8 or float32 in [0, 1].
+
+    Raises ValueError for NaN and infinities, as `robust.prediction.predict` does.
+    """
+    x = torch.from_numpy(as_float(images.numpy()))
+    with torch.inference_mode():
+        logits = logits_of(x).numpy()
+    if not np.isfinite(logits).all():
+        raise ValueError("expected finite logits, got NaN or infinities from the model")
+    return torch.from_numpy(softmax(logits))
 
 
 def plan_for(

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from app import logs
 from app.application import create_app
 from app.commands import ServeError
+from app.memory import settle
 from app.parameters import describe
 from app.protocol import patient_for
 from app.service import Service
@@ -90,6 +91,7 @@ async def _serve(server: _Server, service: Service, listener: socket.socket) -> 
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
+        settle()
         _announce(listener, service.settings.checkpoint)
     await _first(serving, stop.wait())
     if not serving.done():

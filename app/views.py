@@ -25,13 +25,13 @@ from robust.threat_model import format_eps
 TOP = 5
 
 
-def seen(probabilities: Tensor, classes: Sequence[str], k: int = TOP) -> Seen:
-    """What probabilities float32 (K,) say."""
+def seen(probabilities: Tensor | Sequence[float], classes: Sequence[str], k: int = TOP) -> Seen:
+    """What probabilities (K,) say."""
     top = [
         ClassProbability(label=item.label, index=item.index, probability=item.probability)
         for item in top_classes(probabilities, classes, k)
     ]
-    return Seen(**top[0].model_dump(), top=top)
+    return Seen(**dict(top[0]), top=top)
 
 
 def class_name(index: int, classes: Sequence[str]) -> ClassName:

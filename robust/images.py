@@ -169,7 +169,8 @@ def decode_png(data: bytes) -> Tensor:
 
 
 def _tensor_of(rgb: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(rgb, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    # Of numpy's alone: each of torch's operations lets go of the interpreter and waits for it.
+    return torch.from_numpy(np.array(np.asarray(rgb).transpose(2, 0, 1), order="C"))
 
 
 def _format_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,12 +60,18 @@ def predict(model: Model, x: Tensor) -> Tensor:
     return logits.softmax(dim=1).cpu().clone()
 
 
-def top_classes(probabilities: Tensor, classes: Sequence[str], k: int) -> tuple[Prediction, ...]:
-    """The `k` likeliest classes, or all where there are fewer, of probabilities float32 (K,)."""
-    values, indices = probabilities.topk(min(k, len(probabilities)))
+def top_classes(
+    probabilities: Tensor | Sequence[float], classes: Sequence[str], k: int
+) -> tuple[Prediction, ...]:
+    """The `k` likeliest classes, or all where there are fewer, of probabilities (K,).
+
+    Of classes equally likely the one of the lower index comes first.
+    """
+    values = probabilities.tolist() if isinstance(probabilities, Tensor) else probabilities
+    likeliest = heapq.nlargest(k, range(len(values)), key=values.__getitem__)
     return tuple(
-        Prediction(label=classes[index], index=index, probability=value)
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        Prediction(label=classes[index], index=index, probability=values[index])
+        for index in likeliest
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from app.documents import body
 from app.images import decode
@@ -21,10 +22,11 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/predict",
         summary="Classify images",
+        response_model=PredictResponse,
         responses=documented(400, 408, 413, 415, 422, 429, 503, 504),
         openapi_extra=body(PredictParameters, files="images"),
     )
-    async def predict(request: Request) -> PredictResponse:
+    async def predict(request: Request) -> Response:
         """Name the likeliest classes of each image, JPEG, PNG or WebP.
 
         Send one or several files in the form field `file`, or one image as the body.
@@ -39,13 +41,12 @@ def router(service: Service) -> APIRouter:
                 model, images, deadline=service.deadline(request)
             )
             results = [
-                ImagePrediction(
-                    image=index, **seen(row, model.classes, parameters.top_k).model_dump()
-                )
-                for index, row in enumerate(probabilities)
+                ImagePrediction(image=index, **dict(seen(row, model.classes, parameters.top_k)))
+                for index, row in enumerate(probabilities.tolist())
             ]
             return PredictResponse(model_sha256=model.sha256, results=results)
 
-        return await unless_gone(request, work())
+        answer = await unless_gone(request, work())
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     return routes
