@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -93,9 +93,10 @@ class Session:
 class Engine:
     """Runs predictions in shared batches, and attacks and evaluations one after the other.
 
-    The thread takes what is queued as soon as the device is free; there is no timer. Predictions
-    go ahead of attacks, and both of evaluations, between the steps of the latter. Works that
-    `share` the same run as one.
+    The thread takes what is queued as soon as the device is free. On a CPU predictions wait first
+    for those that are being decoded; one that is alone waits for nothing. Predictions go ahead of
+    attacks, and both of evaluations, between the steps of the latter. Works that `share` the same
+    run as one.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Engine:
         queue_limit: int,
         max_batch: int,
         threads: int = 0,
+        on_cpu: bool = True,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
@@ -111,6 +113,7 @@ class Engine:
         self._tracing = tracing or Tracing()
         self._queue = WorkQueue(queue_limit, self._metrics)
         self._max_batch, self._threads = max_batch, threads
+        self._room = max_batch if on_cpu else 0  # for predictions that are waited for
         self._fitting = max_batch  # images that one forward pass has memory for, as far as is known
         self._fitted = 0  # so often in a row
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -140,6 +143,15 @@ class Engine:
         `ahead` counts forward passes that wait elsewhere.
         """
         return self._queue.retry_after(kind, ahead=ahead)
+
+    def coming(self) -> AbstractContextManager[None]:
+        """To be entered while the images of a prediction are decoded.
+
+        On a CPU the device then waits for them, as decoding needs the same processors: a batch of
+        all that came takes less of them than one of the first and one of the rest, and neither
+        slows the other down.
+        """
+        return self._queue.coming()
 
     async def predict(
         self, model: ServedModel, images: Tensor, *, deadline: float | None = None
@@ -217,7 +229,7 @@ class Engine:
     def _main(self) -> None:
         try:
             torch.set_num_threads(device_threads(self._threads))
-            while self._queue.wait():
+            while self._queue.wait(room=self._room):
                 if work := self._queue.take():
                     self._do(work)
         except BaseException:

@@ -10,6 +10,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.middleware import HEADERS
 from app.problem import problem
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -125,7 +126,8 @@ class Connection(HttpToolsProtocol):
 
 
 def _bad_request(detail: str) -> bytes:
-    answer = problem(uuid.uuid4().hex, 400, "Bad request", detail)
-    headers = [*answer.raw_headers, (b"connection", b"close")]
-    lines = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in headers)]
+    request_id = uuid.uuid4().hex
+    more = {"X-Request-ID": request_id, "Cache-Control": "no-store", "Connection": "close"}
+    answer = problem(request_id, 400, "Bad request", detail, headers={**HEADERS, **more})
+    lines = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in answer.raw_headers)]
     return b"\r\n".join([*lines, b"", bytes(answer.body)])

@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -21,6 +22,7 @@ from app.metrics import Metrics
 from app.model import ServedModel
 
 MAX_RETRY_SECONDS = 120
+PATIENCE_SECONDS = 0.01  # longest wait for predictions on their way
 
 
 class Kind(IntEnum):
@@ -87,6 +89,7 @@ class WorkQueue:
         self._pending = dict.fromkeys(Kind, 0)  # admitted and not finished
         self._pace: dict[Kind, float] = {}  # seconds for one forward pass, measured
         self._closed: EngineStopped | None = None
+        self._coming = 0
 
     def put(self, *works: Work) -> None:
         """Let work of one kind in, all or none.
@@ -138,11 +141,38 @@ class WorkQueue:
                 queue.remove(work)
         return same[:most]
 
-    def wait(self) -> bool:
-        """Sleep until there is work; False once closed."""
+    def wait(self, *, room: int = 0) -> bool:
+        """Sleep until there is work; False once closed.
+
+        A prediction then waits for others that are `coming`, until together they cost `room`, but
+        never long.
+        """
+        waiting = self._queues[Kind.PREDICT]
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(self._queues.values()))
+            if waiting and self._coming:
+                self._changed.wait_for(
+                    lambda: (
+                        self._closed
+                        or not self._coming
+                        or sum(work.cost for work in waiting) >= room
+                    ),
+                    PATIENCE_SECONDS,
+                )
             return self._closed is None
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """While the block runs, a prediction is on its way: its body is there, and decoded."""
+        with self._changed:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= 1
+                if not self._coming:
+                    self._changed.notify()
 
     def measure(self, kind: Kind, cost: int, seconds: float) -> None:
         """Remember how long `cost` forward passes took."""

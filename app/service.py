@@ -39,9 +39,10 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.tracing = tracing_for(settings.traces, project_version())
+        device = resolve_device(settings.device)
         self.models = Models(
             settings.checkpoint,
-            device=resolve_device(settings.device),
+            device=device,
             metrics=self.metrics,
             threads=settings.threads,
         )
@@ -49,6 +50,7 @@ class Service:
             queue_limit=settings.queue_limit,
             max_batch=settings.max_batch,
             threads=settings.threads,
+            on_cpu=device.type == "cpu",
             metrics=self.metrics,
             tracing=self.tracing,
         )

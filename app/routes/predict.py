@@ -36,7 +36,8 @@ def router(service: Service) -> APIRouter:
         model = service.model_for(request)
 
         async def work() -> PredictResponse:
-            images = await decode(service, model, upload.files)
+            with service.engine.coming():
+                images = await decode(service, model, upload.files)
             probabilities = await service.engine.predict(
                 model, images, deadline=service.deadline(request)
             )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app import queue
 from app.engine import Engine, Session
 from app.errors import Cancelled, DeadlineExceeded, EngineStopped, OutOfMemory, Overloaded
 from app.metrics import Metrics
@@ -116,6 +117,58 @@ def test_predictions_that_wait_share_batches_and_keep_their_rows() -> None:
             assert float(row[0, 1]) == pytest.approx(light(level), abs=1e-6)
         assert model.batches == [8, 4]
         await task
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "level", "first"),
+    [
+        (True, 3, 3),  # all that came together
+        (True, 8, 8),  # as many as a batch takes, whoever else is coming
+        (False, 3, 1),  # a GPU decodes nothing: it does not wait
+    ],
+)
+def test_on_a_cpu_a_prediction_waits_for_those_being_decoded(
+    on_cpu: bool, level: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60.0)
+
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = Brightness()
+        shared, entered, release = served(model), threading.Event(), threading.Event()
+
+        def hook() -> None:
+            entered.set()
+            assert release.wait(60)
+
+        model.hook = hook
+        with engine.coming():
+            tasks = [asyncio.create_task(engine.predict(shared, image(1)))]
+            if first == 1:
+                await asyncio.to_thread(entered.wait, 60)
+            else:
+                await settled()
+            tasks += [
+                asyncio.create_task(engine.predict(shared, image(1))) for _ in range(level - 1)
+            ]
+            await settled()
+            if first == 8:
+                await asyncio.to_thread(entered.wait, 60)
+            assert model.batches == ([] if first == 3 else [first])
+            release.set()
+        await asyncio.gather(*tasks)
+        assert model.batches == ([1, level - 1] if first == 1 else [level])
+
+    run(test, on_cpu=on_cpu)
+
+
+def test_a_prediction_does_not_wait_long_for_others() -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = Brightness()
+        with engine.coming():
+            await engine.predict(served(model), image(1))
+        assert model.batches == [1]
 
     run(test)
 

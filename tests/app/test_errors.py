@@ -132,7 +132,7 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int]] = [
     ("GET", "/docs/assets/../../etc/passwd", {}, 404),
     ("GET", "/predict", {}, 405),
     ("PUT", "/evaluate/x", {}, 405),
-    ("BREW", "/model", {}, 405),
+    ("BREW", "/model", {}, 400),  # not a method of HTTP
 ]
 
 

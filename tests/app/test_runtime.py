@@ -145,7 +145,7 @@ def test_without_the_packages_torch_serves(checkpoint: Path) -> None:
         "from app.metrics import Metrics\n"
         "from app.model import load_model\n"
         f"model = load_model(Path({str(checkpoint)!r}), torch.device('cpu'), threads=1)\n"
-        "shape = model.answer(torch.zeros(1, 3, 32, 32)).shape\n"
+        "shape = model.classify(torch.zeros(1, 3, 32, 32)).shape\n"
         "print([item.name for item in model.runtimes], shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
