@@ -105,7 +105,6 @@ class Engine:
         queue_limit: int,
         max_batch: int,
         threads: int = 0,
-        on_cpu: bool = True,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
@@ -113,7 +112,6 @@ class Engine:
         self._tracing = tracing or Tracing()
         self._queue = WorkQueue(queue_limit, self._metrics)
         self._max_batch, self._threads = max_batch, threads
-        self._room = max_batch if on_cpu else 0  # for predictions that are waited for
         self._fitting = max_batch  # images that one forward pass has memory for, as far as is known
         self._fitted = 0  # so often in a row
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
@@ -149,7 +147,7 @@ class Engine:
 
         On a CPU the device then waits for them, as decoding needs the same processors: a batch of
         all that came takes less of them than one of the first and one of the rest, and neither
-        slows the other down.
+        slows the other down. Where it takes no less, the device does not wait.
         """
         return self._queue.coming()
 
@@ -229,7 +227,7 @@ class Engine:
     def _main(self) -> None:
         try:
             torch.set_num_threads(device_threads(self._threads))
-            while self._queue.wait(room=self._room):
+            while self._queue.wait():
                 if work := self._queue.take():
                     self._do(work)
         except BaseException:

@@ -72,6 +72,16 @@ class ServedModel:
         """Pixels a side of the images it takes."""
         return self.sidecar.architecture.input_size
 
+    @property
+    def enough(self) -> int:
+        """Images from which on a larger pass is no cheaper for each; 0 on a GPU.
+
+        There passes and the decoding of images do not need the same processors.
+        """
+        if self.plan is None or self.device.type != "cpu":
+            return 0
+        return self.plan.choices[-1].images
+
     def exact(self) -> Classifier:
         """The classifier as it was trained, in eval mode; held by nobody but the caller."""
         if isinstance(self.classifier, HalfClassifier):

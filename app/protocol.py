@@ -27,7 +27,8 @@ class Connection(HttpToolsProtocol):
     uvicorn itself waits without end for the first request, and as long as each byte is followed by
     another one. Bodies are timed by the middleware, which can answer; what is left of one after the
     answer counts as the head of what comes next. A client that takes none of its answer for so long
-    is given up too. A head of over 64 KiB is refused, and what is no HTTP gets a problem document.
+    is given up too. A head of over 64 KiB is refused, what is no HTTP gets a problem document, and
+    a request that would rather go on in another protocol is taken as it is.
     """
 
     def __init__(self, *arguments: Any, patience: float, **named: Any) -> None:
@@ -51,7 +52,8 @@ class Connection(HttpToolsProtocol):
         if self._broken:
             return
         before = self.cycle
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self.cycle is not before:
             self._disarm()
         self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
@@ -59,6 +61,27 @@ class Connection(HttpToolsProtocol):
             self.send_400_response(f"The head of the request is over {MAX_HEAD_BYTES} bytes.")
         if self._idle and self._timer is None:
             self._arm()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser took the body for the other protocol's.
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self._parse(head + data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("What was sent is not HTTP.")
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() != b"upgrade")
+            if name != b"upgrade":
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -73,7 +96,14 @@ class Connection(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts != 1 and self.parser.get_http_version() == "1.1":
             raise httptools.HttpParserError("expected one header Host")
-        super().on_headers_complete()
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("expected a method other than CONNECT")
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()

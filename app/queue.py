@@ -141,21 +141,22 @@ class WorkQueue:
                 queue.remove(work)
         return same[:most]
 
-    def wait(self, *, room: int = 0) -> bool:
+    def wait(self) -> bool:
         """Sleep until there is work; False once closed.
 
-        A prediction then waits for others that are `coming`, until together they cost `room`, but
-        never long.
+        A prediction then waits for others that are `coming`, as long as more images make a pass
+        cheaper for each, but never long.
         """
         waiting = self._queues[Kind.PREDICT]
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(self._queues.values()))
             if waiting and self._coming:
+                enough = waiting[0].model.enough
                 self._changed.wait_for(
                     lambda: (
                         self._closed
                         or not self._coming
-                        or sum(work.cost for work in waiting) >= room
+                        or sum(work.cost for work in waiting) >= enough
                     ),
                     PATIENCE_SECONDS,
                 )

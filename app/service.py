@@ -50,7 +50,6 @@ class Service:
             queue_limit=settings.queue_limit,
             max_batch=settings.max_batch,
             threads=settings.threads,
-            on_cpu=device.type == "cpu",
             metrics=self.metrics,
             tracing=self.tracing,
         )

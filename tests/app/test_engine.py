@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from app.errors import Cancelled, DeadlineExceeded, EngineStopped, OutOfMemory, 
 from app.metrics import Metrics
 from app.model import ServedModel
 from app.queue import Kind
+from app.runtime import TORCH, Choice, Plan, Runtime
 from robust.classifier import Architecture
 from robust.sidecar import Sidecar
 
@@ -121,22 +123,31 @@ def test_predictions_that_wait_share_batches_and_keep_their_rows() -> None:
     run(test)
 
 
+def planned(model: Brightness, images: int) -> ServedModel:
+    """One for which passes of so many images and more are equally cheap for each."""
+    runtime = Runtime(name=TORCH, logits=model)
+    choice = Choice(images=images, runtime=runtime, seconds=1.0)
+    return replace(served(model), plan=Plan(choices=(choice,), torch=runtime, metrics=Metrics()))
+
+
 @pytest.mark.parametrize(
-    ("on_cpu", "level", "first"),
+    ("enough", "count", "batches"),
     [
-        (True, 3, 3),  # all that came together
-        (True, 8, 8),  # as many as a batch takes, whoever else is coming
-        (False, 3, 1),  # a GPU decodes nothing: it does not wait
+        (8, 3, [3]),  # all that came together
+        (8, 8, [8]),  # enough, whoever else is coming
+        (1, 3, [1, 1, 1]),  # nothing would be gained
+        (0, 3, [1, 2]),  # as on a GPU
     ],
 )
-def test_on_a_cpu_a_prediction_waits_for_those_being_decoded(
-    on_cpu: bool, level: int, first: int, monkeypatch: pytest.MonkeyPatch
+def test_a_prediction_waits_for_those_being_decoded_where_it_pays(
+    enough: int, count: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60.0)
 
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
-        shared, entered, release = served(model), threading.Event(), threading.Event()
+        shared = planned(model, enough) if enough else served(model)
+        entered, release = threading.Event(), threading.Event()
 
         def hook() -> None:
             entered.set()
@@ -145,29 +156,27 @@ def test_on_a_cpu_a_prediction_waits_for_those_being_decoded(
         model.hook = hook
         with engine.coming():
             tasks = [asyncio.create_task(engine.predict(shared, image(1)))]
-            if first == 1:
+            if batches[0] == 1:
                 await asyncio.to_thread(entered.wait, 60)
-            else:
-                await settled()
             tasks += [
-                asyncio.create_task(engine.predict(shared, image(1))) for _ in range(level - 1)
+                asyncio.create_task(engine.predict(shared, image(1))) for _ in range(count - 1)
             ]
             await settled()
-            if first == 8:
+            if count == enough:
                 await asyncio.to_thread(entered.wait, 60)
-            assert model.batches == ([] if first == 3 else [first])
+            assert model.batches == ([] if count < enough else batches[:1])
             release.set()
         await asyncio.gather(*tasks)
-        assert model.batches == ([1, level - 1] if first == 1 else [level])
+        assert model.batches == batches
 
-    run(test, on_cpu=on_cpu)
+    run(test)
 
 
 def test_a_prediction_does_not_wait_long_for_others() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         with engine.coming():
-            await engine.predict(served(model), image(1))
+            await engine.predict(planned(model, 8), image(1))
         assert model.batches == [1]
 
     run(test)

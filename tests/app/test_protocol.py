@@ -1,0 +1,117 @@
+"""What comes over a bare connection that is no ordinary request."""
+
+import json
+import socket
+
+import pytest
+
+from app.protocol import MAX_HEAD_BYTES
+from tests.app.faults import connect, unharmed
+from tests.app.serving import Running, gated, png
+
+HEAD = b"%s HTTP/1.1\r\nHost: x\r\n"
+FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n--b--'
+
+
+def exchange(running: Running, sent: bytes) -> bytes:
+    """All that the service answers before it ends the connection."""
+    with connect(running) as connection:
+        connection.sendall(sent)
+        return everything(connection)
+
+
+def everything(connection: socket.socket) -> bytes:
+    answer = b""
+    while piece := connection.recv(65536):
+        answer += piece
+    return answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"garbage\r\n\r\n",
+        b"BREW /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        HEAD % b"GET /livez" + b"Host: y\r\n\r\n",
+        HEAD % b"GET /livez" + b"A: " + MAX_HEAD_BYTES * b"a",
+        HEAD % b"GET /livez" + (MAX_HEAD_BYTES // 6 + 1) * b"A: b\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        HEAD % b"POST /predict" + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=[
+        "garbage",
+        "method",
+        "no host",
+        "two hosts",
+        "a long header",
+        "many headers",
+        "tunnel",
+        "two sizes",
+    ],
+)
+def test_what_is_no_request_gets_a_problem_and_an_end(running: Running, sent: bytes) -> None:
+    with unharmed(running):
+        head, _, body = exchange(running, sent).partition(b"\r\n\r\n")
+        lines = head.decode().splitlines()
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+        problem = json.loads(body)
+        assert (lines[0], problem["status"]) == ("HTTP/1.1 400 Bad Request", 400)
+        assert headers["content-type"] == "application/problem+json"
+        assert headers["x-request-id"] == problem["request_id"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["connection"] == "close"
+        assert int(headers["content-length"]) == len(body)
+
+
+def test_a_head_as_long_as_allowed_is_taken(running: Running) -> None:
+    head = HEAD % b"GET /livez" + b"Connection: close\r\n"
+    filled = head + b"A: " + (MAX_HEAD_BYTES - len(head) - 7) * b"a" + b"\r\n\r\n"
+    assert len(filled) == MAX_HEAD_BYTES
+    assert exchange(running, filled).startswith(b"HTTP/1.1 200")
+
+
+def test_garbage_behind_a_request_does_not_cost_it_its_answer(running: Running) -> None:
+    image = png()
+    request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    with unharmed(running), gated(running.service) as gate, connect(running) as connection:
+        connection.sendall(request + b"garbage\r\n\r\n")
+        gate.open.set()
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_requests_sent_in_one_go_are_answered_in_order(running: Running) -> None:
+    one = HEAD % b"GET /livez" + b"X-Request-ID: %s\r\n"
+    sent = b"".join(one % name + b"\r\n" for name in (b"a", b"b")) + one % b"c"
+    answer = exchange(running, sent + b"Connection: close\r\n\r\n")
+    ids = [line for line in answer.split(b"\r\n") if line.lower().startswith(b"x-request-id")]
+    assert [line[-1:] for line in ids] == [b"a", b"b", b"c"]
+
+
+def test_what_follows_the_chunks_is_no_header(running: Running) -> None:
+    image = png()
+    sent = HEAD % b"POST /predict" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    sent += b"%x\r\n%s\r\n0\r\nX-Request-ID: smuggled\r\n\r\n" % (len(image), image)
+    answer = exchange(running, sent)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"smuggled" not in answer
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_an_upgrade_nobody_offers_is_passed_over(
+    running: Running, protocol: bytes, pieces: int
+) -> None:
+    body = FORM % png()
+    head = HEAD % b"POST /predict" + b"Connection: Upgrade, Close\r\nUpgrade: %s\r\n" % protocol
+    head += b"Content-Type: multipart/form-data; boundary=b\r\n"
+    sent = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    step = -(-len(sent) // pieces)
+    with unharmed(running), connect(running) as connection:
+        for begin in range(0, len(sent), step):
+            connection.sendall(sent[begin : begin + step])
+        answer = everything(connection)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
