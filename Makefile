@@ -8,7 +8,8 @@ ENGINE ?= docker
 IMAGE ?= robust
 TORCH_INDEX ?=
 ARGS ?=
-# Many tests wait for a process of their own: two at a time take little more than half as long.
+# Many tests wait for a process of their own: two at a time take little more than half as long, if threads
+# that wait for each other sleep meanwhile.
 JOBS ?= 2
 
 VENV := .venv
@@ -29,7 +30,7 @@ train: $(READY) ## Train, for example ARGS="--data digits --recipe quick"
 	@exec $(BIN)/robust train $(ARGS)
 
 test: lint types ## Run lint, types and tests (ARGS= goes to pytest)
-	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 check: test ## What every commit must pass: test, and audit where its service can be asked
 	@$(BIN)/python .ci/audit.py || [ $$? -eq 75 ]
