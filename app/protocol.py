@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from functools import partial
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.middleware import HEADERS
 from app.problem import problem
 
 MAX_HEAD_BYTES = 64 * 2**10
+SLICE_BYTES = 16 * 2**10  # are parsed at once: by so many a head may be longer
+MAX_PIPELINED = 16  # requests of one connection that wait for the answers to those before them
+
+logger = logging.getLogger(__name__)
 
 
 def patient_for(seconds: float) -> Any:
@@ -36,7 +42,10 @@ class Connection(HttpToolsProtocol):
         self._patience = patience
         self._timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
-        self._in_head, self._head_bytes = False, 0
+        self._running: RequestResponseCycle | None = None  # the request that is answered now
+        # Where in a request the parser stands. What follows the chunks of a body is like a head.
+        self._in_head = self._in_body = self._in_trailer = False
+        self._head_bytes = 0
         self._broken = False  # what came was no HTTP; nothing after it is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -46,35 +55,47 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         self._disarm_reader()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._broken:
-            return
         before = self.cycle
         self._unset_keepalive_if_required()
-        self._parse(data)
+        for begin in range(0, len(data), SLICE_BYTES):
+            if self._broken:
+                return
+            self._take(data[begin : begin + SLICE_BYTES])
         if self.cycle is not before:
             self._disarm()
-        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
-        if self._head_bytes > MAX_HEAD_BYTES and not self._broken:
-            self.send_400_response(f"The head of the request is over {MAX_HEAD_BYTES} bytes.")
         if self._idle and self._timer is None:
             self._arm()
 
+    def _take(self, data: bytes) -> None:
+        """Parse some of what came, and count what belongs to a head that goes on."""
+        self._parse(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head or self._in_trailer else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self._broken:
+            self.send_400_response(f"The head of the request is over {MAX_HEAD_BYTES} bytes.")
+
     def _parse(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The parser took the body for the other protocol's.
-            head = self._head_without_upgrade()
-            self.parser = httptools.HttpRequestParser(self)
-            self._parse(head + data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self.send_400_response("What was sent is not HTTP.")
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser took the body for the other protocol's.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                continue
+            except httptools.HttpParserError:
+                self.send_400_response("What was sent is not HTTP.")
+            return
 
     def _head_without_upgrade(self) -> bytes:
-        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         for name, value in self.headers:
             if name == b"connection":
                 tokens = [token.strip() for token in value.split(b",")]
@@ -85,7 +106,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
+        self._in_head, self._head_bytes = True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # what stands after a body in chunks says nothing about the request
@@ -98,12 +119,30 @@ class Connection(HttpToolsProtocol):
             raise httptools.HttpParserError("expected one header Host")
         if self.parser.get_method() == b"CONNECT":
             raise httptools.HttpParserError("expected a method other than CONNECT")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise httptools.HttpParserError("expected fewer requests before their answers")
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            self._in_body = True
+
+    def on_chunk_header(self) -> None:
+        self._in_trailer = True  # unless something of the chunk follows
+
+    def on_chunk_complete(self) -> None:
+        self._in_trailer = False
+
+    def on_body(self, body: bytes) -> None:
+        self._in_trailer = False
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
+            self._in_body = self._in_trailer = False
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -122,15 +161,22 @@ class Connection(HttpToolsProtocol):
         """
         self._broken = True
         cycle = self.cycle
-        if not self._idle and not cycle.more_body:
+        if self._in_body and self.pipeline and cycle is self.pipeline[0][0]:
+            self.pipeline.popleft()  # it waited for the answers to others, and gets none
+            assert self._running is not None
+            cycle = self.cycle = self.pipeline[0][0] if self.pipeline else self._running
             cycle.keep_alive = False
-            return
-        if self._idle or not cycle.response_started:
-            self.transport.write(_bad_request(msg))
-        self.transport.close()
-        if cycle is not None:  # else it would answer once more
-            cycle.disconnected = True
+        elif self._in_body:
+            if not cycle.response_started:
+                self.transport.write(_bad_request(msg))
+            self.transport.close()
+            cycle.disconnected = True  # else it would answer once more
             cycle.message_event.set()
+        elif not self._idle:
+            cycle.keep_alive = False
+        else:
+            self.transport.write(_bad_request(msg))
+            self.transport.close()
 
     @property
     def _idle(self) -> bool:
@@ -157,6 +203,7 @@ class Connection(HttpToolsProtocol):
 
 def _bad_request(detail: str) -> bytes:
     request_id = uuid.uuid4().hex
+    logger.info("400 [%s] %s", request_id, detail)
     more = {"X-Request-ID": request_id, "Cache-Control": "no-store", "Connection": "close"}
     answer = problem(request_id, 400, "Bad request", detail, headers={**HEADERS, **more})
     lines = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in answer.raw_headers)]

@@ -2,12 +2,13 @@
 
 import json
 import socket
+import time
 
 import pytest
 
-from app.protocol import MAX_HEAD_BYTES
+from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED
 from tests.app.faults import connect, unharmed
-from tests.app.serving import Running, gated, png
+from tests.app.serving import Running, gated, png, until
 
 HEAD = b"%s HTTP/1.1\r\nHost: x\r\n"
 FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n--b--'
@@ -115,3 +116,69 @@ def test_an_upgrade_nobody_offers_is_passed_over(
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 200")
     assert answer.count(b"HTTP/1.1") == 1
+
+
+def chunked(path: bytes, sent: bytes) -> bytes:
+    return HEAD % (b"POST " + path) + b"Transfer-Encoding: chunked\r\n\r\n" + sent
+
+
+def test_requests_without_end_before_their_answers_are_refused(running: Running) -> None:
+    with unharmed(running), gated(running.service) as gate, connect(running) as connection:
+        image = png()
+        head = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image)
+        connection.sendall(head + image + 100 * (HEAD % b"GET /livez" + b"\r\n"))
+        gate.open.set()
+        assert everything(connection).count(b"HTTP/1.1 200") == 1 + MAX_PIPELINED
+
+
+@pytest.mark.parametrize("trailer", [b"A: ", b"A: b\r\n"])
+def test_what_follows_the_chunks_is_bounded(running: Running, trailer: bytes) -> None:
+    filled = trailer + 2 * MAX_HEAD_BYTES // len(trailer) * (
+        trailer if trailer.endswith(b"\n") else b"aaa"
+    )
+    sent = chunked(b"/predict", b"3\r\nabc\r\n0\r\n" + filled)
+    with unharmed(running), connect(running) as connection:
+        connection.sendall(sent)
+        assert connection.recv(12)[9:] == b"400"
+
+
+def test_a_broken_body_does_not_cost_the_request_before_it_its_answer(running: Running) -> None:
+    image = png()
+    request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    with unharmed(running), gated(running.service) as gate, connect(running) as connection:
+        connection.sendall(request + chunked(b"/predict", b"ZZ\r\n"))
+        gate.open.set()
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_request_answered_before_its_body_is_answered_once(running: Running) -> None:
+    with connect(running) as connection:
+        connection.sendall(chunked(b"/nowhere", b""))
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 404")
+        connection.sendall(b"ZZ\r\n")
+        assert b"HTTP/1.1" not in everything(connection)
+
+
+def test_a_body_before_the_next_head_is_not_part_of_it(running: Running) -> None:
+    body = 3 * MAX_HEAD_BYTES * b"a"
+    sent = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connect(running) as connection:
+        connection.sendall(sent + b"GET /livez HTTP/1.1\r\n")
+        time.sleep(0.3)
+        connection.sendall(b"Host: x\r\nConnection: close\r\n\r\n")
+        answer = everything(connection)
+        assert (answer.count(b"HTTP/1.1 200"), answer.count(b"HTTP/1.1")) == (1, 2)
+
+
+def test_a_client_that_hangs_up_behind_two_requests_is_noticed(running: Running) -> None:
+    image = png()
+    request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    with gated(running.service) as gate:
+        with connect(running) as connection:
+            connection.sendall(2 * request)
+            until(lambda: gate.waiting == 1)
+        in_flight = running.service.in_flight
+        until(lambda: in_flight.posts == 0)  # though the gate is still closed
