@@ -150,7 +150,8 @@ def _classes(results: Sequence[Result], classes: Sequence[str]) -> list[Block]:
         for k, name in enumerate(classes)
     ]
     shown = [result for result in results if result.attack == "clean"]
-    shown += [min(results, key=lambda result: result.correct)] if len(results) > 1 else []
+    if len(results) > 1 or not shown:  # the clean accuracy may have been taken on other images
+        shown.append(min(results, key=lambda result: result.correct))
     weakest = min(
         (k for k in range(len(classes)) if shown[-1].per_class[k] is not None),
         key=lambda k: shown[-1].per_class[k] or 0.0,

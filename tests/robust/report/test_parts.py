@@ -105,6 +105,13 @@ def test_any_name_of_a_class_can_be_shown(evaluation: Values) -> None:
     assert render_pdf(document).startswith(b"%PDF")
 
 
+def test_an_attack_alone_is_told_by_class(evaluation: Values, sidecar: Sidecar) -> None:
+    whole = parsed(evaluation, sidecar)  # a sidecar may record an attack on fewer images alone
+    measurement = replace(whole, results=whole.results[1:2])
+    tables = [b for b in by_class([measurement], sidecar.classes).blocks if isinstance(b, Table)]
+    assert [row[0] for row in tables[0].rows] == list(sidecar.classes)
+
+
 def test_many_classes_with_long_names_fit_the_page(
     evaluation: Values, make_result: Callable[..., Values]
 ) -> None:
