@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import httptools
-from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.middleware import HEADERS
@@ -124,6 +123,8 @@ class Connection(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             self._in_body = True
+            if not self.pipeline:
+                self._running = self.cycle
 
     def on_chunk_header(self) -> None:
         self._in_trailer = True  # unless something of the chunk follows
@@ -140,9 +141,10 @@ class Connection(HttpToolsProtocol):
             self._in_body = self._in_trailer = False
             super().on_message_complete()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
