@@ -173,12 +173,14 @@ def test_a_body_before_the_next_head_is_not_part_of_it(running: Running) -> None
         assert (answer.count(b"HTTP/1.1 200"), answer.count(b"HTTP/1.1")) == (1, 2)
 
 
-def test_a_client_that_hangs_up_behind_two_requests_is_noticed(running: Running) -> None:
+@pytest.mark.parametrize("before", [b"", HEAD % b"GET /livez" + b"\r\n"])
+def test_a_client_that_hangs_up_behind_requests_is_noticed(running: Running, before: bytes) -> None:
     image = png()
     request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
     with gated(running.service) as gate:
         with connect(running) as connection:
-            connection.sendall(2 * request)
+            connection.sendall(before + 2 * request)
             until(lambda: gate.waiting == 1)
         in_flight = running.service.in_flight
-        until(lambda: in_flight.posts == 0)  # though the gate is still closed
+        # Though the gate is still closed, and well before the deadline would end it.
+        until(lambda: in_flight.posts == 0, seconds=5)
