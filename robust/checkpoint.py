@@ -121,8 +121,9 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
 def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) -> Sidecar:
     """Add measured accuracies to the sidecar of `checkpoint` and return it.
 
-    A row takes the place of one with the same data, attack, norm and eps. Raises CheckpointError
-    when the weights on disk are others by now, or the sidecar can't be written.
+    A row takes the place of one with the same images, attack, norm and eps: what was measured on
+    some images of a set stands beside what was measured on all. Raises CheckpointError when the
+    weights on disk are others by now, or the sidecar can't be written.
     """
     path = checkpoint.path
     try:
@@ -139,7 +140,7 @@ def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) ->
 
 
 def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("data", "attack", "norm", "eps"))
+    return tuple(row.get(name) for name in ("data", "data_sha256", "attack", "norm", "eps"))
 
 
 def infer_architecture(path: Path, state: Mapping[str, Tensor]) -> Architecture:

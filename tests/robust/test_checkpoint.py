@@ -500,12 +500,15 @@ def test_sidecar_of_another_architecture_is_not_saved(
 
 def test_recorded_results_stand_in_the_sidecar_once(pair: Path) -> None:
     row = {"data": "test.npz", "attack": "fgsm", "norm": "linf", "eps": 0.1, "accuracy": 0.5}
+    row["data_sha256"] = "all"
     other = {**row, "attack": "clean", "accuracy": 0.9}
+    few = {**row, "data_sha256": "few", "accuracy": 0.7}
     before = load_checkpoint(pair).sidecar.evaluation
-    record_evaluation(load_checkpoint(pair), [row, other])
+    record_evaluation(load_checkpoint(pair), [row, other, few])
     record_evaluation(load_checkpoint(pair), [{**row, "accuracy": 0.4}])
     rows = load_checkpoint(pair).sidecar.evaluation[len(before) :]
-    assert [(r["attack"], r["accuracy"]) for r in rows] == [("fgsm", 0.4), ("clean", 0.9)]
+    expected = [("fgsm", "all", 0.4), ("clean", "all", 0.9), ("fgsm", "few", 0.7)]
+    assert [(r["attack"], r["data_sha256"], r["accuracy"]) for r in rows] == expected
 
 
 def test_results_of_other_weights_are_not_recorded(pair: Path) -> None:
