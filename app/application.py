@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app import documents, playground, problem
@@ -15,6 +16,7 @@ from app.middleware import LimitMiddleware, RequestMiddleware
 from app.routes import attack, evaluate, inference, limits, predict, status
 from app.service import Service
 from app.settings import Settings
+from app.shortcut import ShortcutMiddleware
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -42,9 +44,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problem.install(app)
     documents.install(app)
     playground.install(app)
-    for module in (predict, attack, evaluate, status, limits, inference):
-        app.include_router(module.router(service))
+    routers = [
+        module.router(service) for module in (predict, attack, evaluate, status, limits, inference)
+    ]
+    for router in routers:
+        app.include_router(router)
+    (prediction,) = routers[0].routes
+    assert isinstance(prediction, APIRoute)
     # The last one added is the outermost.
+    app.add_middleware(ShortcutMiddleware, route=prediction)
     app.add_middleware(LimitMiddleware, service=service)
     if service.settings.cors_origins:
         app.add_middleware(
