@@ -121,16 +121,22 @@ def main() -> None:
             bench.check_agreement()
             for name in arguments.servers:
                 bench.tune(KINDS[name])
+            loads, limits = report["loads"], report["limits"]
             for number in range(arguments.turns):
                 bench.turn(number)
-            report["loads"] += bench.loads
-            report["limits"] += bench.limits
+                report |= {"loads": loads + bench.loads, "limits": limits + bench.limits}
+                write(report, arguments.json)
     if not arguments.soak:
         report["summary"] = summarise(report["loads"], report["limits"])
         report["targets"] = check_targets(report["summary"])
         print_table(report)
-    if arguments.json:
-        write_json(arguments.json.resolve(), report)
+    write(report, arguments.json)
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Keep what was measured so far, if it is to be kept."""
+    if path:
+        write_json(path.resolve(), report)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ ROOT = HERE.parents[1]
 START_SECONDS = 300.0
 END_SECONDS = 30.0  # for a server that was asked to end
 LEFT_SECONDS = 3.0  # for what it has started, after it
+PORTS = range(20_000, 32_000)  # Linux gives those from 32,768 on to connections
 TICKS = os.sysconf("SC_CLK_TCK")
 
 Settings = dict[str, str]
@@ -107,8 +109,7 @@ def started(
     kind: Kind, python: Path, weights: Path, image: bytes, settings: Settings | None = None
 ) -> Iterator[Server]:
     """A fresh server, from its first answer to its end. Raises ValueError when none comes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = _free_port()
     url = f"http://127.0.0.1:{port}/predict"
     ours = {name: value for name, value in os.environ.items() if not name.startswith("ROBUST_")}
     given = {"SERVING_WEIGHTS": str(weights.resolve()), "BENTOML_DO_NOT_TRACK": "1"}
@@ -132,6 +133,18 @@ def started(
             yield Server(pid=process.pid, url=url, ready_seconds=time.monotonic() - began)
         finally:
             end(process)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, of those that no connection is given as its own.
+
+    Asking for a server at one of the latter before it listens can connect the asker to itself,
+    and then the server finds its port taken.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise ValueError(f"expected a free port of {PORTS.start} to {PORTS.stop - 1}, got none")
 
 
 def _answers(process: subprocess.Popen[bytes], url: str, image: bytes) -> bool:
