@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 
 from benchmarks.serving.load import ask, form, generate, small_png
 from benchmarks.serving.servers import KINDS, START_SECONDS, Kind, Server, Settings, started
@@ -139,9 +140,19 @@ class Bench:
 
 
 def settle(server: Server, image: bytes) -> None:
-    """Wait until nothing is left of the clients before: a server may go on for those who left."""
-    for _ in range(2):
-        ask(server.url, image, seconds=START_SECONDS)
+    """Wait until nothing is left of the clients before: a server may go on for those who left.
+
+    Raises httpx.HTTPError when it refuses a single request for longer than a start takes.
+    """
+    latest, answers = time.monotonic() + START_SECONDS, 0
+    while answers < 2:
+        try:
+            ask(server.url, image, seconds=START_SECONDS)
+            answers += 1
+        except httpx.HTTPStatusError:
+            if time.monotonic() > latest:
+                raise
+            time.sleep(SETTLE_SECONDS)
     time.sleep(SETTLE_SECONDS)
 
 
