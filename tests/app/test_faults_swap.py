@@ -74,8 +74,10 @@ def killed_after(process: subprocess.Popen[str], seconds: float) -> None:
     process.stdin.write("\n")
     process.stdin.flush()
     pid = int(process.stdout.readline())
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGKILL)
     assert process.stdout.readline() == "0\n"
 
 
@@ -91,7 +93,9 @@ def assert_whole(answer: dict[str, Any], known: dict[str, float]) -> None:
     assert probability == pytest.approx(known[answer["model_sha256"]], abs=1e-3)
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rounds", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(
     tmp_path: Path, rounds: int
 ) -> None:
