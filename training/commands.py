@@ -64,7 +64,7 @@ def train(
 ) -> None:
     """Train a robust classifier in two phases, clean and then adversarial.
 
-    Recipes: classic, cpu, cpu-further, quick, gpu, fast. Example:
+    Recipes: classic, classic-cpu, cpu, cpu-further, quick, gpu, fast. Example:
 
         robust train --data digits --recipe quick --out models/digits.pt
 
