@@ -23,24 +23,19 @@ from app.processors import device_threads
 from app.queue import Kind, Work, WorkQueue
 from app.tracing import Tracing
 from robust.classifier import Classifier
+from robust.evaluation.precision import full_float32
 from robust.inference import FEW
+from robust.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STOPPED = EngineStopped("The device thread has stopped.")
 _FITTED_OFTEN = 100  # forward passes after which twice as many images are tried
-# What torch says when the system refuses memory on the CPU, or a CUDA library on the device; and
-# oneDNN, which gives no reason but has hardly another.
-_NO_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "_ALLOC_FAILED",
-    "could not create a primitive",
-    "could not execute a primitive",
-    "could not create a memory",
-)
+
+
+class _DeviceLost(BaseException):
+    """The device does nothing more for this process, whose end this is: no Exception to handle."""
 
 
 class Session:
@@ -227,9 +222,10 @@ class Engine:
     def _main(self) -> None:
         try:
             torch.set_num_threads(device_threads(self._threads))
-            while self._queue.wait():
-                if work := self._queue.take():
-                    self._do(work)
+            with full_float32():
+                while self._queue.wait():
+                    if work := self._queue.take():
+                        self._do(work)
         except BaseException:
             logger.critical("the device thread died", exc_info=True)
         finally:
@@ -269,20 +265,11 @@ class Engine:
     def _predict(self, batch: list[Work]) -> None:
         model = batch[0].model
         images = together([work.images for work in batch if work.images is not None])
-        try:
-            with self._on_device(batch):
-                probabilities = self._classify(model, images)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].future.set_exception(_told(error))
-                return
-            logger.warning("a batch of %d requests failed; trying each alone", len(batch))
-            for work in batch:
-                self._predict([work])
+        probabilities = self._attempt(
+            batch, lambda: self._classify(model, images), each=self._predict
+        )
+        if probabilities is None:
             return
-        except BaseException:
-            _fail(batch)
-            raise
         begin, rows = 0, probabilities.numpy()
         for work in batch:
             work.future.set_result(torch.from_numpy(rows[begin : begin + work.cost]))
@@ -301,8 +288,7 @@ class Engine:
             part = _without_memory(lambda: self._forward(model, some))  # noqa: B023
             if part is None:
                 self._metrics.out_of_memory.inc()
-                if model.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                _empty_cache(model)
                 if size == 1:
                     raise OutOfMemory("There is not enough memory for this now.")
                 self._fitting, self._fitted = size // 2, 0
@@ -322,37 +308,57 @@ class Engine:
     def _run(self, batch: list[Work]) -> None:
         """Run the function of the first work for all; after a failure each alone."""
         session = Session(self, batch)
-        try:
-            with self._on_device(batch):
-                results = _call(batch, session)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].future.set_exception(_told(error))
-                return
-            if not all(session.errors):
-                logger.warning("work for %d requests failed; trying each alone", len(batch))
-            for work in batch:
-                self._run([work])
+        results = self._attempt(batch, lambda: _call(batch, session), each=self._run)
+        if results is None:
             return
-        except BaseException:
-            _fail(batch)
-            raise
         for work, result, given_up in zip(batch, results, session.errors, strict=True):
             if given_up is not None or isinstance(result, Exception):
                 work.future.set_exception(given_up or result)
             else:
                 work.future.set_result(result)
 
+    def _attempt(
+        self, batch: list[Work], function: Callable[[], T], *, each: Callable[[list[Work]], None]
+    ) -> T | None:
+        """What `function` gives for the batch, or None: then it failed and the works know.
+
+        Several that fail together are tried again, `each` alone: after the error is gone, and
+        with it the frames that hold what there was on the device.
+        """
+        try:
+            with self._on_device(batch):
+                return function()
+        except Exception as error:
+            if _is_lost(error):
+                _fail(batch)
+                raise _DeviceLost from error
+            if len(batch) == 1:
+                batch[0].future.set_exception(_told(error))
+                return None
+            if not isinstance(error, ServiceError):
+                logger.warning("work for %d requests failed; trying each alone", len(batch))
+        except BaseException:
+            _fail(batch)
+            raise
+        _empty_cache(batch[0].model)
+        for work in batch:
+            each([work])
+        return None
+
     @contextmanager
     def _on_device(self, batch: list[Work]) -> Iterator[None]:
-        """Count the time of `batch` as its own, not as that of the work it goes ahead of."""
+        """Count the time of `batch` as its own, not as that of the work it goes ahead of.
+
+        Nor is it computed in that work's precision.
+        """
         kind, cost = batch[0].kind, sum(work.cost for work in batch)
         outer = self._started, self._nested
         self._started, self._nested = time.perf_counter(), 0.0
         self._running += batch
         token = logs.request_id.set(",".join(dict.fromkeys(work.request_id for work in batch)))
         try:
-            yield
+            with torch.autocast(batch[0].model.device.type, enabled=False):
+                yield
             self._queue.measure(kind, cost, self.own_seconds())
         finally:
             own, total = self.own_seconds(), time.perf_counter() - self._started
@@ -385,19 +391,23 @@ def _without_memory(function: Callable[[], T]) -> T | None:
     try:
         return function()
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+def _is_lost(error: Exception) -> bool:
+    """Whether every later call to the device will fail as this one, as after an illegal access."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def _empty_cache(model: ServedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _told(error: Exception) -> Exception:
     """What to tell of an error: a lack of memory may be over when the client asks again."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemory("There is not enough memory for this now.")
     return error

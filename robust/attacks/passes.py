@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks.frozen import Model
+from robust.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +114,3 @@ def check_classes(found: int, y: Tensor, target: Tensor | None = None) -> None:
                 f"expected {name} from 0 to {found - 1}, for the {found} classes of the model, "
                 f"got {low} to {high}"
             )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the memory of the device, or of the machine, did not suffice."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and (
-        "allocate memory" in message or "not enough memory" in message
-    )

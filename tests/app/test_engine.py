@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from app.engine import Engine, Session
 from app.errors import Cancelled, DeadlineExceeded, EngineStopped, OutOfMemory, Overloaded
 from app.metrics import Metrics
 from app.model import ServedModel
-from app.queue import Kind
+from app.queue import Kind, Work
 from app.runtime import TORCH, Choice, Plan, Runtime
 from robust.classifier import Architecture
 from robust.sidecar import Sidecar
@@ -404,6 +405,14 @@ def no_cuda_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def device_gone() -> Exception:
+    return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def no_memory_of_the_accelerator() -> Exception:
+    return torch.AcceleratorError("CUDA error: out of memory")
+
+
 def no_cpu_memory() -> Exception:
     try:
         torch.empty(2**60, dtype=torch.uint8)  # what torch really says
@@ -416,7 +425,10 @@ def no_onednn_memory() -> Exception:
     return RuntimeError("could not create a primitive")
 
 
-@pytest.mark.parametrize("error", [no_cuda_memory, no_cpu_memory, no_onednn_memory, MemoryError])
+@pytest.mark.parametrize(
+    "error",
+    [no_cuda_memory, no_memory_of_the_accelerator, no_cpu_memory, no_onednn_memory, MemoryError],
+)
 def test_without_memory_half_the_batch_is_tried(error: Callable[[], Exception]) -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Cramped(3, error)
@@ -502,6 +514,90 @@ def test_a_dead_thread_fails_what_waits_and_what_comes() -> None:
             await asyncio.sleep(0.01)
         with pytest.raises(EngineStopped):
             await engine.predict(model, image(1))
+
+    run(test)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_broken_device_ends_the_thread_and_no_other_is_tried_on_it(together: int) -> None:
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model, broken = served(Brightness()), served(Cramped(0, device_gone))
+        entered, release = threading.Event(), threading.Event()
+
+        def wait(session: Session) -> None:
+            entered.set()
+            release.wait(60)
+            session.pause()
+
+        running = asyncio.create_task(engine.run(Kind.EVALUATE, model, wait, cost=1))
+        await asyncio.to_thread(entered.wait, 60)
+        waiting = [asyncio.create_task(engine.predict(broken, image(1))) for _ in range(together)]
+        await settled()
+        release.set()
+        for result in await asyncio.gather(running, *waiting, return_exceptions=True):
+            assert isinstance(result, EngineStopped)
+        while engine.alive:
+            await asyncio.sleep(0.01)
+        assert broken.classifier.batches == [-together]  # type: ignore[union-attr]
+
+    run(test)
+
+
+def test_what_goes_ahead_is_computed_as_if_alone() -> None:
+    """An evaluation that searches in bfloat16 lends its precision to nobody."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(2, 48, generator=generator)
+    image = torch.rand(1, 3, 4, 4, generator=generator)
+
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(lambda x: x.flatten(1) @ weight.T)
+        alone = await engine.predict(model, image)
+        entered, release = threading.Event(), threading.Event()
+        searched: list[torch.dtype] = []
+
+        def search(session: Session) -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                entered.set()
+                release.wait(60)
+                searched.append(session(image).dtype)
+
+        task = asyncio.create_task(engine.run(Kind.EVALUATE, model, search, cost=1))
+        await asyncio.to_thread(entered.wait, 60)
+        ahead = asyncio.create_task(engine.predict(model, image))
+        await settled()
+        release.set()
+        assert torch.equal(await ahead, alone)
+        await task
+        assert searched == [torch.bfloat16]
+
+    run(test)
+
+
+def test_what_failed_together_is_tried_alone_with_its_memory_free() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    async def test(engine: Engine, metrics: Metrics) -> None:
+        model = served(Brightness())
+
+        def attack(session: Session, items: list[int]) -> list[int]:
+            rows = torch.ones(len(items), 3, 4, 4)
+            if len(items) > 1:
+                held.append(weakref.ref(rows))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            assert held[0]() is None
+            return items
+
+        before = Held()
+        task = await before.start(engine, model)
+        works = [
+            Work(kind=Kind.ATTACK, model=model, cost=1, function=attack, share="same", item=item)
+            for item in (1, 2)
+        ]
+        results = asyncio.create_task(engine.run_shared(works))
+        await settled()
+        before.release.set()
+        assert await results == [1, 2]
+        await task
 
     run(test)
 
