@@ -140,8 +140,12 @@ def fit_image(image: Image.Image, size: int) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turn uint8 images of any shape into float32 in [0, 1]."""
-    return images.to(torch.float32) / 255
+    """Turn uint8 images, or whole levels from 0 to 255, of any shape into float32 in [0, 1].
+
+    The same bits on every device: by a number CUDA divides as it multiplies by the reciprocal,
+    which is another value for half of the levels.
+    """
+    return images.to(torch.float32) / torch.full((), 255.0, device=images.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robust import geometry
 from robust.geometry import NORMS, Norm, distance, lengths
+from robust.images import to_float
 
 __all__ = ["NORMS", "TOLERANCE", "Norm", "ThreatModel", "distance", "format_eps", "parse_eps"]
 
@@ -109,7 +110,7 @@ class ThreatModel:
         else:
             reach = self.eps * 255 * (1 + TOLERANCE)
             levels = origin + _shorten(levels - origin, x_adv * 255 - origin, reach)
-        return levels.clamp(0, 255) / 255
+        return to_float(levels.clamp(0, 255))
 
 
 def _shorten(rounded: Tensor, exact: Tensor, reach: float) -> Tensor:

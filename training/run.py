@@ -22,6 +22,7 @@ from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset, stratified_split
 from robust.environment import device_in_words, versions
 from robust.evaluation import evaluate
+from robust.images import to_float
 from robust.ranks import ALONE, Ranks
 from robust.sidecar import DataRecord, Sidecar
 from robust.threat_model import ThreatModel
@@ -234,7 +235,7 @@ class _Run:
             self.team.with_global_norms(self.model)
         self.passes: nn.Module = self.model
         if compiles(recipe, self.device) and not synced:  # no graph has room for what ranks say
-            x = self.images[: recipe.batch_size].float() / 255
+            x = to_float(self.images[: recipe.batch_size])
             x = self.team.share(len(x)).of(x).contiguous(memory_format=torch.channels_last)
             awp = any(phase.awp for phase in recipe.phases)
             self.passes = compiled(self.model, x, bf16=self.bf16, awp=awp)
@@ -325,7 +326,7 @@ class _Run:
     def _step(self, phase: Phase, batch: Tensor, rate: float) -> float:
         """One update of the weights; returns the loss."""
         recipe, generator = self.recipe, self._generator("step", self.device)
-        x = augment(self.images[batch].float() / 255, phase.augmentation, generator)
+        x = augment(to_float(self.images[batch]), phase.augmentation, generator)
         targets = F.one_hot(self.labels[batch], self.num_classes).float()
         if phase.augmentation.mixup:
             x, targets = mixup(x, targets, phase.augmentation.mixup, generator)

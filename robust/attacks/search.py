@@ -21,6 +21,7 @@ from robust.attacks.noise import image_keys
 from robust.attacks.passes import ModelError, Passes, check_classes
 from robust.attacks.result import AttackResult
 from robust.geometry import Norm, column, distance
+from robust.images import to_float
 
 GUESSES = 3  # queries guessed ahead; with each the chance falls that all before it were right
 
@@ -135,7 +136,7 @@ def search(
         return
     work = _Search(model, algorithm, x, y, eps=eps, target=target, clean=clean, seed=seed)
     work.batch_size, work.keep_failed = batch_size or len(x), keep_failed
-    work.confirm = None if confirm is None else Passes(confirm)
+    work.confirm = None if confirm is None else Passes(confirm, batch_size or 0)
     work.given_up = given_up
     iterator = work.loop()
     while True:
@@ -479,7 +480,7 @@ def of_rows(given_up: GivenUp | None, rows: Tensor) -> GivenUp | None:
 
 def to_images(x: Tensor) -> Tensor:
     """Images float32 in [0, 1] of images float32 or uint8."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    return to_float(x) if x.dtype == torch.uint8 else x.float()
 
 
 def _count(rows: Rows) -> int:

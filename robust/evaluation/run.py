@@ -15,7 +15,7 @@ from robust.classifier import Classifier
 from robust.evaluation.journal import Journal, data_digest, model_digest
 from robust.evaluation.precision import Precision, full_float32, in_bf16, searches_in_bf16
 from robust.evaluation.result import Evaluation
-from robust.evaluation.work import CURVE_ATTACK, Work
+from robust.evaluation.work import CURVE_ATTACK, Work, filled
 from robust.inference import for_inference
 from robust.ranks import ALONE, Ranks
 
@@ -111,7 +111,7 @@ def evaluate_batches(
         batch_size=batch_size,
         curve=curve,
         fast=fast,
-        searched=in_bf16(fast, device) if bf16 else fast,
+        searched=in_bf16(filled(fast), device) if bf16 else fast,
         confirm=model if bf16 else None,
         watch=watch,
         ranks=ranks,

@@ -232,21 +232,16 @@ class Work:
             seed=settings.seed,
             batch_size=self.batch_size,
             keep_failed=False,
-            confirm=self.confirm,
+            confirm=None if self.confirm is None else self._watched(self.confirm),
         )
 
     def _watched(self, model: Model) -> Model:
-        """`model`, told of before each pass and refused once its answer is none.
-
-        Small passes of a classifier are filled up, so that an image has the same bits in all.
-        """
-        filled = model
-        if isinstance(model, Classifier | InferenceClassifier):
-            filled = at_least(MANY, model)
+        """`model`, told of before each pass and refused once its answer is none."""
+        padded = filled(model)
 
         def forward(x: Tensor) -> Tensor:
             self.watch()
-            logits = filled(x)
+            logits = padded(x)
             if isinstance(logits, Tensor) and bool(logits.isnan().any()):
                 raise ModelError(f"expected finite logits, got NaN from the model in {self.stage}")
             return logits
@@ -374,6 +369,13 @@ class Work:
 
     def _x(self, index: Tensor) -> Tensor:
         return to_images(self.images[index.to(self.images.device)].to(self.device))
+
+
+def filled(model: Model) -> Model:
+    """A classifier whose small passes are filled up, so that an image has the same bits in all."""
+    if isinstance(model, Classifier | InferenceClassifier):
+        return at_least(MANY, model)
+    return model
 
 
 def notes(stages: Sequence[AttackSettings], num_classes: int) -> tuple[str, ...]:

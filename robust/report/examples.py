@@ -14,6 +14,7 @@ from robust.attacks.losses import margin
 from robust.attacks.passes import Passes
 from robust.checkpoint import Checkpoint
 from robust.datasets import Dataset
+from robust.images import to_float
 from robust.inference import for_inference
 from robust.matching import first_images, match_classes
 from robust.prediction import AttackOutcome, attack_image
@@ -90,7 +91,7 @@ def show_examples(
         outcome = attack_image(model, image.to(device), label, settings=settings)
         outcomes.append(outcome)
         if not outcome.already_wrong and len(surfaces) < SURFACES and threat_model.eps > 0:
-            x = image.to(device).unsqueeze(0).float() / 255
+            x = to_float(image.to(device)).unsqueeze(0)
             surfaces.append(
                 measure_surface(model, x, label, threat_model=threat_model, number=number)
             )

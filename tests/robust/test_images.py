@@ -330,6 +330,14 @@ def test_float_and_back_is_the_identity() -> None:
     assert to_uint8(torch.tensor([-0.1, 0.5 / 255 + 1e-4, 1.2])).tolist() == [0, 1, 255]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_floats_are_the_nearest_on_every_device(device: str) -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    expected = (values.double() / 255).float()
+    assert torch.equal(to_float(values.to(device)).cpu(), expected)
+    assert torch.equal(to_float(values.float().to(device)).cpu(), expected)
+
+
 def test_png_and_back_is_the_identity() -> None:
     image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     assert torch.equal(decode_png(encode_png(image)), image)
