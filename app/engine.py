@@ -114,6 +114,11 @@ class Engine:
         self._running: list[Work] = []
 
     @property
+    def max_batch(self) -> int:
+        """Most images of a prediction's pass."""
+        return self._max_batch
+
+    @property
     def alive(self) -> bool:
         """Whether the thread that owns the device runs."""
         return self._thread.is_alive()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 
+import torch
+
 
 def give_back() -> None:
     """Return what was freed. Loading a model frees several times its size, in pieces that stay.
@@ -12,6 +14,8 @@ def give_back() -> None:
     What only cycles hold is collected first: an evaluation's classifier, when it is done.
     """
     gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library than glibc

@@ -14,10 +14,11 @@ from app.memory import give_back
 from app.metrics import Metrics
 from app.processors import device_threads
 from app.runtime import Plan, Runtime, probabilities_of, runtimes_for
+from robust.attacks import Model
 from robust.checkpoint import load_checkpoint
 from robust.classifier import Classifier
 from robust.images import to_float
-from robust.inference import InferenceClassifier, for_inference
+from robust.inference import InferenceClassifier, at_least, for_inference
 from robust.prediction import predict
 from robust.sidecar import Sidecar
 
@@ -85,7 +86,7 @@ class ServedModel:
     def exact(self) -> Classifier:
         """The classifier as it was trained, in eval mode; held by nobody but the caller."""
         if isinstance(self.classifier, HalfClassifier):
-            return self.classifier.whole()
+            return self.classifier.whole().to(self.device)
         return self.classifier
 
     def logits(self, x: Tensor) -> Tensor:
@@ -101,23 +102,34 @@ class ServedModel:
         """
         if self.plan is not None and self.device.type == "cpu":
             return probabilities_of(self.plan, images)
-        x = images.to(self.device)
-        model = self.plan or self.logits
-        return predict(model, x if x.is_floating_point() else to_float(x))
+        model: Model = self.plan or self.logits
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+            model = at_least(bucket(len(images)), model)
+        return predict(model, images if images.is_floating_point() else to_float(images))
+
+
+def bucket(n: int) -> int:
+    """How many images a pass of `n` on a GPU is filled up to: each size has kernels of its own.
+
+    They are picked at the first pass of that size, which would make a request wait.
+    """
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def load_model(
     path: Path, device: torch.device, *, threads: int = 0, metrics: Metrics | None = None
 ) -> ServedModel:
     """Read and validate a checkpoint, and build it in all its runtimes. Raises CheckpointError."""
-    checkpoint = load_checkpoint(path, device=device)
+    # On the CPU first: beside the model in service the device has to hold what serves, no more.
+    checkpoint = load_checkpoint(path, device=torch.device("cpu"))
     classifier = checkpoint.classifier
     fast = for_inference(classifier, device)
     runtimes = runtimes_for(fast, threads=device_threads(threads), metrics=metrics or Metrics())
-    half = device.type == "cpu" and HalfClassifier.holds(classifier)
+    half = HalfClassifier.holds(classifier)
     model = ServedModel(
         name=path.name,
-        classifier=HalfClassifier(classifier) if half else classifier,
+        classifier=HalfClassifier(classifier) if half else classifier.to(device),
         fast=fast,
         runtimes=runtimes,
         sidecar=checkpoint.sidecar,

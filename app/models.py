@@ -13,10 +13,13 @@ from app.engine import Engine, Session
 from app.errors import NotReady
 from app.memory import give_back, resettle
 from app.metrics import Metrics
-from app.model import ServedModel, load_model
+from app.model import ServedModel, bucket, load_model
 from app.queue import Kind
-from app.runtime import SIZES, Plan, examples, plan_for
+from app.runtime import Plan, examples, plan_for
+from robust.attacks import Model
 from robust.checkpoint import CheckpointError, sidecar_path
+from robust.inference import FEW
+from robust.memory import is_out_of_memory
 from robust.prediction import predict
 
 logger = logging.getLogger(__name__)
@@ -132,14 +135,31 @@ async def warm(engine: Engine, model: ServedModel, metrics: Metrics) -> ServedMo
         size = model.input_size
         predict(session, torch.full((1, 3, size, size), 0.5, device=session.device))
         if session.device.type != "cpu":
-            for n in SIZES:
-                predict(session, examples(n, size).to(session.device))
+            warm_kernels(session, size, device=session.device, most=engine.max_batch)
             return None
         return plan_for(model.runtimes, side=size, metrics=metrics, pause=session.pause)
 
     plan = await engine.run(Kind.ATTACK, model, choose, cost=0)
     give_back()
     return replace(model, plan=plan, runtimes=())
+
+
+def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) -> None:
+    """Run every size of pass that serves up to `most` images, and a gradient, where memory allows.
+
+    A device looks for its kernels at the first pass of a size.
+    """
+    sizes = [2**power for power in range(bucket(most).bit_length())]
+    x = examples(FEW, side).to(device).requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+    for n in sizes:
+        try:
+            predict(model, examples(n, side).to(device))
+        except RuntimeError as error:
+            if n == 1 or not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory with %d images; larger passes are not warmed", n)
+            return
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
