@@ -12,6 +12,7 @@ from typing import Any
 from app.schemas import JobState
 from robust.attacks import AttackSettings
 from robust.datasets import Dataset
+from robust.evaluation.precision import Precision
 from robust.evaluation.work import CURVE
 from robust.threat_model import ThreatModel
 
@@ -32,6 +33,7 @@ class Job:
     attacks: tuple[AttackSettings, ...]
     created: datetime
     curve: int = 0  # images of the accuracy-against-eps curve
+    precision: Precision = "auto"  # auto for jobs of before it was kept
     digest: str = ""  # of all that decides the result
     key: str | None = None  # the client's own name for it
     bytes: int = 0  # that its images, journal and result may take
@@ -61,6 +63,7 @@ class Job:
             "attacks": [_attack_to_dict(attack) for attack in self.attacks],
             "created": self.created.isoformat(),
             "curve": self.curve,
+            "precision": self.precision,
             "digest": self.digest,
             "key": self.key,
             "bytes": self.bytes,
@@ -83,10 +86,16 @@ def bytes_for(dataset: Dataset, attacks: Sequence[AttackSettings], curve: int) -
     return dataset.images.nbytes + dataset.labels.nbytes + JOURNAL_BYTES + ROW_BYTES * rows
 
 
-def digest_of(model: str, dataset: Dataset, attacks: Sequence[AttackSettings], curve: int) -> str:
+def digest_of(
+    model: str,
+    dataset: Dataset,
+    attacks: Sequence[AttackSettings],
+    curve: int,
+    precision: Precision,
+) -> str:
     """SHA-256 of all that decides the result of an evaluation."""
     settings = [_attack_to_dict(attack) for attack in attacks]
-    decisive = [model, dataset.sha256, settings, curve]
+    decisive = [model, dataset.sha256, settings, curve, precision]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

@@ -33,6 +33,7 @@ from app.store import Damaged, Full, JobStore, KeyUsed, Lost, StoreError, TooLar
 from robust.attacks import AttackSettings
 from robust.datasets import Dataset
 from robust.evaluation import Evaluation, evaluate_batches
+from robust.evaluation.precision import Precision, searches_in_bf16
 from robust.inference import MANY, at_least
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,11 @@ class Jobs:
         Raises Overloaded or BodyTooLarge where there is no room, NotReady where it can't be kept,
         InvalidParameters for a key that was used for something else.
         """
+        # Settled now: whichever replica goes on with it must do so in the same precision.
+        precision: Precision = "bf16" if searches_in_bf16("auto", model.device) else "fp32"
+        digest = await asyncio.to_thread(
+            digest_of, model.sha256, dataset, attacks, curve, precision
+        )
         job = Job(
             id=uuid.uuid4().hex,
             model=model.sha256,
@@ -88,7 +94,8 @@ class Jobs:
             attacks=tuple(attacks),
             created=datetime.now(UTC),
             curve=curve,
-            digest=await asyncio.to_thread(digest_of, model.sha256, dataset, attacks, curve),
+            precision=precision,
+            digest=digest,
             key=key,
             bytes=bytes_for(dataset, attacks, curve),
         )
@@ -296,6 +303,7 @@ def _evaluation(
             fast=at_least(MANY, session),
             watch=session.pause,
             curve=job.curve,
+            precision=job.precision,
             journal=journal,
             model_id=model.sha256,
         ):

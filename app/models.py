@@ -18,6 +18,7 @@ from app.queue import Kind
 from app.runtime import Plan, examples, plan_for
 from robust.attacks import Model
 from robust.checkpoint import CheckpointError, sidecar_path
+from robust.environment import device_in_words
 from robust.inference import FEW
 from robust.memory import is_out_of_memory
 from robust.prediction import predict
@@ -115,7 +116,13 @@ class Models:
 
     def _take(self, model: ServedModel) -> None:
         self._current = model
-        self._metrics.model.info({"sha256": model.sha256, "arch": model.sidecar.architecture.arch})
+        self._metrics.model.info(
+            {
+                "sha256": model.sha256,
+                "arch": model.sidecar.architecture.arch,
+                "device": device_in_words(model.device),
+            }
+        )
         self._metrics.runtime_rate.clear()
         for choice in model.plan.choices if model.plan else ():
             labels = choice.runtime.name, str(choice.images)

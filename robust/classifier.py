@@ -118,4 +118,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"expected a device such as auto, cpu or cuda, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"expected a CUDA device for {name!r}, found none; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"expected a CUDA device from 0 to {torch.cuda.device_count() - 1}, got {name!r}"
+        )
     return device

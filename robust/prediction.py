@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks import AttackSettings, GivenUp, Model, frozen
+from robust.evaluation.precision import full_float32
 from robust.images import to_float, to_uint8
 
 
@@ -47,6 +48,7 @@ class AttackOutcome:
         return int(self.before.argmax()) != self.label
 
 
+@full_float32()
 def predict(model: Model, x: Tensor) -> Tensor:
     """Probabilities float32 (N, K), on the CPU, of images float32 (N, 3, H, W) in [0, 1].
 
@@ -123,6 +125,7 @@ def attack_image(
     return replace(outcome, seconds=time.perf_counter() - start)
 
 
+@full_float32()
 def attack_images(
     model: Model,
     x: Tensor,

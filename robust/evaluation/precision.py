@@ -62,3 +62,15 @@ def full_float32() -> Iterator[None]:
             backends.cudnn.allow_tf32 = old[1]
         for place, value in zip(places, saved, strict=True):
             place.fp32_precision = value
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """No cuDNN algorithm that adds in another order each time; what was set is put back."""
+    cudnn: Any = torch.backends.cudnn
+    saved = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = saved

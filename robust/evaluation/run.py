@@ -13,7 +13,13 @@ from robust.attacks.noise import image_keys
 from robust.attacks.search import to_images
 from robust.classifier import Classifier
 from robust.evaluation.journal import Journal, data_digest, model_digest
-from robust.evaluation.precision import Precision, full_float32, in_bf16, searches_in_bf16
+from robust.evaluation.precision import (
+    Precision,
+    full_float32,
+    in_bf16,
+    repeatable,
+    searches_in_bf16,
+)
 from robust.evaluation.result import Evaluation
 from robust.evaluation.work import CURVE_ATTACK, Work, filled
 from robust.inference import for_inference
@@ -130,7 +136,7 @@ def evaluate_batches(
     try:
         while True:
             # Held only while computing: whoever takes a result has the model as it was.
-            with frozen(model, device), frozen(fast, device), full_float32():
+            with frozen(model, device), frozen(fast, device), full_float32(), repeatable():
                 try:
                     result = next(iterator)
                 except StopIteration:

@@ -94,6 +94,22 @@ def test_a_job_goes_on_with_the_next_service(settings: Settings) -> None:
     assert without_seconds(found["evaluation"]) == without_seconds(expected)
 
 
+def test_a_job_keeps_its_precision_where_others_have_another(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a replica without a GPU goes on with what one with a GPU began."""
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr("app.jobs.searches_in_bf16", lambda precision, device: True)
+        id = left_over(settings)
+    with serving(settings) as running:
+        done = finish(running, id)
+        assert done["state"] == "done"
+        assert done["evaluation"]["precision"] == "bf16 search, fp32 verified"
+        again = submit(running)
+        assert again["id"] != id  # not the same evaluation here
+        assert finish(running, again["id"])["evaluation"]["precision"] == "fp32"
+
+
 def test_a_watcher_is_told_when_the_service_ends(settings: Settings) -> None:
     with serving(settings) as running, gated(running.service) as gate:
         job = submit(running)

@@ -111,6 +111,14 @@ def test_devices() -> None:
         resolve_device("banana")
 
 
+def test_a_cuda_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="from 0 to 1, got 'cuda:2'"):
+        resolve_device("cuda:2")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without one")
 def test_absent_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a CUDA device"):
