@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from typing import TypeVar
 
+import torch
 from starlette.requests import Request
 
 from app.engine import Engine
@@ -21,7 +22,7 @@ from app.models import Models
 from app.settings import Settings
 from app.tracing import tracing_for
 from robust.classifier import resolve_device
-from robust.environment import project_version
+from robust.environment import device_in_words, project_version, unused_gpu
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,6 +66,12 @@ class Service:
         """Load and warm the model, serve, and stop. Raises CheckpointError."""
         if not self.models.loaded:
             await asyncio.to_thread(self.models.load)
+        logger.info("serving on %s", device_in_words(self.models.current.device))
+        if self.settings.device == "auto" and unused_gpu(self.models.current.device):
+            logger.warning(
+                "there is an NVIDIA GPU that torch %s can't use; is its driver too old?",
+                torch.__version__,
+            )
         self.engine.start()
         watcher = None
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "torchvision": metadata.version("torchvision"),  # importing it takes 160 MB
     }
+
+
+def unused_gpu(device: torch.device, control: Path = Path("/dev/nvidiactl")) -> bool:
+    """Whether the CPU is used though an NVIDIA driver is loaded, whose file is `control`."""
+    return device.type == "cpu" and control.exists()
 
 
 def device_in_words(device: torch.device) -> str:

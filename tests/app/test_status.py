@@ -1,6 +1,9 @@
 """What the service tells of itself."""
 
 import re
+from pathlib import Path
+
+import pytest
 
 from app.queue import Kind
 from app.settings import Settings
@@ -21,6 +24,22 @@ def test_the_card_is_the_sidecars(running: Running, checkpoint) -> None:
 def test_probes(running: Running) -> None:
     assert running.client.get("/livez").json() == {"status": "ok"}
     assert running.client.get("/readyz").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize(("device", "warned"), [("auto", True), ("cpu", False)])
+def test_the_log_names_the_device_and_a_gpu_that_can_not_be_used(
+    checkpoint: Path,
+    device: str,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("app.service.unused_gpu", lambda _: True)
+    caplog.set_level("INFO")
+    with serving(Settings(checkpoint=checkpoint, threads=1, device=device)):
+        messages = "\n".join(caplog.messages)
+    assert "serving on" in messages
+    assert ("its driver too old" in messages) == warned
 
 
 def test_a_dead_device_thread_fails_the_probes(checkpoint) -> None:

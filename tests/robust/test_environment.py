@@ -1,0 +1,31 @@
+"""What a measured number depends on, in words."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust.environment import device_in_words, unused_gpu, versions
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_is_named_with_its_threads() -> None:
+    assert device_in_words(CPU) == f"cpu ({torch.get_num_threads()} threads)"
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_its_own_name() -> None:
+    assert device_in_words(torch.device("cuda")) == torch.cuda.get_device_name()
+
+
+def test_a_gpu_is_unused_where_its_driver_is_there_and_the_cpu_serves(tmp_path: Path) -> None:
+    control = tmp_path / "nvidiactl"
+    assert not unused_gpu(CPU, control)
+    control.touch()
+    assert unused_gpu(CPU, control)
+    assert not unused_gpu(torch.device("cuda"), control)
+
+
+def test_versions_are_those_installed() -> None:
+    assert versions()["torch"] == torch.__version__
