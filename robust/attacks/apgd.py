@@ -8,9 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from robust.attacks.call import attack
+from robust.attacks.call import attack, check_counts
 from robust.attacks.frozen import Model
-from robust.attacks.losses import FUNCTIONS, Loss, classes_needed
+from robust.attacks.losses import FUNCTIONS, Loss, check_loss, classes_needed
 from robust.attacks.noise import normal, uniform
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Rows
@@ -119,10 +119,10 @@ class APGD:
     differentiates = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.runs < 1:
-            raise ValueError(
-                f"expected at least 1 step and 1 run, got {self.steps} and {self.runs}"
-            )
+        check_counts(
+            steps=self.steps, **{"targets" if self.to_likeliest else "restarts": self.runs}
+        )
+        check_loss(self.loss_name)
 
     @property
     def ahead(self) -> bool:

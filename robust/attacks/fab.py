@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks.apgd import TARGETS, nth_likeliest
-from robust.attacks.call import attack
+from robust.attacks.call import attack, check_counts
 from robust.attacks.frozen import Model
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Rows
@@ -74,10 +74,7 @@ class FAB:
     differentiates = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.runs < 1:
-            raise ValueError(
-                f"expected at least 1 step and 1 target, got {self.steps} and {self.runs}"
-            )
+        check_counts(steps=self.steps, targets=self.runs)
 
     def begin(self, rows: Rows) -> None:
         rows["target"] = nth_likeliest(rows)

@@ -17,13 +17,15 @@ def frozen(model: Model, device: torch.device) -> Iterator[None]:
 
     On leaving, also by an exception, the train or eval mode of every module, `requires_grad` of
     every parameter and the global random state are what they were. A callable that is no module
-    is taken as it is; only the random state is kept.
+    is taken as it is; only the random state is kept. A caller's inference mode is left meanwhile.
+    One thread at a time: two that hold the same model would each put back what the other set.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     flags = [parameter.requires_grad for parameter in parameters]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
         try:
             for module in modules:
                 module.training = False

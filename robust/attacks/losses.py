@@ -43,6 +43,12 @@ def dlr(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
 FUNCTIONS = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
+def check_loss(name: str) -> None:
+    """Raise ValueError unless `name` is that of a loss."""
+    if name not in LOSSES:
+        raise ValueError(f"expected a loss out of {', '.join(LOSSES)}, got {name!r}")
+
+
 def classes_needed(loss: Loss, *, targeted: bool) -> int:
     """The fewest classes with which `loss` means anything."""
     return (4 if targeted else 3) if loss == "dlr" else 2

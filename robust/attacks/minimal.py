@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robust.attacks.call import attack
+from robust.attacks.call import attack, check_counts, check_inputs, sizes_of
 from robust.attacks.frozen import Model
 from robust.attacks.pgd import PGD
 from robust.attacks.result import AttackResult
@@ -39,6 +39,10 @@ def minimal(
     found lies, an upper bound of the smallest eps; where `success` is False there was none
     within eps. An image that is wrong as it is has distance 0.
     """
+    check_inputs(x, y, target)
+    check_counts(steps=steps)
+    if rounds < 0:
+        raise ValueError(f"expected rounds as a whole number of at least 0, got {rounds}")
     algorithm = PGD(
         norm=threat_model.norm,
         step=min(1.0, max(STEP, 2.5 / steps)),
@@ -46,9 +50,9 @@ def minimal(
         runs=restarts,
         loss_name="margin",
         targeted=target is not None,
-        random_start=False,
+        random_start=False,  # further restarts begin at random
     )
-    sizes = torch.full_like(y, 0, dtype=torch.float32) + threat_model.eps if eps is None else eps
+    sizes = sizes_of(eps, threat_model, x)
 
     def try_at(radius: Tensor, rows: Tensor) -> AttackResult:
         return attack(

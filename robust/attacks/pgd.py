@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust.attacks.call import attack
+from robust.attacks.call import attack, check_counts
 from robust.attacks.frozen import Model
-from robust.attacks.losses import FUNCTIONS, Loss
+from robust.attacks.losses import FUNCTIONS, Loss, check_loss
 from robust.attacks.noise import normal, uniform
 from robust.attacks.result import AttackResult
 from robust.attacks.search import Rows
-from robust.geometry import Norm, lengths, project, steepest
+from robust.geometry import Norm, column, lengths, project, steepest
 from robust.threat_model import ThreatModel
 
 
@@ -32,17 +32,15 @@ def fgsm(
     fast gradient sign method; for `l2` the step follows the gradient itself. Raises ValueError
     as `pgd` does. Source: Goodfellow et al. 2015, arXiv:1412.6572.
     """
-    return pgd(
-        model,
-        x,
-        y,
-        threat_model=threat_model,
-        alpha=threat_model.eps,
+    algorithm = PGD(
+        norm=threat_model.norm,
+        step=1.0,
         steps=1,
         random_start=False,
-        target=target,
-        eps=eps,
+        early_stop=False,
+        targeted=target is not None,
     )
+    return attack(model, algorithm, x, y, threat_model=threat_model, eps=eps, target=target)
 
 
 def pgd(
@@ -69,10 +67,15 @@ def pgd(
     image a radius of its own, and an `alpha` in proportion. Every iterate is scored, the last
     included, and of those that fool the model (or else of all) the one of the highest loss is
     kept. Restarts go on with the images not yet fooled; with `early_stop` a fooled image leaves
-    at once and `x_adv` is its first success. Starts depend on `seed` and the image alone.
-    Raises ValueError for images, labels or settings out of range.
+    at once and `x_adv` is its first success. Starts depend on `seed` and the image alone; without
+    `random_start` the first run begins at the image. Raises ValueError for images, labels or
+    settings out of range.
     Source: Madry et al. 2018, arXiv:1706.06083.
     """
+    if eps is not None and not threat_model.eps:
+        raise ValueError(
+            "expected a threat model with an eps that alpha is in proportion to, got 0"
+        )
     algorithm = PGD(
         norm=threat_model.norm,
         step=relative(alpha, threat_model.eps),
@@ -109,7 +112,7 @@ class PGD:
     step: float
     steps: int
     runs: int = 1
-    random_start: bool = True
+    random_start: bool = True  # False: the first run begins at the image
     early_stop: bool = True
     loss_name: Loss = "ce"
     targeted: bool = False
@@ -119,17 +122,19 @@ class PGD:
     differentiates = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.runs < 1:
-            raise ValueError(
-                f"expected at least 1 step and 1 restart, got {self.steps} and {self.runs}"
-            )
+        check_counts(steps=self.steps, restarts=self.runs)
+        check_loss(self.loss_name)
         if not self.step >= 0:
             raise ValueError(f"expected alpha of at least 0, got {self.step:g} times eps")
 
     def begin(self, rows: Rows) -> None:
         x = rows["x"]
         rows["step"] = torch.zeros_like(rows["y"])
-        rows["x_adv"] = self._start(rows) if self.random_start else x
+        rows["x_adv"] = x
+        if self.random_start or self.runs > 1:
+            begin = self._start(rows)
+            moved = column((rows["run"] > 0) | self.random_start)
+            rows["x_adv"] = torch.where(moved, begin, x)
 
     def _start(self, rows: Rows) -> Tensor:
         x, keys, runs = rows["x"], rows["key"], rows["run"]

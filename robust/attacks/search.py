@@ -134,7 +134,8 @@ def search(
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
     if not len(x):
         return
-    work = _Search(model, algorithm, x, y, eps=eps, target=target, clean=clean, seed=seed)
+    with torch.inference_mode(False):  # what it keeps is changed in place
+        work = _Search(model, algorithm, x, y, eps=eps, target=target, clean=clean, seed=seed)
     work.batch_size, work.keep_failed = batch_size or len(x), keep_failed
     work.confirm = None if confirm is None else Passes(confirm, batch_size or 0)
     work.given_up = given_up

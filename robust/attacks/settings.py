@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust.attacks.apgd import APGD, TARGETS
 from robust.attacks.apgd import STEPS as APGD_STEPS
-from robust.attacks.call import attack, check_inputs
+from robust.attacks.call import attack, check_counts, check_inputs
 from robust.attacks.fab import FAB
 from robust.attacks.fab import STEPS as FAB_STEPS
 from robust.attacks.frozen import Model, frozen
@@ -269,8 +269,7 @@ def resolve_attack(
     if steps is None:
         steps = counted or usual
     restarts = 1 if restarts is None or base in ("apgd-t", "fab-t") else restarts
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"expected at least 1 step and 1 restart, got {steps} and {restarts}")
+    check_counts(steps=steps, restarts=restarts)
     if base not in ("pgd", "pgd-margin"):
         alpha = 2 * eps if base.startswith("apgd") else 0.0
     elif alpha is None:

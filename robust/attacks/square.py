@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from robust.attacks.call import attack
+from robust.attacks.call import attack, check_counts
 from robust.attacks.frozen import Model
 from robust.attacks.losses import margin
 from robust.attacks.noise import uniform
@@ -77,10 +77,7 @@ class Square:
     differentiates = False
 
     def __post_init__(self) -> None:
-        if self.queries < 1 or self.runs < 1:
-            raise ValueError(
-                f"expected at least 1 query and 1 restart, got {self.queries} and {self.runs}"
-            )
+        check_counts(queries=self.queries, restarts=self.runs)
 
     def begin(self, rows: Rows) -> None:
         start = self._stripes if self.norm == "linf" else self._tiles

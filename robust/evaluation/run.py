@@ -104,24 +104,25 @@ def evaluate_batches(
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
     bf16 = searches_in_bf16(precision, device)
-    if fast is None:
-        fast = _faster(model, images, device)
-    order = shuffled(images, labels, watch)
-    work = Work(
-        model,
-        images[order.to(images.device)],
-        labels.cpu()[order],
-        num_classes=num_classes,
-        attacks=attacks,
-        device=device,
-        batch_size=batch_size,
-        curve=curve,
-        fast=fast,
-        searched=in_bf16(filled(fast), device) if bf16 else fast,
-        confirm=model if bf16 else None,
-        watch=watch,
-        ranks=ranks,
-    )
+    with torch.inference_mode(False):  # what is kept is changed in place and differentiated
+        if fast is None:
+            fast = _faster(model, images, device)
+        order = shuffled(images, labels, watch)
+        work = Work(
+            model,
+            images[order.to(images.device)],
+            labels.cpu()[order],
+            num_classes=num_classes,
+            attacks=attacks,
+            device=device,
+            batch_size=batch_size,
+            curve=curve,
+            fast=fast,
+            searched=in_bf16(filled(fast), device) if bf16 else fast,
+            confirm=model if bf16 else None,
+            watch=watch,
+            ranks=ranks,
+        )
     if journal is not None:
         work.open_journal = lambda: Journal(
             ranks.own_file(journal),
@@ -149,8 +150,10 @@ def evaluate_batches(
 
 
 def _faster(model: Model, images: Tensor, device: torch.device) -> Model:
-    if isinstance(model, Classifier) and images.shape[2] == model.architecture.input_size:
-        return for_inference(model, device)
+    if isinstance(model, Classifier):
+        size = model.architecture.input_size
+        if images.shape[2:] == (size, size):
+            return for_inference(model, device)
     return model
 
 

@@ -55,3 +55,15 @@ def test_a_target_is_reached(curved: nn.Module, images: Tensor) -> None:
     predicted = curved(result.x_adv).argmax(dim=1)
     assert torch.equal(predicted == target, result.success)
     assert float(result.distance[result.success].mean()) >= float(untargeted.distance.mean())
+
+
+def test_further_restarts_find_no_fewer_and_nothing_farther(
+    curved: nn.Module, images: Tensor
+) -> None:
+    y = curved(images).argmax(dim=1)
+    once, more = (
+        minimal(curved, images, y, threat_model=ThreatModel(eps=0.01), steps=3, restarts=restarts)
+        for restarts in (1, 4)
+    )
+    assert bool((more.success | ~once.success).all())
+    assert not torch.equal(more.x_adv, once.x_adv)

@@ -204,8 +204,9 @@ def test_same_seed_same_result(x: Tensor, linear: nn.Module) -> None:
         ({"y": torch.ones(3, dtype=torch.int64)}, "labels int64"),
         ({"target": torch.zeros(2)}, "targets int64"),
         ({"target": torch.tensor([0, 1])}, "target other than the label"),
-        ({"steps": 0}, "at least 1 step"),
-        ({"restarts": 0}, "at least 1 step and 1 restart"),
+        ({"steps": 0}, "steps as a whole number of at least 1, got 0"),
+        ({"restarts": 0}, "restarts as a whole number of at least 1, got 0"),
+        ({"loss": "cw"}, "a loss out of ce, margin, dlr, got 'cw'"),
         ({"alpha": -0.1}, "alpha of at least 0"),
         ({"alpha": float("nan")}, "alpha of at least 0"),
     ],
@@ -215,3 +216,40 @@ def test_pgd_refuses(linear: nn.Module, change: dict[str, object], message: str)
     settings = {"x": x, "y": y, "threat_model": LINF, "alpha": 0.01, "steps": 1} | change
     with pytest.raises(ValueError, match=message):
         pgd(linear, settings.pop("x"), settings.pop("y"), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_fgsm_takes_the_eps_of_each_image(linear: nn.Module, eps: float) -> None:
+    x, y = torch.full((2, 3, 4, 4), 0.5), torch.tensor([0, 1])
+    sizes = torch.tensor([0.3, 0.2])
+    result = fgsm(linear, x, y, threat_model=ThreatModel(eps=eps), eps=sizes)
+    torch.testing.assert_close(result.distance, sizes)
+
+
+def test_pgd_refuses_sizes_of_its_own_where_alpha_has_no_proportion(linear: nn.Module) -> None:
+    x, y = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="in proportion to, got 0"):
+        pgd(
+            linear,
+            x,
+            y,
+            threat_model=ThreatModel(eps=0),
+            alpha=0.1,
+            steps=1,
+            eps=torch.tensor([0.3]),
+        )
+
+
+def test_without_a_random_start_further_restarts_still_begin_elsewhere(linear: nn.Module) -> None:
+    seen: list[Tensor] = []
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return linear(x)
+
+    x = torch.full((1, 3, 4, 4), 0.5)
+    y = linear(x).argmin(dim=1).bitwise_xor(1)  # never fooled: every restart is made
+    pgd(model, x, y, threat_model=LINF, alpha=0.0, steps=1, restarts=3, random_start=False)
+    starts = seen[::2]
+    assert torch.equal(starts[0], x)
+    assert len({tuple(start.flatten().tolist()) for start in starts}) == 3

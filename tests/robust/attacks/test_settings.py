@@ -52,7 +52,7 @@ def test_unknown_attacks_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"steps": 0}, {"restarts": -1}])
 def test_settings_out_of_range_are_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least 1 step"):
+    with pytest.raises(ValueError, match="whole number of at least 1"):
         resolve_attack("pgd", LINF, **changes)  # type: ignore[arg-type]
 
 

@@ -360,3 +360,19 @@ def test_a_classifier_is_evaluated_the_same_to_the_bit_with_any_batch_size() -> 
     whole = found(17)
     assert whole[1] != (17, None)
     assert found(6) == whole
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 20)])
+def test_in_a_caller_s_inference_mode_and_for_images_of_any_shape(size: tuple[int, int]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(Architecture(arch="resnet18", num_classes=3, input_size=16)).eval()
+    data = (
+        torch.randint(0, 256, (6, 3, *size), dtype=torch.uint8),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+    )
+    ask = {"num_classes": 3, "attacks": [PGD], "device": CPU}
+    outside = evaluate(model, *data, **ask)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        inside = evaluate(model, *(part.clone() for part in data), **ask)  # type: ignore[arg-type]
+    assert counts(inside) == counts(outside)
