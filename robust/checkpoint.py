@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import pickle
 import re
 import warnings
@@ -20,6 +21,8 @@ from robust import files
 from robust.classifier import Architecture, Classifier
 from robust.sidecar import Sidecar, parse_sidecar
 
+logger = logging.getLogger(__name__)
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -30,6 +33,9 @@ class CheckpointError(ValueError):
     def __init__(self, path: Path | str, expected: str, found: str) -> None:
         super().__init__(f"{path}: expected {expected}, found {found}")
         self.path, self.expected, self.found = str(path), expected, found
+
+    def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
+        return type(self), (self.path, self.expected, self.found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +100,10 @@ def save_checkpoint(
 def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint: with its sidecar, or a bare state dict whose keys say what it is.
 
-    Weights are read with ``weights_only=True`` and against the sidecar's SHA-256. Raises
-    CheckpointError naming the file, what was expected and what was found.
+    The sidecar lies beside `path` or, where that is a link, beside what it leads to. What a bare
+    state dict can't say is guessed, see `infer_architecture`, with a warning. Weights are read
+    with ``weights_only=True`` and against the sidecar's SHA-256. Raises CheckpointError naming
+    the file, what was expected and what was found.
     """
     path = _weights_path(path)
     try:
@@ -107,6 +115,14 @@ def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> 
     state = _read_state(path, data)
     if sidecar is None:
         architecture = infer_architecture(path, state)
+        logger.warning(
+            "%s has no sidecar %s: taken as %s with %s, pixels in [0, 1], and classes 0 to %d",
+            path,
+            sidecar_path(path).name,
+            architecture.arch,
+            architecture.activation,
+            architecture.num_classes - 1,
+        )
         sidecar = Sidecar(
             architecture=architecture,
             classes=tuple(str(k) for k in range(architecture.num_classes)),
@@ -123,17 +139,19 @@ def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) ->
 
     A row takes the place of one with the same images, attack, norm and eps: what was measured on
     some images of a set stands beside what was measured on all. Raises CheckpointError when the
-    weights on disk are others by now, or the sidecar can't be written.
+    weights on disk are others by now, or there is no sidecar or it can't be written.
     """
     path = checkpoint.path
     try:
         found = files.sha256_file(path)
         if found != checkpoint.sha256:
             raise CheckpointError(path, f"the measured weights {checkpoint.sha256}", found)
-        sidecar = _read_sidecar(path, found) or checkpoint.sidecar
+        sidecar = _read_sidecar(path, found)
+        if sidecar is None:
+            raise CheckpointError(sidecar_path(path), "a sidecar to add results to", "none")
         kept = {_row_key(row): row for row in [*sidecar.evaluation, *rows]}
         sidecar = replace(sidecar, evaluation=list(kept.values()))
-        files.write_json(sidecar_path(path), sidecar.to_dict())
+        files.write_json(sidecar_path(_described(path)), sidecar.to_dict())
     except OSError as error:
         raise CheckpointError(path, "a folder that can be written to", _reason(error)) from error
     return sidecar
@@ -196,9 +214,15 @@ def _pending_path(path: Path) -> Path:
     return sidecar_path(path).with_suffix(".json.new")
 
 
+def _described(path: Path) -> Path:
+    """`path`, or what it links to where only that has a sidecar."""
+    has_own = sidecar_path(path).exists() or _pending_path(path).exists()
+    return path if has_own or not path.is_symlink() else path.resolve()
+
+
 def _read_sidecar(path: Path, digest: str) -> Sidecar | None:
     """The sidecar of these weights; None where there is none at all."""
-    mismatch = None
+    path, mismatch = _described(path), None
     for candidate in (sidecar_path(path), _pending_path(path)):
         try:
             sidecar = parse_sidecar(candidate.read_bytes())

@@ -116,6 +116,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"expected a device such as auto, cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected a device such as auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"expected a CUDA device for {name!r}, found none; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -15,16 +15,17 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     """The data set with the labels and class names of a model that knows `classes`.
 
     Names are matched, in whatever order they come and also where the data has only some of them.
-    Where either side has plain numbers for names, labels are taken as they are. Raises
+    Where one side has none but plain numbers from 0, labels are taken as they are. Raises
     DatasetError for a name the model does not know, or more classes than it has.
     """
     classes = tuple(classes)
     if dataset.classes == classes:
         return dataset
-    if _numbered(dataset.classes) or _numbered(classes):
+    unknown = [name for name in dataset.classes if name not in classes]
+    numbers = any(name.isdecimal() for name in dataset.classes)  # names like those of the model
+    if unknown and (_numbered(dataset.classes) or (_numbered(classes) and not numbers)):
         check_labels(dataset, len(classes))
         return replace(dataset, classes=classes)
-    unknown = [name for name in dataset.classes if name not in classes]
     if unknown:
         raise DatasetError(
             dataset.name,

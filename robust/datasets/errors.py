@@ -1,5 +1,8 @@
 """The one error that every data set problem becomes."""
 
+from functools import partial
+from typing import Any
+
 
 class DatasetError(ValueError):
     """Data that can't be used: names the source, what was expected and what was found."""
@@ -9,3 +12,6 @@ class DatasetError(ValueError):
         self.source = source
         self.expected = expected
         self.found = found
+
+    def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
+        return partial(type(self), expected=self.expected, found=self.found), (self.source,)

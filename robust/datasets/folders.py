@@ -1,7 +1,8 @@
 """One folder of images per class, on disk or in a zip."""
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 MAX_IMAGE_BYTES = 256 << 20
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_DEEPEST = 8  # folders within folders that are looked into
 _EXPECTED = "one folder of images (jpg, png, webp) per class"
 
 Parts = tuple[str, ...]
@@ -29,9 +31,7 @@ def read_folder(path: Path, *, size: int) -> Dataset:
     image that does not decode, an image outside a class folder, and a class folder without images.
     """
     files: dict[Parts, Callable[[], bytes]] = {
-        file.relative_to(path).parts: file.read_bytes
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
+        file.relative_to(path).parts: file.read_bytes for file in sorted(_files(path))
     }
     source = path.resolve().name
     folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
@@ -39,6 +39,14 @@ def read_folder(path: Path, *, size: int) -> Dataset:
     if empty:
         raise DatasetError(source, expected=_EXPECTED, found=f"no image in {min(empty)}")
     return _read(source, files, size)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Files under `path`, also through links, which may lead round in a circle."""
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if len(Path(folder).relative_to(path).parts) == _DEEPEST:
+            folders.clear()
+        yield from (file for name in names if (file := Path(folder, name)).is_file())
 
 
 def read_folder_zip(archive: Archive, *, size: int) -> Dataset:
@@ -56,9 +64,14 @@ def read_folder_zip(archive: Archive, *, size: int) -> Dataset:
             raise DatasetError(archive.source, expected=expected, found=f"{info.file_size} bytes")
         files[parts] = partial(archive.read, name)
     files = {parts: read for parts, read in sorted(files.items()) if not _hidden(parts)}
-    if len({parts[0] for parts in files}) == 1 and min(map(len, files)) > 2:
-        files = {parts[1:]: read for parts, read in files.items()}
+    images = [parts for parts in files if _is_image(parts)]
+    if len({parts[0] for parts in images}) == 1 and min(map(len, images)) > 2:
+        files = {parts[1:] or parts: read for parts, read in files.items()}
     return _read(archive.source, files, size)
+
+
+def _is_image(parts: Parts) -> bool:
+    return PurePosixPath(parts[-1]).suffix.lower() in _SUFFIXES
 
 
 def _hidden(parts: Parts) -> bool:
@@ -67,7 +80,7 @@ def _hidden(parts: Parts) -> bool:
 
 def _read(source: str, files: Mapping[Parts, Callable[[], bytes]], size: int) -> Dataset:
     visible = {parts: read for parts, read in files.items() if not _hidden(parts)}
-    images = {p: read for p, read in visible.items() if Path(p[-1]).suffix.lower() in _SUFFIXES}
+    images = {parts: read for parts, read in visible.items() if _is_image(parts)}
     if not images:
         raise DatasetError(source, expected=_EXPECTED, found="no images")
     if len(images) < len(visible):

@@ -21,6 +21,7 @@ from robust.checkpoint import (
     sidecar_path,
 )
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier
+from robust.datasets import DatasetError
 from robust.sidecar import DataRecord, Sidecar
 from robust.threat_model import ThreatModel
 
@@ -517,3 +518,45 @@ def test_results_of_other_weights_are_not_recorded(pair: Path) -> None:
     with pytest.raises(CheckpointError, match="expected the measured weights"):
         record_evaluation(measured, [{"data": "test.npz", "attack": "clean"}])
     assert load_checkpoint(pair).sidecar.evaluation == measured.sidecar.evaluation
+
+
+def test_results_are_not_recorded_on_a_guess(bare: Path) -> None:
+    measured = load_checkpoint(bare)
+    with pytest.raises(CheckpointError, match=r"json: expected a sidecar to add results to"):
+        record_evaluation(measured, [{"data": "test.npz", "attack": "clean"}])
+    assert not sidecar_path(bare).exists()
+
+
+def test_what_is_guessed_is_told(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_checkpoint(bare)
+    (message,) = caplog.messages
+    assert f"{bare} has no sidecar {bare.stem}.json" in message
+    assert "with relu" in message
+
+
+def test_a_link_leads_to_the_sidecar_as_well(
+    pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = tmp_path / "links" / "current.pt"
+    link.parent.mkdir()
+    link.symlink_to(pair)
+    assert load_checkpoint(link).sidecar == load_checkpoint(pair).sidecar
+    assert not caplog.messages
+    record_evaluation(load_checkpoint(link), [{"data": "linked.npz", "attack": "clean"}])
+    assert load_checkpoint(pair).sidecar.evaluation[-1]["data"] == "linked.npz"
+    assert names(link.parent) == {"current.pt"}
+    save_checkpoint(link, load_checkpoint(pair).classifier, load_checkpoint(pair).sidecar)
+    assert names(link.parent) == {"current.pt", "current.json"}
+    assert load_checkpoint(link).sidecar.classes == load_checkpoint(pair).sidecar.classes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CheckpointError("a.pt", "weights", "none"),
+        DatasetError("b.npz", expected="images", found="text"),
+    ],
+)
+def test_errors_reach_other_processes(error: ValueError) -> None:
+    sent = pickle.loads(pickle.dumps(error))
+    assert (type(sent), str(sent), vars(sent)) == (type(error), str(error), vars(error))

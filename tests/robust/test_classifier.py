@@ -109,6 +109,8 @@ def test_devices() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="expected a device such as auto"):
         resolve_device("banana")
+    with pytest.raises(ValueError, match="cpu or cuda, got 'mps'"):
+        resolve_device("mps")
 
 
 def test_a_cuda_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,13 @@ def test_numbers_are_taken_as_they_are() -> None:
     assert match_classes(dataset(CLASSES, [3, 1]), ("0", "1", "2", "3")).labels.tolist() == [3, 1]
 
 
+def test_names_that_are_numbers_are_names() -> None:
+    digits = tuple(str(k) for k in range(10))
+    assert match_classes(dataset(("3", "5"), [0, 1, 1]), digits).labels.tolist() == [3, 5, 5]
+    with pytest.raises(DatasetError, match="does not know 10"):
+        match_classes(dataset(tuple(str(k) for k in range(1, 11)), [0, 9]), digits)
+
+
 @pytest.mark.parametrize(
     ("classes", "labels", "message"),
     [

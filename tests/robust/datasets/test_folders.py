@@ -150,3 +150,25 @@ def test_sizes_are_fitted(folder: Path) -> None:
     Image.new("RGB", (100, 60), (7, 7, 7)).save(folder / "dog" / "1.png")
     image = load_dataset(folder, size=24).images[2]
     assert torch.equal(image, torch.full((3, 24, 24), 7, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("readme", ["README.txt", "top/README.txt"])
+def test_a_text_beside_the_classes_in_a_zip_is_skipped(folder: Path, readme: str) -> None:
+    path = zipped(folder, "top/")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(readme, "what this is")
+    assert load_dataset(path).classes == ("cat", "dog", "eel")
+
+
+def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("cat", "dog"):
+        (linked / name).symlink_to(folder / name)
+    dataset = load_dataset(linked)
+    assert (dataset.classes, dataset.labels.tolist()) == (("cat", "dog"), [0, 0, 1])
+
+
+def test_a_link_to_a_folder_above_is_refused(folder: Path) -> None:
+    (folder / "cat" / "round").symlink_to(folder)
+    assert "cat/round/cat" in refusal(folder).found
