@@ -6,8 +6,9 @@ Each technique is a field and has a value that switches it off. The recipes them
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from robust.classifier import Activation, Arch, Stem
 from robust.threat_model import Norm
@@ -163,11 +164,13 @@ class Recipe:
     the clean one, the later of equals; or the last."""
 
     def __post_init__(self) -> None:
+        _check_choices("recipe", self)
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names) or not any(phase.epochs for phase in self.phases):
             raise ValueError(f"phases: expected different names and some epochs, got {names}")
         for phase in self.phases:
-            _check_phase(phase)
+            _check_phase(phase, self.input_size)
+        _check_range("recipe", self, 0, "weight_decay", "gradient_clip", "monitor_limit")
         if self.batch_size < 2:
             raise ValueError(f"batch_size: expected at least 2, got {self.batch_size}")
         for name in ("momentum", "label_smoothing", "ema_decay"):
@@ -191,7 +194,32 @@ class Recipe:
         return asdict(self)
 
 
-def _check_phase(phase: Phase) -> None:
+def _check_choices(owner: str, value: object) -> None:
+    """Raise ValueError for a field whose value is none of those its type names."""
+    for name, hint in get_type_hints(type(value)).items():
+        found = getattr(value, name)
+        if get_origin(hint) is Literal and found not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ValueError(f"{owner}: expected {name} out of {choices}, got {found!r}")
+
+
+def _check_range(
+    owner: str, value: object, low: float, *names: str, high: float = math.inf
+) -> None:
+    for name in names:
+        if not low <= getattr(value, name) <= high:
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{owner}: expected {name} {limits}, got {getattr(value, name)}")
+
+
+def _check_phase(phase: Phase, input_size: int) -> None:
+    for part in phase.parts:
+        _check_choices(phase.name, part)
+        _check_range(phase.name, part, 0, "share", high=1)
+        _check_range(phase.name, part, 1, "steps")
+        _check_range(phase.name, part, 0, "alpha")
+    _check_choices(phase.name, phase)
+    _check_range(phase.name, phase, 0, "trades_beta")
     total = sum(part.share for part in phase.parts)
     if abs(total - 1) > 1e-6:
         raise ValueError(f"{phase.name}: expected shares that add up to 1, got {total:g}")
@@ -209,5 +237,7 @@ def _check_phase(phase: Phase) -> None:
     augmentation = phase.augmentation
     if augmentation.mixup and phase.is_adversarial:
         raise ValueError(f"{phase.name}: expected mixup in a clean phase only")
-    if min(augmentation.crop_padding, augmentation.cutout, augmentation.rotation) < 0:
-        raise ValueError(f"{phase.name}: expected augmentation sizes of at least 0")
+    _check_range(phase.name, augmentation, 0, "crop_padding", high=input_size - 1)  # of reflection
+    _check_range(phase.name, augmentation, 0, "cutout", "mixup")
+    _check_range(phase.name, augmentation, 0, "rotation", high=180)
+    _check_range(phase.name, augmentation, 0, "flip", "jitter", high=1)

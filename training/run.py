@@ -111,6 +111,8 @@ def train(
             run.start()
             run.loop(should_stop, observe)
             return run.finish(out)
+        except BrokenPipeError:  # of an observer's output, not of the run's files
+            raise
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise TrainingError(f"{folder.path}: could not be written: {reason}") from error
@@ -142,6 +144,12 @@ class _Run:
         self.state, self.finished = self.ranks.from_first(lambda: self._initial_state(resume))
         if self.finished:
             return
+        size = recipe.input_size
+        if dataset.images.shape[2:] != (size, size):
+            raise TrainingError(
+                f"{dataset.name}: expected images of {size} x {size} pixels, as the recipe's "
+                f"input_size says, found {' x '.join(map(str, dataset.images.shape[2:]))}"
+            )
         kept, held_out = stratified_split(dataset.labels, recipe.held_out, seed=seed)
         if len(kept) < recipe.batch_size:
             raise TrainingError(
@@ -151,6 +159,9 @@ class _Run:
         # Everything stays on the device as bytes; no loader has to keep up.
         self.images, self.labels = dataset.images[kept].to(device), dataset.labels[kept].to(device)
         self.held_images, self.held_labels = dataset.images[held_out], dataset.labels[held_out]
+        count = recipe.monitor_limit or len(held_out)
+        mixed = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
+        self.monitored = mixed[:count].sort().values  # data may be sorted by class
         self.steps = len(kept) // recipe.batch_size
         self._build()
 
@@ -184,8 +195,15 @@ class _Run:
 
     def _initial_state(self, resume: bool) -> tuple[RunState, bool]:
         folder = self.folder
-        saved = files.read_json(folder.manifest) if folder.manifest.exists() else {}
+        saved = folder.read_manifest()
+        if resume and not saved and folder.state.exists():
+            raise TrainingError(
+                f"{folder.state}: expected {folder.manifest.name} beside it to say of which run "
+                "it is, found none; remove that folder to start over"
+            )
         if resume and saved:
+            if self._began_here(saved):
+                self.manifest["init"] = saved["init"]
             for key, value in files.from_json(files.to_json(self.manifest)).items():
                 if saved.get(key) != value:
                     raise TrainingError(
@@ -202,6 +220,15 @@ class _Run:
                 "remove that folder to start over"
             )
         return RunState(), False
+
+    def _began_here(self, saved: dict[str, Any]) -> bool:
+        """Whether `init` is this run's own result, in the place of the weights it began with."""
+        return (
+            self.init is not None
+            and self.init.path.resolve() == self.folder.out.resolve()
+            and saved.get("init") == self.init.sidecar.recipe.get("init")
+            and saved.get("init") is not None
+        )
 
     def _build(self) -> None:
         recipe = self.recipe
@@ -254,6 +281,8 @@ class _Run:
         self.clock = time.monotonic() - self.state.seconds
         self.board: Board | None = None
         if self.ranks.is_first:
+            if not self.state.model:
+                self.folder.put_aside()
             files.write_json(self.folder.manifest, {**self.manifest, "versions": versions()})
             write_metrics(self.folder.metrics, self.state.history)
             self.board = Board(self.folder.tensorboard, done=len(self.state.history))
@@ -382,12 +411,12 @@ class _Run:
 
     def _score(self, phase: Phase, rate: float, speed: float) -> dict[str, Any]:
         """Score the averaged weights on held-out images, keep them if they are the best."""
-        state, limit = self.state, self.recipe.monitor_limit or None
+        state = self.state
         trained = time.monotonic() - self.clock
         accuracies = score(
             self.averaged.module,
-            self.held_images[:limit],
-            self.held_labels[:limit],
+            self.held_images[self.monitored],
+            self.held_labels[self.monitored],
             num_classes=self.num_classes,
             threat_model=self.threat_model,
             device=self.device,
@@ -401,7 +430,7 @@ class _Run:
             "loss": state.epoch_loss / self.steps,
             "learning_rate": rate,
             **accuracies,
-            "n": len(self.held_images[:limit]),
+            "n": len(self.monitored),
             "images_per_second": speed,
             "seconds": state.seconds,
             "scoring_seconds": state.seconds - trained,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ class RunFolder:
     """The files of a run, in ``runs/NAME`` beside the checkpoint ``NAME.pt``."""
 
     path: Path
+    out: Path  # the checkpoint
 
     @classmethod
     def of(cls, out: Path) -> RunFolder:
         """The folder of the run that writes `out`."""
-        return cls(path=out.parent / "runs" / out.stem)
+        return cls(path=out.parent / "runs" / out.stem, out=out)
 
     @property
     def state(self) -> Path:
@@ -81,9 +83,35 @@ class RunFolder:
         """TensorBoard's event files."""
         return self.path / "tensorboard"
 
+    def read_manifest(self) -> dict[str, Any]:
+        """The run that the folder is of; empty where there is none. Raises TrainingError."""
+        if not self.manifest.exists():
+            return {}
+        try:
+            return dict(files.read_json(self.manifest))
+        except (TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{self.manifest}: expected the record of a run, found a damaged file ({error}); "
+                "remove that folder to start over"
+            ) from error
+
+    def put_aside(self) -> None:
+        """Move what an earlier, finished run left to ``runs/NAME.1``, or the next free number."""
+        if not self.metrics.exists() or not self.metrics.stat().st_size:
+            return
+        numbered = (self.path.with_name(f"{self.path.name}.{k}") for k in count(1))
+        aside = next(path for path in numbered if not path.exists())
+        aside.mkdir()
+        for path in (self.manifest, self.metrics, self.tensorboard):
+            if path.exists():
+                path.rename(aside / path.name)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one process. Raises TrainingError while another holds it."""
+        """Hold the folder for one process. Raises TrainingError while another holds it.
+
+        What a process killed in the midst of writing left there is removed.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -100,6 +128,8 @@ class RunFolder:
                     f"{self.path}: another training run is writing here; "
                     "wait for it, or choose another --out"
                 ) from None
+            for left in self.path.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
             yield
         finally:
             os.close(handle)  # also gives the lock back, as does the end of the process

@@ -90,6 +90,39 @@ def test_classic_cpu_is_classic_in_as_many_passes_as_cpu() -> None:
         ({"phases": (Phase(name="a", epochs=1, awp_from=1.0),)}, "a: expected awp_from in"),
         ({"phases": (Phase(name="a", epochs=1, teacher=1.5),)}, "a: expected teacher in"),
         ({"phases": (Phase(name="a", epochs=1, final_rate=-1),)}, "a: expected final_rate in"),
+        ({"phases": (Phase(name="a", epochs=1, loss="TRADES"),)}, "a: expected loss out of cross-"),
+        (
+            {"phases": (Phase(name="a", epochs=1, parts=(AdversarialPart(kind="PGD"),)),)},
+            "a: expected kind out of clean, fgsm, .*, got 'PGD'",
+        ),
+        (
+            {"phases": (Phase(name="a", epochs=1, parts=(AdversarialPart(kind="pgd", steps=0),)),)},
+            "a: expected steps of at least 1, got 0",
+        ),
+        (
+            {
+                "phases": (
+                    Phase(
+                        name="a",
+                        epochs=1,
+                        parts=(
+                            AdversarialPart(kind="clean", share=1.5),
+                            AdversarialPart(kind="pgd", share=-0.5),
+                        ),
+                    ),
+                )
+            },
+            "a: expected share from 0 to 1, got 1.5",
+        ),
+        (
+            {"phases": (Phase(name="a", epochs=1, augmentation=Augmentation(crop_padding=32)),)},
+            "a: expected crop_padding from 0 to 31, got 32",
+        ),
+        ({"optimizer": "adam"}, "expected optimizer out of sgd, adamw, got 'adam'"),
+        ({"arch": "resnet101"}, "expected arch out of"),
+        ({"gradient_clip": -1.0}, "expected gradient_clip of at least 0"),
+        ({"weight_decay": float("nan")}, "expected weight_decay of at least 0, got nan"),
+        ({"monitor_limit": -5}, "expected monitor_limit of at least 0"),
         ({"batch_size": 1}, "batch_size"),
         ({"held_out": 0.0}, "held_out"),
         ({"ema_decay": 1.0}, "ema_decay"),

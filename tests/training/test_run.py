@@ -220,6 +220,122 @@ def test_resuming_a_finished_run_changes_nothing(
     assert sidecar == load_checkpoint(finished).sidecar
 
 
+def test_a_run_over_its_own_beginning_is_resumed_when_it_is_done(
+    tiny: Recipe, colours: Dataset, tmp_path: Path, finished: Path
+) -> None:
+    """`--init model.pt --out model.pt`: once that is written, init is no longer what it was."""
+    out = tmp_path / "model.pt"
+    for path in (finished, finished.with_suffix(".json")):
+        shutil.copy(path, tmp_path)
+    first = load_checkpoint(out).sha256
+    folder = RunFolder.of(out)
+    states: list[bytes] = []
+
+    def keep_state(progress: Progress) -> None:
+        if folder.state.exists():
+            states.append(folder.state.read_bytes())
+
+    train(tiny, colours, out=out, device=CPU, init=load_checkpoint(out), observe=keep_state)
+    written = out.read_bytes()
+    again = train(tiny, colours, out=out, device=CPU, init=load_checkpoint(out), resume=True)
+    assert again.recipe["init"] == first
+    assert out.read_bytes() == written
+
+    # Killed after the checkpoint was written, and before the run was said to be finished.
+    manifest = files.read_json(folder.manifest)
+    del manifest["finished"]
+    files.write_json(folder.manifest, manifest)
+    folder.state.write_bytes(states[-1])
+    again = train(tiny, colours, out=out, device=CPU, init=load_checkpoint(out), resume=True)
+    assert again.recipe["init"] == first
+    assert out.read_bytes() == written
+    assert files.read_json(folder.manifest)["finished"]
+
+
+def test_what_a_finished_run_left_is_put_aside(
+    tiny: Recipe, colours: Dataset, tmp_path: Path, finished: Path
+) -> None:
+    out = tmp_path / "model.pt"
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    folder, before = RunFolder.of(out), RunFolder.of(finished)
+    for number in (1, 2):
+        with pytest.raises(Stopped):
+            train(tiny, colours, out=out, device=CPU, seed=number, should_stop=lambda: True)
+        folder.state.unlink()
+    assert not folder.metrics.read_text()
+    aside = folder.path.with_name("model.1")
+    assert (aside / "metrics.jsonl").read_bytes() == before.metrics.read_bytes()
+    assert (aside / "run.json").read_bytes() == before.manifest.read_bytes()
+    assert list((aside / "tensorboard").iterdir())
+    assert not folder.path.with_name("model.2").exists()  # the second found nothing to keep
+
+
+def test_what_a_killed_writer_left_is_removed(
+    tiny: Recipe, colours: Dataset, out: Path, finished: Path
+) -> None:
+    folder = RunFolder.of(out).path
+    folder.mkdir(parents=True)
+    (folder / ".state.pt.abc.tmp").write_bytes(b"half a state")
+    with pytest.raises(Stopped):
+        train(tiny, colours, out=out, device=CPU, should_stop=lambda: True)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_damaged_record_is_named(
+    tiny: Recipe, colours: Dataset, out: Path, *, resume: bool
+) -> None:
+    folder = RunFolder.of(out)
+    folder.path.mkdir(parents=True)
+    folder.manifest.write_text('{"recipe')
+    with pytest.raises(TrainingError, match=r"run\.json: expected the record of a run"):
+        train(tiny, colours, out=out, device=CPU, resume=resume)
+
+
+def test_a_state_of_no_run_is_not_resumed(tiny: Recipe, colours: Dataset, out: Path) -> None:
+    with pytest.raises(Stopped):
+        train(tiny, colours, out=out, device=CPU, should_stop=lambda: True)
+    RunFolder.of(out).manifest.unlink()
+    with pytest.raises(TrainingError, match=r"expected run\.json beside it"):
+        train(tiny, colours, out=out, device=CPU, resume=True)
+
+
+def test_an_observer_without_a_reader_is_no_failed_write(
+    tiny: Recipe, colours: Dataset, out: Path
+) -> None:
+    def closed(progress: Progress) -> None:
+        raise BrokenPipeError(errno.EPIPE, "broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        train(tiny, colours, out=out, device=CPU, observe=closed)
+
+
+def test_images_of_another_size_are_refused(tiny: Recipe, colours: Dataset, out: Path) -> None:
+    other = replace(colours, images=F.interpolate(colours.images, scale_factor=2))
+    with pytest.raises(TrainingError, match="colours: expected images of 16 x 16 pixels"):
+        train(tiny, other, out=out, device=CPU)
+    assert not out.exists()
+
+
+def test_the_images_that_score_an_epoch_are_of_every_class(
+    tiny: Recipe, colours: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_class = colours.subset(colours.labels.argsort(stable=True).tolist())
+    scored: list[torch.Tensor] = []
+
+    def spy(
+        model: Classifier, images: torch.Tensor, labels: torch.Tensor, **more: object
+    ) -> object:
+        scored.append(labels)
+        return {"clean": 0.5, "fgsm": 0.5, "pgd": 0.5}
+
+    monkeypatch.setattr(run_module, "score", spy)
+    train(replace(tiny, monitor_limit=8), by_class, out=out, device=CPU)
+    assert {len(labels) for labels in scored} == {8}
+    assert len(scored[0].unique()) > len(by_class.classes) / 2
+    assert all(torch.equal(labels, scored[0]) for labels in scored)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     tiny: Recipe, colours: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
