@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,7 @@ def evaluate(
     from robust.classifier import resolve_device
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
+    from robust.evaluation.flags import SEEN_IMAGES
     from robust.evaluation.run import CURVE_ATTACK, evaluate_batches
     from robust.matching import first_indices, match_classes
     from robust.ranks import joined
@@ -162,8 +164,22 @@ def evaluate(
             progress.update(int(100 * evaluation.done), _so_far(evaluation))
     if not ranks.is_first:
         return
+    trained_on = loaded.sidecar.data
+    if trained_on is not None and trained_on.sha256 == dataset.sha256:
+        evaluation = replace(evaluation, flags=(SEEN_IMAGES, *evaluation.flags))
 
     seconds, used = time.perf_counter() - start, ranks.in_words(device_in_words(device))
+    if str(json_path) != "-":
+        click.echo(f"{checkpoint} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
+        click.echo(_describe(evaluation, table_format))
+        if evaluation.curve:
+            click.echo(f"at other eps ({CURVE_ATTACK}, {evaluation.curve[0].n} images):")
+            click.echo(_curve(evaluation, table_format))
+        click.echo(f"{seconds:.1f} s on {used}, {evaluation.precision}")
+    for line in evaluation.notes:
+        click.echo(f"note: {line}", err=True)
+    for flag in evaluation.flags:
+        click.echo(f"warning: {flag.name}: {flag}", err=True)
     if json_path is not None:
         report = {
             "checkpoint": str(checkpoint),
@@ -191,17 +207,6 @@ def evaluate(
             source["flags"] = sorted({flag.name for flag in evaluation.flags})
         rows = [{**source, **item.summary()} for item in evaluation.accuracies]
         record_evaluation(loaded, rows)
-    if str(json_path) != "-":
-        click.echo(f"{checkpoint} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
-        click.echo(_describe(evaluation, table_format))
-        if evaluation.curve:
-            click.echo(f"at other eps ({CURVE_ATTACK}, {evaluation.curve[0].n} images):")
-            click.echo(_curve(evaluation, table_format))
-        click.echo(f"{seconds:.1f} s on {used}, {evaluation.precision}")
-    for line in evaluation.notes:
-        click.echo(f"note: {line}", err=True)
-    for flag in evaluation.flags:
-        click.echo(f"warning: {flag.name}: {flag}", err=True)
 
 
 def _so_far(evaluation: Evaluation) -> str:

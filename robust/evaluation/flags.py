@@ -30,6 +30,13 @@ COLLAPSE = 0.4  # PGD should leave so much of it
 UNHELD = 0.002  # share of images whose success may not be confirmed
 
 
+SEEN_IMAGES = Flag(
+    name="training-data",
+    text="these are the images that the model was trained on",
+    advice="score it on others",
+)
+
+
 def large_eps(norm: Norm, shape: Sequence[int]) -> float:
     """A budget that no classifier of images (C, H, W) withstands: all of them can become grey."""
     return GREY if norm == "linf" else GREY * math.sqrt(math.prod(shape))

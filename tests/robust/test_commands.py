@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from robust.checkpoint import load_checkpoint, sidecar_path
+from robust.checkpoint import load_checkpoint, save_checkpoint, sidecar_path
 from robust.commands.output import Progress, write_report
+from robust.datasets import load_dataset
 from robust.files import sha256_file
 from robust.images import decode_png, encode_png, to_float
 from robust.matching import match_classes
 from robust.prediction import predict
+from robust.sidecar import DataRecord
 from robust_cli import run
 
 Robust = Callable[..., str]
@@ -293,6 +296,40 @@ def test_evaluate_warns_beside_the_table(
     assert warning.startswith("warning: chance: ")
     assert "no more than chance; check labels" in warning
     assert "warning" not in output.out
+
+
+def test_evaluate_warns_of_images_trained_on(
+    checkpoint_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_checkpoint(checkpoint_path)
+    trained_on = DataRecord(name="set", count=30, sha256=load_dataset(data).sha256)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, loaded.classifier, replace(loaded.sidecar, data=trained_on))
+    arguments = ["--data", str(data), "--attack", "fgsm", "--curve", "0", "--record"]
+    assert run(["evaluate", "--checkpoint", str(path), *arguments]) == 0
+    assert "warning: training-data: these are the images that" in capsys.readouterr().err
+    rows = load_checkpoint(path).sidecar.evaluation
+    assert all("training-data" in row["flags"] for row in rows[-2:])
+    assert run(["evaluate", "--checkpoint", str(path), *arguments, "--limit", "20"]) == 0
+    assert "warning: training-data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--record"])
+def test_evaluate_shows_what_it_found_though_it_can_not_be_written(
+    option: str,
+    checkpoint_path: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not the folder's mode, which says nothing to root."""
+    path = tmp_path / "bare.pt"
+    shutil.copy(checkpoint_path, path)  # without a sidecar nothing is recorded
+    arguments = [option, *([str(data / "report.json")] if option == "--json" else [])]
+    assert run(["evaluate", "--checkpoint", str(path), "--data", str(data), *arguments]) == 2
+    output = capsys.readouterr()
+    assert re.search(r"^clean .* [0-9]+/30 ", output.out, re.MULTILINE)
+    assert output.err.splitlines()[-1].startswith("robust: ")
 
 
 def test_evaluate_goes_on_from_its_journal(
