@@ -62,6 +62,10 @@ class Models:
         self._seen = self._signature()
         self._take(self._load())
 
+    def drop(self) -> None:
+        """Let the model go: whatever else outlives the service then holds little."""
+        self._current = None
+
     async def warm(self, engine: Engine) -> None:
         """Make the first model ready. Raises ValueError when it answers NaN."""
         self._take(await warm(engine, self.current, self._metrics))

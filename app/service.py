@@ -89,6 +89,7 @@ class Service:
             await self.jobs.stop()
             await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
             await self.jobs.close()
+            self.models.drop()
             self._workers.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.tracing.close)
 

@@ -1,11 +1,13 @@
 """A new checkpoint is taken over without dropping a request; a broken one is refused."""
 
+import gc
 import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from weakref import ref
 
 import pytest
 
@@ -141,3 +143,18 @@ def test_asking_while_it_looks_is_not_lost(
 
     monkeypatch.setattr(models, "_signature", look)
     until(lambda: reloads(reloading, "ok") == 1)
+
+
+def test_no_model_outlives_what_served_it(tmp_path: Path) -> None:
+    path = tmp_path / "robust_model.pt"
+    write_checkpoint(path, seed=1)
+    settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.05)
+    with serving(settings) as running:
+        first = ref(running.service.models.current)
+        sha256 = write_checkpoint(path, seed=2)
+        until(lambda: served(running) == sha256)
+        second = ref(running.service.models.current)
+        assert running.client.post("/predict", content=png()).status_code == 200
+        until(lambda: gc.collect() >= 0 and first() is None)
+    gc.collect()
+    assert second() is None
