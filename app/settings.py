@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from robust.threat_model import Norm
+from robust.threat_model import Norm, parse_eps
 
+Size = Annotated[float, BeforeValidator(parse_eps)]  # 8/255, or a number
 _ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
 
 
@@ -39,7 +40,9 @@ Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterVal
 class Settings(BaseSettings):
     """Everything the service can be told. Raises pydantic's ValidationError for a bad value."""
 
-    model_config = SettingsConfigDict(env_prefix="ROBUST_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="ROBUST_", env_ignore_empty=True, frozen=True, extra="ignore"
+    )
 
     checkpoint: Path = Field(
         default=Path("models/robust_model.pt"), description="Weights to serve."
@@ -89,10 +92,10 @@ class Settings(BaseSettings):
     max_upload_images: int = Field(
         default=10_000, ge=1, description="Most images of a set uploaded to POST /evaluate."
     )
-    max_eps_linf: float = Field(
+    max_eps_linf: Size = Field(
         default=64 / 255, ge=0, le=1, description="Largest eps under linf, in pixel units."
     )
-    max_eps_l2: float = Field(
+    max_eps_l2: Size = Field(
         default=10.0, ge=0, description="Largest eps under l2, in pixel units."
     )
     max_steps: int = Field(default=200, ge=1, description="Most steps of an attack.")

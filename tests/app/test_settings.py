@@ -31,3 +31,20 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 def test_settings_that_make_no_sense(given: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Settings(**given)  # type: ignore[arg-type]
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"ROBUST_{name.upper()}", "")
+    assert Settings() == Settings.model_construct()
+
+
+def test_largest_eps_as_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUST_MAX_EPS_LINF", "32/255")
+    assert Settings().max_eps("linf") == 32 / 255
+    monkeypatch.setenv("ROBUST_MAX_EPS_LINF", "320/255")
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        Settings()
+    monkeypatch.setenv("ROBUST_MAX_EPS_LINF", "much")
+    with pytest.raises(ValueError, match="a fraction such as 8/255"):
+        Settings()
