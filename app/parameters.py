@@ -78,7 +78,9 @@ class AttackParameters(_Parameters):
         description="Radius of the ball in pixel units. Default: 8/255 under linf, 0.5 under l2.",
     )
     alpha: Size | None = Field(
-        default=None, description="Step length of pgd in pixel units. Default: a quarter of eps."
+        default=None,
+        description="Step length of pgd in pixel units. Default: a quarter of eps, more for fewer "
+        "than 10 steps.",
     )
     steps: int | None = Field(
         default=None,

@@ -77,7 +77,10 @@ def attack_options(function: F) -> F:
             help="Largest change in pixel units. Default: 8/255, for l2 0.5.",
         ),
         click.option(
-            "--alpha", type=Size(), metavar="SIZE", help="Step of pgd. Default: a quarter of eps."
+            "--alpha",
+            type=Size(),
+            metavar="SIZE",
+            help="Step of pgd. Default: a quarter of eps, more for fewer than 10 steps.",
         ),
         click.option(
             "--steps",
