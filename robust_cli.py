@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Any
 
 import click
 
@@ -11,6 +13,27 @@ import robust.commands
 import training.commands
 from robust.commands import running
 from robust.commands.completion import completion
+
+
+def _in_ascii(kind: Any) -> Any:
+    """A type of numbers that takes ASCII digits only: no underscores, no other script's digits."""
+    strict, convert = copy(kind), kind.convert
+
+    def checked(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and (not value.isascii() or "_" in value):
+            strict.fail(f"{value!r} is not a number in digits 0 to 9.", param, ctx)
+        return convert(value, param, ctx)
+
+    strict.convert = checked
+    return strict
+
+
+def _read_numbers_in_ascii(command: click.Command) -> None:
+    for param in command.params:
+        if isinstance(param.type, click.types.IntParamType | click.types.FloatParamType):
+            param.type = _in_ascii(param.type)
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        _read_numbers_in_ascii(inner)
 
 
 class _InOrder(click.Group):
@@ -60,6 +83,9 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 def cli() -> None:
     """A robust image classifier you can train, attack, measure and serve."""
+
+
+_read_numbers_in_ascii(cli)
 
 
 def main() -> None:

@@ -1,41 +1,61 @@
-"""Checkpoints: a plain state dict beside a JSON sidecar, read safely and written atomically."""
+"""Checkpoints: a plain state dict and a JSON sidecar, read safely and written atomically."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import pickle
-import re
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from robust import files
-from robust.classifier import Architecture, Classifier
-from robust.sidecar import Sidecar, parse_sidecar
+from robust.classifier import Classifier
+from robust.device import compare_with_cpu
+from robust.loading.describe import (
+    Described,
+    contradiction,
+    describe,
+    fill,
+    is_known,
+    told,
+    with_head_bias,
+)
+from robust.loading.errors import CheckpointError, reason
+from robust.loading.given import (
+    Given,
+    classifier_of,
+    is_code,
+    is_service,
+    open_code,
+    open_file,
+    shown,
+)
+from robust.loading.hub import open_folder
+from robust.loading.options import ModelOptions, model_options
+from robust.loading.weights import read_weights
+from robust.networks.layers import UndrawnWeights
+from robust.sidecar import Sidecar, is_foreign, parse_sidecar
+
+if TYPE_CHECKING:
+    from robust.attacks import AttackSettings
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used: which file, what was expected, what was found."""
-
-    def __init__(self, path: Path | str, expected: str, found: str) -> None:
-        super().__init__(f"{path}: expected {expected}, found {found}")
-        self.path, self.expected, self.found = str(path), expected, found
-
-    def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
-        return type(self), (self.path, self.expected, self.found)
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "load_checkpoint",
+    "load_model",
+    "model_options",
+    "record_evaluation",
+    "save_checkpoint",
+    "sidecar_path",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +66,33 @@ class Checkpoint:
     sidecar: Sidecar
     sha256: str
     path: Path
+    guessed: Mapping[str, str] = field(default_factory=dict)  # property: how it was guessed
+    notes: tuple[str, ...] = ()  # what was removed from the file, and other readings of it
+
+    def check_attacks(self, attacks: Sequence[AttackSettings]) -> None:
+        """Raise ValueError for attacks that need gradients if the model has none."""
+        if self.classifier.differentiable:
+            return
+        refused = [attack.label for attack in attacks if attack.uses_gradient]
+        if refused:
+            raise ValueError(
+                f"{shown(self.path)}: expected attacks without gradients, such as square, got "
+                f"{', '.join(refused)}: {self.sidecar.architecture.arch} models give none"
+            )
+
+    def origin(self) -> dict[str, Any]:
+        """The model as JSON values: file, hash, architecture, and everything guessed."""
+        return {
+            "path": shown(self.path),
+            "sha256": self.sha256,
+            "architecture": self.sidecar.to_dict()["architecture"],
+            "guessed": dict(self.guessed),
+            "notes": list(self.notes),
+        }
 
 
 def sidecar_path(path: Path) -> Path:
-    """The sidecar beside a weights file: the same name with ending ``.json``."""
+    """The sidecar of a weights file: the same name with the suffix ``.json``."""
     return path.with_suffix(".json")
 
 
@@ -60,11 +103,12 @@ def save_checkpoint(
     *,
     dtype: torch.dtype = torch.float16,
 ) -> Sidecar:
-    """Write the weights as a plain state dict and the sidecar beside them; return the sidecar.
+    """Write the weights as a plain state dict with their sidecar; return the sidecar.
 
-    Both are staged and flushed before the first rename, weights go first, and a sidecar staged for
-    weights already in place is found again by `load_checkpoint`: a crash at any moment leaves a
-    pair that loads. Raises CheckpointError when the disk is full or the folder not writable.
+    Both are staged and flushed before the first rename, the weights are renamed first, and
+    `load_checkpoint` finds a sidecar staged for weights already in place: a crash at any moment
+    leaves a pair that loads. Raises CheckpointError if the disk is full or the folder is not
+    writable.
     """
     path = _weights_path(path)
     if sidecar.architecture != classifier.architecture:
@@ -87,59 +131,172 @@ def save_checkpoint(
             files.write_json(pending, sidecar.to_dict())
             files.commit(staged, path)
         except BaseException:
-            if staged.exists():  # else the weights are in place and need the pending sidecar
-                staged.unlink()
+            if staged.exists():  # otherwise the weights are in place and need the pending sidecar
+                files.discard(staged)
                 pending.unlink(missing_ok=True)
             raise
         files.commit(pending, target)
     except OSError as error:
-        raise CheckpointError(path, "a folder that can be written to", _reason(error)) from error
+        raise CheckpointError(path, "a folder that can be written to", reason(error)) from error
     return sidecar
 
 
-def load_checkpoint(path: Path | str, *, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a checkpoint: with its sidecar, or a bare state dict whose keys say what it is.
+def load_checkpoint(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    options: ModelOptions | None = None,
+) -> Checkpoint:
+    """Load a model in any format listed in `docs/formats.md`.
 
-    The sidecar lies beside `path` or, where that is a link, beside what it leads to. What a bare
-    state dict can't say is guessed, see `infer_architecture`, with a warning. Weights are read
-    with ``weights_only=True`` and against the sidecar's SHA-256. Raises CheckpointError naming
-    the file, what was expected and what was found.
+    A checkpoint of ours has a sidecar in the same folder as `path` or, for a link, its target.
+    Without a sidecar the network is inferred from keys and shapes; `options` give the rest, and
+    every guess is logged as a warning. Weights are read with ``weights_only=True`` and checked
+    against the sidecar's SHA-256. Raises CheckpointError that names the file, what was expected
+    and what was found.
     """
+    spec, options = str(path), options or ModelOptions()
+    if is_service(spec):
+        from robust.loading.service import open_service
+
+        return _given(spec, open_service(spec, options), options, device)
+    if is_code(spec):
+        return _given(spec, open_code(spec), options, device)
     path = _weights_path(path)
+    if path.is_dir():
+        path, options = open_folder(path, options)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(path, "a checkpoint", _reason(error)) from error
+        raise CheckpointError(path, "a checkpoint", reason(error)) from error
+    given = open_file(path, data)
+    if given is not None:
+        return _given(spec, given, options, device)
     digest = sha256(data).hexdigest()
     sidecar = _read_sidecar(path, digest)
-    state = _read_state(path, data)
-    if sidecar is None:
-        architecture = infer_architecture(path, state)
-        logger.warning(
-            "%s has no sidecar %s: taken as %s with %s, pixels in [0, 1], and classes 0 to %d",
-            path,
-            sidecar_path(path).name,
-            architecture.arch,
-            architecture.activation,
-            architecture.num_classes - 1,
+    if sidecar is not None:
+        differing = contradiction(options, sidecar.architecture, sidecar.classes)
+        if differing:
+            raise CheckpointError(
+                path, "what its sidecar says", f"other options: {differing} is what it says"
+            )
+    weights = read_weights(
+        path, data, known=lambda state: is_known(state, options), key=options.key
+    )
+    if sidecar is not None:
+        found = Described(
+            architecture=sidecar.architecture,
+            classes=sidecar.classes,
+            state=weights.state,
+            notes=weights.notes,
         )
+    else:
+        found = describe(path, weights, options)
         sidecar = Sidecar(
-            architecture=architecture,
-            classes=tuple(str(k) for k in range(architecture.num_classes)),
-            weights_sha256=digest,
+            architecture=found.architecture, classes=found.classes, weights_sha256=digest
         )
-    classifier = Classifier(sidecar.architecture)
-    _fill(path, classifier, state)
-    classifier.eval().requires_grad_(False).to(device)
-    return Checkpoint(classifier=classifier, sidecar=sidecar, sha256=digest, path=path)
+    with UndrawnWeights():
+        classifier = Classifier(found.architecture)
+    found = with_head_bias(classifier, found)
+    fill(path, classifier, found.state)
+    for line in told(found):
+        logger.warning("%s: %s", path, line)
+    classifier.classes = found.classes
+    return Checkpoint(
+        classifier=_on_device(classifier, device),
+        sidecar=sidecar,
+        sha256=digest,
+        path=path,
+        guessed=found.guessed,
+        notes=found.notes,
+    )
+
+
+def _given(
+    spec: str, given: Given, options: ModelOptions, device: torch.device | str
+) -> Checkpoint:
+    """A checkpoint of a model that is not a weights file."""
+    classifier, guessed, notes = classifier_of(spec, given, options)
+    if len(classifier.classes) != classifier.architecture.num_classes:
+        raise CheckpointError(
+            spec,
+            f"{classifier.architecture.num_classes} class names",
+            f"{len(classifier.classes)} in --classes",
+        )
+    found = Described(
+        architecture=classifier.architecture,
+        classes=classifier.classes,
+        state={},
+        guessed=guessed,
+        notes=notes,
+    )
+    for line in told(found):
+        logger.warning("%s: %s", spec, line)
+    return Checkpoint(
+        classifier=_on_device(classifier, device),
+        sidecar=Sidecar(
+            architecture=classifier.architecture,
+            classes=classifier.classes,
+            weights_sha256=given.sha256,
+        ),
+        sha256=given.sha256,
+        path=Path(spec),
+        guessed=guessed,
+        notes=notes,
+    )
+
+
+def _on_device(classifier: Classifier, device: torch.device | str) -> Classifier:
+    """Move the model to the device, in eval mode and frozen. Raises DeviceDisagrees.
+
+    A model without gradients stays where it is: in ONNX Runtime on the CPU, or in a service.
+    """
+    classifier.eval().requires_grad_(False)
+    if not classifier.differentiable:
+        return classifier
+    compare_with_cpu(classifier, torch.device(device), classifier.architecture.input_size)
+    return classifier.to(device)
+
+
+def load_model(
+    model: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    arch: str | None = None,
+    stem: str | None = None,
+    activation: str | None = None,
+    input_size: int | None = None,
+    mean: str | float | Sequence[float] | None = None,
+    std: str | float | Sequence[float] | None = None,
+    classes: str | Sequence[str] | None = None,
+    key: str | None = None,
+) -> Classifier:
+    """The classifier in a file, folder or service, in eval mode: images in [0, 1] to logits.
+
+    `model` is as for the command line's ``--model``, see ``docs/formats.md``. The other arguments
+    describe a bare state dict, like the command line's options: `mean` and `std` are 3 numbers or
+    a name such as ``imagenet``. The classifier has `classes` and `architecture`. Every guess is
+    logged as a warning. Raises CheckpointError, and ValueError for an invalid option.
+    """
+    options = model_options(
+        arch=arch,
+        stem=stem,
+        activation=activation,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+        classes=classes,
+        key=key,
+    )
+    return load_checkpoint(model, device=device, options=options).classifier
 
 
 def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) -> Sidecar:
     """Add measured accuracies to the sidecar of `checkpoint` and return it.
 
-    A row takes the place of one with the same images, attack, norm and eps: what was measured on
-    some images of a set stands beside what was measured on all. Raises CheckpointError when the
-    weights on disk are others by now, or there is no sidecar or it can't be written.
+    A row replaces one with the same images, attack, norm and eps; results on a subset of a data
+    set are kept next to results on the whole set. Raises CheckpointError if the weights on disk
+    have changed, or if the sidecar is missing or can't be written.
     """
     path = checkpoint.path
     try:
@@ -153,41 +310,12 @@ def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) ->
         sidecar = replace(sidecar, evaluation=list(kept.values()))
         files.write_json(sidecar_path(_described(path)), sidecar.to_dict())
     except OSError as error:
-        raise CheckpointError(path, "a folder that can be written to", _reason(error)) from error
+        raise CheckpointError(path, "a folder that can be written to", reason(error)) from error
     return sidecar
 
 
 def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("data", "data_sha256", "attack", "norm", "eps"))
-
-
-def infer_architecture(path: Path, state: Mapping[str, Tensor]) -> Architecture:
-    """Read architecture, stem and K off the keys and shapes of a bare state dict.
-
-    What they can't tell is taken as relu, 32 pixels, no normalisation. Raises CheckpointError.
-    """
-    expected = "the keys of torchvision's resnet18, resnet34 or resnet50"
-    stem, head = state.get("conv1.weight"), state.get("fc.weight")
-    if stem is None or head is None or stem.ndim != 4 or head.ndim != 2:
-        shown = ", ".join(list(state)[:3]) or "none"
-        raise CheckpointError(path, expected, f"{len(state)} keys such as {shown}"[:200])
-    blocks = [
-        len({m[1] for key in state if (m := re.match(rf"layer{layer}\.(\d+)\.", key))})
-        for layer in (1, 2, 3, 4)
-    ]
-    bottleneck = "layer1.0.conv3.weight" in state
-    archs = {(False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34"}
-    archs[(True, (3, 4, 6, 3))] = "resnet50"
-    arch = archs.get((bottleneck, tuple(blocks)))  # type: ignore[arg-type]
-    kernel = tuple(stem.shape[2:])
-    stems = {(7, 7): "imagenet", (3, 3): "cifar"}
-    if arch is None or kernel not in stems:
-        kind = "bottleneck" if bottleneck else "basic"
-        raise CheckpointError(path, expected, f"{kind} blocks {blocks} behind a {kernel} stem")
-    try:
-        return Architecture(arch=arch, stem=stems[kernel], num_classes=len(head))  # type: ignore[arg-type]
-    except ValueError as error:
-        raise CheckpointError(path, expected, str(error)) from None
 
 
 def _weights_path(path: Path | str) -> Path:
@@ -198,9 +326,9 @@ def _weights_path(path: Path | str) -> Path:
 
 
 def _finish_interrupted_save(path: Path) -> None:
-    """Put the sidecar in place that a crash between the two renames left pending.
+    """Finish a save that crashed between its two renames by renaming the pending sidecar.
 
-    The next save would write over it, and should that fail nothing would describe the weights.
+    The next save would overwrite it, and if that failed, nothing would describe the weights.
     """
     pending = _pending_path(path)
     if not pending.exists() or not path.exists():
@@ -215,21 +343,25 @@ def _pending_path(path: Path) -> Path:
 
 
 def _described(path: Path) -> Path:
-    """`path`, or what it links to where only that has a sidecar."""
+    """`path`, or its link target if only that has a sidecar."""
     has_own = sidecar_path(path).exists() or _pending_path(path).exists()
     return path if has_own or not path.is_symlink() else path.resolve()
 
 
 def _read_sidecar(path: Path, digest: str) -> Sidecar | None:
-    """The sidecar of these weights; None where there is none at all."""
+    """The sidecar of these weights; None if there is none."""
     path, mismatch = _described(path), None
     for candidate in (sidecar_path(path), _pending_path(path)):
         try:
-            sidecar = parse_sidecar(candidate.read_bytes())
+            text = candidate.read_bytes()
+            if is_foreign(text):
+                logger.warning("%s describes no checkpoint and is left out", candidate)
+                continue
+            sidecar = parse_sidecar(text)
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise CheckpointError(candidate, "a sidecar", _reason(error)) from error
+            raise CheckpointError(candidate, "a sidecar", reason(error)) from error
         except ValueError as error:
             mismatch = mismatch or CheckpointError(candidate, "a valid sidecar", str(error))
             continue
@@ -241,58 +373,3 @@ def _read_sidecar(path: Path, digest: str) -> Sidecar | None:
     if mismatch:
         raise mismatch
     return None
-
-
-def _read_state(path: Path, data: bytes) -> dict[str, Tensor]:
-    expected = "a state dict saved by torch.save"
-    if not data:
-        raise CheckpointError(path, expected, "an empty file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on unusual pickles: the error below says more
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"a pickle that asks for {refused[1]}" if refused else "a file that is none"
-        raise CheckpointError(path, expected, found) from None
-    except Exception as error:  # torch raises whatever it trips over in a broken file
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(path, expected, f"a truncated or foreign file ({reason})") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise CheckpointError(path, "a plain dict of names and tensors", type(state).__name__)
-    return state
-
-
-def _fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into the network, or say which key is wrong and how."""
-    own = classifier.net.state_dict()
-    name = f"{classifier.architecture.arch} with {classifier.architecture.num_classes} classes"
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    # Older torch wrote no batch counters; nothing depends on them.
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        found = f"{len(missing)} keys missing ({', '.join(missing[:3])})" if missing else ""
-        more = f"{len(unexpected)} unknown ({', '.join(unexpected[:3])})" if unexpected else ""
-        raise CheckpointError(
-            path, f"the keys of {name}", " and ".join(filter(None, (found, more)))
-        )
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise CheckpointError(
-                path,
-                f"{key} of shape {tuple(own[key].shape)} ({name})",
-                f"shape {tuple(value.shape)}",
-            )
-        floating = own[key].is_floating_point()
-        if value.dtype not in (_FLOATS if floating else _INTEGERS) or value.is_sparse:
-            expected = f"{key} of {'floats' if floating else 'whole numbers'}"
-            raise CheckpointError(path, expected, f"{value.dtype} in {value.layout}")
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(path, "finite weights", f"NaN or infinite ones in {key}")
-    classifier.net.load_state_dict(dict(state), strict=False)
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error) or type(error).__name__).lower()

@@ -1,4 +1,4 @@
-"""A client of the service, for programs that need no torch."""
+"""A client of the service that does not import torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,9 +21,9 @@ _AGAIN = (429, 503)
 
 
 class ServiceError(Exception):
-    """An answer that is an error, or none at all (`status` 0).
+    """An error response, or no response at all (`status` 0).
 
-    `errors` names each fault with its field, what was expected and what came.
+    `errors` lists each invalid field with what was expected and what was found.
     """
 
     def __init__(self, status: int, problem: Mapping[str, Any], retry_after: float | None) -> None:
@@ -46,25 +46,40 @@ class Class:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(Class):
-    """What the model sees in an image; `top` has the likeliest classes, this one first."""
+    """The prediction for an image; `top` has the likeliest classes, this one first."""
 
     top: tuple[Class, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """The other model's result on an adversarial image."""
+
+    after: Prediction
+    outcome: str  # as of the attack itself
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attack:
-    """One attack on one image. Everything is measured on `image`, the PNG."""
+    """One attack on one image. Everything is measured on `image`, the PNG.
+
+    With `compare`, also the same attack on the comparison model, and for both the other model's
+    result on `image`.
+    """
 
     name: str
     parameters: Mapping[str, Any]  # as they were run
     before: Prediction
     after: Prediction
-    success: bool
+    outcome: str  # broken, withstood, or already_wrong if the original was misclassified
+    success: bool  # whether it is broken
     linf: float  # distances in pixel units
     l2: float
     seconds: float
     image: bytes
     perturbation: bytes  # PNG of what was added, amplified
+    transfer: Transfer | None = None
+    compare: Attack | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +95,16 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Whether there is more to come."""
+        """Whether it is queued or running."""
         return self.state in ("queued", "running")
 
 
 class Client:
-    """The service at an address. Close it, or use it in a `with` statement.
+    """A client of the service at an address. Close it, or use it in a `with` statement.
 
-    `key` is one of the service's keys, where it has some. Work turned away because the service is
-    full or not ready is offered again up to `retries` times, when the service asks for it. Every
-    method raises ServiceError.
+    `key` is one of the service's API keys, if it has any. Requests refused because the service is
+    full or not ready are retried up to `retries` times, at the time in `Retry-After`. Every method
+    raises ServiceError.
     """
 
     def __init__(
@@ -123,51 +138,61 @@ class Client:
         self._http.close()
 
     def predict(self, *images: Source, top_k: int = 5) -> list[Prediction]:
-        """What the model sees in each image, in their order."""
+        """The prediction for each image, in order."""
         answer = self._post("/predict", images, {"top_k": top_k})
         return [_prediction(item) for item in answer["results"]]
 
     def attack(
         self,
         image: Source,
-        attacks: Sequence[str] = ("fgsm", "pgd"),
+        attacks: str | Sequence[str] = ("fgsm", "pgd"),
         *,
         eps: float | str | None = None,
+        compare: bool = False,
         **parameters: Any,
     ) -> list[Attack]:
-        """Each attack on the image. `eps` is in pixel units, such as "8/255".
+        """Run one or more attacks on the image. `eps` is in pixel units, such as "8/255".
+
+        With `compare` the service's comparison model is attacked too.
 
         Further parameters are those of POST /attack: norm, alpha, steps, restarts, seed, label,
         target.
         """
-        fields = {"attack": list(attacks), "eps": eps, **parameters}
-        answer = self._post("/attack", [image], fields)
-        return [_attack(item, answer["before"]) for item in answer["results"]]
+        fields = {"attack": _names(attacks), "eps": eps, **parameters}
+        if not compare:
+            answer = self._post("/attack", [image], fields)
+            return [_attack(item, answer["before"]) for item in answer["results"]]
+        answer = self._post("/attack", [image], {**fields, "compare": "true"})
+        other = answer["compare"]
+        return [
+            replace(_attack(item, answer["before"]), compare=_attack(of_other, other["before"]))
+            for item, of_other in zip(answer["results"], other["results"], strict=True)
+        ]
 
     def evaluate(
         self,
         data: Source | None = None,
-        attacks: Sequence[str] = ("fgsm", "pgd"),
+        attacks: str | Sequence[str] = ("fgsm", "pgd"),
         *,
         dataset: str | None = None,
         wait: float = 0,
         **parameters: Any,
     ) -> Job:
-        """Begin an evaluation of a labelled set, an npz or pt file, or of a registered `dataset`.
+        """Start an evaluation of a labeled npz or pt file, or of a registered `dataset`.
 
-        Waits up to `wait` seconds for the result, as far as the service lets it. Further parameters
+        Waits up to `wait` seconds for the result, within the service's limit. Further parameters
         are those of POST /evaluate: norm, eps, alpha, steps, restarts, seed, limit.
         """
-        fields = {"attack": list(attacks), "dataset": dataset, **parameters}
+        fields = {"attack": _names(attacks), "dataset": dataset, **parameters}
         files = [] if data is None else [data]
         return _job(self._post("/evaluate", files, fields, {"Prefer": f"wait={wait:g}"}))
 
     def job(self, id: str) -> Job:
-        """An evaluation as it is now."""
+        """The current state of an evaluation."""
         return _job(self._ask("GET", f"/evaluate/{id}").json())
 
     def watch(self, id: str) -> Iterator[Job]:
-        """An evaluation as it goes on, last when it has ended."""
+        """Yield the state of an evaluation after each change, until it has ended."""
         try:
             with self._http.stream("GET", f"/evaluate/{id}/events") as response:
                 if response.is_error:
@@ -180,16 +205,16 @@ class Client:
             raise _silence(failure) from failure
 
     def cancel(self, id: str) -> Job:
-        """Stop an evaluation; forget one that has ended."""
+        """Stop a running evaluation, or delete a finished one."""
         return _job(self._ask("DELETE", f"/evaluate/{id}").json())
 
     def model(self) -> dict[str, Any]:
-        """The card of the model in service."""
+        """The card of the served model."""
         card: dict[str, Any] = self._ask("GET", "/model").json()
         return card
 
     def ready(self) -> bool:
-        """Whether the service answers and takes work."""
+        """Whether the service responds and accepts requests."""
         try:
             return self._http.get("/readyz").status_code == 200
         except httpx.TransportError:
@@ -205,7 +230,7 @@ class Client:
         given = {name: value for name, value in fields.items() if value is not None}
         # Read here, so that an attempt can be repeated.
         parts = [("file", ("file", _content(file))) for file in files]
-        # Without a file httpx sends a plain form, which the service takes as well.
+        # Without a file httpx sends a URL-encoded form, which the service also accepts.
         response = self._ask("POST", path, data=given, files=parts or None, headers=headers)
         answer: dict[str, Any] = response.json()
         return answer
@@ -223,6 +248,10 @@ class Client:
                 break
             time.sleep(min(error.retry_after or 1.0, MAX_SLEEP))
         raise error
+
+
+def _names(attacks: str | Sequence[str]) -> list[str]:
+    return [attacks] if isinstance(attacks, str) else list(attacks)
 
 
 def _content(source: Source) -> bytes:
@@ -257,18 +286,25 @@ def _prediction(item: Mapping[str, Any]) -> Prediction:
     )
 
 
+def _transfer(item: Mapping[str, Any]) -> Transfer:
+    return Transfer(after=_prediction(item["after"]), outcome=item["outcome"])
+
+
 def _attack(item: Mapping[str, Any], before: Mapping[str, Any]) -> Attack:
+    transfer = item.get("transfer")  # an older service has none
     return Attack(
         name=item["parameters"]["attack"],
         parameters=item["parameters"],
         before=_prediction(before),
         after=_prediction(item["after"]),
+        outcome=item["outcome"],
         success=item["success"],
         linf=item["linf"],
         l2=item["l2"],
         seconds=item["seconds"],
         image=base64.b64decode(item["adversarial_png"]),
         perturbation=base64.b64decode(item["perturbation_png"]),
+        transfer=None if transfer is None else _transfer(transfer),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a measured number depends on: versions and the device, in words."""
+"""Versions and the device in words, for the record of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def project_version() -> str:
-    """The installed version of this project, ``unknown`` where it runs without being installed."""
+    """The installed version of this project; ``unknown`` if it is not installed."""
     try:
         return metadata.version("robust")
     except metadata.PackageNotFoundError:
@@ -32,14 +32,18 @@ def versions() -> dict[str, str]:
 
 
 def unused_gpu(device: torch.device, control: Path = Path("/dev/nvidiactl")) -> bool:
-    """Whether the CPU is used though an NVIDIA driver is loaded, whose file is `control`."""
+    """Whether the CPU is used although an NVIDIA driver (with the file `control`) is loaded."""
     return device.type == "cpu" and control.exists()
 
 
-def device_in_words(device: torch.device) -> str:
-    """The device as people name it: the GPU's own name, or ``cpu (2 threads)``."""
+def device_in_words(device: torch.device, threads: int | None = None) -> str:
+    """The device in words: the GPU's name, or ``cpu (2 threads)``.
+
+    Give `threads` if another thread does the work, as torch has a count for each thread.
+    """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    threads = threads or torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' * (threads != 1)})"

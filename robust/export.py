@@ -1,14 +1,10 @@
-"""Export: the weights in a file that loads without this project."""
+"""Exports the weights to a file that loads without this project."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,39 +15,68 @@ from torch import Tensor
 from robust import files
 from robust.checkpoint import Checkpoint, sidecar_path
 from robust.classifier import Architecture, Classifier
+from robust.graph import traced_onnx
+from robust.networks import given, resnet
 
-Format = Literal["torchvision", "safetensors", "onnx"]
+Format = Literal["torchvision", "safetensors", "onnx", "hub"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-TOLERANCE = 1e-4  # most that logits may differ between torch and the exported ONNX model
-OPSET = 18
+TOLERANCE = 1e-4  # largest difference of logits between torch and the exported ONNX model
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) -> str:
     """Write the float32 weights to `path`, atomically; return Python statements that load it.
 
-    `torchvision` is a state dict for torchvision's own model and `safetensors` the same with what
-    else must be known as metadata; `onnx` is the whole model, `images` float32 (N, 3, S, S) in
-    [0, 1] to `logits`. Raises ValueError for another format, an output that would replace the
-    checkpoint, or a model that the format cannot hold exactly, and OSError.
+    `torchvision` is a state dict for torchvision's own model, and `safetensors` the same with all
+    other properties as metadata; `onnx` is the whole model, `images` float32 (N, 3, S, S) in
+    [0, 1] to `logits`; `hub` is a folder for the Hugging Face hub. Raises ValueError for another
+    format, an output that would overwrite the checkpoint, or a model that the format can't
+    represent exactly, and OSError.
     """
     path = Path(path)
+    if checkpoint.sidecar.architecture.arch in given.KINDS:
+        raise ValueError(
+            f"expected weights of a network to export, got a {checkpoint.sidecar.architecture.arch}"
+            " model"
+        )
     inputs = {item.resolve() for item in (checkpoint.path, sidecar_path(checkpoint.path))}
     if path.resolve() in inputs:
         raise ValueError(f"expected another file than the checkpoint itself, got {path}")
+    if format == "hub":
+        return _write_hub(checkpoint, path)
     writers = {"torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
     if format not in writers:
-        raise ValueError(f"expected a format out of {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"expected format to be one of {', '.join(FORMATS)}, got {format!r}")
     data, usage = writers[format](checkpoint, path)
     files.write_atomic(path, lambda file: file.write(data))
     return usage
 
 
+def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
+    """Write a folder for the Hugging Face hub; the configuration last, after the other files."""
+    from robust.hub import hub_config, model_card
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder for the hub format, got the file {folder}")
+    name = folder.resolve().name
+    weights, _ = _safetensors(checkpoint, folder)
+    card = model_card(checkpoint, name).encode()
+    files.write_atomic(folder / "model.safetensors", lambda file: file.write(weights))
+    files.write_atomic(folder / "README.md", lambda file: file.write(card))
+    files.write_json(folder / "config.json", hub_config(checkpoint))
+    return f"import robust; model = robust.load_model({name!r})"
+
+
 def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     architecture = checkpoint.classifier.architecture
-    if architecture.normalises:
-        # Folded into conv1 it would be wrong along the border, where zero padding comes after it.
+    if not _is_torchvisions(architecture):
         raise ValueError(
-            "expected a model without normalisation for the torchvision format, got mean "
+            f"expected a ResNet of torchvision for the torchvision format, got {architecture.arch}"
+            ": use onnx or safetensors"
+        )
+    if architecture.normalizes:
+        # Folding it into conv1 would be wrong at the border, where zero padding follows it.
+        raise ValueError(
+            "expected a model without normalization for the torchvision format, got mean "
             f"{architecture.mean} and std {architecture.std}: use onnx or safetensors"
         )
     buffer = io.BytesIO()
@@ -71,12 +96,14 @@ def _safetensors(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
         "std": json.dumps(architecture.std),
     }
     data: bytes = save(_float32_state(checkpoint.classifier), metadata=metadata)
+    if not _is_torchvisions(architecture):
+        return data, f"import robust; model = robust.load_model({path.name!r})"
     load = f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
     usage = f"import safetensors.torch, {_rebuild(architecture)}; {load}; model.eval()"
-    if architecture.normalises:
+    if architecture.normalizes:
         mean, std = list(architecture.mean), list(architecture.std)
         scale = f"torch.tensor({mean}).view(3, 1, 1)) / torch.tensor({std}).view(3, 1, 1)"
-        usage += f"; normalise = lambda images: (images - {scale}"
+        usage += f"; normalize = lambda images: (images - {scale}"
     return data, usage
 
 
@@ -92,20 +119,7 @@ def _onnx(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     classifier.load_state_dict(checkpoint.classifier.state_dict())
     classifier.eval()
     size = classifier.architecture.input_size
-    example = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with _quiet():
-        program = torch.onnx.export(
-            classifier,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
+    model = traced_onnx(classifier)
     onnx.helper.set_model_props(model, _describe(checkpoint))
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
@@ -119,7 +133,7 @@ def _onnx(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
 
 
 def _check_onnx(data: bytes, classifier: Classifier) -> None:
-    """Run both, on another batch size than the traced one: what was traced must hold for any."""
+    """Run both with a batch size other than the traced one, as the graph must work for any."""
     size = classifier.architecture.input_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -132,7 +146,7 @@ def _check_onnx(data: bytes, classifier: Classifier) -> None:
 def _run_onnx(data: bytes, images: np.ndarray) -> np.ndarray:
     try:
         import onnxruntime
-    except ImportError:  # not needed to export: ONNX's own, slow evaluator checks as well
+    except ImportError:  # not needed for export: ONNX's own, slow evaluator can check too
         from onnx.reference import ReferenceEvaluator
 
         with tempfile.TemporaryDirectory() as folder:
@@ -158,37 +172,29 @@ def _describe(checkpoint: Checkpoint) -> dict[str, str]:
         "architecture": architecture.arch,
         "stem": architecture.stem,
         "activation": architecture.activation,
+        **({"variant": architecture.variant} if architecture.variant else {}),
         "classes": json.dumps(checkpoint.sidecar.classes, ensure_ascii=False),
         "input_size": str(architecture.input_size),
         "source_sha256": checkpoint.sha256,
     }
 
 
+def _is_torchvisions(architecture: Architecture) -> bool:
+    return architecture.arch in resnet.FAMILY.archs
+
+
 def _rebuild(architecture: Architecture) -> str:
     """The rest of an import, and statements that build the bare network."""
     build = f"torchvision.models.{architecture.arch}(num_classes={architecture.num_classes})"
     lines = ["torch, torchvision", f"model = {build}"]
-    if architecture.stem == "cifar":
-        lines.append("model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
-        lines.append("model.maxpool = torch.nn.Identity()")
+    if architecture.stem in resnet.SMALL_STEMS:
+        stride, pools = resnet.SMALL_STEMS[architecture.stem]
+        step = f"stride={stride}, " if stride > 1 else ""
+        lines.append(f"model.conv1 = torch.nn.Conv2d(3, 64, 3, {step}padding=1, bias=False)")
+        if not pools:
+            lines.append("model.maxpool = torch.nn.Identity()")
     if architecture.activation == "silu":
         lines.append(
             "[setattr(m, 'relu', torch.nn.SiLU()) for m in model.modules() if hasattr(m, 'relu')]"
         )
     return "; ".join(lines)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes on its own inner workings off the terminal."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir")
-    levels = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for name in names:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)

@@ -34,7 +34,7 @@ def _size(flat: Tensor, norm: Norm) -> Tensor:
 
 
 def project(x_adv: Tensor, x: Tensor, *, norm: Norm, eps: Tensor | float) -> Tensor:
-    """The point of the ball around `x`, cut by [0, 1], that `x_adv` is pulled back to."""
+    """The projection of `x_adv` onto the ball around `x`, intersected with [0, 1]."""
     return projection(x, norm=norm, eps=eps)(x_adv)
 
 
@@ -48,7 +48,7 @@ def projection(x: Tensor, *, norm: Norm, eps: Tensor | float) -> Callable[[Tenso
 
     def pull(x_adv: Tensor) -> Tensor:
         delta = x_adv - x
-        # Cutting at the pixel range afterwards moves every pixel towards x, so stays in the ball.
+        # Clipping to the pixel range afterwards moves pixels toward x, so it stays in the ball.
         scale = (eps / lengths(delta).clamp_min(1e-30)).clamp_max(1)
         return delta.mul_(scale).add_(x).clamp_(0, 1)
 
@@ -56,15 +56,15 @@ def projection(x: Tensor, *, norm: Norm, eps: Tensor | float) -> Callable[[Tenso
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
-    """The step of length one in `norm` that follows `gradient` best; 0 where it is 0."""
+    """The steepest-ascent step of length one in `norm`; 0 where `gradient` is 0."""
     if norm == "linf":
         return gradient.sign()
     # Scaled first: the squares of a tiny gradient would underflow to a zero length.
-    gradient = gradient.nan_to_num()  # as `sign` has it: no direction where there is none
+    gradient = gradient.nan_to_num()  # like `sign`: no direction for NaN
     scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
     return scaled / lengths(scaled).clamp_min(1e-12)
 
 
 def column(values: Tensor) -> Tensor:
-    """One value for each image, (N,), as (N, 1, 1, 1): to be used with images."""
+    """One value per image, (N,), as (N, 1, 1, 1) for use with images."""
     return values.view(-1, 1, 1, 1)

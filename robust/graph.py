@@ -1,38 +1,68 @@
-"""A classifier as an ONNX graph: of the layers of its copy for inference, in fewer operations.
+"""A classifier as an ONNX graph of its inference copy's layers, with fewer operations.
 
-Small feature maps are matrices there, a row for each pixel or, for a convolution over a whole
-map, for each image: no layer of the last stages needs its values moved.
+Small feature maps are matrices with a row per pixel or, for a convolution over a whole map, per
+image, so that the last stages need no transposes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from robust.classifier import Classifier
 from robust.inference import SMALL, Dense, InferenceClassifier, Pixelwise
-from robust.resnet import Block
+from robust.networks import family_of
+from robust.networks.layers import SameConv2d
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 18
-IR_VERSION = 10  # the oldest reader that is meant to take it: ONNX 1.16, ONNX Runtime 1.18
+IR_VERSION = 10  # for the oldest supported readers: ONNX 1.16, ONNX Runtime 1.18
 
 
 def build_onnx(classifier: InferenceClassifier) -> ModelProto:
     """The graph, `images` float32 (N, 3, S, S) in [0, 1] to `logits` float32 (N, K), for any N.
 
-    Raises ImportError without the package onnx.
+    A family without an `onnx` function is exported by torch, which takes longer. Raises ImportError
+    without the package onnx, and for a traced network without onnxscript.
     """
-    return _Graph().build(classifier.classifier)
+    if family_of(classifier.architecture.arch).onnx is None:
+        return traced_onnx(classifier.classifier)
+    return GraphBuilder().build(classifier.classifier)
+
+
+def traced_onnx(classifier: Classifier) -> ModelProto:
+    """The same graph from torch's exporter. Raises ImportError and the exporter's exceptions."""
+    import onnxscript  # noqa: F401  (the exporter needs it, and says so in riddles)
+
+    size = classifier.architecture.input_size
+    example = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with _quiet():
+        program = torch.onnx.export(
+            classifier,
+            (example.to(classifier.mean.device),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Map:
+class FeatureMap:
     """A feature map (N, C, side, side), or in `rows` a matrix (N * side * side, C)."""
 
     name: str
@@ -41,8 +71,8 @@ class _Map:
     rows: bool = False
 
 
-class _Graph:
-    """Nodes in order, and the constants they take."""
+class GraphBuilder:
+    """Nodes in order, and their constants."""
 
     def __init__(self) -> None:
         from onnx import helper, numpy_helper
@@ -52,21 +82,15 @@ class _Graph:
         self._constants: list[Any] = []
 
     def build(self, classifier: Classifier) -> ModelProto:
-        architecture, net = classifier.architecture, classifier.net
+        architecture = classifier.architecture
+        add_network = family_of(architecture.arch).onnx
+        assert add_network is not None
         side = architecture.input_size
         images = "images"
-        if architecture.normalises:
+        if architecture.normalizes:
             images = self._add("Sub", images, self._constant(classifier.mean))
             images = self._add("Div", images, self._constant(classifier.std))
-        x = self._convolve(_Map(name=images, channels=3, side=side), net.conv1)
-        x = self._activate(x, net.relu)
-        if isinstance(net.maxpool, nn.MaxPool2d):
-            x = self._pool(x)
-        for _, block in net.named_blocks():
-            x = self._block(x, block)
-        features = self._mean(x)
-        weights = self._constant(net.fc.weight), self._constant(net.fc.bias)
-        self._add("Gemm", features, *weights, output="logits", transB=1)
+        add_network(self, classifier.net, FeatureMap(name=images, channels=3, side=side))
         shapes: tuple[list[Any], list[Any]] = ["N", 3, side, side], ["N", architecture.num_classes]
         value = self._helper.make_tensor_value_info
         graph = self._helper.make_graph(
@@ -82,53 +106,64 @@ class _Graph:
         )
         return model
 
-    def _block(self, x: _Map, block: Block) -> _Map:
-        shortcut = x
-        if block.downsample is not None:
-            shortcut = self._convolve(x, block.downsample.get_submodule("0"))
-        for number, name in enumerate(block.convolutions):
-            if number:
-                x = self._activate(x, block.relu)
-            x = self._convolve(x, block.get_submodule(name))
-        if x.rows != shortcut.rows:
-            x, shortcut = self._as_rows(x), self._as_rows(shortcut)
-        total = self._add("Add", x.name, shortcut.name)
-        return self._activate(_like(x, total), block.relu)
-
-    def _convolve(self, x: _Map, layer: nn.Module) -> _Map:
+    def convolve(self, x: FeatureMap, layer: nn.Module) -> FeatureMap:
+        """A convolution, or the layer that replaces it in the inference copy."""
         if isinstance(layer, Dense):
             return self._dense(self._as_rows(x), layer)
         if isinstance(layer, Pixelwise):
             if x.side <= SMALL:
                 return self._pixelwise(self._as_rows(x), layer)
             weight, bias = layer.weight[:, :, None, None], layer.bias
-            size, stride, padding = 1, layer.stride, 0
+            size, stride, pads = 1, layer.stride, [0] * 4
         else:
             assert isinstance(layer, nn.Conv2d)
             assert not x.rows
             weight, bias = layer.weight, layer.bias
-            size, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-        assert bias is not None
+            size, stride, pads = layer.kernel_size[0], layer.stride[0], [int(layer.padding[0])] * 4
+            if isinstance(layer, SameConv2d):
+                pads = [0, 0, 1, 1]
+        constants = [self._constant(value) for value in (weight, bias) if value is not None]
         name = self._add(
             "Conv",
             x.name,
-            self._constant(weight),
-            self._constant(bias),
+            *constants,
             kernel_shape=[size] * 2,
             strides=[stride] * 2,
-            pads=[padding] * 4,
+            pads=pads,
         )
-        side = (x.side + 2 * padding - size) // stride + 1
-        return _Map(name=name, channels=len(weight), side=side)
+        side = (x.side + pads[0] + pads[2] - size) // stride + 1
+        return FeatureMap(name=name, channels=len(weight), side=side)
 
-    def _dense(self, x: _Map, layer: Dense) -> _Map:
+    def norm(self, x: FeatureMap, layer: nn.BatchNorm2d) -> FeatureMap:
+        """A batch norm that was not folded: a scale and a shift."""
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        scale = layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()
+        shift = layer.bias.double() - layer.running_mean.double() * scale
+        shape = (-1,) if x.rows else (-1, 1, 1)
+        name = self._add("Mul", x.name, self._constant(scale.float().view(shape)))
+        return _like(x, self._add("Add", name, self._constant(shift.float().view(shape))))
+
+    def add(self, x: FeatureMap, shortcut: FeatureMap) -> FeatureMap:
+        """The sum of a block's branch and its shortcut."""
+        if x.rows != shortcut.rows:
+            x, shortcut = self._as_rows(x), self._as_rows(shortcut)
+        return _like(x, self._add("Add", x.name, shortcut.name))
+
+    def finish(self, x: FeatureMap, head: nn.Linear) -> None:
+        """The mean over all pixels, and the layer that gives the logits."""
+        features = self._mean(x)
+        weights = self._constant(head.weight), self._constant(head.bias)
+        self._add("Gemm", features, *weights, output="logits", transB=1)
+
+    def _dense(self, x: FeatureMap, layer: Dense) -> FeatureMap:
         out_side, _, channels = layer.shape
         name = self._reshape(x.name, -1, x.side**2 * x.channels)
         name = self._product(name, layer.weight, layer.bias)
         name = self._reshape(name, -1, channels)
-        return _Map(name=name, channels=channels, side=out_side, rows=True)
+        return FeatureMap(name=name, channels=channels, side=out_side, rows=True)
 
-    def _pixelwise(self, x: _Map, layer: Pixelwise) -> _Map:
+    def _pixelwise(self, x: FeatureMap, layer: Pixelwise) -> FeatureMap:
         name, side = x.name, x.side
         if layer.stride > 1 and side > 1:
             name = self._reshape(name, -1, side, side, x.channels)
@@ -137,35 +172,37 @@ class _Graph:
             name = self._reshape(name, -1, x.channels)
             side = (side - 1) // layer.stride + 1
         name = self._product(name, layer.weight, layer.bias)
-        return _Map(name=name, channels=len(layer.weight), side=side, rows=True)
+        return FeatureMap(name=name, channels=len(layer.weight), side=side, rows=True)
 
     def _product(self, name: str, weight: Tensor, bias: Tensor | None) -> str:
-        assert bias is not None
-        return self._add("Gemm", name, self._constant(weight), self._constant(bias), transB=1)
+        constants = [self._constant(value) for value in (weight, bias) if value is not None]
+        return self._add("Gemm", name, *constants, transB=1)
 
-    def _activate(self, x: _Map, activation: nn.Module) -> _Map:
+    def activate(self, x: FeatureMap, activation: nn.Module) -> FeatureMap:
+        """ReLU or SiLU."""
         if isinstance(activation, nn.ReLU):
             return _like(x, self._add("Relu", x.name))
         assert isinstance(activation, nn.SiLU)
         return _like(x, self._add("Mul", x.name, self._add("Sigmoid", x.name)))
 
-    def _pool(self, x: _Map) -> _Map:
+    def pool(self, x: FeatureMap) -> FeatureMap:
+        """Max-pooling of an ImageNet stem."""
         name = self._add("MaxPool", x.name, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
-        return _Map(name=name, channels=x.channels, side=(x.side - 1) // 2 + 1)
+        return FeatureMap(name=name, channels=x.channels, side=(x.side - 1) // 2 + 1)
 
-    def _mean(self, x: _Map) -> str:
+    def _mean(self, x: FeatureMap) -> str:
         """The mean over the pixels of each image and channel."""
         if not x.rows:
             return self._add("Flatten", self._add("GlobalAveragePool", x.name))
         name = self._reshape(x.name, -1, x.side**2, x.channels)
         return self._add("ReduceMean", name, self._numbers([1]), keepdims=0)
 
-    def _as_rows(self, x: _Map) -> _Map:
+    def _as_rows(self, x: FeatureMap) -> FeatureMap:
         if x.rows:
             return x
         name = self._add("Transpose", x.name, perm=[0, 2, 3, 1])
         name = self._reshape(name, -1, x.channels)
-        return _Map(name=name, channels=x.channels, side=x.side, rows=True)
+        return FeatureMap(name=name, channels=x.channels, side=x.side, rows=True)
 
     def _reshape(self, name: str, *shape: int) -> str:
         return self._add("Reshape", name, self._numbers(shape))
@@ -187,5 +224,21 @@ class _Graph:
         return name
 
 
-def _like(x: _Map, name: str) -> _Map:
-    return _Map(name=name, channels=x.channels, side=x.side, rows=x.rows)
+def _like(x: FeatureMap, name: str) -> FeatureMap:
+    return FeatureMap(name=name, channels=x.channels, side=x.side, rows=x.rows)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporter's messages about its internals."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in names:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

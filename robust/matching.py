@@ -1,4 +1,4 @@
-"""Bring the labels of a data set to the classes of a model."""
+"""Map the labels of a data set to the classes of a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from robust.datasets import Dataset, DatasetError, check_labels
 
 
 def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """The data set with the labels and class names of a model that knows `classes`.
+    """The data set with the labels and class names of a model with `classes`.
 
-    Names are matched, in whatever order they come and also where the data has only some of them.
-    Where one side has none but plain numbers from 0, labels are taken as they are. Raises
-    DatasetError for a name the model does not know, or more classes than it has.
+    Names are matched in any order; the data may have only some of them. If one side has only
+    numbers from 0 as names, labels are not changed, and `changes` says so. Raises DatasetError for
+    a name that the model does not have, or for more classes than it has.
     """
     classes = tuple(classes)
     if dataset.classes == classes:
@@ -25,7 +25,11 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     numbers = any(name.isdecimal() for name in dataset.classes)  # names like those of the model
     if unknown and (_numbered(dataset.classes) or (_numbered(classes) and not numbers)):
         check_labels(dataset, len(classes))
-        return replace(dataset, classes=classes)
+        pairs = zip(dataset.classes, classes, strict=False)
+        notes = "read labels as numbers of the model's classes: " + _shown(
+            [f"{name} is {known}" for name, known in pairs]
+        )
+        return replace(dataset, classes=classes, changes=(*dataset.changes, notes))
     if unknown:
         raise DatasetError(
             dataset.name,
@@ -42,10 +46,10 @@ def first_images(dataset: Dataset, count: int) -> Dataset:
 
 
 def first_indices(dataset: Dataset, count: int) -> Tensor:
-    """The first `count` images; where all are sorted by class, as folders are, evenly spread ones.
+    """The first `count` images, or evenly spaced ones if all are sorted by class, as in folders.
 
-    The first images of sorted data would be of one class only. Returns int64 (count,), or less
-    where there are fewer.
+    The first images of sorted data would all be of one class. Returns int64 (count,), or fewer if
+    there are fewer images.
     """
     n = len(dataset)
     if count < n and bool((dataset.labels.diff() >= 0).all()):

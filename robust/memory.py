@@ -1,11 +1,11 @@
-"""How to tell that memory ran out."""
+"""Recognize errors that mean out of memory."""
 
 from __future__ import annotations
 
 import torch
 
-# What torch says, as a plain RuntimeError, when the system refuses memory on the CPU, or a library
-# on the device; and oneDNN and cuDNN, which give no reason but have hardly another.
+# Messages of the plain RuntimeErrors that torch raises when the CPU or a device library is out of
+# memory. Those of oneDNN and cuDNN give no reason, but it is nearly always this one.
 _NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -19,7 +19,7 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the memory of the device, or of the machine, did not suffice."""
+    """Whether `error` means that the device or the machine ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -1,4 +1,4 @@
-"""What a model says of an image, as it came and after an attack, told in 8-bit images."""
+"""Predictions for images, and attacks whose results are scored as 8-bit images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robust.attacks import AttackSettings, GivenUp, Model, frozen
+from robust.attacks import AttackResult, AttackSettings, Cancelled, Model, frozen
+from robust.attacks.search import for_rows
 from robust.evaluation.precision import full_float32
 from robust.images import to_float, to_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One class a model sees in an image, with its probability in [0, 1]."""
+    """One class and its probability in [0, 1]."""
 
     label: str
     index: int
@@ -26,25 +27,25 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOutcome:
-    """One attack on one image. All but `settings` is measured on the 8-bit `image`."""
+    """One attack on one image. Everything except `settings` is measured on the 8-bit `image`."""
 
     settings: AttackSettings
-    label: int  # the class the attack leads away from
-    target: int | None  # the class it leads to, where one was asked for
-    before: Tensor  # probabilities float32 (K,) of the image as it came
-    after: Tensor  # the same of `image`
-    success: bool  # `after` is led by another class than `label`, or by `target` where given
-    linf: float  # distances to the image as it came, in pixel units
+    label: int  # the class the attack moves away from
+    target: int | None  # the class of a targeted attack
+    before: Tensor  # probabilities float32 (K,) of the original image
+    after: Tensor  # those of `image`
+    success: bool  # `after` predicts another class than `label`, or predicts `target`
+    linf: float  # distances to the original image, in pixel units
     l2: float
     image: Tensor  # the adversarial image, uint8 (3, H, W)
-    perturbation: Tensor  # what was added, amplified: uint8 (3, H, W), grey 128 where nothing was
+    perturbation: Tensor  # the change, amplified: uint8 (3, H, W), gray 128 where there is none
     forwards: int
     backwards: int
     seconds: float
 
     @property
     def already_wrong(self) -> bool:
-        """Whether the model missed `label` before anything was done to the image."""
+        """Whether the model misclassified the original image."""
         return int(self.before.argmax()) != self.label
 
 
@@ -52,8 +53,8 @@ class AttackOutcome:
 def predict(model: Model, x: Tensor) -> Tensor:
     """Probabilities float32 (N, K), on the CPU, of images float32 (N, 3, H, W) in [0, 1].
 
-    The model is held in eval mode meanwhile and left as it was. Raises ValueError for a model
-    that answers NaN or infinities: no class can be read off those.
+    The model runs in eval mode and is left as it was. Raises ValueError for NaN or infinite
+    logits.
     """
     with frozen(model, x.device), torch.inference_mode():
         logits = model(x).float()
@@ -65,9 +66,9 @@ def predict(model: Model, x: Tensor) -> Tensor:
 def top_classes(
     probabilities: Tensor | Sequence[float], classes: Sequence[str], k: int
 ) -> tuple[Prediction, ...]:
-    """The `k` likeliest classes, or all where there are fewer, of probabilities (K,).
+    """The `k` likeliest classes, or all if there are fewer, of probabilities (K,).
 
-    Of classes equally likely the one of the lower index comes first.
+    Ties are in order of the class index.
     """
     values = probabilities.tolist() if isinstance(probabilities, Tensor) else probabilities
     likeliest = heapq.nlargest(k, range(len(values)), key=values.__getitem__)
@@ -78,9 +79,9 @@ def top_classes(
 
 
 def find_class(name: str | int, classes: Sequence[str]) -> int:
-    """The index of a class given by name or index; a name wins where both would fit.
+    """The index of a class given by name or index; a name wins if both are possible.
 
-    Raises ValueError naming the classes there are.
+    Raises ValueError that lists the classes.
     """
     text = str(name).strip()
     if text in classes:
@@ -89,7 +90,7 @@ def find_class(name: str | int, classes: Sequence[str]) -> int:
         return int(text)
     shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     raise ValueError(
-        f"expected a class out of {shown} or an index from 0 to {len(classes) - 1}, "
+        f"expected class to be one of {shown} or an index from 0 to {len(classes) - 1}, "
         f"got {text[:40]!r}"
     )
 
@@ -104,10 +105,10 @@ def attack_image(
 ) -> AttackOutcome:
     """Attack the image `x`, uint8 (3, H, W), and score the 8-bit image that comes out.
 
-    `x` lies on the device of the model. `y` is the class to lead away from, the prediction where
-    it is None; `target` the class to lead to. The result is rounded to 8 bits inside the ball and
-    then classified anew: what a PNG of it decodes to is what was scored. Raises ValueError for a
-    label or target that is no class of the model, or a target that is the label.
+    `x` is on the device of the model. `y` is the true class, by default the prediction; `target` is
+    the target class. The result is rounded to 8 bits inside the ball and then classified again, so
+    that the decoded PNG is exactly what was scored. Raises ValueError for a label or target that
+    is not a class of the model, or a target equal to the label.
     """
     if x.dtype != torch.uint8 or x.ndim != 3:
         raise ValueError(f"expected a uint8 image (3, H, W), got {x.dtype} {tuple(x.shape)}")
@@ -134,60 +135,97 @@ def attack_images(
     settings: AttackSettings,
     before: Tensor,
     targets: Sequence[int] | None = None,
-    given_up: GivenUp | None = None,
+    cancelled: Cancelled | None = None,
     batch_size: int | None = None,
+    bf16: Model | None = None,
 ) -> list[AttackOutcome]:
-    """The same for images uint8 (N, 3, H, W) together, each led away from its label.
+    """Attack images uint8 (N, 3, H, W) in one batch, each away from its label.
 
-    `before` are their probabilities float32 (N, K). `given_up` tells between two passes, bool
-    (N,), whose result nobody wants any more: their attack ends there, and what is given for them
-    is what was found so far. `seconds` are those of all.
+    `before` holds their probabilities, float32 (N, K). `cancelled` returns, between two passes, a
+    mask bool (N,) of cancelled images: their attack ends with the best result so far. `seconds`
+    is the time of the whole batch. `bf16` is a bfloat16 copy of `model` for the search: results are
+    scored on `model`, and an image whose success is not confirmed is attacked again on `model`.
     """
     start = time.perf_counter()
     for name, indices in (("label", labels), ("target", targets or ())):
         for index in indices:
             if not 0 <= index < before.shape[1]:
                 raise ValueError(f"expected a {name} from 0 to {before.shape[1] - 1}, got {index}")
-    clean = to_float(x)
-    result = settings.run(
-        model,
-        clean,
-        torch.tensor(labels, device=x.device),
-        target=None if targets is None else torch.tensor(targets, device=x.device),
-        given_up=given_up,
-        batch_size=batch_size,
-    )
-    images = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))
-    after = predict(model, to_float(images))
-    levels = (images.cpu().double() - x.cpu().double()).flatten(1)  # whole: distances are exact
+    y = torch.tensor(labels, device=x.device)
+    goal = None if targets is None else torch.tensor(targets, device=x.device)
+
+    def attack(searched: Model, rows: Tensor) -> _Attacked:
+        clean = to_float(x[rows])
+        result = settings.run(
+            searched,
+            clean,
+            y[rows],
+            target=None if goal is None else goal[rows],
+            cancelled=for_rows(cancelled, rows),
+            batch_size=batch_size,
+        )
+        images = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))
+        return _Attacked(result=result, images=images, after=predict(model, to_float(images)))
+
+    searched = model if bf16 is None or settings.needs_float32 else bf16
+    found = attack(searched, torch.arange(len(x), device=x.device))
+    if searched is not model:
+        predicted = found.after.argmax(dim=1).to(x.device)
+        fooled = predicted != y if goal is None else predicted == goal
+        again = (found.result.success & ~fooled).nonzero().squeeze(1)
+        if len(again):
+            found = found.replaced(again, attack(model, again))
+    levels = (found.images.cpu().double() - x.cpu().double()).flatten(1)  # whole: exact distances
     seconds = time.perf_counter() - start
     outcomes = []
     for place, label in enumerate(labels):
-        predicted, target = int(after[place].argmax()), targets[place] if targets else None
+        after, target = found.after[place], targets[place] if targets else None
         outcomes.append(
             AttackOutcome(
                 settings=settings,
                 label=label,
                 target=target,
                 before=before[place],
-                after=after[place],
-                success=predicted != label if target is None else predicted == target,
+                after=after,
+                success=int(after.argmax()) != label
+                if target is None
+                else int(after.argmax()) == target,
                 linf=float(levels[place].abs().amax()) / 255,
                 l2=float(levels[place].square().sum().sqrt()) / 255,
-                image=images[place].cpu(),
-                perturbation=amplify(images[place], x[place]).cpu(),
-                forwards=int(result.forwards[place]) + 2,
-                backwards=int(result.backwards[place]),
+                image=found.images[place].cpu(),
+                perturbation=amplify(found.images[place], x[place]).cpu(),
+                forwards=int(found.result.forwards[place]) + 2,
+                backwards=int(found.result.backwards[place]),
                 seconds=seconds,
             )
         )
     return outcomes
 
 
-def amplify(x_adv: Tensor, x: Tensor) -> Tensor:
-    """The difference of two uint8 images, stretched to the full range around grey 128.
+@dataclass(frozen=True, kw_only=True)
+class _Attacked:
+    """The results of an attack on N images, and their 8-bit predictions."""
 
-    Its largest change becomes 1 or 255; where nothing changed the pixel is 128.
+    result: AttackResult
+    images: Tensor  # uint8 (N, 3, H, W)
+    after: Tensor  # probabilities float32 (N, K)
+
+    def replaced(self, rows: Tensor, other: _Attacked) -> _Attacked:
+        """With the images `rows` replaced by those of `other`; the costs are added."""
+        images = self.images.index_copy(0, rows, other.images)
+        after = self.after.index_copy(0, rows.cpu(), other.after)
+        result = replace(
+            self.result,
+            forwards=self.result.forwards.index_add(0, rows, other.result.forwards + 1),
+            backwards=self.result.backwards.index_add(0, rows, other.result.backwards),
+        )
+        return _Attacked(result=result, images=images, after=after)
+
+
+def amplify(x_adv: Tensor, x: Tensor) -> Tensor:
+    """The difference of two uint8 images, stretched to the full range around gray 128.
+
+    The largest change becomes 1 or 255; unchanged pixels are 128.
     """
     delta = x_adv.to(torch.float32) - x.to(torch.float32)
     largest = delta.abs().amax().clamp_min(1)

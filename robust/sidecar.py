@@ -1,4 +1,4 @@
-"""The sidecar: everything about a checkpoint but its weights."""
+"""The sidecar: everything about a checkpoint except its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecord:
-    """Which images a model was trained on."""
+    """The images that a model was trained on."""
 
     name: str
     count: int
@@ -23,7 +23,7 @@ class DataRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What `robust_model.json` holds. Only `architecture` and `classes` are needed to load."""
+    """The content of `robust_model.json`. Only `architecture` and `classes` are needed to load."""
 
     architecture: Architecture
     classes: tuple[str, ...]
@@ -47,12 +47,23 @@ class Sidecar:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, the format version first."""
         values = {"format_version": self.format_version, **asdict(self)}
+        if not self.architecture.variant:  # so that older versions can read it
+            del values["architecture"]["variant"]
         values["classes"] = list(self.classes)
         return values
 
 
+def is_foreign(text: bytes) -> bool:
+    """Whether this is other JSON, such as the result of an evaluation."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and not {"format_version", "architecture"} & set(values)
+
+
 def parse_sidecar(text: bytes) -> Sidecar:
-    """Read and validate a sidecar. Raises ValueError that says what was expected and what came."""
+    """Read and validate a sidecar. Raises ValueError that says what was expected and found."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,9 @@
-"""Threat models: how far from an image an attack may go, and the geometry of that ball."""
+"""Threat models: the eps ball around an image, and its geometry."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +15,26 @@ from robust.images import to_float
 
 __all__ = ["NORMS", "TOLERANCE", "Norm", "ThreatModel", "distance", "format_eps", "parse_eps"]
 
-# Distances are compared in float32; this much over eps is rounding, not an escape from the ball.
+# Distances are compared in float32; this much above eps is rounding, not outside the ball.
 TOLERANCE = 1e-6
+
+_DECIMAL = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
+_SIZE = re.compile(rf"{_DECIMAL}(?: */ *{_DECIMAL})?")
 
 
 def parse_eps(value: str | float) -> float:
     """Read a size in pixel units, written ``8/255`` or as a number.
 
     Returns a float in [0, 1] for Linf-like sizes; L2 sizes may be larger, so only the sign and
-    finiteness are checked here. Raises ValueError that names what came.
+    finiteness are checked here. Digits are ASCII without underscores. Raises ValueError that shows
+    the value.
     """
     try:
-        if isinstance(value, str) and "/" in value:
-            numerator, denominator = value.split("/")
-            number = float(numerator) / float(denominator)
+        if isinstance(value, str):
+            numbers = _SIZE.fullmatch(value.strip(" "))
+            if numbers is None:
+                raise ValueError
+            number = float(numbers[1]) / float(numbers[2] or 1)
         else:
             number = float(value)
     except (ValueError, ZeroDivisionError):
@@ -39,7 +46,7 @@ def parse_eps(value: str | float) -> float:
 
 
 def format_eps(eps: float) -> str:
-    """Write a size the way people do: ``8/255`` where it is a whole number of grey levels."""
+    """Format a size: ``8/255`` if it is a whole number of gray levels."""
     levels = eps * 255
     if eps <= 1 and abs(levels - round(levels)) < 1e-4:
         return f"{round(levels)}/255"
@@ -59,7 +66,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"expected a norm out of {', '.join(NORMS)}, got {self.norm!r}")
+            raise ValueError(f"expected norm to be one of {', '.join(NORMS)}, got {self.norm!r}")
         if not math.isfinite(self.eps) or self.eps < 0:
             raise ValueError(f"expected eps of at least 0, got {self.eps}")
         if self.norm == "linf" and self.eps > 1:
@@ -75,7 +82,7 @@ class ThreatModel:
         return distance(x_adv, x, self.norm)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The point of the ball around `x`, cut by [0, 1], that `x_adv` is pulled back to."""
+        """The projection of `x_adv` onto the ball around `x`, intersected with [0, 1]."""
         return geometry.project(x_adv, x, norm=self.norm, eps=self.eps)
 
     def noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -94,7 +101,7 @@ class ThreatModel:
         return self.project(x + self.noise(x, generator), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The step of length one in this norm that follows `gradient` best; 0 where it is 0."""
+        """The steepest-ascent step of length one in this norm; 0 where `gradient` is 0."""
         return geometry.steepest(gradient, self.norm)
 
     def round_inside(self, x_adv: Tensor, x: Tensor) -> Tensor:

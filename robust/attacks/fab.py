@@ -1,140 +1,109 @@
-"""Fast adaptive boundary attack: the nearest point another class begins at."""
+"""Fast adaptive boundary attack: the closest point on the decision boundary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from robust.attacks.apgd import TARGETS, nth_likeliest
-from robust.attacks.call import attack, check_counts
-from robust.attacks.frozen import Model
-from robust.attacks.result import AttackResult
-from robust.attacks.search import Rows
+from robust.attacks.algorithm import Algorithm
+from robust.attacks.checks import check_counts
+from robust.attacks.losses import logit_gap
+from robust.attacks.rows import Rows, Table
+from robust.attacks.targets import nth_likeliest
 from robust.geometry import Norm, column, distance, lengths
-from robust.threat_model import ThreatModel
 
-STEPS = 100
 ALPHA_MAX = 0.1  # largest pull back towards the image
 ETA = 1.05  # how far a step overshoots the boundary
 BETA = 0.9  # how far a point beyond the boundary goes back
 
 
-def fab_t(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    *,
-    threat_model: ThreatModel,
-    targets: int = TARGETS,
-    steps: int = STEPS,
-    early_stop: bool = True,
-    eps: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-) -> AttackResult:
-    """Step along the linearised boundary to a class, as near to the image as that allows.
+@dataclass(kw_only=True)
+class FABState(Table):
+    """Columns of `FAB`."""
 
-    The `targets` likeliest other classes are tried in turn, or all where there are fewer. A point
-    counts as soon as it fools the model within eps; without `early_stop` the search goes on to
-    the nearest. Arguments, result and errors as those of `pgd`.
-    Source: Croce, Hein 2020, arXiv:1907.02044.
-    """
-    algorithm = FAB(norm=threat_model.norm, steps=steps, runs=targets, early_stop=early_stop)
-    return attack(
-        model,
-        algorithm,
-        x,
-        y,
-        threat_model=threat_model,
-        eps=eps,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    iteration: Tensor  # int64 (N,): steps taken
+    landed: Tensor  # bool (N,): whether x_adv is where a step ended, not scored yet
+    expect_short: Tensor  # bool (N,): whether it is expected to end short of the boundary
 
 
 @dataclass(frozen=True, kw_only=True)
-class FAB:
-    """`fab_t` between two queries, see `search.Algorithm`.
+class FAB(Algorithm[FABState]):
+    """Steps to the linearized boundary with one class after another; see `robust.attacks.fab_t`.
 
-    A step needs the gradient where it starts, and only the logits where it ends. Where it ends
-    short of the boundary the next one starts, so there the gradient is asked for at once; which
-    will happen is guessed from the step before.
+    A step needs the gradient at its start, but only the logits at its end. If it ends short of the
+    boundary, the next step starts there and needs the gradient, so both are computed in one query.
+    Whether a step will end short is predicted from the previous step.
     """
 
-    norm: Norm
-    steps: int = STEPS
-    runs: int = TARGETS
-    early_stop: bool = True
-
-    ahead = True
-    needs_clean = True
-    differentiates = True
+    needs_clean_logits: ClassVar[bool] = True
+    allow_parallel_runs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, targets=self.runs)
 
-    def begin(self, rows: Rows) -> None:
-        rows["target"] = nth_likeliest(rows)
-        rows["x_adv"] = rows["x"]
-        rows["step"] = torch.zeros_like(rows["y"])
-        # Whether x_adv is the end of a step, not yet looked at; and whether to guess it short.
-        rows["landed"] = torch.zeros_like(rows["y"], dtype=torch.bool)
-        rows["short"] = torch.ones_like(rows["landed"])
+    @property
+    def cost(self) -> int:
+        return 1 + self.runs * (3 * self.steps + 1)
 
-    def wants_gradient(self, rows: Rows) -> Tensor:
-        return (rows["step"] < self.steps) & (~rows["landed"] | rows["short"])
+    def begin(self, rows: Rows[FABState]) -> FABState:
+        assert rows.clean_logits is not None
+        rows.target = nth_likeliest(rows.clean_logits, rows.y, rows.run)
+        never = torch.zeros_like(rows.fooled)
+        return FABState(iteration=torch.zeros_like(rows.y), landed=never, expect_short=~never)
 
-    def loss(self, logits: Tensor, rows: Rows) -> Tensor:
-        pair = torch.stack([rows["y"], rows["target"]], dim=1)
-        of_y, of_target = logits.gather(1, pair).unbind(dim=1)
-        return of_target - of_y
+    def needs_gradient(self, rows: Rows[FABState]) -> Tensor:
+        state = rows.state
+        return (state.iteration < self.steps) & (~state.landed | state.expect_short)
 
-    def score(self, rows: Rows, logits: Tensor, loss: Tensor) -> Tensor:
-        """The nearer the better, and none beyond eps."""
-        away = distance(rows["x_adv"], rows["x"], self.norm)
-        return torch.where(away <= rows["eps"].flatten(), -away, -torch.inf)
+    def loss(self, logits: Tensor, rows: Rows[FABState]) -> Tensor:
+        return logit_gap(logits, rows.y, rows.target)
 
-    def guess(self, rows: Rows, most: int) -> list[Tensor]:
-        return []
+    def score(self, rows: Rows[FABState], logits: Tensor, loss: Tensor) -> Tensor:
+        """Closer to the image is better; points beyond eps are invalid."""
+        away = distance(rows.x_adv, rows.x, self.norm)
+        return torch.where(away <= rows.eps.flatten(), -away, -torch.inf)
 
-    def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
-        x_adv, landed = rows["x_adv"], rows["landed"]
-        beyond = landed & (logits.argmax(dim=1) != rows["y"])
-        spent = landed & (rows["step"] >= self.steps)
-        back = torch.lerp(rows["x"], x_adv, BETA)
-        rows["x_adv"] = torch.where(column(beyond), back, x_adv)
-        rows["short"] = torch.where(landed, ~beyond, rows["short"])
+    def advance(
+        self, rows: Rows[FABState], logits: Tensor, loss: Tensor, gradient: Tensor | None
+    ) -> Tensor:
+        x_adv, state = rows.x_adv, rows.state
+        landed = state.landed
+        beyond = landed & (logits.argmax(dim=1) != rows.y)
+        done = landed & (state.iteration >= self.steps)
+        back = torch.lerp(rows.x, x_adv, BETA)
+        rows.x_adv = torch.where(column(beyond), back, x_adv)
+        state.expect_short = torch.where(landed, ~beyond, state.expect_short)
         if gradient is None:
-            rows["landed"] = torch.zeros_like(landed)
-            return spent
-        goes = ~beyond & ~spent
+            state.landed = torch.zeros_like(landed)
+            return done
+        goes = ~beyond & ~done
         stepped = self._step(rows, x_adv, loss, gradient)
-        rows["x_adv"] = torch.where(column(goes), stepped, rows["x_adv"])
-        rows["step"] = rows["step"] + goes
-        rows["landed"] = goes
-        return spent
+        rows.x_adv = torch.where(column(goes), stepped, rows.x_adv)
+        state.iteration = state.iteration + goes
+        state.landed = goes
+        return done
 
-    def _step(self, rows: Rows, x_adv: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        """Past the hyperplane that stands for the boundary, leaning towards the image."""
-        x = rows["x"]
-        gap = -loss  # what the linear model says is lacking at x_adv, and at x:
+    def _step(self, rows: Rows[FABState], x_adv: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        """A point past the linearized boundary, biased towards the image."""
+        x = rows.x
+        gap = -loss  # by how much the linear model falls short of the target at x_adv, and at x:
         so_far = torch.linalg.vecdot(gradient.flatten(1), (x_adv - x).flatten(1))
         step_from = hyperplane(gradient, self.norm)
         from_here, from_x = step_from(x_adv, gap), step_from(x, gap + so_far)
         near = lengths(from_here, self.norm).clamp_min(1e-8)
         far = lengths(from_x, self.norm).clamp_min(1e-8)
-        share = (near / (near + far)).clamp_max(ALPHA_MAX)
+        weight = (near / (near + far)).clamp_max(ALPHA_MAX)
         ahead = torch.add(x_adv, from_here, alpha=ETA)
-        return ahead.lerp_(torch.add(x, from_x, alpha=ETA), share).clamp_(0, 1)
+        return ahead.lerp_(torch.add(x, from_x, alpha=ETA), weight).clamp_(0, 1)
 
 
 def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
-    """The smallest d in `norm` with <w, d> = gap and x + d in [0, 1]; all of the box if none has.
-
-    `x` and `w` float32 (N, C, H, W), `gap` float32 (N,).
+    """The smallest d in `norm` with <w, d> = gap and x + d in [0, 1]; if there is none, the corner
+    of the box that comes closest. `x` and `w` float32 (N, C, H, W), `gap` float32 (N,).
     """
     return hyperplane(w, norm)(x, gap)
 
@@ -142,9 +111,9 @@ def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
 def hyperplane(w: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Tensor]:
     """`to_hyperplane` for one `w` and more than one `x` and `gap`.
 
-    Each pixel moves by t in `linf`, by t * w in `l2`, until its room is used up. What that yields
-    is concave in t and linear between the limits of the pixels, so that Newton's method from
-    t = 0 never overshoots and ends soon.
+    Each pixel moves by t under `linf`, by t * w under `l2`, until it meets the end of its range.
+    The gain is concave and piecewise linear in t, so Newton's method from t = 0 never overshoots
+    and needs few iterations.
     """
     largest = lengths(w, "linf").clamp_min(1e-30)  # else squares could underflow
     scaled = (w / largest).flatten(1)

@@ -1,4 +1,4 @@
-"""Run an attack on a model and leave the model as it was."""
+"""Freezes a model during an attack and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Model = Callable[[Tensor], Tensor]
 
 @contextmanager
 def frozen(model: Model, device: torch.device) -> Iterator[None]:
-    """Hold `model` in eval mode with parameters that need no gradient.
+    """Keep `model` in eval mode, with parameters that need no gradient.
 
-    On leaving, also by an exception, the train or eval mode of every module, `requires_grad` of
-    every parameter and the global random state are what they were. A callable that is no module
-    is taken as it is; only the random state is kept. A caller's inference mode is left meanwhile.
-    One thread at a time: two that hold the same model would each put back what the other set.
+    Restores the previous settings on exit, also after an exception: the train or eval mode of
+    every module, `requires_grad` of every parameter and the global random state. For a callable
+    that is no module only the random state is restored. A caller's inference mode is suspended.
+    Not safe for two threads with the same model: each would restore the other's settings.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []

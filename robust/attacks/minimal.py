@@ -2,102 +2,140 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from robust.attacks.call import attack, check_counts, check_inputs, sizes_of
-from robust.attacks.frozen import Model
-from robust.attacks.pgd import PGD
-from robust.attacks.result import AttackResult
-from robust.attacks.search import GivenUp, of_rows
-from robust.threat_model import ThreatModel
+from robust.attacks.algorithm import Algorithm
+from robust.attacks.checks import check_counts
+from robust.attacks.losses import margin
+from robust.attacks.pgd import ascend, default_alpha, random_point
+from robust.attacks.rows import Rows, Table
+from robust.geometry import column, distance
 
-ROUNDS = 10  # of bisection: eps to a thousandth of the largest
-STEP = 0.25  # of the radius
+if TYPE_CHECKING:
+    from robust.attacks.settings import AttackSettings
+
+ROUNDS = 10  # of bisection: eps to a thousandth of its maximum
 
 
-def minimal(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    *,
-    threat_model: ThreatModel,
-    steps: int = 20,
-    restarts: int = 1,
-    rounds: int = ROUNDS,
-    target: Tensor | None = None,
-    eps: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    given_up: GivenUp | None = None,
-) -> AttackResult:
-    """Bisect the radius at which PGD on the margin fools the model, up to eps.
+@dataclass(kw_only=True)
+class MinimalState(Table):
+    """Columns of `Minimal`."""
 
-    Arguments and errors as those of `pgd`. `distance` is how far the nearest adversarial image
-    found lies, an upper bound of the smallest eps; where `success` is False there was none
-    within eps. An image that is wrong as it is has distance 0.
+    round: Tensor  # int64 (N,): 0 at the full eps, then the rounds of bisection
+    restart: Tensor  # int64 (N,): of this round
+    iteration: Tensor  # int64 (N,): steps taken since the restart
+    radius: Tensor  # float32 (N,): of the ball tried in this round
+    low: Tensor  # float32 (N,): the largest radius at which a round failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minimal(Algorithm[MinimalState]):
+    """PGD on the margin in smaller and smaller balls; see `robust.attacks.minimal`.
+
+    A round is PGD at one radius, with `restarts`: the first from the image, the others from random
+    points. It ends at its first success.
     """
-    check_inputs(x, y, target)
-    check_counts(steps=steps)
-    if rounds < 0:
-        raise ValueError(f"expected rounds as a whole number of at least 0, got {rounds}")
-    algorithm = PGD(
-        norm=threat_model.norm,
-        step=min(1.0, max(STEP, 2.5 / steps)),
-        steps=steps,
-        runs=restarts,
-        loss_name="margin",
-        targeted=target is not None,
-        random_start=False,  # further restarts begin at random
-    )
-    sizes = sizes_of(eps, threat_model, x)
 
-    def try_at(radius: Tensor, rows: Tensor) -> AttackResult:
-        return attack(
-            model,
-            algorithm,
-            x[rows],
-            y[rows],
-            threat_model=threat_model,
-            eps=radius[rows],
-            target=None if target is None else target[rows],
-            seed=seed,
-            batch_size=batch_size,
-            given_up=of_rows(given_up, rows),
+    restarts: int = 1
+    rounds: int = ROUNDS
+
+    needs_float32: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_counts(steps=self.steps, restarts=self.restarts)
+        if self.rounds < 0:
+            raise ValueError(f"expected rounds as a whole number of at least 0, got {self.rounds}")
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: AttackSettings,
+        *,
+        early_stop: bool,
+        targeted: bool,
+        options: Mapping[str, Any],
+    ) -> Self:
+        own = {"runs": 1, "restarts": settings.restarts}
+        return super().from_settings(
+            settings, early_stop=False, targeted=targeted, options={**own, **options}
         )
 
-    everything = torch.arange(len(x), device=x.device)
-    best = try_at(sizes, everything)
-    low, high = torch.zeros_like(sizes), best.distance
-    for _ in range(rounds):
-        going_on = best.success & (high > low)
-        if given_up is not None:
-            going_on = going_on & ~given_up().to(x.device)
-        rows = going_on.nonzero().squeeze(1)
-        if not len(rows):
-            break
-        middle = (low + high) / 2
-        found = try_at(middle, rows)
-        best = _nearer(best, found, rows)
-        low[rows] = torch.where(found.success, low[rows], middle[rows])
-        high = best.distance
-    return best
+    @property
+    def cost(self) -> int:
+        return (1 + self.rounds) * self.restarts * (2 * self.steps + 1)
 
+    def begin(self, rows: Rows[MinimalState]) -> MinimalState:
+        zeros, radius = torch.zeros_like(rows.y), rows.eps.flatten()
+        return MinimalState(
+            round=zeros,
+            restart=zeros,
+            iteration=zeros,
+            radius=radius,
+            low=torch.zeros_like(radius),
+        )
 
-def _nearer(best: AttackResult, found: AttackResult, rows: Tensor) -> AttackResult:
-    nearer = found.success & (found.distance < best.distance[rows])
-    changed, took = rows[nearer], nearer
-    x_adv, logits = best.x_adv.clone(), best.logits.clone()
-    distance = best.distance.clone()
-    x_adv[changed], logits[changed] = found.x_adv[took], found.logits[took]
-    distance[changed] = found.distance[took]
-    return replace(
-        best,
-        x_adv=x_adv,
-        logits=logits,
-        distance=distance,
-        forwards=best.forwards.index_add(0, rows, found.forwards),
-        backwards=best.backwards.index_add(0, rows, found.backwards),
-    )
+    def needs_gradient(self, rows: Rows[MinimalState]) -> Tensor:
+        return rows.state.iteration < self.steps
+
+    def loss(self, logits: Tensor, rows: Rows[MinimalState]) -> Tensor:
+        return margin(logits, rows.y, rows.target if self.targeted else None)
+
+    def score(self, rows: Rows[MinimalState], logits: Tensor, loss: Tensor) -> Tensor:
+        """Closer is better among points that fool the model; otherwise a higher loss is."""
+        predicted = logits.argmax(dim=1)
+        fools = predicted == rows.target if self.targeted else predicted != rows.y
+        return torch.where(fools, -distance(rows.x_adv, rows.x, self.norm), loss)
+
+    def advance(
+        self, rows: Rows[MinimalState], logits: Tensor, loss: Tensor, gradient: Tensor | None
+    ) -> Tensor:
+        state = rows.state
+        if gradient is not None:
+            radius = column(state.radius)
+            rows.x_adv = ascend(
+                rows.x_adv,
+                gradient,
+                x=rows.x,
+                norm=self.norm,
+                eps=radius,
+                by=default_alpha(1.0, self.steps) * radius,
+            )
+            state.iteration = state.iteration + 1
+            failed = torch.zeros_like(rows.fools)
+        else:
+            failed = ~rows.fools
+            state.restart = state.restart + failed
+            again = failed & (state.restart < self.restarts)
+            if bool(again.any()):
+                self._restart(rows, again)
+            failed = failed & ~again
+        return self._next_round(rows, failed)
+
+    def _restart(self, rows: Rows[MinimalState], again: Tensor) -> None:
+        state = rows.state
+        start = random_point(
+            rows.x, rows.key, state.restart, norm=self.norm, eps=column(state.radius)
+        )
+        rows.x_adv = torch.where(column(again), start, rows.x_adv)
+        state.iteration = torch.where(again, 0, state.iteration)
+
+    def _next_round(self, rows: Rows[MinimalState], failed: Tensor) -> Tensor:
+        """Halve the interval of runs whose round has ended; returns which runs are done."""
+        state = rows.state
+        over = failed | rows.fools
+        if not bool(over.any()):
+            return over
+        state.low = torch.where(failed, state.radius, state.low)
+        high = torch.where(rows.fooled, -rows.best_score, state.radius)
+        state.round = state.round + over
+        done = over & (~rows.fooled | (state.round > self.rounds) | (high <= state.low))
+        state.radius = torch.where(over, (state.low + high) / 2, state.radius)
+        state.restart = torch.where(over, 0, state.restart)
+        state.iteration = torch.where(over, 0, state.iteration)
+        rows.x_adv = torch.where(column(over), rows.x, rows.x_adv)
+        return done

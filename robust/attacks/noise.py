@@ -1,8 +1,8 @@
 """Random numbers that belong to an image, not to its place in a batch.
 
-Each number is a hash of the seed, the pixels of the image, a stream (what it is drawn for) and a
-position. So an attack does the same to an image whatever comes with it, in whatever order, on
-whatever device, and a run that was stopped goes on as if it had not been.
+Each number is a hash of the seed, the pixels of the image, a stream (the purpose of the draw) and a
+position. So an attack treats an image the same in any batch, in any order and on any device, and
+an interrupted run resumes with the same numbers.
 Source: splitmix64, Steele, Lea, Flood 2014, doi:10.1145/2714064.2660195.
 """
 
@@ -36,8 +36,8 @@ def uniform(keys: Tensor, stream: Tensor | int, count: int) -> Tensor:
 
 def normal(keys: Tensor, stream: Tensor | int, count: int) -> Tensor:
     """Standard normal numbers, float32 (N, count)."""
-    centred = uniform(keys, stream, count) * 2 - (1 - 2.0**-24)
-    return torch.erfinv(centred) * math.sqrt(2)
+    centered = uniform(keys, stream, count) * 2 - (1 - 2.0**-24)
+    return torch.erfinv(centered) * math.sqrt(2)
 
 
 def _mix(z: Tensor) -> Tensor:

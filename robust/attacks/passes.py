@@ -1,8 +1,9 @@
-"""Forward and backward passes of an attack, in parts that fit the memory."""
+"""Forward and backward passes through the model, in batches that fit in memory."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,22 +14,60 @@ from robust.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# The loss of logits (M, K) that belong to the images of this slice, (M,).
+# Loss (M,) of logits (M, K); the slice says which images they belong to.
 SliceLoss = Callable[[Tensor, slice], Tensor]
 
 
 class ModelError(ValueError):
-    """A model that can't be attacked or evaluated as it is; the message says why."""
+    """The model can't be attacked or evaluated; the message says why."""
+
+
+class Meter:
+    """Counts images and seconds of passes, by kind (with or without gradient) and batch size."""
+
+    def __init__(self) -> None:
+        self._spent: dict[tuple[bool, int], tuple[int, float]] = {}
+
+    def add(self, size: int, seconds: float, *, with_gradient: bool) -> None:
+        """Record a pass and its number of images."""
+        count, so_far = self._spent.get((with_gradient, size), (0, 0.0))
+        self._spent[with_gradient, size] = count + 1, so_far + seconds
+
+    @property
+    def passes(self) -> int:
+        """Passes of single images, a backward pass as one."""
+        return sum(
+            size * count * (1 + with_gradient)
+            for (with_gradient, size), (count, _) in self._spent.items()
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Total time of all passes."""
+        return sum(seconds for _, seconds in self._spent.values())
+
+    @property
+    def limit(self) -> float:
+        """Time of the same passes at the rate of the fastest batch size seen."""
+        total = 0.0
+        for kind in (False, True):
+            spent = {size: v for (with_gradient, size), v in self._spent.items()
+                     if with_gradient == kind}  # fmt: skip
+            images = sum(size * count for size, (count, _) in spent.items())
+            rates = [seconds / (size * count) for size, (count, seconds) in spent.items()]
+            total += images * min(rates, default=0.0)
+        return total
 
 
 class Passes:
-    """Calls `model` with at most so many images, 0: with all there are.
+    """Calls `model` with at most `batch_size` images, all at once where that is 0.
 
-    Where a batch does not fit the memory it is halved from then on.
+    A batch that does not fit in memory is halved, and so are all later ones. `meter` records every
+    pass.
     """
 
-    def __init__(self, model: Model, most: int = 0) -> None:
-        self._model, self._most = model, most
+    def __init__(self, model: Model, batch_size: int = 0, meter: Meter | None = None) -> None:
+        self._model, self._batch_size, self._meter = model, batch_size, meter
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits float32 (N, K) of images float32 (N, C, H, W). Raises ModelError."""
@@ -37,7 +76,7 @@ class Passes:
             with torch.no_grad():
                 return (self._call(x[rows]),)
 
-        return self._in_parts(part, len(x))[0]
+        return self._in_parts(part, len(x), with_gradient=False)[0]
 
     def gradient(self, x: Tensor, loss: SliceLoss) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (N, K), losses (N,) and the gradient of their sum at `x`. Raises ModelError."""
@@ -59,11 +98,11 @@ class Passes:
                 )
             return logits.detach(), losses.detach(), gradient
 
-        logits, losses, gradient = self._in_parts(part, len(x))
+        logits, losses, gradient = self._in_parts(part, len(x), with_gradient=True)
         return logits, losses, gradient
 
     def _call(self, x: Tensor) -> Tensor:
-        version = 0 if x.is_inference() else x._version  # of one made in a caller's inference mode
+        version = 0 if x.is_inference() else x._version  # inference tensors have none
         logits = self._model(x)
         if not x.is_inference() and x._version != version:
             raise ModelError(
@@ -80,37 +119,30 @@ class Passes:
             raise ModelError(f"expected float logits, got {logits.dtype} from the model")
         return logits.float()
 
-    def _in_parts(self, part: Callable[[slice], tuple[Tensor, ...]], n: int) -> list[Tensor]:
+    def _in_parts(
+        self, part: Callable[[slice], tuple[Tensor, ...]], n: int, *, with_gradient: bool
+    ) -> list[Tensor]:
         parts: list[tuple[Tensor, ...]] = []
         start = 0
         while start < n:
-            stop = min(n, start + (self._most or n))
+            stop = min(n, start + (self._batch_size or n))
+            begin = time.perf_counter()
             try:
                 parts.append(part(slice(start, stop)))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or stop - start == 1:
                     raise
-                self._most = (stop - start) // 2
+                self._batch_size = (stop - start) // 2
             else:
+                if self._meter is not None:
+                    spent = time.perf_counter() - begin
+                    self._meter.add(stop - start, spent, with_gradient=with_gradient)
                 start = stop
                 continue
-            # Outside the handler: the exception holds on to what the failed pass had allocated.
-            logger.warning("out of memory; going on with batches of %d images", self._most)
+            # Outside the handler: the exception keeps the failed pass's memory alive.
+            logger.warning("out of memory; continuing with batches of %d images", self._batch_size)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if len(parts) == 1:
             return list(parts[0])
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-
-
-def check_classes(found: int, y: Tensor, target: Tensor | None = None) -> None:
-    """Raise ValueError unless a model of `found` classes has all labels and targets."""
-    for name, labels in (("labels", y), ("targets", target)):
-        if labels is None:
-            continue
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= found:
-            raise ValueError(
-                f"expected {name} from 0 to {found - 1}, for the {found} classes of the model, "
-                f"got {low} to {high}"
-            )

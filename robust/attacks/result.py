@@ -1,4 +1,4 @@
-"""What an attack gives back."""
+"""What an attack returns."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class AttackResult:
-    """One row for each of N images.
+    """The result of an attack on N images.
 
-    `x_adv` float32 (N, C, H, W) lies in the ball and in [0, 1]; where nothing fooled the model it
-    is the iterate of the highest loss. `logits` are those of `x_adv`.
+    If no iterate fooled the model, `x_adv` is the one with the highest loss.
     """
 
-    x_adv: Tensor
-    logits: Tensor  # float32 (N, K)
-    success: Tensor  # bool (N,): another class than y, or the target where one was asked for
-    distance: Tensor  # float32 (N,) in the norm of the threat model
+    x_adv: Tensor  # float32 (N, C, H, W), in the ball and in [0, 1]
+    logits: Tensor  # float32 (N, K): those of x_adv
+    success: (
+        Tensor  # bool (N,): predicted as a class other than y, or as the target if there is one
+    )
+    distance: Tensor  # float32 (N,): of x_adv from the image, in the norm of the threat model
     forwards: Tensor  # int64 (N,): forward passes spent
     backwards: Tensor  # int64 (N,): backward passes spent

@@ -1,46 +1,24 @@
-"""Attacks by name, with the parameters people leave out filled in."""
+"""Attack settings: an attack's name and parameters, with defaults resolved."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from robust.attacks.apgd import APGD, TARGETS
-from robust.attacks.apgd import STEPS as APGD_STEPS
-from robust.attacks.call import attack, check_counts, check_inputs
-from robust.attacks.fab import FAB
-from robust.attacks.fab import STEPS as FAB_STEPS
-from robust.attacks.frozen import Model, frozen
-from robust.attacks.minimal import ROUNDS, minimal
-from robust.attacks.passes import Passes, check_classes
-from robust.attacks.pgd import PGD, relative
+from robust.attack_registry import ALIASES, REGISTRY, AttackEntry
+from robust.attacks.algorithm import Algorithm
+from robust.attacks.checks import check_counts
+from robust.attacks.frozen import Model
 from robust.attacks.result import AttackResult
-from robust.attacks.search import Algorithm, GivenUp, of_rows
-from robust.attacks.square import QUERIES, Square
+from robust.attacks.run import run_algorithm, run_stages
+from robust.attacks.search import Cancelled
 from robust.threat_model import Norm, ThreatModel
 
-# The name of each attack with its usual steps, or queries; None where it takes none.
-_STEPS = {
-    "fgsm": None,
-    "pgd": 20,
-    "pgd-margin": 20,
-    "apgd-ce": APGD_STEPS,
-    "apgd-dlr": APGD_STEPS,
-    "apgd-t": APGD_STEPS,
-    "fab-t": FAB_STEPS,
-    "square": QUERIES,
-    "autoattack": None,
-    "minimal": 20,
-}
-ATTACKS = tuple(_STEPS)
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")  # each on the survivors of those before
-DEFAULT_ATTACKS = ("fgsm", "pgd")
 DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}  # pixel units
-_ALIASES = {"apgd": "apgd-ce"}
-_ALWAYS_COUNTED = ("pgd", "pgd-margin")  # whose label names the steps, usual or not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,93 +27,75 @@ class AttackSettings:
 
     name: str
     threat_model: ThreatModel
-    alpha: float  # 0 where the attack has no fixed step
+    alpha: float  # 0 where the attack has no fixed step size
     steps: int  # of `square`: queries
     restarts: int
     random_start: bool
     seed: int
+    own_stages: tuple[AttackSettings, ...] = field(default=(), repr=False)  # of an ensemble
+
+    @property
+    def entry(self) -> AttackEntry:
+        """Its registry entry."""
+        return REGISTRY[self.name]
 
     @property
     def label(self) -> str:
         """The name with its budget, such as ``pgd-20`` or ``pgd-20x5`` with 5 restarts."""
-        usual = _STEPS[self.name]
-        if usual is None:
+        entry = self.entry
+        if "steps" not in entry.parameters:
             return self.name
-        counted = self.name in _ALWAYS_COUNTED or self.steps != usual
+        counted = entry.label_budget or self.steps != entry.budget
         label = f"{self.name}-{self.steps}" if counted else self.name
         return label + (f"x{self.restarts}" if self.restarts > 1 else "")
 
     @property
-    def cost(self) -> int:
-        """Most forward and backward passes an image can take, counted alike."""
-        if self.name == "autoattack":
-            return 1 + sum(stage.cost for stage in self.stages)
-        if self.name == "square":
-            return self.restarts * (self.steps + 1)
-        if self.name == "fab-t":
-            return 1 + TARGETS * (3 * self.steps + 1)
-        if self.name == "minimal":
-            return (1 + ROUNDS) * self.restarts * (2 * self.steps + 1)
-        runs = TARGETS if self.name == "apgd-t" else self.restarts
-        return runs * (2 * self.steps + 1) + (self.name == "apgd-t")
+    def stages(self) -> tuple[AttackSettings, ...]:
+        """The stages of the attack, each run on the images that no earlier one fooled."""
+        return self.own_stages or (self,)
 
     @property
-    def stages(self) -> tuple[AttackSettings, ...]:
-        """The attacks this one is made of, each run on what the ones before left standing."""
-        if self.name != "autoattack":
-            return (self,)
-        return tuple(resolve_attack(name, self.threat_model, seed=self.seed) for name in AUTOATTACK)
+    def cost(self) -> int:
+        """Most passes for one image, forward plus backward."""
+        if self.own_stages:
+            return 1 + sum(stage.cost for stage in self.own_stages)
+        return self.algorithm().cost
+
+    @property
+    def usual_cost(self) -> int:
+        """Most passes on a model without masked gradients."""
+        if self.own_stages:
+            return 1 + sum(stage.usual_cost for stage in self.own_stages)
+        return self.algorithm().usual_cost
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether it needs a differentiable model."""
+        return any(stage.entry.load().uses_gradient for stage in self.stages)
+
+    @property
+    def needs_float32(self) -> bool:
+        """Whether one of its searches ends right at the decision boundary."""
+        return any(stage.entry.load().needs_float32 for stage in self.stages)
 
     @property
     def takes_target(self) -> bool:
-        """Whether it can lead to a class that is asked for."""
-        return self.name not in ("apgd-t", "fab-t", "autoattack")
+        """Whether it supports a target class."""
+        return self.entry.takes_target
 
     def takes(self, parameter: str) -> bool:
-        """Whether `alpha`, `steps` or `restarts` means anything to it."""
-        if parameter == "alpha":
-            return self.name in ("pgd", "pgd-margin")
-        if parameter == "restarts" and self.name in ("apgd-t", "fab-t"):
-            return False
-        return _STEPS[self.name] is not None
+        """Whether it has the parameter `alpha`, `steps` or `restarts`."""
+        return parameter in self.entry.parameters
 
-    def algorithm(self, *, early_stop: bool = True, targeted: bool = False) -> Algorithm:
-        """What the search runs. Raises ValueError for `autoattack` and `minimal`: they are more."""
-        norm, stop, steps, runs = self.threat_model.norm, early_stop, self.steps, self.restarts
-        if self.name in ("fgsm", "pgd", "pgd-margin"):
-            return PGD(
-                norm=norm,
-                step=relative(self.alpha, self.threat_model.eps),
-                steps=steps,
-                runs=runs,
-                random_start=self.random_start,
-                early_stop=stop,
-                loss_name="margin" if self.name == "pgd-margin" else "ce",
-                targeted=targeted,
-            )
-        if self.name in ("apgd-ce", "apgd-dlr"):
-            return APGD(
-                norm=norm,
-                steps=steps,
-                runs=runs,
-                early_stop=stop,
-                loss_name="ce" if self.name == "apgd-ce" else "dlr",
-                targeted=targeted,
-            )
-        if self.name == "apgd-t":
-            return APGD(
-                norm=norm,
-                steps=steps,
-                runs=TARGETS,
-                early_stop=stop,
-                loss_name="dlr",
-                to_likeliest=True,
-            )
-        if self.name == "fab-t":
-            return FAB(norm=norm, steps=steps, early_stop=stop)
-        if self.name == "square":
-            return Square(norm=norm, queries=steps, runs=runs, early_stop=stop, targeted=targeted)
-        raise ValueError(f"expected an attack of one search, got {self.name}")
+    def algorithm(self, *, early_stop: bool = True, targeted: bool = False) -> Algorithm[Any]:
+        """The algorithm that the search runs. Raises ValueError for a multi-stage attack."""
+        targets = {"runs": self.entry.targets} if self.entry.targets else {}
+        return self.entry.load().from_settings(
+            self,
+            early_stop=early_stop,
+            targeted=targeted,
+            options={**targets, **self.entry.options},
+        )
 
     def run(
         self,
@@ -146,96 +106,38 @@ class AttackSettings:
         target: Tensor | None = None,
         early_stop: bool = False,
         batch_size: int | None = None,
-        given_up: GivenUp | None = None,
+        cancelled: Cancelled | None = None,
     ) -> AttackResult:
-        """Attack images float32 (N, C, H, W) in [0, 1] with labels int64 (N,), as `pgd` says.
+        """Attack images float32 (N, C, H, W) in [0, 1] with labels int64 (N,), as `pgd` does.
 
-        `given_up` tells, on the CPU, which images may leave early, see `search`. Raises ValueError
-        also for a target where the attack takes none.
+        `cancelled` is a mask of images that may leave early, see `search`. Also raises ValueError
+        for a target that the attack doesn't support.
         """
         if target is not None and not self.takes_target:
             raise ValueError(f"expected an attack that takes a target, got {self.name}")
-        if self.name == "minimal":
-            return minimal(
+        if self.own_stages:
+            algorithms = [stage.algorithm() for stage in self.own_stages]
+            return run_stages(
                 model,
+                algorithms,
                 x,
                 y,
                 threat_model=self.threat_model,
-                steps=self.steps,
-                restarts=self.restarts,
-                target=target,
                 seed=self.seed,
                 batch_size=batch_size,
-                given_up=given_up,
+                cancelled=cancelled,
             )
-        if len(self.stages) == 1:
-            return attack(
-                model,
-                self.algorithm(early_stop=early_stop, targeted=target is not None),
-                x,
-                y,
-                threat_model=self.threat_model,
-                target=target,
-                seed=self.seed,
-                batch_size=batch_size,
-                given_up=given_up,
-            )
-        check_inputs(x, y)
-        result = _clean(model, x, y, batch_size)
-        for number, stage in enumerate(self.stages):
-            done = result.success
-            if given_up is not None:
-                done = done | given_up().to(x.device)
-            left = (~done).nonzero().squeeze(1)
-            if len(left):
-                more = stage.run(
-                    model,
-                    x[left],
-                    y[left],
-                    early_stop=True,
-                    batch_size=batch_size,
-                    given_up=of_rows(given_up, left),
-                )
-                result = _merge(result, more, left, also_failed=not number)
-        return result
-
-
-def _clean(model: Model, x: Tensor, y: Tensor, batch_size: int | None) -> AttackResult:
-    """What there is before any attack: an image that is wrong as it is needs none."""
-    passes = Passes(model)
-    with frozen(model, x.device):
-        parts = torch.split(x.float(), batch_size or len(x))
-        logits = torch.cat([passes.logits(part) for part in parts])
-    check_classes(logits.shape[1], y)
-    nothing = torch.zeros_like(y)
-    return AttackResult(
-        x_adv=x.float(),
-        logits=logits,
-        success=logits.argmax(dim=1) != y,
-        distance=nothing.float(),
-        forwards=nothing + 1,
-        backwards=nothing,
-    )
-
-
-def _merge(
-    result: AttackResult, more: AttackResult, rows: Tensor, *, also_failed: bool
-) -> AttackResult:
-    """`result` with what a further attack on its `rows` added."""
-    took = more.success | also_failed
-
-    def put(name: str) -> Tensor:
-        values: Tensor = getattr(result, name).clone()
-        values[rows[took]] = getattr(more, name)[took]
-        return values
-
-    changed = {name: put(name) for name in ("x_adv", "logits", "success", "distance")}
-    return replace(
-        result,
-        **changed,
-        forwards=result.forwards.index_add(0, rows, more.forwards),
-        backwards=result.backwards.index_add(0, rows, more.backwards),
-    )
+        return run_algorithm(
+            model,
+            self.algorithm(early_stop=early_stop, targeted=target is not None),
+            x,
+            y,
+            threat_model=self.threat_model,
+            target=target,
+            seed=self.seed,
+            batch_size=batch_size,
+            cancelled=cancelled,
+        )
 
 
 def resolve_attack(
@@ -246,57 +148,52 @@ def resolve_attack(
     steps: int | None = None,
     restarts: int | None = None,
     random_start: bool = True,
+    stages: Sequence[str] | None = None,
     seed: int = 0,
 ) -> AttackSettings:
-    """Fill in what is left out; ``pgd-50`` is `pgd` with 50 steps.
+    """The settings of an attack by name, with defaults; ``pgd-50`` is `pgd` with 50 steps.
 
-    `alpha` is for the kinds of `pgd`: by default a quarter of eps, more where so few steps could
-    not cross the ball. `fgsm` and `autoattack` take none of the parameters and leave them unused.
-    Raises ValueError for an unknown attack, or steps and restarts below 1.
+    Parameters that the attack does not have are ignored. `alpha` defaults to a quarter of eps, or
+    more if the steps could not cross the ball. `stages` replaces those of an ensemble such as
+    `autoattack`, by name: ``["apgd-ce-10", "square-100"]``. Raises ValueError for an unknown
+    attack, for steps or restarts below 1, and for stages of a single-stage attack.
     """
-    base, counted = _parse(name)
-    eps, usual = threat_model.eps, _STEPS[base]
-    if usual is None:
-        return AttackSettings(
-            name=base,
-            threat_model=threat_model,
-            alpha=eps if base == "fgsm" else 0.0,
-            steps=1 if base == "fgsm" else APGD_STEPS,
-            restarts=1,
-            random_start=base != "fgsm",
-            seed=seed,
-        )
+    entry, named_steps = _parse(name)
+    takes = entry.parameters
     if steps is None:
-        steps = counted or usual
-    restarts = 1 if restarts is None or base in ("apgd-t", "fab-t") else restarts
+        steps = named_steps or entry.budget
+    steps = steps if "steps" in takes else entry.budget
+    restarts = 1 if restarts is None or "restarts" not in takes else restarts
     check_counts(steps=steps, restarts=restarts)
-    if base not in ("pgd", "pgd-margin"):
-        alpha = 2 * eps if base.startswith("apgd") else 0.0
-    elif alpha is None:
-        alpha = min(eps, max(eps / 4, 2.5 * eps / steps))
+    if alpha is None or "alpha" not in takes:
+        alpha = entry.load().default_alpha(threat_model.eps, steps) if entry.algorithm else 0.0
+    if stages is not None and not entry.stages:
+        raise ValueError(f"expected an attack of several stages, got {entry.name}")
     return AttackSettings(
-        name=base,
+        name=entry.name,
         threat_model=threat_model,
         alpha=alpha,
         steps=steps,
         restarts=restarts,
-        random_start=random_start,
+        random_start=random_start and entry.random_start,
         seed=seed,
+        own_stages=tuple(
+            resolve_attack(stage, threat_model, seed=seed) for stage in stages or entry.stages
+        ),
     )
 
 
-def _parse(name: str) -> tuple[str, int]:
-    """The attack a name means, and the steps it names, or 0."""
+def _parse(name: str) -> tuple[AttackEntry, int]:
+    """The attack of a name such as ``pgd-50``, and its number of steps or 0."""
     match = re.fullmatch(r"(.+?)(?:-([0-9]{1,6}))?", name)
     base = match[1] if match else name
-    base = _ALIASES.get(base, base)
-    if match is None or base not in _STEPS or (_STEPS[base] is None and match[2]):
+    entry = REGISTRY.get(ALIASES.get(base, base))
+    steps = match[2] if match else None
+    if entry is None or (steps is not None and "steps" not in entry.parameters):
         raise ValueError(
-            f"expected an attack out of {', '.join(ATTACKS)} (or pgd-N, with N steps), "
+            f"expected attack to be one of {', '.join(REGISTRY)} (or pgd-N, with N steps), "
             f"got {name[:40]!r}"
         )
-    if match[2] is None:
-        return base, 0
-    if int(match[2]) < 1:
+    if steps is not None and int(steps) < 1:
         raise ValueError(f"expected at least 1 step, got {name[:40]!r}")
-    return base, int(match[2])
+    return entry, int(steps or 0)

@@ -1,149 +1,123 @@
-"""Square attack: a random search that sees nothing but the logits."""
+"""Square attack: a random search that uses only the logits."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from robust.attacks.call import attack, check_counts
-from robust.attacks.frozen import Model
+from robust.attacks.algorithm import Algorithm
+from robust.attacks.checks import check_counts
 from robust.attacks.losses import margin
 from robust.attacks.noise import uniform
-from robust.attacks.result import AttackResult
-from robust.attacks.search import Rows
-from robust.geometry import Norm, lengths
-from robust.threat_model import ThreatModel
+from robust.attacks.rows import Rows, Table
+from robust.geometry import column, lengths
 
-QUERIES = 5000
-P = 0.8  # share of the image that the first squares cover
+P = 0.8  # fraction of the image that the first squares cover
+DRAWN = 32  # queries whose random numbers are made together
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-def square(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    *,
-    threat_model: ThreatModel,
-    queries: int = QUERIES,
-    restarts: int = 1,
-    early_stop: bool = True,
-    target: Tensor | None = None,
-    eps: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-) -> AttackResult:
-    """Change squares at random places and keep what raises the margin; no gradient is taken.
+@dataclass(kw_only=True)
+class SquareState(Table):
+    """Columns of `Square`."""
 
-    `queries` forward passes follow the one of the start. Arguments, result and errors as those of
-    `pgd`. Source: Andriushchenko et al. 2020, arXiv:1912.00049.
-    """
-    algorithm = Square(
-        norm=threat_model.norm,
-        queries=queries,
-        runs=restarts,
-        early_stop=early_stop,
-        targeted=target is not None,
-    )
-    return attack(
-        model,
-        algorithm,
-        x,
-        y,
-        threat_model=threat_model,
-        eps=eps,
-        target=target,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    query: Tensor  # int64 (N,): queries made after the start
+    x_top: Tensor  # float32 (N, C, H, W): the image of the highest margin
+    loss_top: Tensor  # float32 (N,): its margin
+    draws: Tensor  # float32 (N, DRAWN, 5 + C): random numbers of the queries of one block
+    block: Tensor  # int64 (N,): which block, from 0; -1 before the first
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square:
-    """`square` between two queries, see `search.Algorithm`."""
+class Square(Algorithm[SquareState]):
+    """Changes random squares and keeps what raises the margin; see `robust.attacks.square`.
 
-    norm: Norm
-    queries: int = QUERIES
-    runs: int = 1
-    early_stop: bool = True
-    targeted: bool = False
+    A step is one query.
+    """
 
-    ahead = False
-    needs_clean = False
-    differentiates = False
+    uses_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_counts(queries=self.queries, restarts=self.runs)
+        check_counts(queries=self.steps, restarts=self.runs)
 
-    def begin(self, rows: Rows) -> None:
+    def begin(self, rows: Rows[SquareState]) -> SquareState:
         start = self._stripes if self.norm == "linf" else self._tiles
-        rows["x_adv"] = rows["x_top"] = start(rows)
-        rows["query"] = torch.zeros_like(rows["y"])
-        rows["loss_top"] = torch.full_like(rows["eps"].flatten(), -torch.inf)
+        rows.x_adv = start(rows)
+        n, channels = rows.x.shape[:2]
+        return SquareState(
+            query=torch.zeros_like(rows.y),
+            x_top=rows.x_adv,
+            loss_top=torch.full_like(rows.eps.flatten(), -torch.inf),
+            draws=rows.x.new_zeros(n, DRAWN, 5 + channels),
+            block=torch.full_like(rows.y, -1),
+        )
 
-    def wants_gradient(self, rows: Rows) -> Tensor:
-        return torch.zeros_like(rows["fooled"])
+    def loss(self, logits: Tensor, rows: Rows[SquareState]) -> Tensor:
+        return margin(logits, rows.y, rows.target if self.targeted else None)
 
-    def loss(self, logits: Tensor, rows: Rows) -> Tensor:
-        return margin(logits, rows["y"], rows["target"] if self.targeted else None)
+    def advance(
+        self, rows: Rows[SquareState], logits: Tensor, loss: Tensor, gradient: Tensor | None
+    ) -> Tensor:
+        state = rows.state
+        better = loss > state.loss_top
+        if bool(better.any()):  # usually there is none
+            state.x_top = torch.where(column(better), rows.x_adv, state.x_top)
+            state.loss_top = torch.where(better, loss, state.loss_top)
+        done = state.query >= self.steps
+        rows.x_adv = self._next(rows, state.query)
+        state.query = state.query + 1
+        return done
 
-    def score(self, rows: Rows, logits: Tensor, loss: Tensor) -> Tensor:
-        return loss
+    def speculate(self, rows: Rows[SquareState], count: int) -> list[Tensor]:
+        """The next squares applied to the current best image, as few squares are kept."""
+        return [self._next(rows, rows.state.query + later) for later in range(count)]
 
-    def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
-        better = loss > rows["loss_top"]
-        rows["x_top"] = torch.where(better.view(-1, 1, 1, 1), rows["x_adv"], rows["x_top"])
-        rows["loss_top"] = torch.where(better, loss, rows["loss_top"])
-        spent = rows["query"] >= self.queries
-        rows["x_adv"] = self._next(rows)
-        rows["query"] = rows["query"] + 1
-        return spent
+    def _next(self, rows: Rows[SquareState], query: Tensor) -> Tensor:
+        return self._square(rows, query) if self.norm == "linf" else self._windows(rows, query)
 
-    def guess(self, rows: Rows, most: int) -> list[Tensor]:
-        """Few squares are kept, so the next ones change the best image there is now."""
-        return [self._next({**rows, "query": rows["query"] + ahead}) for ahead in range(most)]
+    def _draws(self, rows: Rows[SquareState], stream: Tensor | int, count: int) -> Tensor:
+        """Numbers in [0, 1), float32 (N, count); stream 0 is the start, then one for each query."""
+        return uniform(rows.key, rows.run * 2**32 + stream, count)
 
-    def _next(self, rows: Rows) -> Tensor:
-        return self._square(rows) if self.norm == "linf" else self._windows(rows)
+    def _draws_of(self, rows: Rows[SquareState], query: Tensor) -> Tensor:
+        """The numbers of queries int64 (N,), float32 (N, 5 + C), made for a block at a time."""
+        state, block = rows.state, query // DRAWN
+        if not torch.equal(block, state.block):
+            n, _, count = state.draws.shape
+            stream = 1 + block.unsqueeze(1) * DRAWN + torch.arange(DRAWN, device=query.device)
+            stream = rows.run.unsqueeze(1) * 2**32 + stream
+            drawn = uniform(rows.key.repeat_interleave(DRAWN), stream.flatten(), count)
+            state.draws, state.block = drawn.view(n, DRAWN, count), block
+        return state.draws[torch.arange(len(query), device=query.device), query % DRAWN]
 
-    def _draws(self, rows: Rows, count: int) -> Tensor:
-        """Numbers in [0, 1), float32 (N, count), anew for the start and each query."""
-        query = rows["query"] + 1 if "query" in rows else torch.zeros_like(rows["y"])
-        return uniform(rows["key"], rows["run"] * 2**32 + query, count)
-
-    def _stripes(self, rows: Rows) -> Tensor:
-        x, eps = rows["x"], rows["eps"]
+    def _stripes(self, rows: Rows[SquareState]) -> Tensor:
+        x, eps = rows.x, rows.eps
         _, channels, _, width = x.shape
-        signs = _signs(self._draws(rows, channels * width)).view(-1, channels, 1, width)
+        signs = _signs(self._draws(rows, 0, channels * width)).view(-1, channels, 1, width)
         return (x + eps * signs).clamp(0, 1)
 
-    def _square(self, rows: Rows) -> Tensor:
-        x, eps = rows["x"], rows["eps"]
+    def _square(self, rows: Rows[SquareState], query: Tensor) -> Tensor:
+        x, eps = rows.x, rows.eps
         channels = x.shape[1]
-        draws = self._draws(rows, 2 + channels)
-        inside, _, _ = _window(x, self._sides(rows, least=1), draws[:, 0], draws[:, 1])
-        change = inside * 2 * eps * _signs(draws[:, 2:]).view(-1, channels, 1, 1)
-        x_new = rows["x_top"] + change
+        draws = self._draws_of(rows, query)[:, : 2 + channels]
+        inside, _, _ = _window(x, square_sides(query, x, least=1), draws[:, 0], draws[:, 1])
+        change = 2 * eps * _signs(draws[:, 2:]).view(-1, channels, 1, 1)
+        x_new = torch.addcmul(rows.state.x_top, inside, change)
         return torch.minimum(torch.maximum(x_new, x - eps), x + eps).clamp(0, 1)
 
-    def _sides(self, rows: Rows, *, least: int) -> Tensor:
-        """Sides of the squares, int64 (N,): they shrink as the search goes on."""
-        height, width = rows["x"].shape[2:]
-        edges, table = _schedule(height, width, least, rows["x"].device)
-        return table[torch.bucketize(rows["query"], edges)]
+    # L2: a window gets the perturbation of another one, and what is left of eps.
 
-    # L2: mass moves from one window to another, and what is left of eps goes in with it.
-
-    def _tiles(self, rows: Rows) -> Tensor:
-        x = rows["x"]
+    def _tiles(self, rows: Rows[SquareState]) -> Tensor:
+        x = rows.x
         n, channels, height, width = x.shape
         side = max(height // 5, 1)
         down, across = height // side, width // side
-        draws = self._draws(rows, channels * down * across + down * across)
+        draws = self._draws(rows, 0, channels * down * across + down * across)
         signs = _signs(draws[:, : channels * down * across]).view(n, channels, down, across)
         turned = draws[:, channels * down * across :].view(n, 1, down, across) > 0.5
         tile = _bumps(side, x.device)
@@ -155,14 +129,14 @@ class Square:
         tiles = tiles.reshape(n, channels, down * side, across * side)
         tiles = tiles[..., : height - top, : width - top]
         offset[..., top : top + tiles.shape[2], top : top + tiles.shape[3]] = tiles
-        return (x + rows["eps"] * offset / lengths(offset).clamp_min(1e-12)).clamp(0, 1)
+        return (x + rows.eps * offset / lengths(offset).clamp_min(1e-12)).clamp(0, 1)
 
-    def _windows(self, rows: Rows) -> Tensor:
-        x, eps = rows["x"], rows["eps"]
+    def _windows(self, rows: Rows[SquareState], query: Tensor) -> Tensor:
+        x, eps = rows.x, rows.eps
         n, channels = x.shape[:2]
-        draws = self._draws(rows, 5 + channels)
-        sides = self._sides(rows, least=3)
-        delta = rows["x_top"] - x
+        draws = self._draws_of(rows, query)
+        sides = square_sides(query, x, least=3)
+        delta = rows.state.x_top - x
         inside, down, across = _window(x, sides, draws[:, 0], draws[:, 1])
         other, _, _ = _window(x, sides, draws[:, 2], draws[:, 3])
         outside = 1 - torch.maximum(inside, other)
@@ -178,9 +152,16 @@ class Square:
         return delta.mul_(eps / lengths(delta).clamp_min(1e-12)).add_(x).clamp_(0, 1)
 
 
+def square_sides(query: Tensor, x: Tensor, *, least: int) -> Tensor:
+    """Sides of the squares of queries int64 (N,) on images like `x`, int64 (N,)."""
+    height, width = x.shape[2:]
+    edges, table = _schedule(height, width, least, x.device)
+    return table[torch.bucketize(query, edges)]
+
+
 @cache
 def _schedule(height: int, width: int, least: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """After which queries the squares shrink, and the side before, between and after those."""
+    """The queries after which the squares shrink, and the sides before, between and after them."""
     sides = []
     for halvings in range(len(HALVED_AFTER) + 1):
         side = max(round(math.sqrt(P / 2**halvings * height * width)), least)
@@ -202,7 +183,7 @@ def _norms(delta: Tensor) -> Tensor:
 def _window(
     x: Tensor, sides: Tensor, down: Tensor, across: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares at random places: 1 inside, float32 (N, 1, H, W), and their rows and columns."""
+    """Squares at random places: a mask float32 (N, 1, H, W), and pixel places within the square."""
     height, width = x.shape[2:]
     place_y = torch.arange(height, device=x.device) - (down * (height - sides)).long().unsqueeze(1)
     place_x = torch.arange(width, device=x.device) - (across * (width - sides)).long().unsqueeze(1)
@@ -213,9 +194,9 @@ def _window(
 
 
 def _patterns(sides: Tensor, down: Tensor, across: Tensor, turned: Tensor) -> Tensor:
-    """The bumps of each row's window at its place, float32 (N, 1, H, W); any value outside it.
+    """The bumps of each window at its place, float32 (N, 1, H, W); undefined outside the window.
 
-    `sides` (N,), `down` (N, H) and `across` (N, W): places within the window.
+    `sides` (N,); `down` (N, H) and `across` (N, W) are places within the window.
     """
     values, first = _all_bumps(down.shape[1], across.shape[1], sides.device)
     side, last = sides.view(-1, 1, 1), (sides - 1).unsqueeze(1)
@@ -227,7 +208,7 @@ def _patterns(sides: Tensor, down: Tensor, across: Tensor, turned: Tensor) -> Te
 
 @cache
 def _all_bumps(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bumps of every side that comes up, one after the other, and where each begins."""
+    """The bumps of every side in the schedule, concatenated, and the offset of each."""
     parts, first, count = [], [0] * (min(height, width) + 1), 0
     for side in set(_schedule(height, width, 3, device)[1].tolist()):
         parts.append(_bumps(side, device).flatten())
@@ -238,14 +219,14 @@ def _all_bumps(height: int, width: int, device: torch.device) -> tuple[Tensor, T
 
 @cache
 def _bumps(side: int, device: torch.device) -> Tensor:
-    """A hill above a valley, of length 1, float32 (side, side)."""
+    """A hill above a valley with an L2 norm of 1, float32 (side, side)."""
     half = side // 2
     whole = torch.cat([_hill(half, side), -_hill(side - half, side)])
     return (whole / whole.square().sum().sqrt().clamp_min(1e-12)).to(device)
 
 
 def _hill(height: int, width: int) -> Tensor:
-    """Nested rectangles that weigh less the wider they are."""
+    """Nested rectangles, the wider the lower."""
     hill = torch.zeros(height, width)
     middle_y, middle_x = height // 2 + 1, width // 2 + 1
     top, left = middle_y - 1, middle_x - 1

@@ -1,4 +1,4 @@
-"""``robust attack``: change one image so that a checkpoint errs, and show by how little."""
+"""``robust attack``: adversarial images for given images."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from robust.commands.options import (
+    AttackCommand,
+    ModelChoice,
     attack_options,
-    checkpoint_option,
-    device_option,
-    read_image,
+    exit_status,
+    expand_images,
+    json_option,
+    model_options,
+    read_images,
     resolve_attacks,
 )
-from robust.commands.output import percent, plain, table, write_report
+from robust.commands.output import percent, write_report
+from robust.tables import plain, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from robust.prediction import AttackOutcome
 
 
-@click.command()
-@click.argument("image", type=click.Path(path_type=Path))
-@checkpoint_option
-@device_option
+@click.command(cls=AttackCommand)
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@model_options
 @attack_options
 @click.option(
-    "--label", metavar="CLASS", help="Name or index to lead away from. Default: the prediction."
+    "--label", metavar="CLASS", help="True class, by name or index. Default: the prediction."
 )
-@click.option("--target", metavar="CLASS", help="Name or index to lead to. Default: any other.")
+@click.option("--target", metavar="CLASS", help="Target class. Default: any but the true class.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -38,17 +44,10 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Folder for the images.",
 )
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    metavar="FILE",
-    help="Write the result as JSON too; - prints it instead of the table.",
-)
+@json_option
 def attack(
-    image: Path,
-    checkpoint: Path,
-    device_name: str,
+    images: tuple[str, ...],
+    model: ModelChoice,
     attack_names: tuple[str, ...],
     norm: str,
     eps: float | None,
@@ -60,20 +59,17 @@ def attack(
     target: str | None,
     out: Path,
     json_path: Path | None,
-) -> None:
-    """Attack one image and write what comes out.
+) -> int:
+    """Attack images and write the adversarial images.
 
-    For each attack two PNG files: the adversarial image, rounded to 8 bits inside the ball, and
-    what was added, amplified, grey where nothing was. Prediction, success and distances are those
-    of the file. Example:
+    For each attack and image it writes two PNG files: the adversarial image, rounded to 8 bits
+    inside the ball, and the amplified perturbation (gray: no change). Prediction, success and
+    distances are those of the file. IMAGE may be a file, a folder or a pattern such as
+    'photos/*.jpg'. If a file is not an image, the command names it and exits with 1. Example:
 
     \b
         robust attack examples/cat.jpg --eps 4/255 --target dog --out attacked
     """
-    from robust.checkpoint import load_checkpoint
-    from robust.classifier import resolve_device
-    from robust.files import write_atomic
-    from robust.images import encode_png
     from robust.prediction import attack_image, find_class
 
     attacks = resolve_attacks(
@@ -85,32 +81,60 @@ def attack(
         restarts=restarts,
         seed=seed,
     )
-    device = resolve_device(device_name)
-    loaded = load_checkpoint(checkpoint, device=device)
-    model, classes = loaded.classifier, loaded.sidecar.classes
-    x = read_image(image, model).to(device)
+    paths = expand_images(images)
+    _check_names(paths)
+    loaded = model.load()
+    loaded.check_attacks(attacks)
+    classifier, classes = loaded.classifier, loaded.sidecar.classes
     y = None if label is None else find_class(label, classes)
     goal = None if target is None else find_class(target, classes)
-    outcomes = [attack_image(model, x, y, settings=item, target=goal) for item in attacks]
+    read, broken = read_images(paths, classifier)
+    reports = []
+    for item in read:
+        image, pixels = item.path, item.pixels
+        x = pixels.to(classifier.mean.device)
+        outcomes = [attack_image(classifier, x, y, settings=each, target=goal) for each in attacks]
+        names = _write_images(image, pixels, outcomes, out)
+        attacked = [_to_dict(outcome, classes, image, out) for outcome in outcomes]
+        changes = list(item.changes)
+        reports.append({"image": str(image), "changes": changes, "attacks": attacked})
+        if str(json_path) != "-":
+            of = f"{image} " if len(paths) > 1 else ""
+            click.echo(f"{of}away from {_aim(outcomes[0], classes)}")
+            click.echo(_describe(outcomes, classes))
+            click.echo(f"wrote {len(names)} images to {out}: {', '.join(names)}")
+    about = {"checkpoint": model.spec, "model": loaded.origin(), "weights_sha256": loaded.sha256}
+    if json_path is not None and read:
+        several = {"images": reports, "broken": broken}
+        write_report(json_path, about | (reports[0] if len(paths) == 1 else several))
+    return exit_status(read, broken)
 
-    written = {f"{image.stem}-input.png": x.cpu()}
+
+def _check_names(paths: list[Path]) -> None:
+    """Raise ValueError if the results of two images would have the same name."""
+    stems = [path.stem for path in paths]
+    twice = [path for path in paths if stems.count(path.stem) > 1]
+    if twice:
+        raise ValueError(
+            "expected images with different names, as results are named after them, got "
+            f"{twice[0]} and {twice[1]}"
+        )
+
+
+def _write_images(
+    image: Path, pixels: Tensor, outcomes: list[AttackOutcome], out: Path
+) -> list[str]:
+    """Write the image as the model saw it and the result of each attack; return the names."""
+    from robust.files import write_atomic
+    from robust.images import encode_png
+
+    written = {f"{image.stem}-input.png": pixels}
     for outcome in outcomes:
         written[_file_name(image, outcome)] = outcome.image
         written[_file_name(image, outcome, "-perturbation")] = outcome.perturbation
-    for name, pixels in written.items():
-        write_atomic((out / name).resolve(), partial(_write, encode_png(pixels)))
-
-    report = {
-        "image": str(image),
-        "checkpoint": str(checkpoint),
-        "weights_sha256": loaded.sha256,
-        "attacks": [_to_dict(outcome, classes, image, out) for outcome in outcomes],
-    }
-    if json_path is not None:
-        write_report(json_path, report)
-    if str(json_path) != "-":
-        click.echo(_describe(outcomes, classes))
-        click.echo(f"wrote {len(written)} images to {out}: {', '.join(written)}")
+    for name, value in written.items():
+        write_atomic((out / name).resolve(), partial(_write, encode_png(value)))
+    return list(written)
 
 
 def _write(data: bytes, file: IO[bytes]) -> None:
@@ -141,9 +165,12 @@ def _describe(outcomes: list[AttackOutcome], classes: tuple[str, ...]) -> str:
             ]
         )
     header = ("attack", "norm", "eps", "before", "after", "success", "linf", "l2", "seconds")
-    first = outcomes[0]
-    aim = f" towards {classes[first.target]}" if first.target is not None else ""
-    return f"away from {plain(classes[first.label])}{plain(aim)}\n{table(header, rows)}"
+    return table(header, rows)
+
+
+def _aim(outcome: AttackOutcome, classes: tuple[str, ...]) -> str:
+    towards = f" toward {classes[outcome.target]}" if outcome.target is not None else ""
+    return plain(classes[outcome.label] + towards)
 
 
 def _leader(probabilities: Any, classes: tuple[str, ...]) -> str:

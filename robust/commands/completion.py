@@ -13,9 +13,9 @@ SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print what makes a shell complete robust's commands and options.
+    """Print the shell completion script for robust's commands and options.
 
-    Load it in the file that the shell reads when it starts. Examples:
+    Load it in your shell's startup file. Examples:
 
     \b
         echo 'eval "$(robust completion bash)"' >> ~/.bashrc

@@ -1,4 +1,4 @@
-"""``robust evaluate``: how accurate a checkpoint is, clean and under attack."""
+"""``robust evaluate``: clean and robust accuracy of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,60 +12,52 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robust.commands.options import (
+    AttackCommand,
+    ModelChoice,
     attack_options,
-    checkpoint_option,
-    device_option,
+    data_options,
+    json_option,
+    model_options,
     resolve_attacks,
 )
-from robust.commands.output import Progress, percent, table, write_report
+from robust.commands.output import Progress, echo_changes, percent, write_report
 
 if TYPE_CHECKING:
     from robust.evaluation import Evaluation
     from robust.evaluation.run import Precision
 
-Row = list[str]
 
-
-@click.command()
-@checkpoint_option
-@click.option("--data", required=True, metavar="PATH", help="Labelled images, or a known name.")
-@click.option("--test/--train", default=True, help="Which part of a named set. Default: test.")
-@device_option
+@click.command(cls=AttackCommand)
+@model_options
+@data_options
 @attack_options
 @click.option(
-    "--limit",
+    "--batch-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Score the first N images (evenly spread ones where the data is sorted by class).",
+    help="Images per pass. Default: 100, fewer for images over 64 pixels.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    metavar="FILE",
-    help="Write the result as JSON too; - prints it instead of the table.",
-)
+@json_option
 @click.option(
     "--curve",
     type=click.IntRange(min=0),
     default=100,
     show_default=True,
     metavar="N",
-    help="Attack N of the images once more at growing eps; 0 for none.",
+    help="Attack N images again at increasing eps; 0 for none.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the search; bf16 (auto: on CUDA) has every success confirmed in fp32.",
+    help="Precision of the search; successes are confirmed in fp32. auto: bf16 if it is faster.",
 )
 @click.option(
     "--journal",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Keep what is finished there; the same command goes on from it after a stop.",
+    help="Record finished images there; the same command resumes from it.",
 )
 @click.option(
     "--format",
@@ -73,14 +65,13 @@ Row = list[str]
     type=click.Choice(["text", "markdown", "latex"]),
     default="text",
     show_default=True,
-    help="Of the table.",
+    help="Format of the table.",
 )
 @click.option("--record", is_flag=True, help="Add the accuracies to the checkpoint's sidecar.")
 def evaluate(
-    checkpoint: Path,
+    model: ModelChoice,
     data: str,
     test: bool,
-    device_name: str,
     attack_names: tuple[str, ...],
     norm: str,
     eps: float | None,
@@ -89,7 +80,7 @@ def evaluate(
     restarts: int | None,
     seed: int,
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     json_path: Path | None,
     curve: int,
     precision: Precision,
@@ -97,29 +88,29 @@ def evaluate(
     table_format: str,
     record: bool,
 ) -> None:
-    """Measure clean and robust accuracy on labelled images.
+    """Measure clean and robust accuracy on labeled images.
 
-    An image counts as robust when it is right as it came and at every step of the attack; the
-    worst case is over all attacks together. What gives reason not to trust the numbers is told
-    under the table. Examples:
+    An image counts as robust if it is classified correctly before the attack and at each of its
+    steps; in the worst case it must be robust to all attacks. Warnings about unreliable numbers
+    follow the table. Examples:
 
     \b
         robust evaluate --data cifar10 --attack pgd-50 --limit 1000
         robust evaluate --data test.npz --attack autoattack --journal test.journal
 
-    On several GPUs, or processes, each takes its share of the images:
+    On several GPUs or processes, each of which evaluates a shard of the images:
 
     \b
         torchrun --standalone --nproc-per-node 2 -m robust_cli evaluate --data test.npz
     """
-    from robust.checkpoint import load_checkpoint, record_evaluation
-    from robust.classifier import resolve_device
+    from robust.checkpoint import record_evaluation
     from robust.datasets import load_dataset
+    from robust.distributed import init_distributed
     from robust.environment import device_in_words, versions
     from robust.evaluation.flags import SEEN_IMAGES
     from robust.evaluation.run import CURVE_ATTACK, evaluate_batches
+    from robust.evaluation.tables import accuracy_table, curve_table
     from robust.matching import first_indices, match_classes
-    from robust.ranks import joined
 
     start = time.perf_counter()
     attacks = resolve_attacks(
@@ -131,18 +122,26 @@ def evaluate(
         restarts=restarts,
         seed=seed,
     )
-    # Long, as attacks take some images hours longer than others.
-    group = joined(resolve_device(device_name), patience=timedelta(days=30))
-    ranks, device = click.get_current_context().with_resource(group)
-    loaded = load_checkpoint(checkpoint, device=device)
-    classes = loaded.sidecar.classes
-    dataset = load_dataset(data, size=loaded.classifier.architecture.input_size, train=not test)
+    # Long, as attacking some images takes hours longer than others.
+    group = init_distributed(model.device(), patience=timedelta(days=30))
+    world, device = click.get_current_context().with_resource(group)
+    loaded = model.load(device)
+    device = loaded.classifier.mean.device  # the CPU where an accelerator disagrees
+    loaded.check_attacks(attacks)
+    if curve and not loaded.classifier.differentiable:
+        click.echo(f"note: no curve: {CURVE_ATTACK} needs gradients", err=True)
+        curve = 0
+    classes, size = loaded.sidecar.classes, loaded.classifier.architecture.input_size
+    batch_size = batch_size or default_batch_size(size)
+    dataset = load_dataset(data, size=size, train=not test)
     scored = match_classes(dataset, classes)
+    if world.is_rank0:
+        echo_changes(scored)
     if limit is not None:
         indices = first_indices(scored, limit)
         scored = scored.subset(indices)
 
-    progress = Progress(100, title="evaluate", unit="%", quiet=not ranks.is_first)
+    progress = Progress(100, title="evaluate", unit="%", quiet=not world.is_rank0)
     results = evaluate_batches(
         loaded.classifier,
         scored.images,
@@ -156,38 +155,47 @@ def evaluate(
         journal=journal,
         model_id=loaded.sha256,
         watch=progress.tick,
-        ranks=ranks,
+        foretell=progress.foretell,
+        world=world,
     )
-    # Closed also by Ctrl-C, so that the journal is let go.
+    # Also closed on Ctrl-C, so that the journal is released.
     with closing(progress), closing(results):
         for evaluation in results:
             progress.update(int(100 * evaluation.done), _so_far(evaluation))
-    if not ranks.is_first:
+    if not world.is_rank0:
         return
     trained_on = loaded.sidecar.data
     if trained_on is not None and trained_on.sha256 == dataset.sha256:
         evaluation = replace(evaluation, flags=(SEEN_IMAGES, *evaluation.flags))
 
-    seconds, used = time.perf_counter() - start, ranks.in_words(device_in_words(device))
+    seconds, used = time.perf_counter() - start, world.in_words(device_in_words(device))
     if str(json_path) != "-":
-        click.echo(f"{checkpoint} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
-        click.echo(_describe(evaluation, table_format))
+        click.echo(f"{model.spec} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
+        click.echo(accuracy_table(evaluation, table_format))
+        for difference in evaluation.differences:
+            click.echo(str(difference))
         if evaluation.curve:
             click.echo(f"at other eps ({CURVE_ATTACK}, {evaluation.curve[0].n} images):")
-            click.echo(_curve(evaluation, table_format))
-        click.echo(f"{seconds:.1f} s on {used}, {evaluation.precision}")
+            click.echo(curve_table(evaluation, table_format))
+        why = f" ({evaluation.precision_reason})" if evaluation.precision_reason else ""
+        click.echo(f"{seconds:.1f} s on {used}, {evaluation.precision}{why}")
+        if evaluation.times and str(evaluation.times):
+            click.echo(str(evaluation.times))
     for line in evaluation.notes:
         click.echo(f"note: {line}", err=True)
     for flag in evaluation.flags:
         click.echo(f"warning: {flag.name}: {flag}", err=True)
     if json_path is not None:
         report = {
-            "checkpoint": str(checkpoint),
+            "checkpoint": model.spec,
+            "model": loaded.origin(),
             "weights_sha256": loaded.sha256,
             "data": {
                 "name": dataset.name,
                 "count": len(dataset),
                 "sha256": dataset.sha256,
+                "dtype": dataset.dtype,
+                "changes": list(scored.changes),
                 "scored": len(scored),
                 "indices": "all" if limit is None else indices.tolist(),
                 "scored_sha256": scored.sha256,
@@ -203,10 +211,15 @@ def evaluate(
         write_report(json_path, report)
     if record:
         source: dict[str, Any] = {"data": dataset.name, "data_sha256": scored.sha256}
-        if evaluation.flags:  # a number goes nowhere without the reasons to doubt it
+        if evaluation.flags:  # a number is never recorded without its warnings
             source["flags"] = sorted({flag.name for flag in evaluation.flags})
         rows = [{**source, **item.summary()} for item in evaluation.accuracies]
         record_evaluation(loaded, rows)
+
+
+def default_batch_size(input_size: int) -> int:
+    """Images per pass: 100 up to 64 pixels a side, beyond that the same number of pixels."""
+    return max(1, min(100, 100 * 64**2 // input_size**2))
 
 
 def _so_far(evaluation: Evaluation) -> str:
@@ -217,40 +230,3 @@ def _so_far(evaluation: Evaluation) -> str:
             shown.append(f"{item.label} {percent(item.value)} ({percent(low)} to {percent(high)})")
     stage = f"{evaluation.stage}: " if evaluation.stage else ""
     return stage + ", ".join(shown)
-
-
-def _describe(evaluation: Evaluation, table_format: str) -> str:
-    from robust.evaluation import wilson_interval
-    from robust.threat_model import format_eps
-
-    n = evaluation.n
-
-    def row(
-        label: str, correct: int, *, ball: tuple[str, str] = ("", ""), seconds: str = ""
-    ) -> Row:
-        low, high = wilson_interval(correct, n)
-        accuracy = f"{100 * correct / n:.2f}"
-        interval = f"{100 * low:.1f} to {100 * high:.1f}"
-        return [label, *ball, accuracy, interval, f"{correct}/{n}", seconds]
-
-    rows = []
-    for item in evaluation.accuracies:
-        threat_model = item.attack.threat_model if item.attack else None
-        ball = (threat_model.norm, format_eps(threat_model.eps)) if threat_model else ("", "")
-        for stage in item.stages:
-            rows.append(
-                row(f"  {stage.attack}", stage.correct, ball=ball, seconds=f"{stage.seconds:.1f}")
-            )
-        rows.append(row(item.label, item.correct, ball=ball, seconds=f"{item.seconds:.1f}"))
-    if len(evaluation.attacks) > 1:
-        rows.append(row("worst case", evaluation.worst_correct))
-    header = ("attack", "norm", "eps", "accuracy %", "95% interval", "correct", "seconds")
-    return table(header, rows, table_format)
-
-
-def _curve(evaluation: Evaluation, table_format: str) -> str:
-    from robust.threat_model import format_eps
-
-    header = ["eps", *(format_eps(point.eps) for point in evaluation.curve)]
-    values = [f"{100 * point.correct / point.n:.1f}" for point in evaluation.curve]
-    return table(header, [["accuracy %", *values]], table_format)

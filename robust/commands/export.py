@@ -1,4 +1,4 @@
-"""``robust export``: the weights in a file that loads without this project."""
+"""``robust export``: a file of the weights that loads without this project."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from pathlib import Path
 
 import click
 
-from robust.commands.options import checkpoint_option
+from robust.commands.options import ModelChoice, model_options
 
 
 @click.command()
-@checkpoint_option
+@model_options
 @click.option(
     "--format",
     "file_format",
     required=True,
-    type=click.Choice(["torchvision", "safetensors", "onnx"]),
-    help="A state dict, the same with metadata, or the whole model.",
+    type=click.Choice(["torchvision", "safetensors", "onnx", "hub"]),
+    help="torchvision: a state dict; safetensors: the same with metadata; onnx: the whole model; "
+    "hub: a folder for the Hugging Face hub.",
 )
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="File to write.",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="File to write; for hub a folder.",
 )
-def export(checkpoint: Path, file_format: str, out: Path) -> None:
+def export(model: ModelChoice, file_format: str, out: Path) -> None:
     """Write the weights to a file that loads without this project.
 
-    They are float32 there; the Python line that loads them is printed. Example:
+    The weights are float32. The command prints the Python line that loads them. Example:
 
     \b
         robust export --format onnx --out robust_model.onnx
     """
-    from robust.checkpoint import load_checkpoint
     from robust.export import export_checkpoint
 
-    usage = export_checkpoint(load_checkpoint(checkpoint), out, file_format)  # type: ignore[arg-type]
+    usage = export_checkpoint(model.load(), out, file_format)  # type: ignore[arg-type]
     click.echo(f"wrote {out}; load it with:\n{usage}")

@@ -1,23 +1,33 @@
-"""Options that several commands take, and what they turn into."""
+"""Options shared by several commands, and the objects they build."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from robust.attack_registry import DEFAULT_ATTACKS, REGISTRY, names, takers
+from robust.commands.running import USER_ERROR
+from robust.datasets.registry import data_help
+from robust.tables import plain
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from robust.attacks import AttackSettings
+    from robust.checkpoint import Checkpoint
     from robust.classifier import Classifier
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_CHECKPOINT = Path("models/robust_model.pt")
-MAX_STEPS = 10_000  # far beyond where attacks converge; more is a slip of the keyboard
+MAX_STEPS = 10_000  # far beyond convergence; more is a typo
 MAX_RESTARTS = 1_000
 MAX_SEED = 2**32 - 1
 
@@ -38,34 +48,167 @@ class Size(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
-checkpoint_option = click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_CHECKPOINT,
-    show_default=True,
-    metavar="PATH",
-    help="Weights to use, with their sidecar beside them.",
-)
 device_option = click.option(
     "--device",
     "device_name",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="auto, cpu, cuda or cuda:N.",
+    help="auto, cpu, cuda, cuda:N, mps or xpu.",
 )
 
 
+_DESCRIBING = (
+    click.option(
+        "--arch",
+        metavar="NAME",
+        help="Network, timm:NAME or torchvision:NAME. Default: by its keys.",
+    ),
+    click.option(
+        "--stem",
+        metavar="NAME",
+        help="imagenet, cifar, 3x3-stride2, 3x3-maxpool or 3x3-stride2-maxpool. Default: by shape.",
+    ),
+    click.option("--activation", metavar="NAME", help="relu or silu. Default: relu."),
+    click.option(
+        "--input-size",
+        type=click.IntRange(8, 1024),
+        metavar="PIXELS",
+        help="Width and height of the model's input. Default: 32.",
+    ),
+    click.option(
+        "--mean",
+        metavar="R,G,B",
+        help="Mean of pixels in [0, 1], or imagenet or cifar10. Default: 0.",
+    ),
+    click.option(
+        "--std",
+        metavar="R,G,B",
+        help="Standard deviation of pixels in [0, 1], or imagenet or cifar10. Default: 1.",
+    ),
+    click.option(
+        "--classes",
+        metavar="NAMES",
+        help="Comma-separated class names, or a file with one per line. Default: numbers.",
+    ),
+    click.option("--key", metavar="NAME", help="Key of the weights in the file, such as ema."),
+)
+DESCRIBED = ("arch", "stem", "activation", "input_size", "mean", "std", "classes", "key")
+
+
+def describing_options(function: F) -> F:
+    """Options that describe a bare state dict, passed on under the names `DESCRIBED`."""
+    for option in reversed(_DESCRIBING):
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """The model given to a command, with the options that describe it."""
+
+    spec: str
+    device_name: str
+    said: dict[str, Any]
+
+    def device(self) -> torch.device:
+        """The requested device. Raises ValueError if there is none."""
+        from robust.device import resolve_device
+
+        return resolve_device(self.device_name)
+
+    def load(self, device: torch.device | None = None) -> Checkpoint:
+        """Load the model, on the requested device unless another is given.
+
+        If `auto` found an accelerator that disagrees with the CPU, prints a warning and uses the
+        CPU. Raises ValueError.
+        """
+        from robust.checkpoint import load_checkpoint, model_options
+        from robust.device import DeviceDisagrees
+
+        options, device = model_options(**self.said), device or self.device()
+        try:
+            return load_checkpoint(self.spec, device=device, options=options)
+        except DeviceDisagrees as error:
+            if self.device_name != "auto":
+                raise
+            click.echo(f"warning: {error}: using the CPU", err=True)
+            return load_checkpoint(self.spec, options=options)
+
+
+json_option = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Also write the result as JSON; - prints it instead of the table.",
+)
+"""The JSON file for the result; passed on as `json_path`."""
+
+
+test_option = click.option(
+    "--test/--train", default=True, help="Split of a data set that has several. Default: test."
+)
+"""The split of a data set that has several; passed on as `test`."""
+
+
+def data_options(function: F) -> F:
+    """The labeled images and how many of them; passed on as `data`, `test` and `limit`."""
+    options = (
+        click.option("--data", required=True, metavar="PATH", help=data_help()),
+        test_option,
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Use the first N images (evenly spaced if the data is sorted by class).",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def model_options(function: F) -> F:
+    """The model, its device and the options that describe it; passed on as `model`."""
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        said = {name: kwargs.pop(name) for name in DESCRIBED}
+        kwargs["model"] = ModelChoice(
+            spec=kwargs.pop("model_spec"), device_name=kwargs.pop("device_name"), said=said
+        )
+        return function(*args, **kwargs)
+
+    options = (
+        click.option(
+            "--model",
+            "--checkpoint",
+            "model_spec",
+            default=str(DEFAULT_CHECKPOINT),
+            show_default=True,
+            metavar="MODEL",
+            help="Weights, a Hugging Face folder, an exported graph, file.py:function or "
+            "oip+http://HOST/v2/models/NAME.",
+        ),
+        describing_options,
+        device_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return cast(F, command)
+
+
 def attack_options(function: F) -> F:
-    """Which attacks, in which ball, with which parameters."""
+    """The attacks, their threat model and their parameters."""
     options = (
         click.option(
             "--attack",
             "attack_names",
             multiple=True,
             metavar="NAME",
-            help="fgsm, pgd, pgd-margin, apgd-ce, apgd-dlr, apgd-t, fab-t, square, autoattack or "
-            "minimal; pgd-50 has 50 steps. Repeat for more. Default: fgsm and pgd.",
+            help=f"Attack to run, from the list below; pgd-50 has 50 steps. Repeat for more. "
+            f"Default: {' and '.join(DEFAULT_ATTACKS)}.",
         ),
         click.option(
             "--norm", default="linf", show_default=True, metavar="NAME", help="linf or l2."
@@ -74,30 +217,32 @@ def attack_options(function: F) -> F:
             "--eps",
             type=Size(),
             metavar="SIZE",
-            help="Largest change in pixel units. Default: 8/255, for l2 0.5.",
+            help="Radius of the ball in pixel units. Default: 8/255 (linf) or 0.5 (l2).",
         ),
         click.option(
             "--alpha",
             type=Size(),
             metavar="SIZE",
-            help="Step of pgd. Default: a quarter of eps, more for fewer than 10 steps.",
+            help=f"Step size of {takers('alpha')}. Default: a quarter of eps, more below 10 steps.",
         ),
         click.option(
             "--steps",
             type=click.IntRange(1, MAX_STEPS),
-            help="Default: 20, apgd and fab-t 100, square 5000 queries.",
+            help=f"Steps, or queries of {names(lambda attack: attack.unit == 'queries')}. "
+            "Default: see the list below.",
         ),
         click.option(
             "--restarts",
             type=click.IntRange(1, MAX_RESTARTS),
-            help="Of attacks that start at random. Default: 1.",
+            help=f"Runs of {takers('restarts')} from different starts, until one fools the model. "
+            "Default: 1.",
         ),
         click.option(
             "--seed",
             type=click.IntRange(0, MAX_SEED),
             default=0,
             show_default=True,
-            help="Of the random starts.",
+            help="Seed of the random starts.",
         ),
     )
     for option in reversed(options):
@@ -105,8 +250,18 @@ def attack_options(function: F) -> F:
     return function
 
 
+class AttackCommand(click.Command):
+    """A command with `attack_options`, whose help lists all attacks."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the attacks with their descriptions and default budgets."""
+        with formatter.section("Attacks"):
+            formatter.write_dl([(entry.name, entry.described) for entry in REGISTRY.values()])
+        super().format_epilog(ctx, formatter)
+
+
 def resolve_attacks(
-    names: tuple[str, ...],
+    attack_names: tuple[str, ...],
     *,
     norm: str,
     eps: float | None,
@@ -115,15 +270,15 @@ def resolve_attacks(
     restarts: int | None,
     seed: int,
 ) -> list[AttackSettings]:
-    """The attacks asked for, each once, with every parameter filled in. Raises ValueError."""
-    from robust.attacks import DEFAULT_ATTACKS, DEFAULT_EPS, resolve_attack
+    """The requested attacks without duplicates, with every parameter set. Raises ValueError."""
+    from robust.attacks import DEFAULT_EPS, resolve_attack
     from robust.threat_model import ThreatModel
 
     if eps is None:
         eps = DEFAULT_EPS.get(norm, 0.0)  # type: ignore[call-overload]
     threat_model = ThreatModel(norm=norm, eps=eps)  # type: ignore[arg-type]
     attacks = []
-    for name in names or DEFAULT_ATTACKS:
+    for name in attack_names or DEFAULT_ATTACKS:
         settings = resolve_attack(
             name, threat_model, alpha=alpha, steps=steps, restarts=restarts, seed=seed
         )
@@ -139,14 +294,93 @@ def resolve_attacks(
     return attacks
 
 
-def read_image(path: Path, classifier: Classifier) -> Tensor:
-    """The image in a file as the model sees it, uint8 (3, S, S). Raises ImageError, OSError."""
-    from robust.images import ImageError, decode_image, fit_image
+@dataclass(frozen=True, kw_only=True)
+class ReadImage:
+    """An image file as the model sees it."""
 
+    path: Path
+    pixels: Tensor  # uint8 (3, S, S)
+    changes: tuple[str, ...]  # resizing and cropping, in words
+
+
+def read_image(path: Path, classifier: Classifier) -> ReadImage:
+    """The image in a file of any format, at the model's size. Raises ImageError, OSError."""
+    from robust import images
+    from robust.datasets.arrays import resize_note
+
+    size = classifier.architecture.input_size
     try:
-        image = decode_image(path.read_bytes())
-    except ImageError as error:
-        raise ImageError(
+        opened = images.open_image(path.read_bytes(), size=size, any_format=True)
+    except images.ImageError as error:
+        raise images.ImageError(
             error.kind, expected=f"{error.expected} in {path}", found=error.found
         ) from None
-    return fit_image(image, classifier.architecture.input_size)
+    changes = []
+    if opened.size != (size, size):
+        changes.append(resize_note(1, *opened.size, size))
+    if opened.frames > 1:
+        changes.append(f"used the first of {opened.frames} frames")
+    return ReadImage(path=path, pixels=images.fit_image(opened.image, size), changes=tuple(changes))
+
+
+def read_images(
+    paths: Sequence[Path], classifier: Classifier
+) -> tuple[list[ReadImage], list[dict[str, str]]]:
+    """The readable images, as the model sees them, and the unreadable ones with the reason.
+
+    Prints the unreadable ones, and what was resized or cropped, on standard error.
+    """
+    from robust.images import ImageError
+
+    read, broken = [], []
+    for path in paths:
+        try:
+            read.append(read_image(path, classifier))
+            continue
+        except ImageError as error:
+            why = str(error)
+        except OSError as error:
+            why = f"{path}: {(error.strerror or str(error)).lower()}"
+        broken.append({"image": str(path), "error": why})
+        click.echo(f"robust: {plain(why)}", err=True)
+    changed: dict[str, list[Path]] = {}
+    for image in read:
+        for change in image.changes:
+            changed.setdefault(change, []).append(image.path)
+    for change, files in changed.items():
+        more = f" and {len(files) - 1} more, each" if len(files) > 1 else ""
+        click.echo(f"note: {plain(str(files[0]))}{more}: {change}", err=True)
+    return read, broken
+
+
+def exit_status(read: Sequence[object], broken: Sequence[object]) -> int:
+    """0, or 1 if some images are broken, or 2 if all are."""
+    if not broken:
+        return 0
+    return 1 if read else USER_ERROR
+
+
+def expand_images(names: Sequence[str]) -> list[Path]:
+    """Files, the files in folders, and the matches of patterns.
+
+    Raises ValueError for a folder or pattern without files.
+    """
+    paths: list[Path] = []
+    for name in names:
+        path, found = Path(name), [Path(name)]
+        if path.is_dir():
+            found = sorted(item for item in path.iterdir() if item.is_file() and _shown(item))
+        elif not path.exists() and any(mark in name for mark in "*?["):
+            found = sorted(Path(item) for item in glob(name, recursive=True) if _is_file(item))
+        if not found:
+            raise ValueError(f"expected images in {name}, found none")
+        paths += found
+    return paths
+
+
+def _shown(path: Path) -> bool:
+    return not path.name.startswith(".")
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).is_file()

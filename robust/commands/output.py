@@ -1,73 +1,31 @@
-"""How results are shown at the terminal and written to files."""
+"""Shows results on the terminal and writes them to files."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from robust.tables import plain
 
-def plain(text: str) -> str:
-    """`text` without line breaks or control characters: names come from files of others."""
-    return "".join(char if char.isprintable() else " " for char in text)
+if TYPE_CHECKING:
+    from robust.datasets import Dataset
+    from robust.evaluation.forecast import Forecast
 
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], table_format: str = "text") -> str:
-    """A table as ``text``, columns aligned by padding, as ``markdown`` or as ``latex``."""
-    if table_format == "latex":
-        return _latex(header, rows)
-    if table_format == "markdown":
-        return _markdown(header, rows)
-    return _text(header, rows)
-
-
-def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns whose cells are all numbers stand to the right."""
-    cells = [[plain(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [
-        all(cell.replace(".", "", 1).isdigit() for cell in column[1:])
-        for column in zip(*cells, strict=True)
-    ]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if numeric else cell.ljust(width)
-            for cell, width, numeric in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in cells
-    )
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    escaped = [[plain(cell).strip().replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """With the rules of booktabs."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join(_escape_latex(plain(cell).strip()) for cell in cells) + r" \\"
-
-    columns = "l" + "r" * (len(header) - 1)
-    body = [line(header), r"\midrule", *map(line, rows)]
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]
-    )
-
-
-def _escape_latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+LONG = 10.0  # seconds above which the time is printed in advance
 
 
 def percent(share: float) -> str:
     """A share as ``12.3%``."""
     return f"{100 * share:.1f}%"
+
+
+def echo_changes(dataset: Dataset) -> None:
+    """Print on standard error what was resized, skipped or guessed when reading the data."""
+    for line in dataset.changes:
+        click.echo(f"note: {plain(dataset.name)}: {plain(line)}", err=True)
 
 
 def write_report(path: Path, value: Any) -> None:
@@ -83,7 +41,7 @@ def write_report(path: Path, value: Any) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line for each tenth of the work. Nothing if quiet."""
+    """A progress bar on a terminal; elsewhere a line per tenth of the work. Nothing if quiet."""
 
     def __init__(self, total: int, *, title: str, unit: str, quiet: bool = False) -> None:
         self.total, self.title, self.unit, self.quiet = total, title, unit, quiet
@@ -95,7 +53,7 @@ class Progress:
             self.bar = tqdm(total=total, desc=title, unit=unit, leave=False)
 
     def update(self, done: int, note: str) -> None:
-        """Show that `done` of the total are through, with `note` on the state so far."""
+        """Show that `done` of the total are finished, with `note` on the result so far."""
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.done)
@@ -105,12 +63,29 @@ class Progress:
             click.echo(f"{self.title}: {share}, {note}", err=True)
         self.done = done
 
+    def foretell(self, expected: Forecast) -> None:
+        """Print an upper bound on the time, if it is long."""
+        if self.quiet or expected.seconds < LONG:
+            return
+        from robust.report.words import duration
+
+        worst, more = "", " more" if expected.stage else ""
+        if expected.worst > expected.passes:
+            worst = f", or {duration(expected.worst_seconds)} if gradients turn out to mislead"
+        left = f"{expected.stage} left " if expected.stage else ""
+        click.echo(
+            f"note: {left}{expected.images} images: at most {duration(expected.seconds)}{more}"
+            f"{worst} ({expected.passes} passes of {expected.seconds_per_pass:.2g} s); images that "
+            "are fooled early take fewer",
+            err=True,
+        )
+
     def tick(self) -> None:
         """Show that work goes on, though nothing is through."""
         if self.bar is not None:
             self.bar.refresh()
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self.bar is not None:
             self.bar.close()

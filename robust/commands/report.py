@@ -1,14 +1,22 @@
-"""``robust report``: what is known of a checkpoint, as a page to read and one to print."""
+"""``robust report``: a report on a checkpoint and its training run, as HTML and PDF."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from robust.commands.options import DEFAULT_CHECKPOINT, device_option
+from robust.commands.options import (
+    DEFAULT_CHECKPOINT,
+    ModelChoice,
+    describing_options,
+    device_option,
+    test_option,
+)
+from robust.commands.output import echo_changes
+from robust.datasets.registry import data_help
 
 if TYPE_CHECKING:
     from robust.checkpoint import Checkpoint
@@ -28,26 +36,26 @@ MOST_EXAMPLES = 50
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="What robust evaluate --json wrote. Repeat for more. Default: what the sidecar has on "
-    "record.",
+    help="JSON written by robust evaluate --json. Repeat for more. Default: those in the sidecar.",
 )
 @click.option(
+    "--model",
     "--checkpoint",
+    "checkpoint",
     type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Default: that of the run, NAME.pt for runs/NAME.",
+    metavar="MODEL",
+    help="Model, as for robust evaluate. Default: the run's checkpoint, NAME.pt for runs/NAME.",
 )
-@click.option(
-    "--data", metavar="PATH", help="Labelled images, or a known name, of which to show a few."
-)
-@click.option("--test/--train", default=True, help="Which part of a named set. Default: test.")
+@describing_options
+@click.option("--data", metavar="PATH", help=f"Images to show a few of. {data_help()}")
+@test_option
 @click.option(
     "--examples",
     type=click.IntRange(1, MOST_EXAMPLES),
     default=10,
     show_default=True,
     metavar="N",
-    help="How many images of the data to show.",
+    help="Number of images to show.",
 )
 @device_option
 @click.option(
@@ -67,11 +75,12 @@ def report(
     examples: int,
     device_name: str,
     out: Path,
+    **said: Any,
 ) -> None:
     """Write a report on a training run, as HTML and as PDF.
 
-    RUN is the folder of the run, models/runs/robust_model unless another is named. Both files
-    need nothing else to be read. A few images of --data are put into them. Example:
+    RUN is the folder of the run, by default models/runs/robust_model. Both files are
+    self-contained. With --data they show a few of its images. Example:
 
     \b
         robust evaluate --data test.npz --json pgd.json
@@ -81,8 +90,6 @@ def report(
 
     require_extra()
 
-    from robust.checkpoint import load_checkpoint
-    from robust.classifier import resolve_device
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
     from robust.files import write_atomic
@@ -91,16 +98,17 @@ def report(
     from robust.report.html import render_html
     from robust.report.pdf import render_pdf
 
-    device = resolve_device(device_name)
     checkpoint, folder = find_run(run, checkpoint)
     training = _read_run(folder)
-    loaded = load_checkpoint(checkpoint, device=device)
+    loaded = ModelChoice(spec=str(checkpoint), device_name=device_name, said=said).load()
+    device = loaded.classifier.mean.device
     _check(training, loaded)
     measurements = _read_evaluations(evaluations, loaded)
     shown = None
     if data is not None:
         size = loaded.classifier.architecture.input_size
-        dataset = load_dataset(data, size=size, train=not test)
+        dataset = load_dataset(data, size=size, train=not test).in_8_bits()
+        echo_changes(dataset)
         shown = show_examples(loaded, dataset, count=examples, device=device)
     document = build_report(
         loaded,
@@ -113,9 +121,9 @@ def report(
     for name, content in ((HTML, page), (PDF, printed)):
         write_atomic((out / name).resolve(), partial(_write, content))
     if not evaluations:
-        click.echo("no --evaluation: the accuracies are those on record in the sidecar")
+        click.echo("no --evaluation: using the accuracies recorded in the sidecar")
     if shown is None:
-        click.echo("no --data: without pictures and loss surfaces")
+        click.echo("no --data: no images and loss surfaces in the report")
     click.echo(f"wrote {out / HTML} and {out / PDF}")
 
 
@@ -124,9 +132,9 @@ def _write(content: bytes, file: IO[bytes]) -> None:
 
 
 def find_run(run: Path | None, checkpoint: Path | None) -> tuple[Path, Path | None]:
-    """Checkpoint and run, each from the other where only one is named.
+    """Checkpoint and run, each derived from the other if only one is given.
 
-    A checkpoint may be reported on without its run; a run that is named must be there.
+    A checkpoint may have no run; a run that is given must exist.
     """
     if run is not None:
         resolved = run.resolve()

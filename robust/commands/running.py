@@ -1,4 +1,4 @@
-"""How a command of this project ends: its exit status, and what it says of errors."""
+"""Runs commands: exit status and error messages."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 import click
 
 USER_ERROR = 2
-INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
+INTERRUPTED = 130  # as in shells: 128 plus the number of SIGINT
 
 
 def main(command: click.Command, *, name: str) -> NoReturn:
     """Run `command` with this process's arguments and exit: 0 when done, 130 for Ctrl-C.
 
-    2 is for what the user can mend.
+    2 is for user errors.
     """
     # Read by OpenMP when torch is loaded. Its idle threads spin for milliseconds by default: two
     # processes on the same cores take them from each other. With a short spin each of two float32
@@ -29,8 +29,8 @@ def main(command: click.Command, *, name: str) -> NoReturn:
 def run_command(command: click.Command, arguments: Sequence[str], *, name: str) -> int:
     """Run `command`, called `name` by its user, and return its exit status.
 
-    What a user can mend (a wrong option, a broken file, a full disk) is one line on standard
-    error. Anything else is a defect of this project and keeps its traceback.
+    A user error (a wrong option, a broken file, a full disk) is one line on standard error.
+    Anything else is a bug in this project and keeps its traceback.
     """
     try:
         result: Any = command.main(list(arguments), prog_name=name, standalone_mode=False)
@@ -41,7 +41,7 @@ def run_command(command: click.Command, arguments: Sequence[str], *, name: str) 
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away, as `head` does. Python would fail once more when it flushes at exit.
+        # The reader closed the pipe, like `head`. Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -54,7 +54,7 @@ def run_command(command: click.Command, arguments: Sequence[str], *, name: str) 
 
 
 def _is_users(error: Exception) -> bool:
-    # Told by its name: torch is not imported here.
+    # Recognized by name: torch is not imported here.
     return not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
 
 

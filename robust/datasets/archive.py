@@ -1,5 +1,6 @@
 """Zip containers, read in memory and within limits."""
 
+import io
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -12,26 +13,38 @@ from robust.datasets.errors import DatasetError
 MAX_MEMBERS = 2_000_000
 MAX_BYTES = 64 << 30
 
+_ENTRY = b"PK\x01\x02"  # begins each entry of the directory, which zipfile parses whole
+_PART_BYTES = 1 << 24
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError)
 
 
 class Archive:
-    """A zip file whose declared sizes were checked before anything was inflated."""
+    """A zip file whose declared sizes were checked before decompression."""
 
     def __init__(self, source: str, file: zipfile.ZipFile) -> None:
         self.source = source
         self._file = file
-        self.members = {info.filename: info for info in file.infolist() if not info.is_dir()}
+        self.members = {
+            info.filename: info for info in file.infolist() if info.filename[-1:] != "/"
+        }
 
-    def read(self, name: str) -> bytes:
-        """Read a member; raises DatasetError when it is missing, damaged or encrypted."""
+    def read(self, name: str, most: int | None = None) -> bytearray:
+        """Read a member, or its first `most` bytes, into memory that arrays can use directly.
+
+        Raises DatasetError if it is missing, damaged or encrypted.
+        """
         if name not in self.members:
             raise DatasetError(self.source, expected=f"a member {name}", found="none")
         info = self.members[name]
+        # Never without a size: a member may contain far more than it declares.
+        left = info.file_size if most is None else min(most, info.file_size)
+        data = bytearray()
         with _broken_archive(self.source), self._file.open(info) as member:
-            # Told how much, or a member that holds more than it declares is inflated whole.
-            return member.read(info.file_size)
+            while left and (part := member.read(min(left, _PART_BYTES))):
+                data += part
+                left -= len(part)
+        return data
 
 
 @contextmanager
@@ -42,12 +55,14 @@ def open_archive(
     max_bytes: int = MAX_BYTES,
     max_members: int = MAX_MEMBERS,
 ) -> Iterator[Archive]:
-    """Open a zip file of at most `max_members` members and `max_bytes` once inflated.
+    """Open a zip file of at most `max_members` members and `max_bytes` after decompression.
 
     Nothing is ever extracted to disk. Raises DatasetError for a file that is broken, encrypted,
-    over the limits, or names a member twice.
+    over the limits, or has duplicate member names.
     """
     with _broken_archive(source):
+        if isinstance(file, io.BytesIO) and file.getvalue().count(_ENTRY) > max_members:
+            raise DatasetError(source, expected=f"at most {max_members} members", found="more")
         opened = zipfile.ZipFile(file)
     with opened:
         infos = opened.infolist()
@@ -61,6 +76,8 @@ def open_archive(
         if any(info.compress_type not in _METHODS or info.flag_bits & 1 for info in infos):
             expected = "stored or deflated members"
             raise DatasetError(source, expected=expected, found="another method or encryption")
+        if any(not info.filename for info in infos):
+            raise DatasetError(source, expected="a zip file", found="a member without a name")
         if len({info.filename for info in infos}) < len(infos):
             raise DatasetError(source, expected="a zip file", found="a member named twice")
         yield Archive(source, opened)

@@ -1,138 +1,168 @@
-"""Arrays and tensors of whatever form to a Dataset: layout, range, size and labels."""
+"""Converts arrays and tensors of any layout to a Dataset: channels, range, size and labels."""
 
-import logging
-from collections.abc import Sequence
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from robust.datasets.dataset import Dataset
-from robust.datasets.errors import DatasetError
-from robust.images import fit_image, to_uint8
+from robust.datasets.labels import Array, class_names, numeric_tensor, read_labels
+from robust.datasets.source import Source
+from robust.images import fit_image, to_float, to_uint8
 
-logger = logging.getLogger(__name__)
+ROUNDING = 1e-6
+"""How far beyond [0, 1] a float may lie and count as rounded."""
 
-MAX_CLASSES = 10_000
-_CHUNK = 1024
+_CHUNK = 1 << 22  # values that are converted at a time
 
 
 def dataset_from_arrays(
-    source: str,
+    source: Source,
     *,
-    images: Tensor | npt.NDArray[np.generic],
-    labels: Tensor | npt.NDArray[np.generic],
-    classes: Sequence[str] | None,
-    size: int,
-    max_images: int | None = None,
+    images: Array,
+    labels: Array,
+    classes: Sequence[str] | None = None,
+    changes: Sequence[str] = (),
 ) -> Dataset:
-    """Build a Dataset named `source` of `size` pixels a side.
+    """Build a Dataset of images that are uint8 or float in [0, 1].
 
-    `images` are uint8 or float in [0, 1], `(N, 3, H, W)`, `(N, H, W, 3)`, or grey with one channel
-    or none; `labels` are whole numbers `(N,)`. Without `classes` the names are `0`, `1`, ...
-    Raises DatasetError for anything else, and for more than `max_images`.
+    `images` are `(N, 3, H, W)`, `(N, H, W, 3)`, gray with or without a channel axis, or flattened
+    `(N, 3HW)`; for `labels` see `read_labels`. Floats that are 8-bit levels (k / 255 as float32)
+    become uint8, which is the same image; others stay float32. Without `classes` the names are
+    `0`, `1`, ... Raises DatasetError for anything else.
     """
-    pixels = _tensor(source, "images", images)
-    if len(pixels) == 0:
-        raise DatasetError(source, expected="at least one image", found="none")
-    check_count(source, len(pixels), max_images)
-    pixels = _channels_first(source, pixels)
-    targets = whole_labels(source, labels, count=len(pixels))
+    pixels, notes = _channels_first(source, numeric_tensor(source, "images", images))
+    source.check_count(len(pixels))
+    check_image_shape(source, pixels.shape)
+    targets = read_labels(source, labels, count=len(pixels))
+    names = class_names(source, targets, classes)
+    fitted, converted = _converted(source, pixels)
     return Dataset(
-        images=_resized(source, _uint8(source, pixels), size),
+        images=fitted,
         labels=targets,
-        classes=class_names(source, targets, classes),
-        name=source,
+        classes=names,
+        name=source.name,
+        changes=(*changes, *notes, *converted),
     )
 
 
-def check_count(source: str, count: int, max_images: int | None) -> None:
-    """Raise DatasetError when there are more images than allowed."""
-    if max_images is not None and count > max_images:
-        raise DatasetError(source, expected=f"at most {max_images} images", found=str(count))
+def check_image_shape(source: Source, shape: Sequence[int]) -> None:
+    """Raise DatasetError if images of this shape, in any layout, have too many pixels."""
+    sides = [side for side in shape[1:] if side not in (1, 3)]
+    pixels = math.prod(sides)
+    if pixels > source.limits.max_pixels:
+        found = "x".join(map(str, sides))
+        raise source.error(f"images of at most {source.limits.max_pixels} pixels", found)
 
 
-def whole_labels(source: str, values: Tensor | npt.NDArray[np.generic], *, count: int) -> Tensor:
-    """Check labels of any numeric type `(N,)` or `(N, 1)` and return them as int64 `(N,)`."""
-    labels = _tensor(source, "labels", values)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.shape != (count,):
-        expected, found = f"{count} labels, one for each image", f"shape {tuple(labels.shape)}"
-        raise DatasetError(source, expected=expected, found=found)
-    if labels.dtype == torch.bool or labels.is_complex():
-        raise DatasetError(source, expected="whole-number labels", found=str(labels.dtype))
-    if not labels.is_floating_point():
-        labels = labels.to(torch.int64)  # torch has no min and max for the wider unsigned types
-    elif not torch.equal(labels, labels.round()):  # true for NaN, which equals nothing
-        raise DatasetError(source, expected="whole-number labels", found="fractions or NaN")
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= MAX_CLASSES:
-        expected = f"labels from 0 to at most {MAX_CLASSES - 1}"
-        raise DatasetError(source, expected=expected, found=f"labels from {low} to {high}")
-    return labels.to(torch.int64)
+def resize_note(count: int, width: int, height: int, size: int) -> str:
+    """The line of `Dataset.changes` for resized images."""
+    cropped = "" if width == height else ", cropped to the square in the center"
+    images = "1 image" if count == 1 else f"{count} images"
+    return f"resized {images} from {width}x{height} to {size}x{size}{cropped}"
 
 
-def class_names(source: str, labels: Tensor, classes: Sequence[str] | None) -> tuple[str, ...]:
-    """The given class names, checked against the int64 labels, or `0`, `1`, ... when None."""
-    needed = int(labels.max()) + 1
-    if classes is None:
-        return tuple(str(label) for label in range(needed))
-    if needed > len(classes):
-        found = f"{len(classes)} class names and a label {needed - 1}"
-        raise DatasetError(source, expected="a class name for each label", found=found)
-    return tuple(classes)
-
-
-def _tensor(source: str, what: str, values: Tensor | npt.NDArray[np.generic]) -> Tensor:
-    if values.ndim == 0:
-        raise DatasetError(source, expected=f"a list of {what}", found="a single number")
-    if isinstance(values, Tensor):
-        return values.detach()
-    if values.dtype.kind == "O":
-        raise DatasetError(source, expected=f"numeric {what}", found="an object array")
-    if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
-        raise DatasetError(source, expected=f"numeric {what}", found=f"dtype {values.dtype}")
-    native = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
-
-
-def _channels_first(source: str, images: Tensor) -> Tensor:
-    shape = tuple(images.shape)
-    if images.ndim == 3:
+def _channels_first(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:
+    shape, notes = tuple(images.shape), []
+    if images.ndim == 2 and (sides := _sides_of_row(shape[1])):
+        notes = [f"read rows of {shape[1]} values as images {'x'.join(map(str, sides))}"]
+        images = images.reshape(shape[0], *sides)
+    elif images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and shape[1] != 3 and (shape[3] == 3 or shape[1] != 1):
         images = images.permute(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in shape:
-        expected = "images (N, 3, H, W), (N, H, W, 3) or grey (N, H, W)"
-        raise DatasetError(source, expected=expected, found=f"shape {shape}")
-    return images.expand(-1, 3, -1, -1)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in shape[1:]:
+        expected = "images (N, 3, H, W), (N, H, W, 3) or gray (N, H, W)"
+        raise source.error(expected, f"shape {shape}")
+    return images, notes
 
 
-def _uint8(source: str, images: Tensor) -> Tensor:
-    if images.dtype == torch.uint8:
-        return images.contiguous()
-    if not images.is_floating_point():
-        expected = "uint8 images, or floats in [0, 1]"
-        raise DatasetError(source, expected=expected, found=str(images.dtype))
-    parts = []
-    for part in torch.split(images, _CHUNK):
-        floats = part.to(torch.float32)
-        low, high = floats.min().item(), floats.max().item()
-        if not (low >= 0 and high <= 1):  # false for NaN
-            finite = bool(torch.isfinite(floats).all())
-            found = f"values from {low:.4g} to {high:.4g}" if finite else "NaN or infinity"
-            raise DatasetError(source, expected="floats in [0, 1]", found=found)
-        parts.append(to_uint8(floats))
-    return torch.cat(parts)
+def _sides_of_row(length: int) -> tuple[int, int, int] | None:
+    for channels in (3, 1):
+        side = math.isqrt(length // channels)
+        if side > 1 and channels * side * side == length:
+            return channels, side, side
+    return None
 
 
-def _resized(source: str, images: Tensor, size: int) -> Tensor:
+def _chunks(images: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    rows = max(1, _CHUNK // max(images[0].numel(), 1))
+    for start in range(0, len(images), rows):
+        part = slice(start, min(start + rows, len(images)))
+        yield part, images[part]
+
+
+def _converted(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:
+    """Images `(N, 1 or 3, H, W)` as uint8 or float32 `(N, 3, size, size)`, and the changes."""
+    size, (height, width) = source.size, images.shape[2:]
+    notes: list[str] = []
+    if images.is_floating_point():
+        eight_bits = _check_floats(source, images, notes)
+    elif images.dtype == torch.uint8:
+        eight_bits = True
+    else:
+        raise source.error("uint8 images, or floats in [0, 1]", str(images.dtype))
+    dtype = torch.uint8 if eight_bits else torch.float32
+    source.check_output(len(images), dtype.itemsize)
+    if (height, width) == (size, size) and images.dtype == dtype and images.shape[1] == 3:
+        # Nothing to convert: the memory of the file is used as it is.
+        return (images if eight_bits else images.clamp(0, 1)).contiguous(), notes
+    if (height, width) != (size, size):
+        source.check_fitted(len(images))
+        notes.append(resize_note(len(images), width, height, size))
+    fitted = torch.empty((len(images), 3, size, size), dtype=dtype)
+    for part, chunk in _chunks(images):
+        if not eight_bits:
+            fitted[part] = _fit_floats(chunk.to(torch.float32).clamp(0, 1), size)
+            continue
+        levels = to_uint8(chunk.to(torch.float32)) if chunk.is_floating_point() else chunk
+        fitted[part] = levels if (height, width) == (size, size) else _fit_levels(levels, size)
+    return fitted, notes
+
+
+def _check_floats(source: Source, images: Tensor, notes: list[str]) -> bool:
+    """Whether all are 8-bit levels. Raises DatasetError for values outside [0, 1] and NaN."""
+    low, high, levels, beyond, rounded = math.inf, -math.inf, True, 0, 0
+    for _, chunk in _chunks(images):
+        floats = chunk.to(torch.float32)
+        least, most = floats.min().item(), floats.max().item()
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise source.error("floats in [0, 1]", "NaN or infinity")
+        low, high = min(low, least), max(high, most)
+        beyond += int(((floats < 0) | (floats > 1)).sum())
+        levels = levels and torch.equal(to_float(to_uint8(floats)), floats.clamp(0, 1))
+        if chunk.dtype == torch.float64:
+            rounded += int((floats.double() != chunk).sum())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        # As float32 prints: enough digits to identify the value.
+        found = f"values from {np.float32(low)!s} to {np.float32(high)!s}"
+        raise source.error("floats in [0, 1]", found)
+    if beyond:
+        notes.append(f"clipped {beyond} values outside [0, 1] by less than {ROUNDING:g}")
+    if rounded and not levels:
+        notes.append(f"rounded {rounded} values from float64 to float32")
+    return levels
+
+
+def _fit_levels(images: Tensor, size: int) -> Tensor:
+    rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+    return torch.stack([fit_image(Image.fromarray(row), size) for row in rows])
+
+
+def _fit_floats(images: Tensor, size: int) -> Tensor:
+    """`fit_image` for floats: center crop, antialiased bicubic resize, clipping."""
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return images
-    logger.info("%s: resizing %d images from %dx%d to %d", source, len(images), width, height, size)
-    rows = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return torch.stack([fit_image(Image.fromarray(row), size) for row in rows])
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[..., top : top + side, left : left + side]
+    if side == size:
+        return square
+    return interpolate(square, (size, size), mode="bicubic", antialias=True).clamp(0, 1)

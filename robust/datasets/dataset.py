@@ -1,4 +1,6 @@
-"""A labelled image set in memory."""
+"""A labeled image set in memory."""
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
@@ -9,29 +11,36 @@ import torch
 from torch import Tensor
 
 from robust.datasets.errors import DatasetError
+from robust.images import to_uint8
+
+_DTYPES = {torch.uint8: "uint8", torch.float32: "float32"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Labelled 8-bit images.
+    """Labeled images, 8-bit or float.
 
-    Raises DatasetError when the tensors don't fit each other or the class names.
+    Raises DatasetError if the tensors don't match each other or the class names.
     """
 
     images: Tensor
-    """uint8 `(N, 3, H, W)`."""
+    """`(N, 3, H, W)`: uint8, or float32 in [0, 1] where 8 bits would change what was given."""
     labels: Tensor
     """int64 `(N,)` in `[0, len(classes))`."""
     classes: tuple[str, ...]
     """A name for each label."""
     name: str
     """Where the data came from: a file's name or a built-in set's."""
+    changes: tuple[str, ...] = ()
+    """What was resized, skipped, clipped or guessed on reading, each counted: one line each."""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype not in _DTYPES or images.ndim != 4 or images.shape[1] != 3:
             found = f"{images.dtype} {tuple(images.shape)}"
-            raise DatasetError(self.name, expected="uint8 images (N, 3, H, W)", found=found)
+            raise DatasetError(
+                self.name, expected="uint8 or float32 images (N, 3, H, W)", found=found
+            )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             found = f"{labels.dtype} {tuple(labels.shape)}"
             expected = f"int64 labels ({images.shape[0]},), one for each image"
@@ -41,25 +50,40 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def dtype(self) -> str:
+        """`uint8` or `float32`."""
+        return _DTYPES[self.images.dtype]
+
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of shapes, image bytes and labels, in hexadecimal."""
-        digest = hashlib.sha256(str((tuple(self.images.shape), len(self))).encode())
+        """The SHA-256 of shapes, type, image bytes and labels, in hexadecimal."""
+        about: tuple[object, ...] = (tuple(self.images.shape), len(self))
+        if self.dtype != "uint8":  # recorded hashes of 8-bit sets don't include the type
+            about = (*about, self.dtype)
+        digest = hashlib.sha256(str(about).encode())
         digest.update(self.images.cpu().contiguous().numpy().data)
         digest.update(self.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def subset(self, indices: Tensor | Sequence[int]) -> "Dataset":
-        """The images at `indices` (int64, any order), with the same classes and name."""
+    def subset(self, indices: Tensor | Sequence[int]) -> Dataset:
+        """The images at `indices` (int64, any order), with the same classes, name and changes."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
-    def limit(self, count: int) -> "Dataset":
+    def limit(self, count: int) -> Dataset:
         """The first `count` images, or all when there are fewer."""
         return replace(self, images=self.images[:count], labels=self.labels[:count])
 
+    def in_8_bits(self) -> Dataset:
+        """The same set with uint8 images; floats are rounded, and `changes` says so."""
+        if self.dtype == "uint8":
+            return self
+        changes = (*self.changes, f"rounded {len(self)} images from float32 to 8 bits")
+        return replace(self, images=to_uint8(self.images), changes=changes)
+
     def class_counts(self) -> tuple[int, ...]:
-        """How many images each class has, in label order."""
+        """The number of images per class, in label order."""
         return tuple(torch.bincount(self.labels, minlength=len(self.classes)).tolist())
 
 
@@ -71,3 +95,10 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         expected = f"labels from 0 to {num_classes - 1}"
         raise DatasetError(dataset.name, expected=expected, found=f"labels from {low} to {high}")
+
+
+def check_trainable(dataset: Dataset) -> None:
+    """Raise DatasetError unless there are images of at least two classes to train on."""
+    if len(dataset) == 0 or int(dataset.labels.min()) == int(dataset.labels.max()):
+        seen = f"{len(dataset)} of class {int(dataset.labels[0])} only" if len(dataset) else "none"
+        raise DatasetError(dataset.name, expected="images of two classes or more", found=seen)

@@ -1,4 +1,4 @@
-"""The one error that every data set problem becomes."""
+"""The error for data that can't be used."""
 
 from functools import partial
 from typing import Any
@@ -15,3 +15,7 @@ class DatasetError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
         return partial(type(self), expected=self.expected, found=self.found), (self.source,)
+
+
+class TooManyToFit(DatasetError):
+    """More images need resizing than the limit allows; raised before any is resized."""

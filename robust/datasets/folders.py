@@ -1,8 +1,9 @@
 """One folder of images per class, on disk or in a zip."""
 
-import logging
+from __future__ import annotations
+
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -11,95 +12,160 @@ import torch
 from robust.datasets.archive import Archive
 from robust.datasets.dataset import Dataset
 from robust.datasets.errors import DatasetError
-from robust.images import ImageError, decode_image, fit_image
-
-logger = logging.getLogger(__name__)
+from robust.datasets.image_list import ImageList
+from robust.datasets.source import TEST, TRAIN, Source
+from robust.image_decoding import is_image
+from robust.image_headers import ImageError
 
 MAX_IMAGE_BYTES = 256 << 20
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-_DEEPEST = 8  # folders within folders that are looked into
-_EXPECTED = "one folder of images (jpg, png, webp) per class"
+# A file with one of these extensions must be a readable image.
+_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
+    ".heic .heif .avif .jp2 .j2k .jxl .jxr".split()
+)
+_DEEPEST = 8  # deepest level of subfolders that is searched
+_EXPECTED = "one folder of images per class"
+_NAMED = 5  # most files named in a note
 
 Parts = tuple[str, ...]
+Read = Callable[[int | None], bytes]
+"""Reads a file, or its first bytes."""
 
 
-def read_folder(path: Path, *, size: int) -> Dataset:
-    """Build a Dataset of `path/CLASS/IMAGE`; class names in order, by number if all are numbers.
+def read_folder(source: Source) -> Dataset:
+    """Build a Dataset of `path/CLASS/IMAGE` or `path/PART/CLASS/IMAGE`.
 
-    Hidden files are skipped, files of other kinds too, with a warning. Raises DatasetError for an
-    image that does not decode, an image outside a class folder, and a class folder without images.
+    Class names are sorted, numerically if all are numbers. Images are recognized by content or by
+    extension; other files, hidden ones and broken links are skipped and noted. Raises DatasetError
+    for an image that does not decode, an image outside a class folder, and a class folder without
+    images.
     """
-    files: dict[Parts, Callable[[], bytes]] = {
-        file.relative_to(path).parts: file.read_bytes for file in sorted(_files(path))
-    }
-    source = path.resolve().name
-    folders = {folder.name for folder in path.iterdir() if folder.is_dir()}
-    empty = {f for f in folders if not f.startswith(".")} - {parts[0] for parts in files}
-    if empty:
-        raise DatasetError(source, expected=_EXPECTED, found=f"no image in {min(empty)}")
-    return _read(source, files, size)
+    path = source.path
+    assert path is not None
+    files, nowhere = _files(path)
+    images, changes = _images(
+        {file.relative_to(path).parts: partial(_read_file, file) for file in files}
+    )
+    part = _part(source, images)
+    if part:
+        images = {parts[1:]: read for parts, read in images.items() if parts[0] == part}
+        changes.append(f"read its folder {part}")
+    folders = {folder.name for folder in (path / part).iterdir() if folder.is_dir()}
+    empty = {name for name in folders if not _hidden((name,))} - {parts[0] for parts in images}
+    if images and empty:
+        raise source.error(_EXPECTED, f"no image in {min(empty)}")
+    if nowhere:
+        changes.append(_skipped(nowhere, "link to nowhere", "links to nowhere"))
+    return _read(source, images, changes)
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """Files under `path`, also through links, which may lead round in a circle."""
+def _part(source: Source, images: Mapping[Parts, Read]) -> str:
+    """The split folder to read, such as `test` of `data/test/CLASS/IMAGE`, or an empty string.
+
+    Raises DatasetError if the requested split does not exist.
+    """
+    found = {parts[0] for parts in images if len(parts) == 3}
+    if not found or not found <= {*TRAIN, *TEST} or any(len(parts) != 3 for parts in images):
+        return ""
+    wanted = TRAIN if source.train else TEST
+    part = next((name for name in wanted if name in found), "")
+    if not part:
+        raise source.error(f"a folder {' or '.join(wanted)}", ", ".join(sorted(found)))
+    return part
+
+
+def _files(path: Path) -> tuple[list[Path], list[str]]:
+    """Files under `path`, following links, which may form a cycle; and broken links."""
+    files, nowhere = [], []
     for folder, folders, names in os.walk(path, followlinks=True):
         if len(Path(folder).relative_to(path).parts) == _DEEPEST:
             folders.clear()
-        yield from (file for name in names if (file := Path(folder, name)).is_file())
+        for name in names:
+            file = Path(folder, name)
+            if file.is_file():
+                files.append(file)
+            elif file.is_symlink() and not file.exists():
+                nowhere.append(str(file.relative_to(path)))
+    return sorted(files), sorted(nowhere)
 
 
-def read_folder_zip(archive: Archive, *, size: int) -> Dataset:
-    """Build a Dataset of a zip of `CLASS/IMAGE`, itself in one folder or not; as `read_folder`.
+def _read_file(path: Path, most: int | None) -> bytes:
+    with path.open("rb") as file:
+        return file.read(-1 if most is None else most)
 
-    Nothing is extracted: members are decoded in memory, one at a time.
+
+def read_folder_zip(source: Source) -> Dataset:
+    """Build a Dataset of a zip of `CLASS/IMAGE`, with or without a top folder, like `read_folder`.
+
+    Nothing is extracted to disk: members are decoded in memory, one at a time.
     """
-    files: dict[Parts, Callable[[], bytes]] = {}
-    for name, info in archive.members.items():
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or name.startswith("/") or "\\" in name:
-            raise DatasetError(archive.source, expected="plain relative names", found="another")
-        if info.file_size > MAX_IMAGE_BYTES:
-            expected = f"members of at most {MAX_IMAGE_BYTES} bytes"
-            raise DatasetError(archive.source, expected=expected, found=f"{info.file_size} bytes")
-        files[parts] = partial(archive.read, name)
-    files = {parts: read for parts, read in sorted(files.items()) if not _hidden(parts)}
-    images = [parts for parts in files if _is_image(parts)]
-    if len({parts[0] for parts in images}) == 1 and min(map(len, images)) > 2:
-        files = {parts[1:] or parts: read for parts, read in files.items()}
-    return _read(archive.source, files, size)
+    with source.archive() as archive:
+        files: dict[Parts, Read] = {}
+        for name, info in archive.members.items():
+            parts = PurePosixPath(name).parts
+            if not parts or ".." in parts or name.startswith("/") or "\\" in name:
+                raise source.error("plain relative names", "another")
+            if info.file_size > MAX_IMAGE_BYTES:
+                expected = f"members of at most {MAX_IMAGE_BYTES} bytes"
+                raise source.error(expected, f"{info.file_size} bytes")
+            files[parts] = partial(_read_member, archive, name)
+        images, changes = _images(dict(sorted(files.items())))
+        if len({parts[0] for parts in images}) == 1 and min(map(len, images)) > 2:
+            images = {parts[1:]: read for parts, read in images.items()}
+        return _read(source, images, changes)
 
 
-def _is_image(parts: Parts) -> bool:
-    return PurePosixPath(parts[-1]).suffix.lower() in _SUFFIXES
+def _read_member(archive: Archive, name: str, most: int | None) -> bytes:
+    return bytes(archive.read(name, most))
 
 
 def _hidden(parts: Parts) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
-def _read(source: str, files: Mapping[Parts, Callable[[], bytes]], size: int) -> Dataset:
-    visible = {parts: read for parts, read in files.items() if not _hidden(parts)}
-    images = {parts: read for parts, read in visible.items() if _is_image(parts)}
+def _skipped(names: Sequence[str], one: str, many: str) -> str:
+    """`skipped 2 hidden files: a, b`, with the first few names."""
+    shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    return f"skipped {len(names)} {one if len(names) == 1 else many}: {shown}"[:500]
+
+
+def _images(files: Mapping[Parts, Read]) -> tuple[dict[Parts, Read], list[str]]:
+    """The files that are images by content or extension, and a note on the others."""
+    images: dict[Parts, Read] = {}
+    hidden, others = [], []
+    for parts, read in files.items():
+        name = "/".join(parts)
+        if _hidden(parts):
+            hidden.append(name)
+        elif PurePosixPath(parts[-1]).suffix.lower() in _SUFFIXES or is_image(read(32)):
+            images[parts] = read
+        else:
+            others.append(name)
+    changes = []
+    if hidden:
+        changes.append(_skipped(hidden, "hidden file", "hidden files"))
+    if others:
+        changes.append(_skipped(others, "file that is no image", "files that are no images"))
+    return images, changes
+
+
+def _read(source: Source, images: Mapping[Parts, Read], changes: Sequence[str]) -> Dataset:
     if not images:
-        raise DatasetError(source, expected=_EXPECTED, found="no images")
-    if len(images) < len(visible):
-        logger.warning(
-            "%s: skipped %d files that are no images", source, len(visible - images.keys())
-        )
+        raise source.error(_EXPECTED, "no images")
     for parts in images:
         if len(parts) != 2:
             # Deeper folders are refused: data/train/cat would make a class of "train".
-            raise DatasetError(source, expected=_EXPECTED, found="/".join(parts)[:200])
+            raise source.error(f"{_EXPECTED}, CLASS/IMAGE", "/".join(parts)[:200])
     names = {parts[0] for parts in images}
     classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
     label_of = {name: label for label, name in enumerate(classes)}
-    pixels = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
-    for index, (parts, read) in enumerate(images.items()):
+    fitted = ImageList(source, len(images))
+    for parts, read in images.items():
         try:
-            pixels[index] = fit_image(decode_image(read()), size)
+            fitted.add_bytes(read(None))
         except ImageError as error:
-            where = f"{source}/{'/'.join(parts)}"
+            where = f"{source.name}/{'/'.join(parts)}"
             raise DatasetError(where, expected=error.expected, found=error.found) from None
     labels = torch.tensor([label_of[parts[0]] for parts in images])
-    return Dataset(images=pixels, labels=labels, classes=tuple(classes), name=source)
+    return fitted.dataset(labels, classes, changes=changes)

@@ -1,41 +1,36 @@
-"""One entry for every form of data, and one for uploads."""
+"""One function that loads every data format, and one for uploads."""
 
-import io
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
-from robust.datasets.archive import open_archive
 from robust.datasets.dataset import Dataset
 from robust.datasets.errors import DatasetError
-from robust.datasets.folders import read_folder, read_folder_zip
-from robust.datasets.named import CIFAR10_FOLDER, read_cifar10, read_digits
 from robust.datasets.npz import read_npz
-from robust.datasets.torchfile import is_torch_legacy, read_torch_legacy, read_torch_zip
+from robust.datasets.pickle_file import is_pickle, read_pickle_file
+from robust.datasets.registry import by_name, by_suffix, form_of_file, form_of_folder
+from robust.datasets.source import Limits, Source
+from robust.image_headers import MAX_PIXELS
 
 
 def load_dataset(source: str | Path, *, size: int = 32, train: bool = True) -> Dataset:
-    """Load labelled images, as uint8 `(N, 3, size, size)`, of two classes or more.
+    """Load labeled images as `(N, 3, size, size)`, uint8 or float32 as in the source.
 
-    `source` is `digits`, `cifar10`, a folder (one of images per class, or `cifar-10-batches-py`), a
-    zip of one, an `.npz` or a `.pt`; a folder named like a set is given as `./digits`. `train`
-    chooses the part of `digits` and CIFAR-10 and is ignored otherwise. No pickle is trusted.
+    `source` is a name, a file or a folder in one of the formats in `registry.py`; write `./digits`
+    for a folder with the name of a built-in set. `train` chooses the split of a set that has two.
+    Pickles are never executed. `Dataset.changes` lists everything resized, skipped or guessed.
     Raises DatasetError, which names the source, what was expected and what was found.
     """
-    if source == "digits":
-        return read_digits(size=size, train=train)
-    if source == "cifar10":
-        return read_cifar10(None, size=size, train=train)
+    named = by_name().get(str(source)) if isinstance(source, str) else None
+    if named is not None:
+        return named.load()(Source(name=str(source), size=size, train=train))
     path = Path(source)
     try:
-        dataset = _read_path(path, size=size, train=train)
+        return _read_path(path, size=size, train=train)
     except OSError as error:
         found = error.strerror or type(error).__name__
         raise DatasetError(path.name, expected="readable files", found=found) from error
-    low, high = int(dataset.labels.min()), int(dataset.labels.max())
-    if low == high:
-        found = f"{len(dataset)} of class {low} only"
-        raise DatasetError(dataset.name, expected="images of two classes or more", found=found)
-    return dataset
 
 
 def load_upload(
@@ -45,49 +40,54 @@ def load_upload(
     size: int,
     max_images: int,
     max_bytes: int = 256 << 20,
+    max_pixels: int = MAX_PIXELS,
+    max_fitted: int | None = None,
 ) -> Dataset:
-    """Load labelled images from the bytes of an `.npz` or a `.pt`, told apart by content.
+    """Load labeled images from the bytes of an `.npz`, `torch.save` or `pickle.dump` file.
 
-    The hint only names the Dataset. `max_images` caps the images, `max_bytes` what the file
-    declares to hold once inflated, before anything is. One class is enough. Raises DatasetError.
+    The format is recognized by content; the hint only names the Dataset. Limits, each checked
+    before anything is allocated: `max_images` images; `max_bytes` declared decompressed bytes and
+    bytes of the resulting images; `max_pixels` width times height; `max_fitted` images to resize
+    (TooManyToFit). Raises DatasetError.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(filename_hint or "").name)[:64] or "upload"
-    if is_torch_legacy(data[:32]):
-        return read_torch_legacy(name, data, size=size, max_images=max_images)
+    source = Source(
+        name=name,
+        data=data,
+        size=size,
+        limits=Limits(
+            max_images=max_images,
+            max_fitted=max_fitted,
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
+            # A list of tensors has a member for each, another for each label, and a few more.
+            max_members=10_000 + 4 * max_images,
+            # A PIL image takes some 30 operations, with rich metadata 100.
+            max_steps=10_000 + 200 * max_images,
+        ),
+    )
+    if is_pickle(data[:32]):
+        return read_pickle_file(source)
     if data.startswith(b"PK\x03\x04"):
-        # A list of tensors has a member for each, another for each label, and a few besides.
-        members = 10_000 + 4 * max_images
-        file = io.BytesIO(data)
-        with open_archive(name, file, max_bytes=max_bytes, max_members=members) as archive:
-            read = read_npz if "images.npy" in archive.members else read_torch_zip
-            return read(archive, size=size, max_images=max_images)
-    expected = "an npz with images and labels, or a file of torch.save"
-    raise DatasetError(name, expected=expected, found=f"{len(data)} bytes of another kind")
+        with source.archive() as archive:
+            is_npz = any("/" not in name and name.endswith(".npy") for name in archive.members)
+        return read_npz(source) if is_npz else read_pickle_file(source)
+    expected = "an npz with images and labels, or a file of torch.save or pickle.dump"
+    raise source.error(expected, f"{len(data)} bytes of another kind")
 
 
 def _read_path(path: Path, *, size: int, train: bool) -> Dataset:
-    if path.is_dir():
-        if path.resolve().name == CIFAR10_FOLDER:
-            return read_cifar10(path.resolve().parent, size=size, train=train)
-        if (path / CIFAR10_FOLDER).is_dir():
-            return read_cifar10(path, size=size, train=train)
-        return read_folder(path, size=size)
     if not path.exists():
-        expected = "a file, a folder, 'cifar10' or 'digits'"
+        expected = f"a file, a folder, {' or '.join(map(repr, by_name()))}"
         raise DatasetError(str(path), expected=expected, found="no such file")
-    suffix = path.suffix.lower()
-    with path.open("rb") as file:
-        legacy = is_torch_legacy(file.read(32))
-    if legacy and suffix in (".pt", ".pth"):
-        return read_torch_legacy(path.name, path.read_bytes(), size=size)
-    readers = {
-        ".npz": read_npz,
-        ".pt": read_torch_zip,
-        ".pth": read_torch_zip,
-        ".zip": read_folder_zip,
-    }
-    if suffix not in readers:
-        expected = f"a name that ends in {', '.join(readers)}"
-        raise DatasetError(path.name, expected=expected, found=suffix or "none of them")
-    with open_archive(path.name, path) as archive:
-        return readers[suffix](archive, size=size)
+    name = path.resolve().name if path.is_dir() else path.name
+    source = Source(name=name, path=path, size=size, train=train)
+    if path.is_dir():
+        return form_of_folder(path).load()(source)
+    form = form_of_file(path.name)
+    if form is None:
+        if is_pickle(source.head(32)):
+            return read_pickle_file(source)
+        expected = f"a name that ends in {', '.join(by_suffix())}"
+        raise source.error(expected, path.suffix or path.name)
+    return form.load()(source)

@@ -1,4 +1,4 @@
-"""Which names a pickle may mention. None of them is ever imported for its sake."""
+"""The names that a pickle may contain. None is imported because a pickle contains it."""
 
 import re
 import sys
@@ -6,14 +6,14 @@ from enum import Enum
 
 
 class Role(Enum):
-    """What may be done with a name."""
+    """How a name is treated."""
 
     DATA = "data"
-    """Known to pickled.py, which builds tensors, arrays and images of it."""
+    """pickled.py builds tensors, arrays and images from it."""
     STAND_IN = "stand-in"
     """A data set class: holds attributes, takes no arguments."""
     INERT = "inert"
-    """Part of a transform or of an image's metadata: whatever it is, it stays unbuilt."""
+    """Part of a transform or of an image's metadata: never built."""
 
 
 _DATA = frozenset(
@@ -27,6 +27,7 @@ _DATA = frozenset(
         "torch.Size",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_tensor_v2",
+        "torch.storage._load_from_bytes",
     }
     | {
         f"numpy.{core}.{name}"
@@ -50,7 +51,7 @@ _LIBRARY_STAND_IN = re.compile(
     rf"(torch\.utils\.data|torchvision\.datasets)(\.[a-z0-9_]+)*\.{_CLASS}"
 )
 _USER_STAND_IN = re.compile(rf"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.{_CLASS}")
-# Classes of these do more than hold data, and a data set of the user's is never among them.
+# Classes of these modules do more than hold data, and are never a user's data set.
 _LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "PIL", "torch", "torchvision"),
     *("pip", "pkg_resources", "robust", "setuptools", "scipy", "sklearn", "app", "training"),
@@ -59,7 +60,7 @@ _LIBRARIES = sys.stdlib_module_names | {
 
 
 def role_of(module: str, name: str) -> tuple[str, Role] | None:
-    """The full name, in Python 3's spelling, and what may be done with it; None to refuse it."""
+    """The full name, in Python 3's spelling, and its role; None for a name that is refused."""
     path = f"{_PYTHON_2.get(module, module)}.{name}"
     if path in _DATA or _DATA_CLASS.fullmatch(path):
         return path, Role.DATA

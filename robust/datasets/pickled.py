@@ -1,6 +1,6 @@
-"""Tensors, arrays and images from the records of a pickle that was read as data.
+"""Build tensors, arrays and images from the records of a pickle that was read as data.
 
-Every shape is compared with the bytes that are there before anything is allocated.
+Every shape is checked against the available bytes before anything is allocated.
 """
 
 import math
@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from robust.datasets.errors import DatasetError
-from robust.datasets.unpickle import Global, Persistent, Record
+from robust.datasets.labels import Array
+from robust.datasets.source import Source
+from robust.datasets.unpickle import ByteText, Global, Persistent, Record
 
-Storages = Callable[[Persistent], Tensor]
-"""From a reference to a flat tensor of the storage's elements."""
+Storages = Callable[[object], Tensor]
+"""From a reference, or a storage pickled in place, to a flat tensor of its elements."""
 
 _DTYPES = {
     "ByteStorage": torch.uint8,
@@ -37,14 +39,11 @@ _BYTES_PER_PIXEL = {
     **dict.fromkeys(("RGB", "YCbCr", "LAB", "HSV"), 3),
     **dict.fromkeys(("RGBA", "RGBa", "RGBX", "CMYK", "I"), 4),
 }
-_MAX_PIXELS = 50_000_000
 _ARRAYS = re.compile(r"numpy\.(core|_core)\.(multiarray\._reconstruct|numeric\._frombuffer)")
 _SCALAR = re.compile(r"numpy\.(core|_core)\.multiarray\.scalar")
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _IMAGE = re.compile(r"PIL\..*")
-
-Array = Tensor | npt.NDArray[np.generic]
 
 
 def is_array(value: object) -> bool:
@@ -59,10 +58,15 @@ def is_image(value: object) -> bool:
     return isinstance(value, Record) and _IMAGE.fullmatch(value.path) is not None
 
 
-class Builder:
-    """Builds what a tree's records stand for; raises DatasetError where they make no sense."""
+def is_scalar(value: object) -> bool:
+    """Whether a value of the tree is a NumPy scalar."""
+    return isinstance(value, Record) and _SCALAR.fullmatch(value.path) is not None
 
-    def __init__(self, source: str, storages: Storages) -> None:
+
+class Builder:
+    """Builds tensors, arrays and images from records; raises DatasetError for invalid ones."""
+
+    def __init__(self, source: Source, storages: Storages) -> None:
         self.source = source
         self._storages = storages
 
@@ -83,11 +87,11 @@ class Builder:
 
     def number(self, value: object) -> int | float:
         """A plain number, a NumPy scalar or a tensor of one element."""
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float):
             if isinstance(value, int) and abs(value) > 2**53:
                 raise self._bad("whole-number labels", "one beyond 53 bits")
             return value
-        if isinstance(value, Record) and _SCALAR.fullmatch(value.path) and len(value.args) == 2:
+        if isinstance(value, Record) and is_scalar(value) and len(value.args) == 2:
             dtype, data = _dtype(value.args[0]), self._bytes(value.args[1])
             if dtype is not None and dtype.itemsize == len(data):
                 return self.number(np.frombuffer(data, dtype)[0].item())
@@ -106,8 +110,9 @@ class Builder:
             raise self._bad("a PIL image", "one without its state")
         info, mode, size, palette, data = state[:5]
         pixels, sides = self._bytes(data), self._sides(size, "image")
-        if len(sides) != 2 or not isinstance(mode, str) or not 0 < math.prod(sides) <= _MAX_PIXELS:
-            raise self._bad("an image of 1 to 50,000,000 pixels", "another size")
+        most = self.source.limits.max_pixels
+        if len(sides) != 2 or not isinstance(mode, str) or not 0 < math.prod(sides) <= most:
+            raise self._bad(f"an image of 1 to {most} pixels", "another size")
         if mode != "1" and mode not in _BYTES_PER_PIXEL:
             raise self._bad("an image of 8 or 16 bits a channel", f"mode {mode[:8]!r}")
         width, height = sides
@@ -127,7 +132,7 @@ class Builder:
         return image
 
     def image_bytes(self, value: object) -> int:
-        """How many bytes of pixels a PIL image was saved with."""
+        """The number of pixel bytes that a PIL image was saved with."""
         state = value.state if isinstance(value, Record) else None
         data = state[4] if isinstance(state, list | tuple) and len(state) > 4 else b""
         if isinstance(data, Record) and data.args and isinstance(data.args[0], str):
@@ -136,7 +141,7 @@ class Builder:
 
     def _tensor(self, record: Record) -> Tensor:
         reference, offset, size, stride = record.args[:4]
-        if not isinstance(reference, Persistent) or not _is_count(offset):
+        if not isinstance(reference, Persistent | Record) or not _is_count(offset):
             raise self._bad("a tensor", "one without a storage")
         flat = self._storages(reference)
         sides, steps = self._sides(size, "tensor"), self._sides(stride, "tensor")
@@ -168,6 +173,8 @@ class Builder:
         # Protocol 2 has no bytes: they are written as latin-1 text and a call that encodes it.
         if isinstance(value, bytes):
             return value
+        if isinstance(value, ByteText):
+            return value.encode("latin-1")
         if isinstance(value, Record):
             if value.path == "builtins.bytes" and not value.args:
                 return b""
@@ -186,15 +193,15 @@ class Builder:
         sides = tuple(value) if isinstance(value, tuple | list) else (None,)
         counts = tuple(side for side in sides if _is_count(side))
         if len(counts) != len(sides) or len(sides) > 8:
-            raise self._bad(f"an {what}" if what[0] in "aei" else f"a {what}", "a senseless shape")
+            raise self._bad(f"an {what}" if what[0] in "aei" else f"a {what}", "an invalid shape")
         return counts
 
     def _bad(self, expected: str, found: str) -> DatasetError:
-        return DatasetError(self.source, expected=expected, found=found)
+        return self.source.error(expected, found)
 
 
 def storage_dtype(storage: object) -> torch.dtype | None:
-    """The element type of a storage class that the tree names; None when it is none of ours."""
+    """The element type of a storage class named in the tree; None for other names."""
     if not isinstance(storage, Global):
         return None
     return _DTYPES.get(storage.path.removeprefix("torch."))

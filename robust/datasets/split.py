@@ -1,17 +1,17 @@
-"""A seeded, stratified hold-out."""
+"""A seeded, stratified split into kept and held-out images."""
 
 import torch
 from torch import Tensor
 
 
 def stratified_split(labels: Tensor, held_out: int | float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Split indices so that each class is held out in proportion.
+    """The indices of the kept and of the held-out images, each class in proportion.
 
-    Labels int64 (N,); `held_out` is a count, or a share in (0, 1). Returns the sorted indices int64
-    of the kept and of the held-out images: disjoint, complete, the same for a seed. The held-out
-    count is exact (largest remainder) and every class of two images or more keeps one; a class of
-    one is held out only where the count needs it. Raises ValueError when that can't be had, or one
-    part would be empty.
+    Labels int64 (N,); `held_out` is a count, or a fraction in (0, 1). Returns two sorted int64
+    tensors that depend only on labels and seed. The held-out count is exact (largest remainders).
+    Every class keeps at least one image, unless the count can only be reached by holding out
+    classes with a single image. Raises ValueError if the count can't be reached, or if a part
+    would be empty.
     """
     n = len(labels)
     wanted = round(held_out * n) if isinstance(held_out, float) else held_out

@@ -1,8 +1,8 @@
-"""A pickle read as data: a tree of plain values, and nothing called, imported or looked up.
+"""Reads a pickle as data: a tree of plain values; nothing is called, imported or looked up.
 
-A pickle is a program. This machine runs its stack operations only; where the program would call
-something, the call is written down as a Record. `pickle_names.py` says which names may occur, and
-`pickled.py` makes tensors, arrays and images of the records that it knows.
+A pickle is a program. This interpreter runs only its stack operations; instead of calling
+anything, it records the call as a Record. `pickle_names.py` lists the allowed names, and
+`pickled.py` builds tensors, arrays and images from the records that it knows.
 Protocols 2 to 5, as written by `torch.save`; the opcodes are those of `pickletools`.
 """
 
@@ -27,9 +27,13 @@ class Global:
     role: Role
 
 
+class ByteText(str):
+    """A string of Python 2, which may be text or bytes (as latin-1)."""
+
+
 @dataclass(slots=True, eq=False)
 class Record:
-    """A call that was written down in place of being made."""
+    """A call that was recorded instead of made."""
 
     path: str
     args: tuple[object, ...]
@@ -48,9 +52,9 @@ def unpickle(
 ) -> tuple[object, int, list[Persistent]]:
     """Read the pickle in `data` at `start`: the tree, where it ends, and its storage references.
 
-    The tree holds None, bool, int, float, str, bytes, list, tuple, dict with plain keys, Global,
-    Record and Persistent; a set comes as a list or as a Record. Raises DatasetError for a damaged
-    pickle, one of more than `max_steps` operations, and a name outside the allow-list.
+    The tree contains None, bool, int, float, str, bytes, list, tuple, dict with plain keys, Global,
+    Record and Persistent; a set becomes a list or a Record. Raises DatasetError for a damaged
+    pickle, one with more than `max_steps` operations, and a name outside the allow-list.
     """
     machine = _Machine(source, data, start)
     try:
@@ -108,6 +112,9 @@ class _Machine:
     def text(self, width: int) -> str:
         return self.counted(width).decode("utf-8", "surrogatepass")
 
+    def byte_text(self, width: int) -> ByteText:
+        return ByteText(self.counted(width).decode("latin-1"))
+
     def line(self) -> str:
         end = self.data.index(b"\n", self.position)
         value = self.take(end - self.position)
@@ -148,15 +155,17 @@ class _Machine:
     def append(self, items: list[object]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise TypeError("items for what is no list")
+            raise TypeError("items for something that is not a list")
         target.extend(items)
 
     def set_items(self, items: list[object]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise TypeError("items for what is no dict")
+            raise TypeError("items for something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Nested tuples can take for ever to hash, and large numbers can be made to collide.
+            if isinstance(key, Record) and key.path == "_codecs.encode" and key.args:
+                key = key.args[0]  # bytes, as protocol 2 writes them
+            # Hashing nested tuples can take forever, and large numbers can be chosen to collide.
             small = isinstance(key, int) and -(2**31) <= key < 2**31
             if not small and not isinstance(key, str | bytes | None):
                 raise self.refused(f"a dict with {type(key).__name__} keys, or too large ones")
@@ -164,7 +173,7 @@ class _Machine:
 
     def find(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a name that is no text")
+            raise TypeError("a name that is not text")
         found = role_of(module, name)
         if found is None:
             shown = re.sub(r"[^A-Za-z0-9_.<>]", "?", f"{module}.{name}"[:100])
@@ -172,9 +181,9 @@ class _Machine:
         self.push(Global(*found))
 
     def call(self, function: object, args: object) -> None:
-        """Write down a call, or a new object: to a record they are the same."""
+        """Record a call or the creation of an object."""
         if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise self.refused("a call of what is no name")
+            raise self.refused("a call of something that is not a name")
         if function.role is Role.STAND_IN and args:
             raise self.refused(f"a call of {function.path[:100]} with arguments, refused")
         is_dict = function.path == "collections.OrderedDict"
@@ -213,7 +222,7 @@ def _integer_line(machine: _Machine) -> None:
 _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     code[0]: operation
     for code, operation in {
-        # Framing: a frame is only a hint how much to read ahead.
+        # Framing: a frame is only a hint about how much to read ahead.
         pickle.PROTO: lambda m: m.skip(1),
         pickle.FRAME: lambda m: m.skip(8),
         # Values.
@@ -226,6 +235,8 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
         pickle.BININT2: lambda m: m.push(m.number(2)),
         pickle.LONG1: lambda m: m.push(int.from_bytes(m.counted(1), "little", signed=True)),
         pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+        pickle.SHORT_BINSTRING: lambda m: m.push(m.byte_text(1)),
+        pickle.BINSTRING: lambda m: m.push(m.byte_text(4)),
         pickle.SHORT_BINUNICODE: lambda m: m.push(m.text(1)),
         pickle.BINUNICODE: lambda m: m.push(m.text(4)),
         pickle.BINUNICODE8: lambda m: m.push(m.text(8)),
@@ -257,7 +268,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
         pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
         pickle.BINGET: lambda m: m.recall(m.number(1)),
         pickle.LONG_BINGET: lambda m: m.recall(m.number(4)),
-        # Names and what would be calls.
+        # Names and calls.
         pickle.GLOBAL: lambda m: m.find(m.line(), m.line()),
         pickle.STACK_GLOBAL: lambda m: m.find(*m.last(2)),
         pickle.REDUCE: lambda m: m.call(*m.last(2)),

@@ -1,4 +1,4 @@
-"""How accurate a model is, clean and under attack, and whether to believe it."""
+"""Clean and robust accuracy of a model, with warnings about unreliable numbers."""
 
 from robust.evaluation.flags import find_flags
 from robust.evaluation.intervals import wilson_interval

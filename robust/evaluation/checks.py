@@ -1,9 +1,10 @@
-"""What is asked of a model before it is evaluated, and what is seen of it meanwhile."""
+"""Probes of a model before it is evaluated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 
 from robust.attacks import Model, ModelError, frozen
 from robust.attacks.passes import Passes
+from robust.evaluation.flags import FEWEST
+from robust.evaluation.models import Models, check_finite
 from robust.evaluation.result import Probes
 
-PROBED = 100  # images
-# Mean and std that people put before a model, by the data they are of; those of CIFAR-100 are
-# too near to CIFAR-10's to tell apart.
-NORMALISATIONS = {
+PROBED = 50  # images to classify
+COMPARED = 16  # of these, images on which two passes are compared
+KNOWN = 2  # instead, of a classifier that was compared with its copy when that was made
+DIFFERENTIATED = 8  # images whose gradient is checked
+TRIED = 8  # images that decide whether to try a normalization on all
+# Usual means and stds by data set; those of CIFAR-100 are too close to CIFAR-10's to tell apart.
+NORMALIZATIONS = {
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "mean and std of 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -25,36 +31,37 @@ NORMALISATIONS = {
 
 
 def probe(
-    model: Model,
+    models: Models,
     x: Tensor,
     y: Tensor,
     *,
     num_classes: int,
     allow_probabilities: bool = False,
     differentiate: bool = True,
-    fast: Model | None = None,
-    watch: Callable[[], None] = lambda: None,
     batch_size: int = 0,
-) -> Probes:
-    """Look at `model` on images float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
+) -> tuple[Probes, Tensor, float]:
+    """Probe the models on images float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
 
-    `fast` is a copy of it to compare with; without `differentiate` a model may have no gradient.
-    `batch_size` bounds each pass, 0: not at all.
-    Raises ModelError for one that can't be evaluated: another number of classes than
-    `num_classes`, NaN or infinite logits, statistics that move while it predicts, no gradient,
-    or probabilities instead of logits (unless allowed, and then flagged later).
+    Returns the probe results, the predictions int64 (N,) of the exact model, on the CPU, and the
+    seconds per pass of one image, forward or backward, through the searched model. Without
+    `differentiate` a model may have no gradient. `batch_size` limits each pass; 0: no limit.
+
+    Raises ModelError for a model that can't be evaluated: a number of classes other than
+    `num_classes`, NaN or infinite logits, statistics that prediction changes, no gradient, or
+    probabilities instead of logits (unless allowed, and then flagged later).
     """
-
-    def watched(x: Tensor) -> Tensor:
-        watch()
-        return model(x)
-
-    passes, half = Passes(watched, batch_size), (len(x) + 1) // 2
-    with frozen(model, x.device), _still(model):
-        logits = passes.logits(x)
-        # In other company, as a batch norm in train mode answers that differently.
-        again = torch.cat([passes.logits(part) for part in torch.split(x, half)])
-    with frozen(model, x.device):
+    passes, search = (Passes(model, batch_size) for model in (models.exact, models.search))
+    few = x[: KNOWN if models.has_fast else COMPARED]
+    some = slice(DIFFERENTIATED)
+    with frozen(models.original, x.device), _unchanged(models.original):
+        expected = passes.logits(few)
+        # With another batch size, which changes the output of a batch norm in train mode.
+        again = torch.cat([passes.logits(part) for part in torch.split(few, (len(few) + 1) // 2)])
+        fast = Passes(models.fast, batch_size).logits(few) if models.has_fast else expected
+        models.trust_fast(max(_difference(again, expected), _difference(fast, expected)))
+        rest = x[len(few) :]
+        logits = torch.cat([expected, passes.logits(rest)]) if len(rest) else expected
+    with frozen(models.original, x.device):
         _check(logits, num_classes)
         probabilities = _are_probabilities(logits)
         if probabilities and not allow_probabilities:
@@ -62,35 +69,32 @@ def probe(
                 "expected logits, got probabilities from the model: every row is in [0, 1] and "
                 "sums to 1; leave its softmax out, or gradients vanish and attacks look weak"
             )
-        gradient = _gradient(passes, x, y, needed=differentiate).flatten(1)
-        searched = logits if fast is None else Passes(fast, batch_size).logits(x)
-        best, name = _normalised(passes, x, y)
-    nan = ~gradient.isfinite().all(dim=1)
-    return Probes(
+        begin = time.perf_counter()
+        gradient = _gradient(search, x[some], y[some], needed=differentiate)
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds = (time.perf_counter() - begin) / len(x[some]) / (1 if gradient is None else 2)
+        predicted = logits.argmax(dim=1)
+        # Too few images for a conclusion otherwise.
+        best, name = _normalized(search, x, y, predicted) if len(x) >= FEWEST else (None, "")
+    nan, zero = _unusable(gradient)
+    found = Probes(
         n=len(x),
-        difference=_difference(again, logits),
+        difference=_difference(again, expected),
         probabilities=probabilities,
-        zero_gradients=int(((gradient == 0).all(dim=1) & ~nan).sum()),
-        nan_gradients=int(nan.sum()),
-        right=int((logits.argmax(dim=1) == y).sum()),
-        right_normalised=best,
-        normalisation=name,
-        search_difference=_difference(searched, logits),
+        differentiated=len(x[some]),
+        zero_gradients=zero,
+        nan_gradients=nan,
+        right=int((predicted == y).sum()),
+        right_normalized=best,
+        normalization=name,
+        search_difference=_difference(fast, expected),
     )
+    return found, predicted.cpu(), seconds
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise ModelError for logits (N, K) that are NaN or infinite."""
-    bad = (~logits.isfinite()).any(dim=1)
-    if bool(bad.any()):
-        raise ModelError(
-            f"expected finite logits, got NaN or infinities for {int(bad.sum())} of "
-            f"{len(logits)} images"
-        )
-
-
-def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor:
-    """Of the cross-entropy; 0 where the model has none and none is needed."""
+def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor | None:
+    """Of the cross-entropy; None where the model has none and none is needed."""
 
     def loss(logits: Tensor, part: slice) -> Tensor:
         return F.cross_entropy(logits, y[part], reduction="none")
@@ -100,26 +104,46 @@ def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor:
     except ModelError:
         if needed:
             raise
-    return torch.zeros_like(x)
+    return None
 
 
-def _normalised(passes: Passes, x: Tensor, y: Tensor) -> tuple[int, str]:
-    """How many images are right with the normalisation that suits best, and its name."""
-    best, name = 0, ""
-    for candidate, values in NORMALISATIONS.items() if x.shape[1] == 3 else ():
+def _unusable(gradient: Tensor | None) -> tuple[int, int]:
+    """Number of images with NaN or infinity in the gradient, and with an all-zero gradient."""
+    if gradient is None:  # no attack looks at it
+        return 0, 0
+    rows = gradient.flatten(1)
+    nan = ~rows.isfinite().all(dim=1)
+    return int(nan.sum()), int(((rows == 0).all(dim=1) & ~nan).sum())
+
+
+def _normalized(passes: Passes, x: Tensor, y: Tensor, predicted: Tensor) -> tuple[int | None, str]:
+    """Number of correct images with the best normalization, and its name.
+
+    None if, on the first few images, no normalization beats predicting without one.
+    """
+    best: tuple[int | None, str] = None, ""
+    tried = int((predicted[:TRIED] == y[:TRIED]).sum())
+    for name, values in NORMALIZATIONS.items() if x.shape[1] == 3 else ():
         mean, std = (x.new_tensor(row).view(1, 3, 1, 1) for row in values)
+        normalized = (x - mean) / std
         try:
-            logits = passes.logits((x - mean) / std)
+            right = _right(passes, normalized[:TRIED], y[:TRIED])
+            if right <= tried:
+                continue
+            right += _right(passes, normalized[TRIED:], y[TRIED:])
         except (ValueError, AssertionError):
             continue  # a model that refuses such images expects others
-        found = int((logits.argmax(dim=1) == y).sum())
-        if found > best:
-            best, name = found, candidate
-    return best, name
+        if right > (best[0] or 0):
+            best = right, name
+    return best
+
+
+def _right(passes: Passes, x: Tensor, y: Tensor) -> int:
+    return int((passes.logits(x).argmax(dim=1) == y).sum())
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference, as a share of the largest logit; 1 where one of them is not finite."""
+    """Largest difference relative to the largest logit; 1 if any logit is not finite."""
     found = float((one - other).abs().max() / other.abs().max().clamp_min(1e-12))
     return found if math.isfinite(found) else 1.0
 
@@ -138,8 +162,8 @@ def _are_probabilities(logits: Tensor) -> bool:
 
 
 @contextmanager
-def _still(model: Model) -> Iterator[None]:
-    """Raise ModelError where predicting moves the buffers of `model`; they are put back."""
+def _unchanged(model: Model) -> Iterator[None]:
+    """Raise ModelError if predictions change the buffers of `model`, which are restored."""
     before = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
     moved: list[str] = []
     try:

@@ -1,7 +1,7 @@
-"""Reasons not to trust the numbers of an evaluation, seen from the outside.
+"""Warnings that the numbers of an evaluation may be unreliable.
 
-An attack that fails says little about the model: its gradients may be masked, its answers random,
-its inputs wrong. Sources: Athalye et al. 2018, arXiv:1802.00420; Carlini et al. 2019,
+A failed attack says little about the model: its gradients may be masked, its output random, or its
+inputs wrong. Sources: Athalye et al. 2018, arXiv:1802.00420; Carlini et al. 2019,
 arXiv:1902.06705; Croce, Hein 2020, arXiv:2003.01690.
 """
 
@@ -16,18 +16,18 @@ from robust.evaluation.intervals import wilson_interval
 from robust.evaluation.result import Accuracy, Evaluation, Flag, Probes
 from robust.threat_model import Norm, format_eps
 
-FEWEST = 20  # images right when clean, below which nothing is concluded
-# Budgets from which on some image of any known model gives way.
+FEWEST = 20  # fewest correctly classified images for a conclusion
+# Budgets at which any known model has some image that can be fooled.
 LEAST_EPS: dict[Norm, float] = {"linf": 2 / 255, "l2": 0.25}
-GREY = 128 / 255  # a change by which every pixel, and so every image, can become the same grey
-RANDOM = 1e-4  # share of the largest logit that two passes may differ by
+GRAY = 128 / 255  # a change that can turn every pixel, and so every image, into the same gray
+RANDOM = 1e-4  # largest difference of two passes, relative to the largest logit
 FLAT = 0.05  # share of images that may have no gradient
 MANY_STEPS = 10  # of an attack that Square should not beat
-SQUARE_GAIN = 0.002  # accuracy that Square may take after all of AutoAttack's gradients gave up
-SQUARE_LEAD = 0.02  # and by which it may lead a single attack with gradients, of one loss
-KEPT = 0.75  # share of the clean accuracy under FGSM from which on
-COLLAPSE = 0.4  # PGD should leave so much of it
-UNHELD = 0.002  # share of images whose success may not be confirmed
+SQUARE_GAIN = 0.002  # accuracy that Square may remove after all gradient attacks of AutoAttack
+SQUARE_LEAD = 0.02  # accuracy by which it may beat a single gradient attack
+KEPT = 0.75  # if FGSM accuracy is at least this share of clean accuracy,
+COLLAPSE = 0.4  # PGD accuracy should be at least this share of FGSM's
+UNCONFIRMED = 0.002  # share of images whose success may stay unconfirmed
 
 
 SEEN_IMAGES = Flag(
@@ -38,43 +38,61 @@ SEEN_IMAGES = Flag(
 
 
 def large_eps(norm: Norm, shape: Sequence[int]) -> float:
-    """A budget that no classifier of images (C, H, W) withstands: all of them can become grey."""
-    return GREY if norm == "linf" else GREY * math.sqrt(math.prod(shape))
+    """An eps that no classifier of images (C, H, W) can resist: all can become the same gray."""
+    return GRAY if norm == "linf" else GRAY * math.sqrt(math.prod(shape))
 
 
 def find_flags(evaluation: Evaluation) -> tuple[Flag, ...]:
-    """One for each reason; none where the numbers look sound."""
+    """The flags of an evaluation, one per problem; empty if the numbers look sound."""
     found = list(_of_model(evaluation))
     if evaluation.clean.correct >= FEWEST:
         found += [*_of_attacks(evaluation), *_of_stages(evaluation), *_of_curve(evaluation)]
     return tuple(found)
 
 
+def notes(stages: Sequence[AttackSettings], num_classes: int) -> tuple[str, ...]:
+    """Changes to attacks that the small number of classes requires."""
+    others, found = num_classes - 1, []
+    targets = {stage.name: stage.entry.targets for stage in stages}
+    for name, wanted in targets.items():
+        if wanted > others:
+            found.append(f"{name}: tries {others} target classes, not {wanted}")
+    if "apgd-t" in targets and others < 3:
+        found.append("apgd-t: maximizes the margin, as its loss needs 4 classes")
+    return tuple(found)
+
+
 def _of_model(evaluation: Evaluation) -> Iterator[Flag]:
     probes, clean = evaluation.probes, evaluation.clean
-    if probes is not None:
-        yield from _of_probes(probes)
     classes = len(clean.per_class)
-    low, _ = clean.interval
-    if clean.n >= FEWEST and classes > 1 and low <= 1 / classes:
+    if probes is not None:
+        yield from _of_probes(probes, chance=1 / max(1, classes))
+    low, high = clean.interval
+    if clean.n >= FEWEST and classes > 1 and high < 1 / classes:
+        yield Flag(
+            name="chance",
+            text=f"{clean.correct} of {clean.n} images are right as they come, less than chance",
+            advice="they are adversarial already, or labels or the order of classes are wrong",
+        )
+    elif clean.n >= FEWEST and classes > 1 and low <= 1 / classes:
         yield Flag(
             name="chance",
             text=f"{clean.correct} of {clean.n} clean images are right, no more than chance",
-            advice="check labels, order of classes, pixel range and normalisation first",
+            advice="check labels, order of classes, pixel range and normalization first",
         )
-    unheld = sum(item.unheld for item in evaluation.attacks)
-    if unheld > max(1, UNHELD * evaluation.n):
+    unconfirmed = sum(item.unconfirmed for item in evaluation.attacks)
+    if unconfirmed > max(1, UNCONFIRMED * evaluation.n):
         yield Flag(
-            name="unheld",
-            text=f"{unheld} adversarial images did not fool the model when it was asked again",
+            name="unconfirmed",
+            text=f"{unconfirmed} adversarial images did not fool the exact model",
             advice="evaluate with precision fp32, and make sure the model answers the same twice",
         )
 
 
-def _of_probes(probes: Probes) -> Iterator[Flag]:
+def _of_probes(probes: Probes, *, chance: float) -> Iterator[Flag]:
     if probes.difference > RANDOM:
         yield Flag(
-            name="randomised",
+            name="randomized",
             text="the model answers the same image differently, by "
             f"{probes.difference:.1%} of its largest logit",
             advice="switch dropout, noise and random transforms off, or average over many answers",
@@ -85,23 +103,27 @@ def _of_probes(probes: Probes) -> Iterator[Flag]:
             text="the model returns probabilities instead of logits",
             advice="leave its softmax out: where it saturates gradients vanish",
         )
-    flat = probes.zero_gradients
-    if flat > FLAT * probes.n or probes.nan_gradients:
+    flat, seen = probes.zero_gradients, probes.differentiated or probes.n
+    if flat > FLAT * seen or probes.nan_gradients:
         yield Flag(
             name="gradients",
-            text=f"of {probes.n} images {flat} have no gradient at all and "
+            text=f"of {seen} images {flat} have no gradient at all and "
             f"{probes.nan_gradients} have NaN in it",
             advice="attacks that follow it are blind there: look for saturation, rounding or "
             "masking, and rely on square and on attacks on the margin (apgd-dlr, apgd-t)",
         )
-    lowest, _ = wilson_interval(probes.right_normalised, probes.n)
+    if probes.right_normalized is None:
+        return
+    lowest, _ = wilson_interval(probes.right_normalized, probes.n)
     _, highest = wilson_interval(probes.right, probes.n)
-    if probes.n >= FEWEST and lowest > highest:
+    # Accuracy below chance means adversarial images: any change undoes their perturbation.
+    if probes.n >= FEWEST and lowest > highest >= chance:
         yield Flag(
-            name="normalisation",
-            text=f"{probes.right_normalised} of {probes.n} images are right once they are "
-            f"normalised as for {probes.normalisation}, and {probes.right} as they are",
-            advice="put the normalisation inside the model: eps is in pixels of [0, 1]",
+            name="normalization",
+            text=f"{probes.right_normalized} of {probes.n} images are right once they are "
+            f"normalized as for {probes.normalization}, and {probes.right} as they are",
+            advice="unless the images are adversarial already, put the normalization inside the "
+            "model: eps is in pixels of [0, 1]",
         )
 
 
@@ -122,10 +144,10 @@ def _of_attacks(evaluation: Evaluation) -> Iterator[Flag]:
 
 
 def _should_fool(evaluation: Evaluation, item: Accuracy) -> bool:
-    """Whether an attack that fooled none ought to have, by what else is known.
+    """Whether an attack that fooled no image should have, given the other results.
 
-    On easy data and a small set a sound attack may fool none: then others fool hardly any, or the
-    curve comes down with more room.
+    On easy data and a small set a sound attack may fool no image: then other attacks fool hardly
+    any, or accuracy falls at a larger eps.
     """
     settings, clean = _settings(item), evaluation.clean.correct
     ball = settings.threat_model
@@ -138,8 +160,8 @@ def _should_fool(evaluation: Evaluation, item: Accuracy) -> bool:
         if point.eps == ball.eps:
             fooled = max(fooled, points[0].correct - point.correct)
     if fooled:
-        # Few queries are no fault of the model.
-        return settings.name != "square" and fooled > max(2, clean // 20)
+        # With few queries, failing says nothing about the model.
+        return settings.uses_gradient and fooled > max(2, clean // 20)
     return not points or 2 * points[-1].correct > points[0].correct
 
 
@@ -153,22 +175,23 @@ def _of_pair(evaluation: Evaluation, weak: Accuracy, strong: Accuracy) -> Iterat
             advice="its steps are too small, or gradients are masked: run autoattack and look at "
             "square",
         )
-    # An undefended model falls to one step as well; one that was trained against a single step,
-    # and found a way around it, keeps nearly all under it and next to nothing under more.
+    # One step also fools an undefended model. After catastrophic overfitting to single-step attacks
+    # a model keeps nearly all its accuracy under one step and next to nothing under more.
     if weak.correct > KEPT * evaluation.clean.correct and strong.correct < COLLAPSE * weak.correct:
         yield Flag(
             name="single step only",
             text=f"{weak.label} leaves {-gap} more images right than {strong.label}",
-            advice="the model has learnt to withstand one step (catastrophic overfitting): do "
+            advice="the model has learned to withstand one step (catastrophic overfitting): do "
             "not quote the accuracy under fgsm, and train with more steps or noise",
         )
 
 
 def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
     for item in evaluation.attacks:
-        for before, after in pairwise(item.stages):
+        stages = zip(item.stages, _settings(item).stages, strict=False)  # not all may have run
+        for (before, _), (after, settings) in pairwise(stages):
             taken = before.correct - after.correct
-            if after.attack.startswith("square") and taken > max(1, SQUARE_GAIN * item.n):
+            if _is_random_search(settings) and taken > max(1, SQUARE_GAIN * item.n):
                 yield Flag(
                     name="square stronger",
                     text=f"square, which sees no gradient, fooled {taken} images that the "
@@ -177,7 +200,7 @@ def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
                     "write an attack for this model",
                 )
     for item in evaluation.attacks:
-        if _settings(item).name != "square":
+        if _settings(item).uses_gradient:
             continue
         others = [a.correct for a in evaluation.attacks if _is_thorough(a) and _same_ball(a, item)]
         gap = min(others, default=0) - item.correct
@@ -205,7 +228,7 @@ def _of_curve(evaluation: Evaluation) -> Iterator[Flag]:
             )
     last, sizes = points[-1], [n for _, n in evaluation.clean.per_class]
     low, _ = wilson_interval(last.correct, last.n)
-    # There all images can be the same grey, and at best those of one class are right.
+    # There all images can be the same gray, so at best those of one class are correct.
     if low > max(sizes) / sum(sizes):
         yield Flag(
             name="large eps",
@@ -221,12 +244,15 @@ def _settings(item: Accuracy) -> AttackSettings:
 
 
 def _is_single(item: Accuracy) -> bool:
-    settings = _settings(item)
-    return settings.name == "fgsm" or (settings.name == "pgd" and settings.steps == 1)
+    return _settings(item).uses_gradient and _settings(item).steps == 1
 
 
 def _is_iterated(item: Accuracy) -> bool:
-    return _settings(item).name not in ("fgsm", "square") and not _is_single(item)
+    return _settings(item).uses_gradient and not _is_single(item)
+
+
+def _is_random_search(settings: AttackSettings) -> bool:
+    return not settings.uses_gradient or settings.name == "square-check"
 
 
 def _is_thorough(item: Accuracy) -> bool:

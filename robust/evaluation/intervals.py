@@ -1,4 +1,4 @@
-"""How sure a share of so many images is."""
+"""Confidence interval of an accuracy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95% by default; (0, 1) for n = 0.
+    """The Wilson score interval of a proportion, 95% by default; (0, 1) for n = 0.
 
     Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209-212.
     """

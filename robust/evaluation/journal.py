@@ -1,12 +1,13 @@
-"""What an evaluation has finished so far, in a file that survives a kill."""
+"""A file with the finished part of an evaluation, which survives a kill."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,23 @@ from torch import Tensor, nn
 from robust.attacks import Model
 
 VERSION = 1
+_SHARE = re.compile(r"\.\d+-of-(\d+)")  # of the file of one process
 APPLICATION = 0x526F6275  # of SQLite's header: tells a journal from any other database
 Row = tuple[int, int, int, float, int, int, int]  # image and the columns of COLUMNS
 COLUMNS = ("fooled", "predicted", "distance", "unheld", "forwards", "backwards")
 
 
 class JournalError(ValueError):
-    """A journal that can't be gone on with; the message says why."""
+    """A journal that can't be resumed; the message says why."""
 
 
 class Journal:
-    """One SQLite file for one evaluation: a row for each image that a stage is through with.
+    """One SQLite file for one evaluation: a row for each image that has finished a stage.
 
-    Held until `close`, or the end of the process: two evaluations never write to one file.
-    Raises JournalError where another one holds it, where the file belongs to another evaluation,
-    and where it is no journal, or none can be written there.
+    Locked until `close` or the end of the process: two evaluations never write to one file.
+
+    Raises JournalError if another evaluation has it open, if it belongs to another evaluation, or
+    if it is not a journal or can't be written.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -42,7 +45,7 @@ class Journal:
             )
         try:
             with _explained(path, "could not be opened"):
-                # No write-ahead log: it would be a second file to lose, and fails on network disks.
+                # No write-ahead log: a second file can get lost, and it fails on network disks.
                 self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
                 self._db.execute("BEGIN EXCLUSIVE")
                 self._prepare()
@@ -53,7 +56,7 @@ class Journal:
             raise
 
     def _prepare(self) -> None:
-        """Make the tables of a new file. Raises JournalError for a file of something else."""
+        """Create the tables of a new file. Raises JournalError if the file is not a journal."""
         if self._db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION:
             return
         if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -83,7 +86,7 @@ class Journal:
                 )
 
     def read(self, stage: str, *, images: int) -> tuple[list[Row], float]:
-        """What `stage` is through with, of so many images, and the seconds it took."""
+        """The rows of `stage` and the seconds it took."""
         names = ", ".join(("image", *COLUMNS))
         with _explained(self._path, "could not be read"):
             rows: list[Row] = self._db.execute(
@@ -99,7 +102,7 @@ class Journal:
         return rows, spent[0] if spent else 0.0
 
     def write(self, stage: str, rows: Sequence[Row], seconds: float) -> None:
-        """Add rows, all or none; `seconds` is what the stage took in all."""
+        """Add rows atomically; `seconds` is the total time of the stage so far."""
         marks = ", ".join("?" * (2 + len(COLUMNS)))
         try:
             with _explained(self._path, "could not be written"):
@@ -116,8 +119,42 @@ class Journal:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close and unlock the file."""
         self._db.close()
+
+
+def check_processes(path: Path, *, size: int) -> None:
+    """Raise JournalError if the journal at `path` was started by a different number of processes.
+
+    Each process has its own file, ``NAME.1-of-2``, and its own shard of the images.
+    """
+    found = set()
+    for other in path.parent.glob("*") if path.parent.is_dir() else ():
+        share = _SHARE.fullmatch(other.name.removeprefix(path.name))
+        if share and other.name.startswith(path.name):
+            found.add(int(share[1]))
+    if path.exists():
+        found.add(1)
+    if found and size not in found:
+        begun = ", ".join(map(str, sorted(found)))
+        raise JournalError(
+            f"{path}: expected as many processes as the journal was begun by, {begun}, got {size}; "
+            "start as many again, or give another file"
+        )
+
+
+def recorded(path: Path, name: str) -> Any:
+    """The value of `name` recorded in the journal at `path`; None if there is no journal.
+
+    Raises JournalError if another evaluation has it open, or if it can't be read.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    with _explained(path, "could not be read"), closing(sqlite3.connect(path, timeout=0)) as db:
+        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
+            return None
+        found = db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
+    return json.loads(found[0]) if found else None
 
 
 @contextmanager
@@ -161,7 +198,7 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _differing(one: str, other: str) -> tuple[str, str]:
-    """Two texts, cut to where they begin to differ if they are long."""
+    """Two texts, with long ones cut to where they begin to differ."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     start = max(0, sum(1 for _ in same) - 40)
     shown = ("..." * (start > 0) + text[start:] for text in (one, other))

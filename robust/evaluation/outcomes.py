@@ -1,4 +1,4 @@
-"""What happened to each image under one attack, and what that comes to."""
+"""Per-image results of one attack, and the resulting accuracy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from robust.evaluation.result import MAX_CONFUSION, Accuracy, Distances, StageAc
 
 BLOCK = 50  # images whose results are shown together
 _COLUMNS = (
-    "through",
+    "finished",
     "fooled",
     "attacked",
-    "unheld",
+    "unconfirmed",
     "predicted",
     "distance",
     "forwards",
@@ -25,23 +25,29 @@ _COLUMNS = (
 
 
 class Outcomes:
-    """One row for each of n images under one attack (`settings` None: clean), on the CPU."""
+    """One row for each of n images under one attack (`settings` None: clean), on the CPU.
+
+    `places` int64 (n,) are the images' positions in the call of the evaluation; by default 0 to
+    n - 1.
+    """
 
     def __init__(
         self,
         settings: AttackSettings | None,
         labels: Tensor,
         *,
+        places: Tensor | None = None,
         num_classes: int,
         batch_size: int,
     ) -> None:
         n = len(labels)
+        self.places = torch.arange(n) if places is None else places
         self.settings, self.labels, self.num_classes = settings, labels, num_classes
         self.block = min(batch_size, BLOCK)
-        self.through = torch.zeros(n, dtype=torch.bool)  # with the first stage
-        self.fooled = torch.zeros(n, dtype=torch.bool)  # or wrong as it came
+        self.finished = torch.zeros(n, dtype=torch.bool)  # the first stage
+        self.fooled = torch.zeros(n, dtype=torch.bool)  # or wrong before any attack
         self.attacked = torch.zeros(n, dtype=torch.bool)
-        self.unheld = torch.zeros(n, dtype=torch.bool)
+        self.unconfirmed = torch.zeros(n, dtype=torch.bool)
         self.predicted = labels.clone()
         self.distance = torch.zeros(n)
         self.forwards = torch.zeros(n, dtype=torch.int64)
@@ -50,39 +56,31 @@ class Outcomes:
         self.seconds = 0.0
 
     def start_from(self, clean: Outcomes) -> None:
-        """Take over what is wrong as it came: it is not attacked."""
+        """Mark the misclassified images of `clean`, which are not attacked."""
         self.fooled |= clean.fooled
-        self.through |= clean.fooled
+        self.finished |= clean.fooled
         self.predicted = torch.where(clean.fooled, clean.predicted, self.predicted)
 
-    def share(self, single_step: Outcomes) -> None:
-        """Take the clean predictions from an attack whose first pass is at the clean images."""
-        self.through = single_step.through.clone()
-        self.fooled = single_step.fooled & (single_step.distance == 0)
-        self.predicted = torch.where(self.fooled, single_step.predicted, self.labels)
-        self.forwards = self.through.long()
-        single_step.attacked &= ~self.fooled
-
-    def take(self, rows: Sequence[Row]) -> None:
-        """Add images that are through with a stage."""
+    def add_rows(self, rows: Sequence[Row]) -> None:
+        """Add images that have finished a stage."""
         if not rows:
             return
         columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
         at, fooled = columns[0].long(), columns[1].bool()
-        self.through[at] = True
+        self.finished[at] = True
         self.attacked[at] = True
         self.fooled[at] |= fooled
         self.predicted[at] = columns[2].long()
         self.distance[at] = columns[3].float()
-        self.unheld[at] |= columns[4].bool()
+        self.unconfirmed[at] |= columns[4].bool()
         self.forwards[at] += columns[5].long()
         self.backwards[at] += columns[6].long()
 
-    def join(self, shares: Sequence[Outcomes]) -> None:
-        """Take over shares of which the r-th has every image of place r, r + W, and so on."""
-        for rank, share in enumerate(shares):
+    def merge(self, shards: Sequence[Outcomes]) -> None:
+        """Merge the shards of W processes; the r-th has the images r, r + W, and so on."""
+        for rank, shard in enumerate(shards):
             for name in _COLUMNS:
-                getattr(self, name)[rank :: len(shares)] = getattr(share, name)
+                getattr(self, name)[rank :: len(shards)] = getattr(shard, name)
         self.stages = [
             StageAccuracy(
                 attack=parts[0].attack,
@@ -90,19 +88,19 @@ class Outcomes:
                 correct=sum(part.correct for part in parts),
                 seconds=max(part.seconds for part in parts),
             )
-            for parts in zip(*(share.stages for share in shares), strict=True)
+            for parts in zip(*(shard.stages for shard in shards), strict=True)
         ]
-        self.seconds = max(share.seconds for share in shares)
+        self.seconds = max(shard.seconds for shard in shards)
 
     @property
     def seen(self) -> int:
-        """How many images, from the first on in whole blocks, are through: an unbiased sample.
+        """Number of leading images, in whole blocks, that are all finished: an unbiased sample.
 
-        Those through at any moment are not, as the easily fooled are through first; and those
-        before the first gap end with such as were easily fooled.
+        All images finished so far would be a biased sample, since easily fooled ones finish first;
+        so would all images before the first unfinished one.
         """
-        gaps = (~self.through).nonzero()
-        return int(gaps[0]) // self.block * self.block if len(gaps) else len(self.through)
+        gaps = (~self.finished).nonzero()
+        return int(gaps[0]) // self.block * self.block if len(gaps) else len(self.finished)
 
     def accuracy(self) -> Accuracy:
         """Over the images seen so far."""
@@ -128,9 +126,16 @@ class Outcomes:
             stages=tuple(self.stages),
             forwards=int(self.forwards.sum()),
             backwards=int(self.backwards.sum()),
-            unheld=int((self.unheld & ~self.fooled).sum()),
+            unconfirmed=int((self.unconfirmed & ~self.fooled).sum()),
             seconds=self.seconds,
+            fooled=self._fooled() if n == len(self.labels) else (),
         )
+
+    def _fooled(self) -> tuple[int, ...]:
+        if self.settings is None or not self.settings.own_stages:
+            return ()
+        found: list[int] = self.places[self.fooled & self.attacked].sort().values.tolist()
+        return tuple(found)
 
     def _distances(self, n: int) -> Distances | None:
         if self.settings is None:

@@ -1,21 +1,52 @@
-"""How exactly the passes of an evaluation are computed."""
+"""The precision of an evaluation's passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robust.agreement import compare
 from robust.attacks import Model
+from robust.device import cpu_multiplies_bf16
+from robust.inference import InferenceClassifier, in_bfloat16
+from robust.packed import packed_if_faster
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+PROBE = 4  # images on which bfloat16 is compared with float32
+# Fewest passes of an evaluation for which the comparison, some 20 passes, is worth its time.
+WORTHWHILE = 1000
+FASTER = 1.2  # smallest speedup for a search in bfloat16
+CLEAR = 1.5  # times that: a single measurement is enough
+SIGNS = 0.9  # share of the gradient's signs that must agree
+# Largest error of bfloat16 logits relative to the median lead of the likeliest class. Trained
+# networks have 0.002 to 0.003, random ones 0.01 to 0.18, which hides what attacks look for.
+LEAD = 0.02
+LARGE = 10**6  # parameters; below, call overhead dominates and bfloat16 gains nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPrecision:
+    """The precision of a search, and the reason for it."""
+
+    bf16: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return "bf16 search, fp32 verified" if self.bf16 else "fp32"
+
+
 def searches_in_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether the search is to run in bfloat16. Raises ValueError for another precision."""
+    """Whether the search runs in bfloat16 before anything is measured.
+
+    Raises ValueError for another precision.
+    """
     if precision not in get_args(Precision):
         raise ValueError(
             f"expected a precision out of {', '.join(get_args(Precision))}, got {precision!r}"
@@ -23,22 +54,97 @@ def searches_in_bf16(precision: Precision, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def in_bf16(model: Model, device: torch.device) -> Model:
-    """`model` under autocast."""
+def choose_precision(
+    precision: Precision,
+    fast: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    passes: int,
+    bf16: Model | None = None,
+) -> tuple[SearchPrecision, Model]:
+    """The precision and the model for a search of `passes` passes.
+
+    `auto` uses bfloat16 if it agrees with `fast` on the first images of `x` float32 (N, C, H, W)
+    and, on a CPU, is faster. `bf16` is the bfloat16 copy of `fast`; by default it is created.
+    Raises ValueError for another precision.
+    """
+    device = x.device
+    asked = searches_in_bf16(precision, device)
+    if precision != "auto":
+        chosen = SearchPrecision(bf16=asked, reason="as asked")
+        return chosen, (bf16 or in_bf16(fast, device)) if asked else fast
+    why_not = why_not_bf16(fast, device)
+    if not why_not and device.type == "cpu" and passes < WORTHWHILE:
+        why_not = f"too few passes to try bfloat16: {passes:,}, below the limit of {WORTHWHILE:,}"
+    if why_not:
+        return SearchPrecision(bf16=False, reason=why_not), fast
+    candidate = bf16 or in_bf16(fast, device)
+    found = _compare(fast, candidate, x[:PROBE], y[:PROBE])
+    return found, candidate if found.bf16 else fast
+
+
+def why_not_bf16(model: Model, device: torch.device) -> str:
+    """Why bfloat16 is not tried for this model on this device; empty if it is."""
+    if device.type == "cuda":
+        return ""
+    if device.type != "cpu":
+        return f"bfloat16 is not tried on {device.type}"
+    if not cpu_multiplies_bf16():
+        return "this processor has no instructions for bfloat16"
+    if not isinstance(model, nn.Module):
+        return "bfloat16 is tried on torch modules only"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if not size:  # a service, a session or a closure
+        return "bfloat16 is tried on torch modules only"
+    if size < LARGE:
+        return (
+            "the model is too small to gain from bfloat16: "
+            f"{size:,} parameters, below the limit of {LARGE:,}"
+        )
+    return ""
+
+
+def _compare(fast: Model, candidate: Model, x: Tensor, y: Tensor) -> SearchPrecision:
+    """The choice after comparing gradients of both models; the reason names a missed limit."""
+    found = compare(candidate, fast, x, y, clear=CLEAR * FASTER)
+    if not found.blurred <= LEAD:  # also for NaN
+        refused = f"bfloat16 is off by {found.blurred:.1%} of the likeliest class's median lead"
+        return SearchPrecision(bf16=False, reason=f"{refused}, above the limit of {LEAD:.0%}")
+    agrees = f"{found.signs:.1%} of the gradient's signs agree"
+    if found.signs < SIGNS:
+        return SearchPrecision(bf16=False, reason=f"{agrees}, below the limit of {SIGNS:.0%}")
+    if x.device.type != "cpu":
+        return SearchPrecision(bf16=True, reason=agrees)
+    faster = f"bfloat16 is {found.speedup:.1f} times as fast as float32 on {len(x)} images"
+    if found.speedup < FASTER:
+        return SearchPrecision(bf16=False, reason=f"{faster}, below the limit of {FASTER}")
+    return SearchPrecision(bf16=True, reason=f"{faster}, and {agrees}")
+
+
+def in_bf16(fast: Model, device: torch.device) -> Model:
+    """`fast` with products in bfloat16: a cast copy of a classifier, autocast for any other.
+
+    On a CPU the copy's weights are prepacked if that is faster.
+    """
+    copied = in_bfloat16(fast) if isinstance(fast, InferenceClassifier) else None
+    if copied is not None:
+        assert isinstance(fast, InferenceClassifier)
+        return packed_if_faster(fast, copied) if device.type == "cpu" else copied
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            return model(x)
+            return fast(x)
 
     return forward
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 products: float32 means float32; what was set is put back.
+    """Disable TF32 and bfloat16 products for float32; restores the previous settings.
 
-    torch keeps these settings twice, and fails where the two contradict each other; so both are
-    set, and both put back. Where the caller's contradict already, the old ones are left alone.
+    torch has two APIs for these settings and raises if they contradict each other, so both are set
+    and both restored. If the caller's already contradict, the old API's are left alone.
     """
     backends: Any = torch.backends
     places = (
@@ -66,7 +172,7 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """No cuDNN algorithm that adds in another order each time; what was set is put back."""
+    """Use only deterministic cuDNN algorithms; restores the previous settings."""
     cudnn: Any = torch.backends.cudnn
     saved = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False

@@ -1,22 +1,29 @@
-"""What an evaluation found."""
+"""The result of an evaluation, and its JSON form."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from itertools import permutations
+from pathlib import Path
+from typing import Any, Self
 
-from robust.attacks import AttackSettings
+from robust.attacks import AttackSettings, resolve_attack
 from robust.evaluation.intervals import wilson_interval
-from robust.threat_model import format_eps
+from robust.evaluation.tables import accuracy_table
+from robust.files import to_json, write_json
+from robust.threat_model import ThreatModel, format_eps
 
-MAX_CONFUSION = 100  # classes; the table of more is no longer read by anyone
-_BULKY = ("confusion", "stages")
+SHOWN = 10  # indices of images in a line of text
+MAX_CONFUSION = 100  # classes; nobody reads a larger table
+_BULKY = ("confusion", "stages", "fooled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """How far the adversarial images lie from theirs, in pixel units of the attack's norm."""
+    """Distances of the adversarial images from the originals, in pixel units."""
 
     least: float
     median: float
@@ -25,7 +32,7 @@ class Distances:
 
 @dataclass(frozen=True, kw_only=True)
 class StageAccuracy:
-    """One attack of several run in turn: how many images it was tried on and how many it left."""
+    """One stage of an attack: how many images it attacked and how many stayed robust."""
 
     attack: str
     attacked: int
@@ -35,19 +42,21 @@ class StageAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """How many of n images were classified right, clean (`attack` None) or under attack."""
+    """How many of n images are classified correctly, clean (`attack` None) or under attack."""
 
     attack: AttackSettings | None
     correct: int
     n: int
-    per_class: tuple[tuple[int, int], ...]  # right and all, for each class
-    confusion: tuple[tuple[int, ...], ...] = ()  # of images of a row's class, seen as a column's
-    distances: Distances | None = None  # of what fooled the model; None where nothing did
-    stages: tuple[StageAccuracy, ...] = ()  # where the attack is made of several
+    per_class: tuple[tuple[int, int], ...]  # correct and total, for each class
+    confusion: tuple[tuple[int, ...], ...] = ()  # rows: true class, columns: predicted class
+    distances: Distances | None = None  # of the images that fooled the model; None if none did
+    stages: tuple[StageAccuracy, ...] = ()  # of a multi-stage attack
     forwards: int = 0  # passes spent, an image each
     backwards: int = 0
-    unheld: int = 0  # successes that the last exact pass did not confirm; counted as right
+    unconfirmed: int = 0  # successes that the exact model did not confirm; counted as robust
     seconds: float = field(default=0.0, compare=False)  # spent on it
+    # Positions in the call of the images that a finished multi-stage attack fooled.
+    fooled: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -65,7 +74,7 @@ class Accuracy:
         return wilson_interval(self.correct, self.n)
 
     def summary(self) -> dict[str, Any]:
-        """`to_dict` without what fills a page: confusion, and the parts it is made of."""
+        """`to_dict` without the long parts: confusion and stages."""
         values = self.to_dict()
         return {name: value for name, value in values.items() if name not in _BULKY}
 
@@ -83,8 +92,9 @@ class Accuracy:
             "stages": [vars(stage) for stage in self.stages],
             "forwards": self.forwards,
             "backwards": self.backwards,
-            "unheld": self.unheld,
+            "unconfirmed": self.unconfirmed,
             "seconds": self.seconds,
+            "fooled": list(self.fooled),
         }
         if self.attack:
             values |= {
@@ -98,10 +108,84 @@ class Accuracy:
             }
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The accuracy that `to_dict` wrote. Raises ValueError and KeyError for anything else."""
+        k = len(values["per_class"])
+        confusion = tuple(tuple(row) for row in values["confusion"])
+        sizes = [sum(row) for row in confusion] if confusion else [0] * k
+        right = [row[label] for label, row in enumerate(confusion)] if confusion else [0] * k
+        return cls(
+            attack=_attack_from(values) if "norm" in values else None,
+            correct=values["correct"],
+            n=values["n"],
+            per_class=tuple(zip(right, sizes, strict=True)),
+            confusion=confusion,
+            distances=Distances(**values["distances"]) if values["distances"] else None,
+            stages=tuple(StageAccuracy(**stage) for stage in values["stages"]),
+            forwards=values["forwards"],
+            backwards=values["backwards"],
+            unconfirmed=values.get("unconfirmed", values.get("unheld", 0)),  # its older name
+            seconds=values["seconds"],
+            fooled=tuple(values.get("fooled", ())),  # none in older results
+        )
+
+
+def _attack_from(values: Mapping[str, Any]) -> AttackSettings:
+    ball = ThreatModel(norm=values["norm"], eps=values["eps"])
+    name = str(values["attack"]).split("x")[0] if values["restarts"] > 1 else values["attack"]
+    return resolve_attack(
+        name,
+        ball,
+        alpha=values["alpha"],
+        steps=values["steps"],
+        restarts=values["restarts"],
+        stages=[stage["attack"] for stage in values["stages"]] or None,
+        seed=values["seed"],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Images that one multi-stage attack fooled and another in the same ball did not."""
+
+    attack: str
+    other: str
+    images: tuple[int, ...]  # where they are in the call, from 0
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.images[:SHOWN])) + ", ..." * (len(self.images) > SHOWN)
+        count = f"{len(self.images)} image{'s' * (len(self.images) != 1)}" if shown else "none"
+        where = f" (index {shown})" if shown else ""
+        return f"only {self.attack} fools, and not {self.other}: {count}{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "attack": self.attack,
+            "other": self.other,
+            "count": len(self.images),
+            "indices": list(self.images),
+        }
+
+
+def differences(attacks: Sequence[Accuracy]) -> tuple[Difference, ...]:
+    """For each pair of finished multi-stage attacks in the same ball, both differences."""
+    finished = [item for item in attacks if item.attack and item.stages]
+    return tuple(
+        Difference(
+            attack=one.label,
+            other=other.label,
+            images=tuple(sorted(set(one.fooled) - set(other.fooled))),
+        )
+        for one, other in permutations(finished, 2)
+        if one.attack and other.attack and one.attack.threat_model == other.attack.threat_model
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """Accuracy over `n` of the images under one attack with a radius of `eps`."""
+    """Accuracy of `n` images under one attack with radius `eps`."""
 
     eps: float
     correct: int
@@ -121,22 +205,25 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """What was seen of the model itself, on `n` of the images, before it was attacked."""
+    """Checks of the model on the first `n` images, before any attack."""
 
     n: int
-    difference: float  # largest between two passes over the same images, share of a logit's size
-    probabilities: bool  # rows that are shares of one: a softmax is inside
-    zero_gradients: int  # images whose cross-entropy has no slope at all
+    difference: float  # largest between two passes over the same images, relative to the logits
+    probabilities: bool  # every row sums to 1: the model ends in a softmax
+    zero_gradients: int  # images whose cross-entropy has a gradient of 0
     nan_gradients: int
-    right: int  # images classified right as they came
-    right_normalised: int  # and at best with one of the usual normalisations before the model
-    normalisation: str = ""  # which one that was
-    search_difference: float = 0.0  # largest to the faster copy that is searched, as `difference`
+    right: int  # images classified correctly
+    # The same with the best of the usual normalizations before the model; None if there are too
+    # few images, or if none was better on the first few.
+    right_normalized: int | None
+    differentiated: int | None = None  # images whose gradient was checked; None: all
+    normalization: str = ""  # which one that was
+    search_difference: float = 0.0  # of the faster float32 copy, as `difference`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """A reason not to trust an evaluation: what was seen, and what to do about it."""
+    """A warning about an evaluation: what was observed, and what to do about it."""
 
     name: str
     text: str
@@ -147,22 +234,42 @@ class Flag:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Results over `n` of `total` images: clean, each attack, and the worst of them.
+class Times:
+    """Seconds of an evaluation since it started or resumed.
 
-    While it runs, each accuracy says over how many images it is; `n` is the fewest of them.
+    None for values that are not measured: passes on an accelerator.
+    """
+
+    evaluation: float
+    passes: float | None  # inside the model
+    limit: float | None  # of the same passes at the rate of the fastest batch seen
+
+    def __str__(self) -> str:
+        if self.passes is None or self.limit is None:
+            return ""
+        return f"passes alone {self.passes:.1f} s, {self.limit:.1f} s at the best rate seen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Results on `n` of `total` images: clean, under each attack, and in the worst case.
+
+    While it runs, each accuracy has its own number of images; `n` is the smallest.
     """
 
     n: int
     total: int
     clean: Accuracy
     attacks: tuple[Accuracy, ...]
-    worst_correct: int  # images right when clean and under every attack
+    worst_correct: int  # images that are correct clean and under every attack
     curve: tuple[CurvePoint, ...] = ()
     probes: Probes | None = None
     flags: tuple[Flag, ...] = ()  # of a finished evaluation
-    notes: tuple[str, ...] = ()  # what an attack had to do otherwise than usual
+    notes: tuple[str, ...] = ()  # changes to attacks that the model required
+    image_dtype: str = "uint8"  # images were scored as given, in this dtype
     precision: str = "fp32"
+    precision_reason: str = field(default="", compare=False)  # why the search was in it
+    times: Times | None = field(default=None, compare=False)
     done: float = 1.0  # share of the work, [0, 1]
     stage: str = ""  # what is running; empty when all is done
 
@@ -174,6 +281,11 @@ class Evaluation:
     def accuracy(self, label: str) -> float:
         """The accuracy under the attack of that label, or ``clean``. KeyError for another."""
         return {item.label: item.value for item in self.accuracies}[label]
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """Images that only one of two finished multi-stage attacks fooled."""
+        return differences(self.attacks) if not self.stage else ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -187,9 +299,61 @@ class Evaluation:
                 "n": self.n,
                 "interval": list(wilson_interval(self.worst_correct, self.n)),
             },
+            "differences": [item.to_dict() for item in self.differences],
             "curve": [point.to_dict() for point in self.curve],
             "probes": vars(self.probes) if self.probes else None,
             "flags": [vars(flag) for flag in self.flags],
             "notes": list(self.notes),
+            "image_dtype": self.image_dtype,
             "precision": self.precision,
+            "precision_reason": self.precision_reason,
+            "times": vars(self.times) if self.times else None,
         }
+
+    def __str__(self) -> str:
+        """The table of the command line, with notes and warnings under it."""
+        lines = [accuracy_table(self), *map(str, self.differences)]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"warning: {flag.name}: {flag}" for flag in self.flags)])
+
+    def to_json(self, path: Path | str | None = None) -> str:
+        """`to_dict` as JSON text, also written to `path` where one is given."""
+        if path is not None:
+            write_json(Path(path), self.to_dict())
+        return to_json(self.to_dict()).decode()
+
+    def to_markdown(self) -> str:
+        """The table of the command line in Markdown."""
+        return accuracy_table(self, "markdown")
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for clean and each attack; raises ImportError without pandas."""
+        try:
+            pandas = import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        return pandas.DataFrame([item.summary() for item in self.accuracies])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The evaluation that `to_dict` wrote, except `done` and `stage`.
+
+        Raises ValueError and KeyError for anything else.
+        """
+        clean, *attacks = map(Accuracy.from_dict, values["results"])
+        probes, curve = values["probes"], values["curve"]
+        return cls(
+            n=values["n"],
+            total=values["total"],
+            clean=clean,
+            attacks=tuple(attacks),
+            worst_correct=values["worst_case"]["correct"],
+            curve=tuple(CurvePoint(eps=p["eps"], correct=p["correct"], n=p["n"]) for p in curve),
+            probes=Probes(**probes) if probes else None,
+            flags=tuple(Flag(**flag) for flag in values["flags"]),
+            notes=tuple(values["notes"]),
+            image_dtype=values["image_dtype"],
+            precision=values["precision"],
+            precision_reason=values["precision_reason"],
+            times=Times(**values["times"]) if values.get("times") else None,
+        )

@@ -1,8 +1,10 @@
-"""Evaluating a model: clean, attack after attack, every success asked again."""
+"""Evaluates a model: clean, then attack after attack, with every success verified."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,19 +13,26 @@ from torch import Tensor
 from robust.attacks import AttackSettings, Model, frozen
 from robust.attacks.noise import image_keys
 from robust.attacks.search import to_images
-from robust.classifier import Classifier
-from robust.evaluation.journal import Journal, data_digest, model_digest
-from robust.evaluation.precision import (
-    Precision,
-    full_float32,
-    in_bf16,
-    repeatable,
-    searches_in_bf16,
+from robust.distributed import SINGLE, World
+from robust.evaluation.curve import CURVE_ATTACK
+from robust.evaluation.forecast import Forecast, count_passes
+from robust.evaluation.journal import (
+    Journal,
+    check_processes,
+    data_digest,
+    model_digest,
+    recorded,
 )
-from robust.evaluation.result import Evaluation
-from robust.evaluation.work import CURVE_ATTACK, Work, filled
-from robust.inference import for_inference
-from robust.ranks import ALONE, Ranks
+from robust.evaluation.models import Models, fast_copy
+from robust.evaluation.precision import (
+    PROBE,
+    Precision,
+    SearchPrecision,
+    choose_precision,
+    full_float32,
+)
+from robust.evaluation.result import Evaluation, Times
+from robust.evaluation.work import Work
 
 __all__ = ["CURVE_ATTACK", "Precision", "evaluate", "evaluate_batches"]
 
@@ -40,7 +49,7 @@ def evaluate(
     curve: int = 0,
     precision: Precision = "auto",
     allow_probabilities: bool = False,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
 ) -> Evaluation:
     """The last result of `evaluate_batches`."""
     *_, last = evaluate_batches(
@@ -54,7 +63,7 @@ def evaluate(
         curve=curve,
         precision=precision,
         allow_probabilities=allow_probabilities,
-        ranks=ranks,
+        world=world,
     )
     return last
 
@@ -72,96 +81,140 @@ def evaluate_batches(
     precision: Precision = "auto",
     allow_probabilities: bool = False,
     fast: Model | None = None,
+    bf16: Model | None = None,
     journal: Path | None = None,
     model_id: str | None = None,
+    image_dtype: str | None = None,
     watch: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
+    foretell: Callable[[Forecast], None] = lambda _: None,
+    world: World = SINGLE,
 ) -> Generator[Evaluation]:
-    """Score images uint8 (N, 3, H, W) with labels int64 (N,), attack after attack.
+    """Score images (N, 3, H, W) with labels int64 (N,), attack after attack.
 
-    Yields the result so far again and again, so that the caller can show it or stop; `watch` is
-    called before each pass of the model besides, and while the images are sorted. An image counts
-    as robust if it is right when clean and at every iterate of the attack; images wrong when clean
-    are not attacked. Every success is asked again of `model` itself in float32, its distance and
-    range are checked, and what does not hold counts as right and is told. With `curve` so many
-    images, picked at random, are attacked once more at growing eps. What comes out depends neither
-    on the order of the images nor on `batch_size`.
+    Images are uint8, or float32 in [0, 1], which are scored as given. Yields the result so far
+    at least every second, or after a pass that takes longer, so that the caller can show it or
+    stop; `watch` runs before each pass of the model and while the images are sorted. An image
+    counts as robust if it is classified correctly before the attack and at every iterate;
+    misclassified images are not attacked. Every success is re-checked on `model` itself in
+    float32, with its distance and range; an unconfirmed success counts as robust and is reported.
+    `curve` random images are attacked again at increasing eps. Results depend neither on the
+    order of the images nor on `batch_size`, except through rounding: a network's rounding depends
+    on the batch size, so a search that ends near the decision boundary may end differently.
 
-    A `Classifier` is searched through a faster copy of the same function, and any other model
-    through `fast` where that is given; `precision` bf16 searches in bfloat16 (`auto`: on CUDA) and
-    takes a success only where float32 agrees. With `journal` what is finished is kept in that
-    file, and the same evaluation goes on from there;
-    `model_id` tells models apart that are no modules.
+    Attacks query a faster copy of a `Classifier`; for any other model they query `fast` if given.
+    `precision` bf16 searches in bfloat16 (`auto`: if it agrees and, on a CPU, is faster), through
+    the copy `bf16` if given; a success counts only if float32 agrees. With `journal`, finished
+    images are recorded in that file, and the same evaluation resumes from it, in the precision it
+    started with; `model_id` identifies models that are not modules. `image_dtype` is the type of
+    the images before they became float32, for the result. `foretell` is called with an upper
+    bound on the time, before the first attack and after each stage of a multi-stage attack.
 
-    Several `ranks` share the images out, each with a journal of its own (`Ranks.own_file`); all
-    are given the same model and images. Before the last result, which is of all, each yields what
-    it knows of its own share.
+    The processes of `world` share the images, each with its own journal (`World.per_rank_path`);
+    all get the same model and images. Each yields results of its own shard until the last result,
+    which covers all images.
 
-    Raises ValueError when there is nothing to score or a label does not fit the model, ModelError
-    for a model that can't be evaluated, and JournalError for a journal of another evaluation.
+    Raises ValueError if there is nothing to score or a label is out of range, ModelError for a
+    model that can't be evaluated, and JournalError for a journal of another evaluation.
     """
+    begin = time.perf_counter()
     _check_data(images, labels, num_classes)
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    bf16 = searches_in_bf16(precision, device)
-    with torch.inference_mode(False):  # what is kept is changed in place and differentiated
+    with torch.inference_mode(False):  # tensors are changed in place and differentiated
         if fast is None:
-            fast = _faster(model, images, device)
+            fast = fast_copy(model, images, device)
+        if journal is not None:
+            check_processes(journal, size=world.size)
+        if journal is not None and precision == "auto":
+            precision = _begun_in(world.per_rank_path(journal))
         order = shuffled(images, labels, watch)
+        watch()
+        with frozen(model, device), frozen(fast, device), full_float32():
+            few = slice(min(PROBE, batch_size))
+            x, y = to_images(images[few].to(device)), labels[few].to(device)
+            passes = count_passes(images, attacks, curve) // world.size
+            chosen, search = _choose(precision, fast, x, y, passes=passes, bf16=bf16, world=world)
+        models = Models(model, fast=fast, search=search, precision=chosen, watch=watch)
         work = Work(
-            model,
+            models,
             images[order.to(images.device)],
             labels.cpu()[order],
+            places=order,
             num_classes=num_classes,
             attacks=attacks,
             device=device,
             batch_size=batch_size,
             curve=curve,
-            fast=fast,
-            searched=in_bf16(filled(fast), device) if bf16 else fast,
-            confirm=model if bf16 else None,
-            watch=watch,
-            ranks=ranks,
+            image_dtype=image_dtype or str(images.dtype).removeprefix("torch."),
+            foretell=foretell,
+            world=world,
         )
-    if journal is not None:
-        work.open_journal = lambda: Journal(
-            ranks.own_file(journal),
-            {
-                "model": model_id or model_digest(model),
-                "data": data_digest(work.images, work.labels),
-                "attacks": [str(attack) for attack in attacks],
-                "precision": work.precision,
-            },
-        )
-    iterator = work.loop(allow_probabilities=allow_probabilities)
+
+    def open_journal() -> Journal | None:
+        if journal is None:
+            return None
+        manifest = {
+            "model": model_id or model_digest(model),
+            "data": data_digest(work.images, work.labels),
+            "attacks": [str(attack) for attack in attacks],
+            "precision": str(chosen),
+        }
+        return Journal(world.per_rank_path(journal), manifest)
+
+    results = work.loop(allow_probabilities=allow_probabilities, open_journal=open_journal)
     try:
         while True:
-            # Held only while computing: whoever takes a result has the model as it was.
-            with frozen(model, device), frozen(fast, device), full_float32(), repeatable():
+            # Frozen only while computing: between yields the caller sees the model as it was.
+            with models.hold(device):
                 try:
-                    result = next(iterator)
+                    result = next(results)
                 except StopIteration:
                     return
-            yield result
+            meter = work.stages.meter
+            # Passes on an accelerator are asynchronous, so they are not timed.
+            timed = device.type == "cpu"
+            times = Times(
+                evaluation=time.perf_counter() - begin,
+                passes=meter.seconds if timed else None,
+                limit=meter.limit if timed else None,
+            )
+            yield replace(result, times=times)
     finally:
-        iterator.close()
-        if work.journal is not None:
-            work.journal.close()
+        results.close()
+        work.close()
 
 
-def _faster(model: Model, images: Tensor, device: torch.device) -> Model:
-    if isinstance(model, Classifier):
-        size = model.architecture.input_size
-        if images.shape[2:] == (size, size):
-            return for_inference(model, device)
-    return model
+def _begun_in(journal: Path) -> Precision:
+    """The precision of an existing journal, which can't be resumed in another one."""
+    found = recorded(journal, "precision")
+    if found is None:
+        return "auto"
+    return "bf16" if str(found).startswith("bf16") else "fp32"
+
+
+def _choose(
+    precision: Precision,
+    fast: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    passes: int,
+    bf16: Model | None,
+    world: World,
+) -> tuple[SearchPrecision, Model]:
+    """One choice for all processes: bfloat16 if each of them would use it."""
+    chosen, searched = choose_precision(precision, fast, x, y, passes=passes, bf16=bf16)
+    agreed = all(other.bf16 for other in world.gather(chosen))
+    if chosen.bf16 and not agreed:
+        return SearchPrecision(bf16=False, reason="another process stays in float32"), fast
+    return chosen, searched
 
 
 def shuffled(images: Tensor, labels: Tensor, watch: Callable[[], None] = lambda: None) -> Tensor:
-    """An order int64 (N,) that looks random and is of the images alone, not of how they came.
+    """A random-looking order int64 (N,) that depends only on the images, not on their order.
 
-    In a set sorted by class no beginning is like the whole; and neither the images picked for a
-    curve nor a journal shall depend on how a set was read.
+    The first images of a set sorted by class are not representative, and neither the images of
+    the curve nor a journal should depend on the order in which a set was read.
     """
     parts = torch.split(images, max(1, 2**20 // images[0].numel()))
     keys = []
@@ -173,12 +226,17 @@ def shuffled(images: Tensor, labels: Tensor, watch: Callable[[], None] = lambda:
 
 
 def _check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    if images.ndim != 4 or images.dtype != torch.uint8:
+    if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32):
         raise ValueError(
-            f"expected uint8 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+            "expected uint8 or float32 images (N, C, H, W), got "
+            f"{images.dtype} {tuple(images.shape)}"
         )
     if not len(images):
         raise ValueError("expected at least 1 image, got none")
+    if images.is_floating_point():
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0 and high <= 1):  # also for NaN
+            raise ValueError(f"expected images in [0, 1], got values from {low!r} to {high!r}")
     if labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise ValueError(
             f"expected labels int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"

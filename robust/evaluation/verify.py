@@ -1,4 +1,4 @@
-"""Asking the model itself, in float32, about every image that is said to fool it."""
+"""Re-checks every success on the exact model, in float32."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robust.attacks.passes import Passes
-from robust.evaluation.checks import check_finite
 from robust.evaluation.journal import Row
+from robust.evaluation.models import check_finite
 from robust.geometry import distance
 from robust.threat_model import TOLERANCE, ThreatModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """For each of N adversarial images what the model says to it, and whether it counts."""
+    """The exact prediction for each of N adversarial images, and whether it is a success."""
 
-    holds: Tensor  # bool (N,): another class than the label, in the ball and in [0, 1]
+    confirmed: Tensor  # bool (N,): another class than the label, in the ball and in [0, 1]
     predicted: Tensor  # int64 (N,)
     distance: Tensor  # float32 (N,), in the norm of the ball
 
 
 def verify(exact: Passes, x_adv: Tensor, x: Tensor, *, y: Tensor, ball: ThreatModel) -> Verdict:
-    """Look at `x_adv` float32 (N, C, H, W) of images `x` with labels `y` int64 (N,).
+    """Classify `x_adv` float32 (N, C, H, W) of images `x` with labels `y` int64 (N,).
 
-    Trusts nothing the attack said. Raises ModelError where the model's answer is not finite.
+    Recomputes everything. Raises ModelError for logits that are not finite.
     """
     logits = exact.logits(x_adv)
     check_finite(logits)
@@ -35,14 +35,14 @@ def verify(exact: Passes, x_adv: Tensor, x: Tensor, *, y: Tensor, ball: ThreatMo
     in_range = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
     in_ball = measured <= ball.eps + TOLERANCE * max(1.0, ball.eps)
     return Verdict(
-        holds=(predicted != y) & in_ball & in_range,
+        confirmed=(predicted != y) & in_ball & in_range,
         predicted=predicted,
         distance=measured.float(),
     )
 
 
 def rows_of(columns: Sequence[Tensor | int]) -> list[Row]:
-    """Columns of the journal, tensors (N,) or one number for all, as N rows."""
+    """N rows of the journal from its columns: tensors (N,), or one number for all rows."""
     n = next(len(column) for column in columns if isinstance(column, Tensor))
     lists = [column.tolist() if isinstance(column, Tensor) else [column] * n for column in columns]
     return [

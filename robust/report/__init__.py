@@ -1,6 +1,6 @@
-"""A report on a checkpoint: a document from a run and evaluations, as HTML and as PDF.
+"""A report on a checkpoint: a document from a run and evaluations, as HTML and PDF.
 
-Needs the extra ``report`` (matplotlib and fpdf2); `require_extra` says so where it is missing.
+Needs the extra ``report`` (matplotlib and fpdf2), see `require_extra`.
 """
 
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ PACKAGES = {"matplotlib": "matplotlib", "fpdf2": "fpdf"}
 
 
 def require_extra() -> None:
-    """Raise ValueError, saying how to install it, where the extra ``report`` is missing."""
+    """Raise ValueError that says how to install the extra ``report`` if it is missing."""
     missing = [name for name, module in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise ValueError(

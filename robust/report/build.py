@@ -1,4 +1,4 @@
-"""Put a report together from a checkpoint, its run, evaluations of it and a few images."""
+"""Builds a report from a checkpoint, its run, evaluations of it and a few images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robust.report.evaluations import CLEAN, WORST, Measurement, Result
 from robust.report.example_sections import gallery, surface
 from robust.report.examples import Examples
 from robust.report.manifest import manifest
-from robust.report.result_sections import accuracies, against_eps, by_class, cost
+from robust.report.result_sections import accuracies, against_eps, by_class, cost, differences
 from robust.report.run import TrainingRun
 from robust.report.training_sections import learning, method
 from robust.report.trust import trust
@@ -27,9 +27,9 @@ def build_report(
     examples: Examples | None = None,
     made_with: Mapping[str, str],
 ) -> Document:
-    """The whole report; parts for which there is nothing say so.
+    """The whole report; sections without data say so.
 
-    `made_with` are the versions that made it. The same input makes the same report.
+    `made_with` are the versions of the software. The same input gives the same report.
     """
     sidecar = checkpoint.sidecar
     classes = sidecar.classes
@@ -59,16 +59,18 @@ def _summary(measurements: Sequence[Measurement]) -> Section:
     blocks: list[Block] = []
     widest = max(measurements, key=lambda item: item.n, default=None)
     if widest is None:
-        blocks.append(Text(text="No accuracies were given, and none are on record."))
+        blocks.append(
+            Text(text="There are no accuracies, neither from an evaluation nor on record.")
+        )
         return Section(title="Summary", blocks=tuple(blocks))
     shown = [(item, result) for item in measurements for result in _worth_a_card(item, widest)]
     blocks.append(Highlights(items=tuple(_card(item, result) for item, result in shown)))
     text = (
-        "An image counts as robust when it is right as it came and stays so whatever the attack "
-        "tries within the ball. The interval is where the accuracy over all images of that kind "
-        "lies, with 95% confidence (Wilson)."
+        "An image counts as robust when it is classified correctly, both as it is and at "
+        "everything the attack tries within the ball. The interval is a 95% confidence interval "
+        "(Wilson) of the accuracy on images of this kind."
     )
-    blocks += [Text(text=text), accuracies(measurements)]
+    blocks += [Text(text=text), accuracies(measurements), *differences(measurements)]
     return Section(title="Summary", blocks=tuple(blocks))
 
 

@@ -1,4 +1,4 @@
-"""A report as plain data: what HTML and PDF are both made from, so that they can't differ."""
+"""A report as plain data, from which both HTML and PDF are rendered, so they can't differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """A paragraph that must not be overlooked; `kind` is ``warning``, ``note`` or ``good``."""
+    """A highlighted paragraph; `kind` is ``warning``, ``note`` or ``good``."""
 
     kind: str
     title: str
@@ -34,7 +34,7 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class Highlights:
-    """A few numbers that say most: value, what it is, and of what."""
+    """A few key numbers: value, label, and details."""
 
     items: tuple[tuple[str, str, str], ...]
 
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawing as SVG, its colour for text and axes being `INK`, with what it shows in words."""
+    """A drawing as SVG, its color for text and axes being `INK`, with what it shows in words."""
 
     caption: str
     alt: str
@@ -76,7 +76,7 @@ class Subsection:
 
 Block = Text | Notice | Highlights | Table | Plot | Subsection
 
-INK = "#010203"  # in SVG; HTML shows it in the colour of its text
+INK = "#010203"  # in SVG; HTML shows it in the color of its text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """All of it; `subtitle` says in a line what the report is about."""
+    """The whole report; `subtitle` says in one line what it is about."""
 
     title: str
     subtitle: str

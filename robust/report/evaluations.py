@@ -1,4 +1,4 @@
-"""Evaluations to report on: the JSON of `robust evaluate`, or what a sidecar recorded."""
+"""Evaluations for the report: the JSON of `robust evaluate`, or results in a sidecar."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class Result:
     n: int
     interval: tuple[float, float]
     per_class: tuple[float | None, ...] = ()
-    confusion: tuple[tuple[int, ...], ...] = ()  # rows: the class, columns: what it was taken for
+    confusion: tuple[tuple[int, ...], ...] = ()  # rows: class, columns: prediction
     norm: str = ""
     eps: float | None = None
     eps_text: str = ""
     stages: tuple[dict[str, Any], ...] = ()
+    fooled: tuple[int, ...] | None = None  # images, of a finished attack of several stages
     settings: dict[str, Any]
     forwards: int | None = None
     backwards: int | None = None
@@ -42,7 +43,7 @@ class Result:
 
     @property
     def passes(self) -> int | None:
-        """Forward and backward passes, an image each; None where they are not on record."""
+        """Forward and backward passes, counted per image; None if not recorded."""
         if self.forwards is None or self.backwards is None:
             return None
         return self.forwards + self.backwards
@@ -55,7 +56,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """Accuracy with so much room."""
+    """Accuracy at one eps."""
 
     eps: float
     eps_text: str
@@ -66,7 +67,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One evaluation. `recorded` tells that it is from a sidecar, which keeps less."""
+    """One evaluation. `recorded` means that it is from a sidecar, which stores less."""
 
     source: str  # the file's name
     data: str
@@ -74,6 +75,7 @@ class Measurement:
     worst: Result | None = None  # over all attacks together, where there are several
     curve: tuple[CurvePoint, ...] = ()
     probes: dict[str, Any] | None = None
+    times: dict[str, float] | None = None  # of the evaluation and of its passes, in seconds
     flags: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     manifest: dict[str, Any]
@@ -81,37 +83,42 @@ class Measurement:
 
     @property
     def n(self) -> int:
-        """How many images."""
+        """The number of images."""
         return self.results[0].n
 
     @property
+    def scored(self) -> str:
+        """SHA-256 of the scored images in order; empty if unknown."""
+        return str(self.manifest.get("data", {}).get("scored_sha256", ""))
+
+    @property
     def title(self) -> str:
-        """Which one it is, in a few words."""
+        """A short title."""
         return f"{self.data} ({self.n:,} images, {self.source})"
 
     @property
     def clean(self) -> Result | None:
-        """Without an attack."""
+        """The clean result."""
         return next((item for item in self.results if item.attack == CLEAN), None)
 
     @property
     def attacks(self) -> tuple[Result, ...]:
-        """With one."""
+        """The results under attack."""
         return tuple(item for item in self.results if item.attack != CLEAN)
 
     @property
     def hardest(self) -> Result | None:
-        """The attack that leaves the fewest images right."""
+        """The attack with the lowest accuracy."""
         return min(self.attacks, key=lambda item: item.correct, default=None)
 
     @property
     def robust(self) -> Result | None:
-        """What counts: the worst over all attacks, where there are several."""
+        """The robust accuracy: the worst case over all attacks, if there are several."""
         return self.worst or self.hardest
 
 
 def read_evaluation(path: Path, *, sidecar: Sidecar, sha256: str) -> Measurement:
-    """Read what `robust evaluate --json` wrote of the weights `sha256`. Raises ReportError."""
+    """Read the JSON of `robust evaluate` for the weights `sha256`. Raises ReportError."""
     try:
         values = files.read_json(path)
     except FileNotFoundError:
@@ -124,7 +131,7 @@ def read_evaluation(path: Path, *, sidecar: Sidecar, sha256: str) -> Measurement
 
 
 def parse_evaluation(values: Any, *, source: str, sidecar: Sidecar, sha256: str) -> Measurement:
-    """The same of its JSON values. Raises ReportError, also for another checkpoint's."""
+    """The measurement in its JSON values. Raises ReportError, also for another checkpoint."""
     if not isinstance(values, dict) or not {"weights_sha256", "results", "data"} <= set(values):
         raise ReportError(source, _WHOLE, "something else")
     found = values["weights_sha256"]
@@ -161,6 +168,7 @@ def _measurement(values: dict[str, Any], source: str) -> Measurement:
         worst=_result(worst) if worst else None,
         curve=tuple(_point(row) for row in values.get("curve") or ()),
         probes=None if values.get("probes") is None else dict(values["probes"]),
+        times=_times(values.get("times")),
         flags=tuple(
             {name: str(flag[name]) for name in ("name", "text", "advice")}
             for flag in values.get("flags") or ()
@@ -171,10 +179,17 @@ def _measurement(values: dict[str, Any], source: str) -> Measurement:
     )
 
 
-def recorded_evaluations(sidecar: Sidecar, source: str) -> tuple[Measurement, ...]:
-    """What the sidecar of the name `source` has on record, a measurement for each set of images.
+def _times(values: Any) -> dict[str, float] | None:
+    names = ("evaluation", "passes", "limit")
+    if values is None or any(values[name] is None for name in names):
+        return None
+    return {name: float(values[name]) for name in names}
 
-    The newest is first: those of the hold-out, which training itself writes, come last.
+
+def recorded_evaluations(sidecar: Sidecar, source: str) -> tuple[Measurement, ...]:
+    """The results recorded in the sidecar `source`, one measurement per set of images.
+
+    The newest is first; those on held-out images, which training writes, come last.
     Raises ReportError.
     """
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
@@ -227,6 +242,7 @@ def _result(row: dict[str, Any]) -> Result:
             {"attack": str(stage["attack"]), "correct": int(stage["correct"])}
             for stage in row.get("stages") or ()
         ),
+        fooled=tuple(map(int, row["fooled"])) if "fooled" in row and row.get("stages") else None,
         settings={name: row[name] for name in settings if row.get(name) is not None},
         forwards=row.get("forwards"),
         backwards=row.get("backwards"),

@@ -16,22 +16,19 @@ from robust.report.words import decimal, percent
 from robust.threat_model import format_eps
 
 SHOWN = 128  # pixels a side: viewers smooth what they enlarge themselves
-_NO_DATA = (
-    "No data was given (--data), so there is nothing to show: pictures are somebody's, and a "
-    "checkpoint has none."
-)
+_NO_DATA = "No images to show: a checkpoint contains none, and no data was given (--data)."
 
 
 def gallery(examples: Examples | None) -> Section:
-    """Images, what was added, and what they were taken for."""
+    """Images, perturbations, and predictions before and after."""
     title = "A few images"
     if examples is None:
         return Section(title=title, blocks=(Text(text=_NO_DATA),))
     settings = examples.settings
     text = (
-        f"{len(examples.outcomes)} images of {examples.data.name}, not chosen by what came out, "
-        f"attacked with {settings.label} within {settings.threat_model}. What was added is "
-        "amplified to the full range, grey where nothing was. Answers are those to the image "
+        f"{len(examples.outcomes)} images of {examples.data.name}, not selected by outcome, "
+        f"attacked with {settings.label} within {settings.threat_model}. Perturbations are "
+        "amplified to the full range; gray is none. Predictions are those of the image "
         "rounded to 8 bits."
     )
     classes = examples.data.classes
@@ -50,7 +47,7 @@ def _row(k: int, outcome: AttackOutcome, image: Tensor, classes: Sequence[str]) 
     label = classes[outcome.label]
     pictures = (
         (image, f"image {k + 1}, of class {label}"),
-        (outcome.perturbation, f"what was added to image {k + 1}, amplified"),
+        (outcome.perturbation, f"the perturbation of image {k + 1}, amplified"),
         (outcome.image, f"image {k + 1} with it"),
     )
     return (
@@ -92,11 +89,10 @@ def surface(examples: Examples | None) -> Section:
         return Section(title=title, blocks=(Text(text=text),))
     eps_text = format_eps(threat_model.eps)
     text = (
-        "From the image (cross) the loss is followed in two directions at once: along the "
-        "gradient, the way an attack goes, and along a random one. Where the picture rises "
-        "evenly to the right and hardly changes up and down, attacks with gradients see what "
-        "there is to see; ridges, spikes or a flat centre would hide it from them. The white "
-        "line is where the image begins to be taken for another class."
+        "The loss around the image (cross) along two directions: the gradient, which an attack "
+        "follows, and a random one. A loss that rises evenly to the right and hardly changes up "
+        "and down is easy for gradient attacks; ridges, spikes or a flat center would hide the "
+        "way up from them. The white line is the decision boundary."
     )
     classes = examples.data.classes
     plot = Plot(
@@ -117,7 +113,7 @@ def surface(examples: Examples | None) -> Section:
     )
     header = (
         *("image", "class", "loss at the image", "along the gradient", "at random"),
-        *("highest", "rise", "foretold by the slope", "verdict"),
+        *("highest", "rise", "predicted by the slope", "verdict"),
     )
     table = Table(
         caption=f"The loss at a distance of {eps_text}",

@@ -1,4 +1,4 @@
-"""What a model does with a few images: an attack on each, and its loss around some of them."""
+"""Attacks on a few images, and the model's loss around some of them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Surface:
     """The cross-entropy of an image over two directions, each from -eps to eps.
 
     `loss` and `margin` are (SIDE, SIDE): columns go along the steepest direction of the gradient,
-    rows along a random one; the margin is above 0 where the image is taken for another class.
-    `expected` is the rise of the loss at eps along the gradient as its slope foretells it.
+    rows along a random one; the margin is above 0 where the image is misclassified.
+    `expected` is the rise of the loss at eps along the gradient, by linear extrapolation.
     """
 
     number: int  # of the image, from 0
@@ -57,14 +57,14 @@ class Surface:
 
     @property
     def follows_gradient(self) -> bool:
-        """Whether the gradient shows the way up: else it may be masked."""
+        """Whether the loss rises most along the gradient; otherwise gradients may be masked."""
         rise, other = self.along_gradient - self.at_image, self.at_random - self.at_image
         return rise > max(0.0, other) and rise > 0.25 * self.expected
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """A few images of `data`, attacked, and the loss around those of them that were right."""
+    """A few attacked images of `data`, and the loss around the correctly classified ones."""
 
     data: Dataset  # only these images, as uint8
     settings: AttackSettings
@@ -75,9 +75,9 @@ class Examples:
 def show_examples(
     checkpoint: Checkpoint, dataset: Dataset, *, count: int, device: torch.device
 ) -> Examples:
-    """Attack the first `count` images, or evenly spread ones of data that is sorted by class.
+    """Attack the first `count` images, or evenly spaced ones if the data is sorted by class.
 
-    They are not chosen by what comes out. Raises DatasetError for classes of another model.
+    They are not selected by their results. Raises DatasetError for unknown classes.
     """
     model = for_inference(checkpoint.classifier, device)
     threat_model = checkpoint.sidecar.threat_model or ThreatModel()

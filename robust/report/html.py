@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else."""
+"""A report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -64,12 +64,16 @@ tbody th { font-weight: 500; }
 .long { overflow-wrap: anywhere; white-space: normal; min-width: 16rem; }
 td img { display: block; width: 4.5rem; height: 4.5rem; image-rendering: pixelated; }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444;
-  --line: #bbb; --band: #fff; --link: #000; --good: #000; --warn: #000; }
+  --line: #bbb; --band: #fff; --link: #000; --good: #00664a; --warn: #a23b00; }
   body { max-width: none; padding: 0; font-size: 9.5pt; } nav { display: none; }
   .scroll { overflow: visible; } figure svg { min-width: 0; } table { font-size: 7.5pt; }
   th, td { padding: .2rem .35rem; } td img { width: 16mm; height: 16mm; }
   h2, h3, caption { break-after: avoid; }
+  figure svg, .notice { print-color-adjust: exact; }
   tr, .scroll, figure, .notice, .cards { break-inside: avoid; } }
+@media print, (forced-colors: active) { .notice.warning { border-left: .45rem double; } }
+@media (forced-colors: active) { figure svg { color: CanvasText; }
+  .notice.good { border-left-color: Highlight; } }
 """
 
 

@@ -1,4 +1,4 @@
-"""The part of a report that says what exactly was measured, and by what."""
+"""The section of a report that identifies what was measured, and with what software."""
 
 from __future__ import annotations
 
@@ -47,11 +47,19 @@ def _checkpoint(checkpoint: Checkpoint) -> list[Row]:
     sidecar, data = checkpoint.sidecar, checkpoint.sidecar.data
     network, limit = sidecar.architecture, sidecar.threat_model
     weights = sum(parameter.numel() for parameter in checkpoint.classifier.parameters())
+    stem = "" if network.stem == "own" else f"{network.stem} stem"
+    size = f"{count(weights)} weights" if weights else ""
+    how = dict.fromkeys(checkpoint.guessed.values())
+    names = {
+        word: [name for name, value in checkpoint.guessed.items() if value == word] for word in how
+    }
     return [
         ("file", checkpoint.path.name),
         ("SHA-256 of the weights", checkpoint.sha256),
-        ("architecture", f"{network.arch}, {network.stem} stem, {count(weights)} weights"),
+        ("architecture", ", ".join(filter(None, (network.arch, stem, size)))),
         ("mean and std of pixels", f"{_numbers(network.mean)} and {_numbers(network.std)}"),
+        *((word, ", ".join(found).replace("_", " ")) for word, found in names.items()),
+        *(("on loading", note) for note in checkpoint.notes),
         ("threat model", "" if limit is None else str(limit)),
         ("training data", "" if data is None else f"{data.name}, {count(data.count)} images"),
         ("SHA-256 of the training data", "" if data is None else data.sha256),
@@ -68,6 +76,10 @@ def _checkpoint(checkpoint: Checkpoint) -> list[Row]:
 def _measurement(item: Measurement) -> list[Row]:
     found, data = item.manifest, item.manifest.get("data", {})
     rows = [("data", _data(data)), ("SHA-256 of the data", str(data.get("sha256", "")))]
+    rows.append(("type of the images", str(data.get("dtype", ""))))
+    changes = data.get("changes", [])
+    if isinstance(changes, list):
+        rows += [("changed on reading", str(change)) for change in changes]
     scored = str(data.get("scored_sha256", ""))
     if scored != data.get("sha256"):
         rows.append(("SHA-256 of the images scored", scored))

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from fpdf import FPDF
 from fpdf.enums import TableBordersLayout, WrapMode, XPos, YPos
 from fpdf.fonts import FontFace
+from fpdf.util import Padding
 
 from robust.report.document import (
     INK,
@@ -32,10 +33,13 @@ FONT = "DejaVu Sans"  # comes with matplotlib, and has Latin, Greek, Cyrillic an
 MARGIN = 18.0  # mm
 BODY, SMALL, TINY = 9.0, 7.5, 6.5  # points
 SOFT, LINE = (90, 90, 86), (200, 200, 196)
-COLOURS = {"warning": (162, 59, 0), "good": (0, 102, 74), "note": SOFT}
+COLORS = {"warning": (162, 59, 0), "good": (0, 102, 74), "note": SOFT}
 PICTURE = 15.0  # mm
 HEADING = 22.0  # mm of a column's heading in one line
 POINT = 25.4 / 72  # mm
+PADDING = (0.7, 1.2)  # mm of a table's cell, above and below, left and right
+FIRST_ROWS = 4  # of a long table that stay with its heading
+MOST_ROWS = 40  # of a table that may be kept on one page
 
 
 def render_pdf(document: Document) -> bytes:
@@ -63,19 +67,19 @@ class _Pages(FPDF):
         self.set_draw_color(*LINE)
         self.add_page()
         self._write(document.title, 17, bold=True, after=0.5)
-        self._write(document.subtitle, SMALL, colour=SOFT, after=2)
+        self._write(document.subtitle, SMALL, color=SOFT, after=2)
 
     def footer(self) -> None:
         """Title and page number."""
         self.set_y(-MARGIN + 4)
-        self._font(TINY, colour=SOFT)
+        self._font(TINY, color=SOFT)
         half = self.epw / 2
         self.cell(half, 4, plain(self.running_title))
         self.cell(half, 4, str(self.page_no()), align="R")
 
     def section(self, section: Section) -> None:
         """A section with its heading and bookmark."""
-        self._need(14 + self._opening(section.blocks))
+        self._need(17 + self._opening(section.blocks))
         if self.y > self.t_margin + 1:
             self.ln(5)
             self.line(self.l_margin, self.y, self.l_margin + self.epw, self.y)
@@ -102,11 +106,49 @@ class _Pages(FPDF):
             width, height = _size(block.svg)
             return height * min(1.0, self.epw / width) + 8
         if isinstance(block, Table):
-            row = PICTURE + 2 if _has_pictures(block) else SMALL * POINT * 1.9
-            whole = 8 + row * (len(block.rows) + 1)
-            most = 0.9 if _has_pictures(block) else 0.4
-            return whole if whole < most * self.eph else 8 + 4 * row
+            return self._table_height(block)
         return 4 + 5 * (len(block.text) // 100 + 1) if isinstance(block, Text) else 18.0
+
+    def _table_height(self, table: Table) -> float:
+        """Of caption, header and rows in mm; of a long table the first rows only."""
+        size, widths = self._table_layout(table)
+        pictures = _has_pictures(table)
+        few = table.rows[: FIRST_ROWS if len(table.rows) > MOST_ROWS else None]
+        first = 6 + self._row_height(table.header, size, widths, bold=True)
+        heights = [self._row_height(row, size, widths) for row in few]
+        whole = first + sum(heights)
+        if len(few) == len(table.rows) and whole < (0.9 if pictures else 0.4) * self.eph:
+            return whole
+        lead = first + sum(heights[:FIRST_ROWS])
+        return lead if lead < 0.6 * self.eph else first + heights[0]
+
+    def _row_height(
+        self, row: Sequence[Cell], size: float, widths: Sequence[float], *, bold: bool = False
+    ) -> float:
+        """Of a table's row in mm: of its highest cell, and the padding."""
+        self._font(size, bold=bold)
+        heights = []
+        for cell, width in zip(row, widths, strict=True):
+            if isinstance(cell, Picture):
+                heights.append(PICTURE)
+                continue
+            text = _cut(cell) if bold else plain(cell)
+            line = size * POINT * 1.3
+            above, beside = PADDING
+            padding = Padding(above, beside, above, beside)
+            lines = self.multi_cell(
+                width, line, text, dry_run=True, output="LINES", padding=padding
+            )
+            assert isinstance(lines, list)
+            heights.append(max(1, len(lines)) * line)
+        return max(heights) + 2 * PADDING[0]
+
+    def _table_layout(self, table: Table) -> tuple[float, list[float]]:
+        """Size of the text in points, and the widths of the columns in mm."""
+        widths = self._widths(table, SMALL)
+        if sum(widths) <= self.epw:
+            return SMALL, widths
+        return TINY, _narrowed(self._widths(table, TINY), self.epw)
 
     def _block(self, block: Block) -> None:
         if isinstance(block, Text):
@@ -125,13 +167,13 @@ class _Pages(FPDF):
 
     def _notice(self, block: Notice) -> None:
         self._need(18)
-        colour, top, page = COLOURS[block.kind], self.y, self.page
+        color, top, page = COLORS[block.kind], self.y, self.page
         self.set_left_margin(MARGIN + 4)
-        self._write(block.title, BODY, bold=True, colour=colour)
+        self._write(block.title, BODY, bold=True, color=color)
         self._write(block.text, BODY)
         self.set_left_margin(MARGIN)
         if self.page == page:
-            with self.local_context(draw_color=colour, line_width=0.9):
+            with self.local_context(draw_color=color, line_width=0.9):
                 self.line(MARGIN + 1, top + 0.5, MARGIN + 1, self.y - 0.5)
         self.ln(2)
 
@@ -146,7 +188,7 @@ class _Pages(FPDF):
                 self.set_xy(MARGIN + k * width, top)
                 self._write(value, 17, bold=True, width=width - 3)
                 self._write(name, BODY, width=width - 3)
-                self._write(note, TINY, colour=SOFT, width=width - 3)
+                self._write(note, TINY, color=SOFT, width=width - 3)
                 lowest = max(lowest, self.y)
             self.set_left_margin(MARGIN)
             self.set_xy(MARGIN, lowest)
@@ -159,16 +201,12 @@ class _Pages(FPDF):
         # fpdf2 reads SVG with black for what is not black as well: the ink is black on paper.
         data = io.BytesIO(plot.svg.replace(INK, "#000000").encode())
         self.image(data, w=width * scale, h=height * scale, alt_text=plot.alt)
-        self._write(plot.caption, SMALL, colour=SOFT, after=3)
+        self._write(plot.caption, SMALL, color=SOFT, after=3)
 
     def _table(self, table: Table) -> None:
-        size = SMALL
-        widths = self._widths(table, size)
-        if sum(widths) > self.epw:
-            size = TINY
-            widths = _narrowed(self._widths(table, size), self.epw)
+        size, widths = self._table_layout(table)
         self._need(self._height(table))
-        self._write(table.caption, SMALL, colour=SOFT, after=0.5)
+        self._write(table.caption, SMALL, color=SOFT, after=0.5)
         self._font(size)
         aligns = tuple(
             "RIGHT" if k and table.is_numeric(k) else "LEFT" for k in range(len(table.header))
@@ -181,7 +219,7 @@ class _Pages(FPDF):
             borders_layout=TableBordersLayout.HORIZONTAL_LINES,
             headings_style=FontFace(emphasis="BOLD"),
             line_height=size * POINT * 1.3,
-            padding=(0.7, 1.2),
+            padding=PADDING,
             wrapmode=WrapMode.WORD,
         ) as rendered:
             rendered.row([_cut(name) for name in table.header])
@@ -216,9 +254,9 @@ class _Pages(FPDF):
         if self.will_page_break(height) and self.y > self.t_margin + 1:
             self.add_page()
 
-    def _font(self, size: float, *, bold: bool = False, colour: Sequence[int] = (0, 0, 0)) -> None:
+    def _font(self, size: float, *, bold: bool = False, color: Sequence[int] = (0, 0, 0)) -> None:
         self.set_font(FONT, "B" if bold else "", size)
-        self.set_text_color(*colour)
+        self.set_text_color(*color)
 
     def _write(
         self,
@@ -226,11 +264,11 @@ class _Pages(FPDF):
         size: float,
         *,
         bold: bool = False,
-        colour: Sequence[int] = (0, 0, 0),
+        color: Sequence[int] = (0, 0, 0),
         width: float = 0,
         after: float = 0,
     ) -> None:
-        self._font(size, bold=bold, colour=colour)
+        self._font(size, bold=bold, color=color)
         self.multi_cell(
             width, size * POINT * 1.4, plain(text), align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT
         )

@@ -1,7 +1,7 @@
-"""Drawings by matplotlib, as SVG that is the same for the same numbers.
+"""Plots by matplotlib, as deterministic SVG.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; line styles and markers
-differ as well, for print in grey. Text and axes have the colour `INK`, the ground has none.
+The colors are Okabe and Ito's, which color-blind readers can distinguish; line styles and markers
+differ as well, for gray prints. Text and axes have the color `INK`; the background is transparent.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from robust.report.document import INK
 from robust.report.words import plain
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#808080"
-# Colour, marker and dashes of the first, second, ... series.
+PURPLE, SKY, GRAY = "#CC79A7", "#56B4E9", "#808080"
+# Color, marker and dashes of the first, second, ... series.
 STYLES: tuple[tuple[str, str, Any], ...] = (
     (BLUE, "o", "-"),
     (VERMILION, "s", (0, (5, 2))),
@@ -54,7 +54,7 @@ _PARAMETERS: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": GREY,
+    "grid.color": GRAY,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
@@ -65,7 +65,7 @@ _ONE_AT_A_TIME = Lock()  # matplotlib's settings are global
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line: points, how sure each is (or nothing), and whether points are joined."""
+    """One line: points, their intervals (optional), and whether points are joined."""
 
     label: str
     x: tuple[float, ...]
@@ -149,12 +149,12 @@ def _line(
     style: tuple[str, str, Any],
     factor: float = 1,
 ) -> None:
-    colour, marker, dashes = style
+    color, marker, dashes = style
     values = [row.get(name) for row in epochs]
     y = [factor * float(value) if isinstance(value, int | float) else np.nan for value in values]
     x = [row["epoch"] for row in epochs]
     every = max(1, len(x) // 25)
-    axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, label=label, markevery=every)
+    axes.plot(x, y, color=color, marker=marker, linestyle=dashes, label=label, markevery=every)
 
 
 def _phases(axes: Axes, epochs: Sequence[dict[str, Any]], *, named: bool) -> None:
@@ -184,7 +184,7 @@ def accuracy_against_eps(
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         apart = 0.0  # markers at the same eps stand beside each other
-        for item, (colour, marker, dashes) in zip(series, cycle(STYLES), strict=False):
+        for item, (color, marker, dashes) in zip(series, cycle(STYLES), strict=False):
             apart += 0 if item.joined else 0.07
             y = 100 * np.array(item.y)
             spread = 100 * np.abs(np.array(item.intervals).T - np.array(item.y))
@@ -192,16 +192,16 @@ def accuracy_against_eps(
                 [eps * (1 if item.joined else 1 + apart) for eps in item.x],
                 y,
                 yerr=spread,
-                color=colour,
+                color=color,
                 marker=marker,
                 linestyle=dashes if item.joined else "none",
                 capsize=2.5,
                 elinewidth=0.9,
                 markersize=4 if item.joined else 6,
-                markerfacecolor=colour if item.joined else "none",
+                markerfacecolor=color if item.joined else "none",
                 label=item.label,
             )
-        axes.axhline(100 * chance, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+        axes.axhline(100 * chance, color=GRAY, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.annotate(
             "chance ",
             (1, 100 * chance),
@@ -209,7 +209,7 @@ def accuracy_against_eps(
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
-            color=GREY,
+            color=GRAY,
         )
         least = min((eps for eps in ticks if eps > 0), default=1.0)
         axes.set_xscale("symlog", base=2, linthresh=least)
@@ -233,12 +233,12 @@ def accuracy_by_class(
         for k, (label, shares) in enumerate(accuracies):
             heights = [100 * share if share is not None else 0 for share in shares]
             at = places + (k - (len(accuracies) - 1) / 2) * width
-            colour = (BLUE, SKY, GREEN, ORANGE)[k % 4]  # dark, light, ...: grey print
+            color = (BLUE, SKY, GREEN, ORANGE)[k % 4]  # dark, light, ...: gray print
             axes.bar(
                 at,
                 heights,
                 width * 0.92,
-                color=colour,
+                color=color,
                 label=label,
                 edgecolor=INK,
                 linewidth=0.4,
@@ -256,7 +256,7 @@ def accuracy_by_class(
 def confusions(
     classes: Sequence[str], matrices: Sequence[tuple[str, Sequence[Sequence[int]]]]
 ) -> str:
-    """For each class (row) the percentage taken for each other (column), dark for many."""
+    """For each class (row) the percentage predicted as each class (column); darker is more."""
     annotated = len(classes) <= MOST_ANNOTATED
 
     def draw(figure: Figure) -> None:
@@ -282,7 +282,7 @@ def confusions(
 def _write_numbers(axes: Axes, shares: Any) -> None:
     for (row, column), share in np.ndenumerate(shares):
         if share >= 0.5:
-            colour = "#ffffff" if share > 55 else "#111111"
+            color = "#ffffff" if share > 55 else "#111111"
             axes.text(
                 column + 0.5,
                 row + 0.55,
@@ -290,7 +290,7 @@ def _write_numbers(axes: Axes, shares: Any) -> None:
                 ha="center",
                 va="center",
                 fontsize=6,
-                color=colour,
+                color=color,
             )
 
 
@@ -310,12 +310,10 @@ def loss_surfaces(titles: Sequence[str], grids: Sequence[Any], wrong: Sequence[A
             filled = axes.contourf(steps, steps, grid, levels=levels, cmap="cividis")
             filled.set(edgecolor="face", linewidth=0.4)  # else viewers leave gaps between levels
             if float(np.min(margin)) < 0 < float(np.max(margin)):
-                for colour, width in (("#000000", 2.6), ("#ffffff", 1.3)):
-                    axes.contour(
-                        steps, steps, margin, levels=[0.0], colors=colour, linewidths=width
-                    )
-            for colour, width in (("#000000", 2.6), ("#ffffff", 1.3)):
-                axes.plot(0, 0, marker="+", color=colour, markersize=8, markeredgewidth=width)
+                for color, width in (("#000000", 2.6), ("#ffffff", 1.3)):
+                    axes.contour(steps, steps, margin, levels=[0.0], colors=color, linewidths=width)
+            for color, width in (("#000000", 2.6), ("#ffffff", 1.3)):
+                axes.plot(0, 0, marker="+", color=color, markersize=8, markeredgewidth=width)
             axes.set(title=plain(title), xlabel="along the gradient", aspect="equal")
             axes.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
             axes.grid(visible=False)

@@ -1,17 +1,19 @@
-"""The parts of a report that are about what was measured."""
+"""The sections of a report about what was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 
 from robust.evaluation import wilson_interval
 from robust.evaluation.run import CURVE_ATTACK
 from robust.report import plots
 from robust.report.document import Block, Plot, Section, Subsection, Table, Text
-from robust.report.evaluations import Measurement, Result
+from robust.report.evaluations import CLEAN, Measurement, Result
 from robust.report.words import NONE, count, decimal, duration, interval, listed, percent
 
 MOST_CLASSES = 12  # of a confusion matrix that a page holds
+MOST_INDICES = 10  # of images, in a cell of a table
 MOST_CONFUSIONS = 20  # rows where it does not
 
 
@@ -44,23 +46,40 @@ def _row(
     )
 
 
+def differences(measurements: Sequence[Measurement]) -> list[Table]:
+    """Images that only one of two attacks of several stages fooled, also in two evaluations."""
+    found = [(item, result) for item in measurements for result in item.results]
+    rows = []
+    for (one, result), (other, beside) in permutations(found, 2):
+        if result.fooled is None or beside.fooled is None or result.attack == beside.attack:
+            continue
+        if one.scored and (one.scored, result.ball) == (other.scored, beside.ball):
+            only = sorted(set(result.fooled) - set(beside.fooled))
+            shown = ", ".join(map(count, only[:MOST_INDICES])) + " ..." * (len(only) > MOST_INDICES)
+            names = (result.attack, beside.attack, result.ball)
+            rows.append((*names, f"{count(len(only))} of {count(result.n)}", shown or NONE))
+    header = ("fooled by", "but not by", "ball", "images", "index, from 0")
+    caption = "Images that only one of two attacks fooled"
+    return [Table(caption=caption, header=header, rows=tuple(rows))] if rows else []
+
+
 def against_eps(measurements: Sequence[Measurement], *, classes: int) -> Section:
-    """Accuracy against eps: curves, and the attacks where they stand."""
+    """Accuracy against eps: curves, and a marker for each attack."""
     title = "Accuracy against eps"
     norms = sorted({r.norm for m in measurements for r in m.attacks if r.eps is not None})
     if not norms:
         return Section(title=title, blocks=(Text(text="Nothing was measured under attack."),))
     if not any(item.curve for item in measurements):
         text = (
-            "No evaluation at hand has a curve, which would show an attack that fails; "
-            "robust evaluate --json makes one."
+            "No evaluation here has a curve, which would reveal a failing attack; "
+            "robust evaluate --json computes one."
         )
         tables = [block for norm in norms for block in _curves(measurements, norm, classes)]
         return Section(title=title, blocks=(Text(text=text), *tables))
     text = (
-        "With more room an attack must do more harm, and where all images can become the same "
-        "grey nobody can be right more often than by chance: a curve that stays up there, or "
-        "rises, shows an attack that fails and not a model that holds. Lines are "
+        "A larger eps can only make an attack stronger, and at an eps that turns every image into "
+        "the same gray no model is right more often than by chance. A curve that stays high there, "
+        "or rises, is a sign of a failing attack and not of a robust model. Lines are "
         f"{CURVE_ATTACK} at growing eps; open markers are the attacks of the evaluation."
     )
     blocks: list[Block] = [Text(text=text)]
@@ -130,7 +149,7 @@ def _curves(measurements: Sequence[Measurement], norm: str, classes: int) -> lis
 
 
 def by_class(measurements: Sequence[Measurement], classes: Sequence[str]) -> Section:
-    """Accuracy by class, and what images were taken for, clean and under the hardest attack."""
+    """Accuracy and predictions by class, clean and under the hardest attack."""
     blocks: list[Block] = []
     for item in measurements:
         results = [r for r in item.results if len(r.per_class) == len(classes)]
@@ -139,7 +158,7 @@ def by_class(measurements: Sequence[Measurement], classes: Sequence[str]) -> Sec
         blocks += [Subsection(title=item.title), *_classes(results, classes)]
         blocks += _confusions([r for r in (item.clean, item.hardest) if r], classes)
     if not blocks:
-        blocks.append(Text(text="No evaluation at hand tells the classes apart."))
+        blocks.append(Text(text="No evaluation here has accuracies by class."))
     return Section(title="By class", blocks=tuple(blocks))
 
 
@@ -149,9 +168,10 @@ def _classes(results: Sequence[Result], classes: Sequence[str]) -> list[Block]:
         (name, *sizes[k : k + 1], *(percent(result.per_class[k], 1) for result in results))
         for k, name in enumerate(classes)
     ]
-    shown = [result for result in results if result.attack == "clean"]
-    if len(results) > 1 or not shown:  # the clean accuracy may have been taken on other images
-        shown.append(min(results, key=lambda result: result.correct))
+    shown = [result for result in results if result.attack == CLEAN][:1]
+    attacks = [result for result in results if result.attack != CLEAN]
+    if attacks:
+        shown.append(min(attacks, key=lambda result: result.accuracy))
     weakest = min(
         (k for k in range(len(classes)) if shown[-1].per_class[k] is not None),
         key=lambda k: shown[-1].per_class[k] or 0.0,
@@ -184,8 +204,8 @@ def _confusions(results: Sequence[Result], classes: Sequence[str]) -> list[Block
         told = "; ".join(f"{_title(r)}: {_commonest(r, classes)}" for r in found)
         blocks.append(
             Plot(
-                caption="Of each class (row) the percentage taken for each class (column)",
-                alt=f"Matrices of {len(classes)} classes. Commonest confusions: {told}.",
+                caption="Percentage of each class (row) predicted as each class (column)",
+                alt=f"Matrices of {len(classes)} classes. Most common confusions: {told}.",
                 svg=plots.confusions(classes, [(_title(r), r.confusion) for r in found]),
             )
         )
@@ -198,14 +218,14 @@ def _confusions(results: Sequence[Result], classes: Sequence[str]) -> list[Block
 def _matrix(result: Result, classes: Sequence[str]) -> Table:
     rows = [(name, *map(count, row)) for name, row in zip(classes, result.confusion, strict=True)]
     return Table(
-        caption=f"Images of each class (row) taken for each class (column), {_title(result)}",
+        caption=f"Images of each class (row) predicted as each class (column), {_title(result)}",
         header=("class", *classes),
         rows=tuple(rows),
     )
 
 
 def _pairs(result: Result) -> list[tuple[int, int, int]]:
-    """How many, of which class, taken for which; the commonest first."""
+    """Count, class and predicted class of each confusion; the most common first."""
     pairs = [
         (number, row, column)
         for row, numbers in enumerate(result.confusion)
@@ -223,8 +243,8 @@ def _commonest(result: Result, classes: Sequence[str]) -> str:
 def _commonest_rows(result: Result, classes: Sequence[str]) -> Table:
     rows = [(classes[a], classes[b], count(n)) for n, a, b in _pairs(result)[:MOST_CONFUSIONS]]
     return Table(
-        caption=f"The commonest confusions, {_title(result)}",
-        header=("class", "taken for", "images"),
+        caption=f"The most common confusions, {_title(result)}",
+        header=("class", "predicted", "images"),
         rows=tuple(rows),
     )
 
@@ -253,16 +273,26 @@ def cost(measurements: Sequence[Measurement], training: Sequence[tuple[str, ...]
     if rows:
         header = (
             *("attack", "images", "time", "images/s", "forward passes", "backward passes"),
-            *("passes an image", "evaluation"),
+            *("passes per image", "evaluation"),
         )
         text = (
-            "A pass is one image through the network, there or back. An attack leaves an image "
-            "once it is fooled, and does not begin on one that is wrong as it came."
+            "A pass is one forward or backward pass of one image. An attack stops at an image once "
+            "it is misclassified, and skips images that were wrong before the attack."
         )
         blocks += [
             Text(text=text),
             Table(caption="Cost of evaluation", header=header, rows=tuple(rows)),
         ]
+    for item in measurements:
+        if item.times:
+            spent = {name: decimal(seconds, 1) for name, seconds in item.times.items()}
+            blocks.append(
+                Text(
+                    text=f"{item.source}: {spent['evaluation']} s in all, of which passes took "
+                    f"{spent['passes']} s. At the best rate seen on this machine as many passes "
+                    f"take {spent['limit']} s."
+                )
+            )
     if not blocks:
         blocks.append(Text(text="No times are on record."))
     return Section(title="Throughput and cost", blocks=tuple(blocks))

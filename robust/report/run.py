@@ -1,4 +1,4 @@
-"""What a training run left behind: its manifest and the figures of each epoch."""
+"""The records of a training run: its manifest and the metrics of each epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANIFEST, METRICS = "run.json", "metrics.jsonl"
 
 
 class ReportError(ValueError):
-    """What a report can't be made from: which file, what was expected, what was found."""
+    """A file can't be used for a report: names it, what was expected and what was found."""
 
     def __init__(self, source: Path | str, expected: str, found: str) -> None:
         super().__init__(f"{source}: expected {expected}, found {found}")
@@ -30,7 +30,7 @@ class TrainingRun:
 
 
 def read_run(folder: Path) -> TrainingRun:
-    """Read the folder that `robust train` leaves in ``runs/NAME``. Raises ReportError."""
+    """Read the folder ``runs/NAME`` of `robust train`. Raises ReportError."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "none of that name"
         raise ReportError(folder, "the folder of a training run, such as runs/NAME", found)
@@ -48,7 +48,7 @@ def read_run(folder: Path) -> TrainingRun:
         raise ReportError(
             folder,
             "a finished run",
-            f"one that stopped after {len(epochs)} epochs; robust train --resume goes on with it",
+            f"one that stopped after {len(epochs)} epochs; robust train --resume continues it",
         )
     return TrainingRun(name=folder.resolve().name, manifest=manifest, epochs=epochs)
 
@@ -75,8 +75,8 @@ def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def check_belongs(run: TrainingRun, sidecar: Sidecar, checkpoint: Path) -> None:
-    """Raise ReportError unless the checkpoint came out of this run."""
-    added = ("kept_epoch", "init")  # by the end of the run
+    """Raise ReportError unless this run wrote the checkpoint."""
+    added = ("kept_epoch", "init", "minutes")  # by the end of the run
     recipe = {name: value for name, value in sidecar.recipe.items() if name not in added}
     data = None if sidecar.data is None else vars(sidecar.data)
     for name, found in (("recipe", recipe), ("data", data), ("seed", sidecar.seed)):

@@ -1,4 +1,4 @@
-"""The parts of a report that are about how a model was made."""
+"""The sections of a report about how a model was trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robust.threat_model import format_eps
 MOST_EPOCHS = 40  # rows of the table of epochs
 _SELECTED = {"pgd": "PGD-10 accuracy", "mean": "mean of clean and PGD-10 accuracy"}
 _SETTINGS = {
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "momentum": "momentum",
     "weight_decay": "weight decay",
     "batch_size": "images in a batch",
@@ -30,7 +30,7 @@ _AUGMENTATIONS = {
     "crop_padding": "random crop, {} pixels of padding",
     "flip": "mirrored with probability {}",
     "rotation": "rotated by up to {} degrees",
-    "jitter": "colour jitter of {}",
+    "jitter": "color jitter of {}",
     "cutout": "cutout of {} pixels",
     "mixup": "mixup with alpha {}",
 }
@@ -39,17 +39,18 @@ _AUGMENTATIONS = {
 def method(sidecar: Sidecar) -> Section:
     """Architecture, data and recipe."""
     network, data = sidecar.architecture, sidecar.data
-    size = network.input_size
+    size, inside = network.input_size, ""
+    if network.stem != "own":
+        inside = f" with the {network.stem} stem and {network.activation} activations"
     blocks: list[Block] = [
         Text(
-            text=f"A {network.arch} with the {network.stem} stem and {network.activation} "
-            f"activations takes colour images of {size} x {size} pixels and tells "
-            f"{network.num_classes} classes apart: {listed(sidecar.classes[:100])}."
+            text=f"A {network.arch}{inside} classifies color images of {size} x {size} pixels into "
+            f"{network.num_classes} classes: {listed(sidecar.classes[:100])}."
         )
     ]
     if data is not None:
         blocks.append(
-            Text(text=f"It was trained on {data.name}: {count(data.count)} labelled images.")
+            Text(text=f"It was trained on {data.name}: {count(data.count)} labeled images.")
         )
     recipe = sidecar.recipe
     if not recipe:
@@ -73,7 +74,13 @@ def method(sidecar: Sidecar) -> Section:
     ]
     if rows:
         header = ("setting", "value")
-        blocks.append(Table(caption="What both phases share", header=header, rows=tuple(rows)))
+        blocks.append(
+            Table(
+                caption="Settings of all phases" if len(phases) > 1 else "Settings",
+                header=header,
+                rows=tuple(rows),
+            )
+        )
     return Section(title="Method and recipe", blocks=tuple(blocks))
 
 
@@ -124,7 +131,9 @@ def learning(run: TrainingRun | None, sidecar: Sidecar) -> Section:
     """Curves and figures of each epoch."""
     title = "Learning curves"
     if run is None or not run.epochs:
-        return Section(title=title, blocks=(Text(text="The run's own figures were not at hand."),))
+        return Section(
+            title=title, blocks=(Text(text="The metrics of the training run are not available."),)
+        )
     epochs, kept = run.epochs, sidecar.recipe.get("kept_epoch")
     kept = kept if isinstance(kept, int) else None
     selected = _SELECTED.get(str(sidecar.recipe.get("select")), "")
@@ -134,12 +143,12 @@ def learning(run: TrainingRun | None, sidecar: Sidecar) -> Section:
         "with FGSM and PGD-10 in the model's ball. "
     )
     if kept is not None:
-        best = f" It has the best {selected} of them." if selected else ""
+        best = f" It has the best {selected}." if selected else ""
         text += f"Epoch {kept} of {len(epochs)} is the one in the checkpoint.{best} "
     text += (
-        "Losses of different phases don't compare: adversarial images are harder. As held-out "
-        "images chose the epoch, their accuracy is a little too good; see the evaluation for "
-        "images that chose nothing."
+        "Losses of different phases can't be compared: adversarial images are harder. The epoch "
+        "was selected by these held-out images, so their accuracy is slightly optimistic; the "
+        "evaluation is on images that had no part in the selection."
     )
     first, last = epochs[0], epochs[-1]
     accuracies = ", ".join(

@@ -1,4 +1,4 @@
-"""The part of a report that says whether its numbers can be trusted."""
+"""The section of a report on whether its numbers can be trusted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEW = 1000  # images, below which the interval is wider than 6 points
 
 
 def trust(measurements: Sequence[Measurement], surfaces: Sequence[Surface] | None) -> Section:
-    """Flags, notes, and what was not looked at; `surfaces` is None where there are none."""
+    """Flags, notes, and what was not checked; `surfaces` is None where there are none."""
     blocks: list[Block] = [*_flags(measurements)]
     checked = [item for item in measurements if item.probes is not None]
     if checked and not blocks:
@@ -21,7 +21,7 @@ def trust(measurements: Sequence[Measurement], surfaces: Sequence[Surface] | Non
             "The checks of the evaluation found no sign of masked gradients, of an answer that "
             "changes from call to call, or of an attack that fails where it should not."
         )
-        blocks.append(Notice(kind="good", title="No reason for doubt was found", text=text))
+        blocks.append(Notice(kind="good", title="No sign of a problem", text=text))
     blocks += _limits(measurements, surfaces)
     for item in checked:
         blocks.append(Text(text=_probes(item)))
@@ -59,16 +59,16 @@ def _limits(
         yield Notice(
             kind="note",
             title="No AutoAttack",
-            text=f"Only {shown} was tried. A stronger attack fools more images, so the robust "
-            "accuracy is an upper bound; AutoAttack is what others quote.",
+            text=f"The only attacks were {shown}. A stronger attack fools more images, so the "
+            "robust accuracy is an upper bound; published figures use AutoAttack.",
         )
     for item in measurements:
         if item.n < FEW:
             yield Notice(
                 kind="note",
                 title="Few images",
-                text=f"{item.source} is over {count(item.n)} images of {item.data}; look at the "
-                "intervals before comparing.",
+                text=f"{item.source} scored {count(item.n)} images of {item.data}: compare "
+                "intervals, not only accuracies.",
             )
     if surfaces:
         odd = [surface for surface in surfaces if not surface.follows_gradient]
@@ -85,6 +85,8 @@ def _probes(item: Measurement) -> str:
     probes = item.probes or {}
     n = count(probes.get("n"))
     difference = finite(probes.get("difference"))
+    normalized = probes.get("right_normalized", probes.get("right_normalised"))  # older results
+    known = normalized is not None
     same = (
         "the same answer twice"
         if not difference or difference < 1e-4
@@ -92,8 +94,9 @@ def _probes(item: Measurement) -> str:
     )
     return (
         f"{item.source}: the model gave {same} to {n} probe images; "
+        f"of {count(probes.get('differentiated')) or n} of them "
         f"{count(probes.get('zero_gradients'))} had no gradient and "
-        f"{count(probes.get('nan_gradients'))} had NaN in theirs. As they came "
-        f"{count(probes.get('right'))} were right, and at best "
-        f"{count(probes.get('right_normalised'))} when normalised once more."
+        f"{count(probes.get('nan_gradients'))} had NaN in theirs. "
+        f"{count(probes.get('right'))} were classified correctly"
+        + (f", and at most {count(normalized)} when normalized a second time." if known else ".")
     )

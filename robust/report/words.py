@@ -1,4 +1,4 @@
-"""Numbers as people read them. What is missing, NaN or infinite is a dash."""
+"""Formats numbers for readers. Missing, NaN and infinite values are a dash."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The processes that work on one thing together, started by torchrun; alone there is one.
+"""The processes of a job that torchrun started; without torchrun there is one.
 
-torchrun tells each its place through the environment: RANK of WORLD_SIZE, and LOCAL_RANK on its
-machine. What is said here between them goes through the CPU (gloo); gradients on CUDA go through
-NCCL.
+torchrun tells each process its place through the environment: RANK of WORLD_SIZE, and LOCAL_RANK
+on its machine. Python objects are exchanged through the CPU (gloo), gradients on CUDA through NCCL.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long to wait for the others. Those that died are noticed sooner: their connections break, and
-# torchrun ends the rest.
+# How long to wait for the other ranks. One that died is noticed sooner: its connections break, and
+# torchrun ends the others.
 PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """One process among `size`, each of which calls the same methods in the same order."""
+class World:
+    """One of `size` processes, which all call the same methods in the same order."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+    def is_rank0(self) -> bool:
+        """Whether this process prints and writes files for all."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
+        """The values of all ranks, in order of rank."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -51,14 +50,14 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, or the exception it raises there, on all."""
+    def on_rank0(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0; every rank returns its result, or raises its exception."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
 
         parcel: list[Any] = [None, None]
-        if self.is_first:
+        if self.is_rank0:
             try:
                 parcel[0] = make()
             except Exception as error:
@@ -70,31 +69,31 @@ class Ranks:
         return value  # type: ignore[no-any-return]
 
     def in_words(self, device: str) -> str:
-        """What all work on, where `device` is what one does: ``2 times NVIDIA H200``."""
+        """The devices of all ranks, each of which has `device`: ``2 times NVIDIA H200``."""
         return device if self.size == 1 else f"{self.size} times {device}"
 
-    def own_file(self, path: Path) -> Path:
-        """`path`, with this rank in its name where there are several: ``NAME.1-of-2``."""
+    def per_rank_path(self, path: Path) -> Path:
+        """`path` for this rank alone; with several ranks its name says which: ``NAME.1-of-2``."""
         if self.size == 1:
             return path
         return path.with_name(f"{path.name}.{self.rank + 1}-of-{self.size}")
 
 
-ALONE = Ranks()
+SINGLE = World()
 
 
 @contextmanager
-def joined(
+def init_distributed(
     device: torch.device, *, patience: timedelta = PATIENCE
-) -> Iterator[tuple[Ranks, torch.device]]:
-    """This process among those that torchrun started, and the device it is to use.
+) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes that torchrun started; yields this process's World and device.
 
-    On CUDA each takes the GPU of its place on the machine, unless `device` names one. Raises
-    ValueError where a machine has fewer GPUs than processes.
+    On CUDA each process uses the GPU of its LOCAL_RANK, unless `device` names one. Raises
+    ValueError if a machine has fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE, device
+        yield SINGLE, device
         return
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -105,17 +104,17 @@ def joined(
     store = _fresh(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
-        yield Ranks(rank=rank, size=size), device
+        yield World(rank=rank, size=size), device
     finally:
         dist.destroy_process_group()
 
 
 def _fresh(store: Store, rank: int, size: int) -> Store:
-    """`store` under a name that is new to this start of all ranks.
+    """`store` with a prefix that is new each time torchrun starts the processes.
 
-    torchrun gives those that it starts again the store of those that were killed, with the
-    addresses of these in it (github.com/pytorch/pytorch/issues/135712). So each rank calls itself
-    by a name of its own, and the first tells each of those the name for all, until it is taken up.
+    Processes that torchrun restarts get the store of the killed ones, with their stale addresses
+    in it (github.com/pytorch/pytorch/issues/135712). So each rank announces itself under a unique
+    id, and rank 0 sends every id the common prefix until that rank has confirmed it.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -130,7 +129,7 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         for other in list(others):
             if store.check([f"taken/{own}/{other}"]):
                 others.remove(other)
-            elif store.check([f"here/{other}"]):  # of this start, or still of an earlier one
+            elif store.check([f"here/{other}"]):  # of this start, or left by an earlier one
                 store.set(f"for/{store.get(f'here/{other}').decode()}", own)
         time.sleep(0.02)
     return PrefixStore(own, store)

@@ -1,0 +1,254 @@
+"""Evaluate and attack any model in one call, with the names and defaults of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust.attack_registry import DEFAULT_ATTACKS
+from robust.attacks import AttackResult, AttackSettings, Model, frozen
+from robust.commands.options import resolve_attacks
+from robust.commands.output import Progress
+from robust.evaluation import Evaluation, evaluate_batches
+from robust.evaluation.precision import Precision, full_float32
+from robust.threat_model import Norm, parse_eps
+
+ROUNDING = 1e-6  # by which float images may lie outside [0, 1]; they are clipped
+
+Images = Tensor | Any  # a tensor or array (N, C, H, W), or batches of (images, labels)
+Labels = Tensor | Any | None
+
+
+def evaluate(
+    model: Model,
+    images: Images,
+    labels: Labels = None,
+    *,
+    attacks: str | Sequence[str | AttackSettings] = DEFAULT_ATTACKS,
+    norm: Norm = "linf",
+    eps: float | str | None = None,
+    alpha: float | str | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    batch_size: int = 100,
+    curve: int = 100,
+    precision: Precision = "auto",
+    journal: Path | str | None = None,
+    model_id: str | None = None,
+    allow_probabilities: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure clean and robust accuracy of `model`, like ``robust evaluate``.
+
+    `model` maps images float32 (N, C, H, W) in [0, 1] to logits (N, K): a module or any callable.
+    `images` is a tensor or numpy array (N, C, H, W), uint8 or float in [0, 1], with N integer
+    `labels`; or, without `labels`, a data loader or any other iterable of (images, labels).
+    Float images are scored as they are, never rounded to 8 bits; `image_dtype` of the result
+    records their type. `eps` and `alpha` are in pixel units, ``"8/255"`` or a number.
+
+    The result prints as a table, and has `to_json()`, `to_markdown()` and `to_pandas()`.
+    `num_classes` defaults to the number of the model's logits, `device` to the model's device.
+    With `journal` a stopped evaluation resumes from that file; for a callable that is not a
+    module this needs a `model_id`. `progress` shows a bar or lines on standard error.
+
+    Raises ValueError for invalid arguments, images or labels, ModelError for a model that can't
+    be evaluated, and JournalError for a journal of another evaluation.
+    """
+    where = _device_of(model, device)
+    x, y, dtype = _labeled(images, labels)
+    chosen = _resolve(
+        attacks, norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
+    )
+    bar = Progress(100, title="evaluate", unit="%", quiet=not progress)
+    try:
+        for result in evaluate_batches(
+            model,
+            x,
+            y,
+            num_classes=num_classes or _count_classes(model, x, where),
+            attacks=chosen,
+            device=where,
+            batch_size=batch_size,
+            curve=curve,
+            precision=precision,
+            allow_probabilities=allow_probabilities,
+            journal=None if journal is None else Path(journal),
+            model_id=model_id,
+            image_dtype=dtype,
+            watch=bar.tick,
+            foretell=bar.foretell,
+        ):
+            bar.update(int(100 * result.done), result.stage or "done")
+    finally:
+        bar.close()
+    return result
+
+
+def attack(
+    model: Model,
+    images: Images,
+    labels: Labels = None,
+    attack: str | AttackSettings = "pgd",
+    *,
+    norm: Norm = "linf",
+    eps: float | str | None = None,
+    alpha: float | str | None = None,
+    steps: int | None = None,
+    restarts: int | None = None,
+    seed: int = 0,
+    target: Labels = None,
+    batch_size: int = 100,
+    device: torch.device | str | None = None,
+) -> AttackResult:
+    """Compute adversarial images `x_adv`, float32 (N, C, H, W), with logits, success and distance.
+
+    Arguments and errors are those of `evaluate`. Without labels the attack is away from the
+    prediction; with `target`, N integers, toward those classes. The result is on the model's
+    device, in the order of the images.
+    """
+    where = _device_of(model, device)
+    if labels is None and _is_array(images):
+        x, _ = _as_images(images)
+        x = x.to(where)
+        y = _predictions(model, x, batch_size)
+    else:
+        x, y, _ = _labeled(images, labels)
+        x, y = x.to(where), y.to(where)
+    (settings,) = _resolve(
+        [attack], norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
+    )
+    with full_float32():
+        return settings.run(
+            model,
+            x.float() / 255 if x.dtype == torch.uint8 else x,
+            y,
+            target=None if target is None else _as_labels(target, len(x)).to(where),
+            batch_size=batch_size,
+        )
+
+
+def _resolve(
+    attacks: str | Sequence[str | AttackSettings],
+    *,
+    eps: float | str | None,
+    alpha: float | str | None,
+    norm: Norm,
+    steps: int | None,
+    restarts: int | None,
+    seed: int,
+) -> list[AttackSettings]:
+    """Attacks given by name, then the attacks given as settings."""
+    given = [attacks] if isinstance(attacks, str | AttackSettings) else list(attacks)
+    names = [item for item in given if isinstance(item, str)]
+    others = [item for item in given if not isinstance(item, str)]
+    resolved = (
+        resolve_attacks(
+            tuple(names),
+            norm=norm,
+            eps=None if eps is None else parse_eps(eps),
+            alpha=None if alpha is None else parse_eps(alpha),
+            steps=steps,
+            restarts=restarts,
+            seed=seed,
+        )
+        if names
+        else []
+    )
+    return [*resolved, *others]
+
+
+def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _is_array(values: object) -> bool:
+    return isinstance(values, Tensor) or hasattr(values, "__array__")
+
+
+def _labeled(images: Images, labels: Labels) -> tuple[Tensor, Tensor, str]:
+    """Images uint8 or float32 in [0, 1], labels int64, and the dtype that the images came in."""
+    if not _is_array(images):
+        if labels is not None:
+            images = torch.stack([torch.as_tensor(image) for image in images])
+        else:
+            images, labels = _collect(images)
+    if labels is None:
+        raise ValueError("expected labels with an array of images, got none")
+    x, dtype = _as_images(images)
+    return x, _as_labels(labels, len(x)), dtype
+
+
+def _collect(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    pairs = []
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                "expected images as an array (N, C, H, W), or batches of (images, labels), got "
+                f"batches of {type(batch).__name__}"
+            )
+        x, y = (torch.as_tensor(part) for part in batch)
+        pairs.append((x, y) if x.ndim == 4 else (x[None], y.reshape(1)))
+    if not pairs:
+        raise ValueError("expected at least 1 image, got none")
+    images, labels = zip(*pairs, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _as_images(values: Any) -> tuple[Tensor, str]:
+    x = torch.as_tensor(values).detach()
+    dtype = str(x.dtype).removeprefix("torch.")
+    if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
+        raise ValueError(
+            f"expected images (N, C, H, W), uint8 or float in [0, 1], got {dtype} {tuple(x.shape)}"
+        )
+    if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        raise ValueError(
+            f"expected images (N, C, H, W), got {tuple(x.shape)}, which looks like (N, H, W, C); "
+            "move the last axis to position 1"
+        )
+    if x.dtype == torch.uint8 or not len(x):
+        return x, dtype
+    low, high = float(x.min()), float(x.max())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also for NaN
+        raise ValueError(f"expected images in [0, 1], got values from {low!r} to {high!r}")
+    return x.float().clamp(0, 1), dtype
+
+
+def _as_labels(values: Any, n: int) -> Tensor:
+    labels = torch.as_tensor(values)
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if labels.shape != (n,) or not whole:
+        raise ValueError(
+            f"expected {n} labels as integers, got {str(labels.dtype).removeprefix('torch.')} "
+            f"{tuple(labels.shape)}"
+        )
+    return labels.long()
+
+
+def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:
+    with frozen(model, x.device), torch.no_grad(), full_float32():
+        parts = torch.split(x, batch_size)
+        logits = [model(part.float() / 255 if x.dtype == torch.uint8 else part) for part in parts]
+    return torch.cat(logits).argmax(dim=1)
+
+
+def _count_classes(model: Model, x: Tensor, device: torch.device) -> int:
+    """The number of logits; 1 if the model returns none, which the evaluation then reports."""
+    if not len(x):
+        return 1
+    first = x[:1].to(device)
+    with frozen(model, device), torch.no_grad():
+        logits = model(first.float() / 255 if x.dtype == torch.uint8 else first)
+    return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else 1

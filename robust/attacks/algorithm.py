@@ -1,0 +1,104 @@
+"""The base class of attacks: how a run gets from one query of the model to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+
+import torch
+from torch import Tensor
+
+from robust.attacks.checks import check_counts
+from robust.attacks.rows import Rows, S
+from robust.geometry import Norm
+
+if TYPE_CHECKING:
+    from robust.attacks.settings import AttackSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(Generic[S]):
+    """One attack. A subclass defines `begin`, `loss` and `advance`; the rest has defaults.
+
+    The search scores `rows.x_adv`, computes the gradient of `loss` for the rows of
+    `needs_gradient`, and calls `advance`, until it returns that the run is done. Runs are
+    independent: rows of one batch may be at different iterations, and no result depends on
+    another row. Raises ValueError for counts below 1.
+    """
+
+    norm: Norm  # how distance is measured
+    steps: int  # iterations or queries of each run
+    runs: int = 1  # restarts or targets, in turn until one fools the model
+    early_stop: bool = True  # whether an image leaves at its first success
+    targeted: bool = False  # whether to attack toward `rows.target` instead of away from `rows.y`
+
+    uses_gradient: ClassVar[bool] = True  # whether it needs gradients at all
+    needs_clean_logits: ClassVar[bool] = False  # whether `begin` reads `rows.clean_logits`
+    needs_float32: ClassVar[bool] = False  # whether it ends right at the decision boundary
+    # Whether a run may start before the previous one has failed, to fill a batch.
+    allow_parallel_runs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_counts(steps=self.steps, restarts=self.runs)
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: AttackSettings,
+        *,
+        early_stop: bool,
+        targeted: bool,
+        options: Mapping[str, Any],
+    ) -> Self:
+        """The algorithm with the budget of `settings` and the `options` of its registry entry."""
+        values: dict[str, Any] = {
+            "norm": settings.threat_model.norm,
+            "steps": settings.steps,
+            "runs": settings.restarts,
+            "early_stop": early_stop,
+            "targeted": targeted,
+        }
+        return cls(**values | dict(options))
+
+    @classmethod
+    def default_alpha(cls, eps: float, steps: int) -> float:
+        """Default step size in pixel units; 0 for attacks without a fixed step."""
+        return 0.0
+
+    @property
+    def cost(self) -> int:
+        """Most passes for one image, forward plus backward."""
+        per_step = 2 if self.uses_gradient else 1
+        return self.needs_clean_logits + self.runs * (per_step * self.steps + 1)
+
+    @property
+    def usual_cost(self) -> int:
+        """Most passes on a model without masked gradients."""
+        return self.cost
+
+    def begin(self, rows: Rows[S]) -> S:
+        """Set the first `x_adv` of new rows and return their state."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, rows: Rows[S]) -> Tensor:
+        """The per-image loss to maximize, (N,), differentiable."""
+        raise NotImplementedError
+
+    def advance(
+        self, rows: Rows[S], logits: Tensor, loss: Tensor, gradient: Tensor | None
+    ) -> Tensor:
+        """Set the next `x_adv`; returns which rows are done, bool (N,)."""
+        raise NotImplementedError
+
+    def needs_gradient(self, rows: Rows[S]) -> Tensor:
+        """Which rows need the gradient at `x_adv`, bool (N,); the others need only logits."""
+        return torch.full_like(rows.fooled, self.uses_gradient)
+
+    def score(self, rows: Rows[S], logits: Tensor, loss: Tensor) -> Tensor:
+        """Score of `x_adv`, (N,), to rank iterates that all do or don't fool; -inf: invalid."""
+        return loss
+
+    def speculate(self, rows: Rows[S], count: int) -> list[Tensor]:
+        """Guesses of `x_adv` for the next queries, at most `count`, to batch with this one."""
+        return []

@@ -1,0 +1,75 @@
+"""Checks of an attack's arguments; each raises ValueError that says what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robust.geometry import Norm
+
+
+def check_inputs(x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
+    """Images must be float (N, C, H, W) in [0, 1], labels and targets int64 (N,)."""
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"expected float images (N, C, H, W), got {_form(x)}")
+    if not len(x):
+        raise ValueError("expected at least 1 image, got none")
+    for name, labels in (("labels", y), ("targets", target)):
+        if labels is None:
+            continue
+        if (
+            not isinstance(labels, Tensor)
+            or labels.shape != (len(x),)
+            or labels.dtype != torch.int64
+        ):
+            raise ValueError(f"expected {name} int64 ({len(x)},), got {_form(labels)}")
+    low, high = x.min().item(), x.max().item()
+    if not (low >= 0 and high <= 1):  # also refuses NaN
+        raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+    if target is not None and bool((target == y).any()):
+        raise ValueError("expected a target other than the label, got the label itself")
+
+
+def check_eps(eps: Tensor, x: Tensor, norm: Norm) -> None:
+    """`eps` must be float (N,), one for each of the images `x`, at most 1 under `linf`."""
+    if not isinstance(eps, Tensor) or eps.shape != (len(x),) or not eps.is_floating_point():
+        raise ValueError(
+            f"expected eps float ({len(x)},), one for each image (one for all is that of the "
+            f"threat model), got {_form(eps)}"
+        )
+    most = 1.0 if norm == "linf" else torch.inf
+    low, high = eps.min().item(), eps.max().item()
+    if not (low >= 0 and high <= most):
+        raise ValueError(f"expected eps from 0 to {most:g}, got {low:g} to {high:g}")
+
+
+def check_seed(seed: int) -> None:
+    """A seed must fit 64 bits."""
+    if not -(2**63) <= seed < 2**63 - 1:
+        raise ValueError(f"expected a seed that fits 64 bits, got {seed}")
+
+
+def check_counts(**counts: int) -> None:
+    """All must be whole numbers of at least 1."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
+
+
+def check_classes(found: int, y: Tensor, target: Tensor | None = None) -> None:
+    """A model of `found` classes must have all labels and targets."""
+    for name, labels in (("labels", y), ("targets", target)):
+        if labels is None:
+            continue
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= found:
+            raise ValueError(
+                f"expected {name} from 0 to {found - 1}, for the {found} classes of the model, "
+                f"got {low} to {high}"
+            )
+
+
+def _form(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,85 @@
+"""Decodes and resizes images one by one into one tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robust.datasets.arrays import resize_note
+from robust.datasets.dataset import Dataset
+from robust.datasets.source import Source
+from robust.image_decoding import open_image
+from robust.image_headers import ImageError
+from robust.images import fit_image
+
+_MANY_SIZES = 3
+
+
+class ImageList:
+    """Collects `count` images of any size as uint8 (count, 3, size, size) and records resizes."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        source.check_count(count)
+        source.check_fitted(count)
+        source.check_output(count, 1)
+        self.source = source
+        self.images = torch.empty((count, 3, source.size, source.size), dtype=torch.uint8)
+        self.count = 0
+        self._sizes = Counter[tuple[int, int]]()
+        self._animated = 0
+
+    def add_bytes(self, data: bytes) -> None:
+        """Decode and add an image of any format that folders may hold. Raises ImageError."""
+        size, limits = self.source.size, self.source.limits
+        opened = open_image(data, size=size, max_pixels=limits.max_pixels, any_format=True)
+        self._animated += opened.frames > 1
+        self._add(opened.image, opened.size)
+
+    def add_image(self, image: Image.Image) -> None:
+        """Add a decoded image. Raises ImageError for one without 8 or 16 bits a channel."""
+        if image.width * image.height > self.source.limits.max_pixels:
+            found = f"{image.width}x{image.height}"
+            expected = f"at most {self.source.limits.max_pixels} pixels"
+            raise ImageError("too_large", expected=expected, found=found)
+        self._add(image, image.size)
+
+    def repeat(self, index: int) -> None:
+        """Add the image at `index` again."""
+        self.images[self.count] = self.images[index]
+        self.count += 1
+
+    def _add(self, image: Image.Image, given: tuple[int, int]) -> None:
+        self.images[self.count] = fit_image(image, self.source.size)
+        self.count += 1
+        if given != (self.source.size,) * 2:
+            self._sizes[given] += 1
+
+    def dataset(
+        self, labels: Tensor, classes: Sequence[str], *, changes: Sequence[str] = ()
+    ) -> Dataset:
+        """The Dataset of the images with labels int64 (count,)."""
+        assert self.count == len(self.images)
+        notes = list(changes)
+        size, total = self.source.size, self._sizes.total()
+        if len(self._sizes) > _MANY_SIZES:
+            sides = sorted(self._sizes, key=lambda side: side[0] * side[1])
+            low, high = ("x".join(map(str, side)) for side in (sides[0], sides[-1]))
+            notes.append(
+                f"resized {total} images of {len(sides)} sizes, {low} to {high}, to {size}x{size}, "
+                "those that are not square cropped to the square in the center"
+            )
+        else:
+            notes += [resize_note(n, *given, size) for given, n in self._sizes.items()]
+        if self._animated:
+            notes.append(f"used the first frame of {self._animated} files with several")
+        return Dataset(
+            images=self.images,
+            labels=labels,
+            classes=tuple(classes),
+            name=self.source.name,
+            changes=tuple(notes),
+        )

@@ -1,0 +1,89 @@
+"""Selects the device, and checks that it agrees with the CPU."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("cpu", "cuda", "mps", "xpu")  # ROCm calls itself cuda
+PROBED = 4  # images of the comparison
+TOLERANCE = 1e-2  # relative to the largest logit; TF32 is off by a tenth of that
+
+
+class DeviceDisagrees(ValueError):
+    """A device that disagrees with the CPU."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the accelerator that torch finds, else the CPU.
+
+    Raises ValueError for a missing device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device(found.type if found is not None and found.type in KINDS else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in KINDS:
+        raise ValueError(f"expected a device such as auto, {', '.join(KINDS)}, got {name!r}")
+    if device.type == "cpu":
+        return device
+    module = torch.get_device_module(device.type)
+    kind = device.type.upper()
+    if not module.is_available():
+        raise ValueError(f"expected a {kind} device for {name!r}, found none; use auto or cpu")
+    count = module.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"expected a {kind} device from 0 to {count - 1}, got {name!r}")
+    return device
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 (AVX-512 BF16 or AMX)."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
+
+
+def compare_with_cpu(
+    classifier: nn.Module, device: torch.device, size: int, *, moved: nn.Module | None = None
+) -> None:
+    """Raise DeviceDisagrees unless logits and gradients on `device` match the CPU's, up to TF32.
+
+    `classifier`, images (N, 3, size, size) to logits, is on the CPU. It is moved to the device,
+    unless `moved` is its copy there.
+    """
+    if device.type == "cpu":
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(PROBED, 3, size, size, generator=generator)
+    expected = _logits_and_gradient(classifier, x)
+    try:
+        found = _logits_and_gradient(moved or classifier.to(device), x.to(device))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = str(error).splitlines()[0][:200]
+        raise DeviceDisagrees(f"{device} can't compute this model ({why})") from None
+    for name, one, other in zip(("logits", "gradients"), found, expected, strict=True):
+        # A ReLU within rounding error of 0 can change the gradient of one image, rarely of most.
+        off = (one.cpu() - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
+        share = float(off.nan_to_num(nan=torch.inf).median())
+        if share > TOLERANCE:
+            raise DeviceDisagrees(
+                f"{device} disagrees with the CPU: {name} are off by {share:.1%} of their size"
+            )
+
+
+def _logits_and_gradient(classifier: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.requires_grad_()
+    logits = classifier(x)
+    if not logits.requires_grad:
+        return logits.detach(), torch.ones(len(x), 1)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(dim=1).sum(), x)
+    return logits.detach(), gradient

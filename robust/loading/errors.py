@@ -1,0 +1,22 @@
+"""The error for models that can't be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A model can't be used: names it, what was expected and what was found."""
+
+    def __init__(self, path: Path | str, expected: str, found: str) -> None:
+        super().__init__(f"{path}: expected {expected}, found {found}")
+        self.path, self.expected, self.found = str(path), expected, found
+
+    def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
+        return type(self), (self.path, self.expected, self.found)
+
+
+def reason(error: OSError) -> str:
+    """The operating system's message, in lower case."""
+    return (error.strerror or str(error) or type(error).__name__).lower()

@@ -1,0 +1,318 @@
+"""Models that are not built from weights: user code, exported graphs, ONNX files."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import io
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robust.classifier import Architecture, Classifier
+from robust.loading.describe import ASSUMED
+from robust.loading.errors import CheckpointError
+from robust.loading.options import ModelOptions
+
+Function = Callable[[Tensor], Tensor]
+PROBED = 2  # images that show the number of classes
+# A Python file or a dotted module, and the function in it that returns the model.
+_CODE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
+
+SERVICE = re.compile(r"oip\+(https?):/+")  # a path has lost the second slash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A callable model and its known properties."""
+
+    kind: str
+    function: Function
+    sha256: str
+    differentiable: bool = True
+    input_size: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class GivenNetwork(nn.Module):
+    """A callable as a network: images float32 (N, 3, S, S) to logits (N, K).
+
+    With `log`, probabilities are converted to their logarithms, which are valid logits.
+    """
+
+    def __init__(self, given: Given, *, log: bool) -> None:
+        super().__init__()
+        self.kind, self.differentiable, self.log = given.kind, given.differentiable, log
+        # A module follows the classifier's device and eval mode; an exported one supports neither.
+        self.module = given.function if isinstance(given.function, nn.Module) else None
+        self.function = given.function if self.module is None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = self.function if self.module is None else self.module
+        assert call is not None
+        logits: Tensor = call(x)
+        return logits.clamp_min(torch.finfo(torch.float32).tiny).log() if self.log else logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GivenNetwork:
+        """An inference copy shares objects that can't be copied: a session, connection, closure."""
+        if self.module is None:
+            return self
+        copied = GivenNetwork.__new__(GivenNetwork)
+        memo[id(self)] = copied
+        state = {name: value for name, value in vars(self).items() if name != "_modules"}
+        vars(copied).update(state)
+        copied._modules = {"module": _copied(self.module, memo)}
+        return copied
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    import copy
+
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:  # modules can contain anything
+        return module
+
+
+def is_service(spec: str) -> bool:
+    """Whether this is the URL of a service's model."""
+    return SERVICE.match(spec) is not None
+
+
+def shown(path: Path) -> str:
+    """The path as given, with both slashes of a service's URL."""
+    return SERVICE.sub(r"oip+\1://", str(path))
+
+
+def is_code(spec: str) -> bool:
+    """Whether this names a function that returns a model."""
+    return _CODE.fullmatch(spec) is not None and not Path(spec).exists()
+
+
+def open_code(spec: str) -> Given:
+    """Call the user's function named by `spec`. Raises CheckpointError."""
+    match = _CODE.fullmatch(spec)
+    assert match is not None
+    name, attribute = match["module"], match["function"]
+    module = _import(spec, name)
+    make = getattr(module, attribute, None)
+    if not callable(make):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise CheckpointError(
+            spec, f"a function {attribute}", ", ".join(public[:5]) or "an empty module"
+        )
+    model = make()
+    if not callable(model):
+        raise CheckpointError(spec, "a callable from images to logits", f"a {type(model).__name__}")
+    return Given(kind="python", function=model, sha256=_digest(model, module))
+
+
+def open_file(path: Path, data: bytes) -> Given | None:
+    """The model in an exported file; None for a file with only weights."""
+    if path.suffix == ".onnx":
+        return _open_onnx(path, data)
+    if data[:2] != b"PK":
+        return None
+    try:
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except zipfile.BadZipFile:
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    # What the files themselves are read by; both run a graph of torch's operations, no Python.
+    if any(name.endswith("/archive_format") for name in names):
+        return _opened(path, "torch.export", _exported, data, digest)
+    if any("/code/" in name for name in names):
+        return _opened(path, "torchscript", _script, data, digest)
+    return None
+
+
+def classifier_of(
+    spec: str | Path, given: Given, options: ModelOptions
+) -> tuple[Classifier, dict[str, str], tuple[str, ...]]:
+    """The model as a classifier, the guessed properties, and notes. Raises CheckpointError.
+
+    Calls the model to find its inputs and outputs.
+    """
+    for name in ("arch", "stem", "activation", "key"):
+        if getattr(options, name) is not None:
+            raise CheckpointError(spec, f"weights for --{name}", f"a whole {given.kind} model")
+    guessed: dict[str, str] = {}
+    size = options.input_size or given.input_size
+    if size is None:
+        size, guessed["input_size"] = 32, ASSUMED
+    generator = torch.Generator().manual_seed(0)
+    answer = _probe(spec, given, torch.rand(PROBED, 3, size, size, generator=generator))
+    notes = list(given.notes)
+    probabilities = are_probabilities(answer)
+    if probabilities and given.differentiable:
+        notes.append("its answers look like probabilities, where logits are expected")
+    elif probabilities:
+        notes.append("its answers are probabilities: their logarithms are taken as logits")
+    if not given.differentiable:
+        notes.append(f"{given.kind} models give no gradients: attacks that need them are refused")
+    try:
+        architecture = Architecture(
+            arch=given.kind,
+            stem="own",
+            activation="own",
+            num_classes=answer.shape[1],
+            input_size=size,
+            mean=options.mean or (0.0, 0.0, 0.0),
+            std=options.std or (1.0, 1.0, 1.0),
+        )
+    except ValueError as error:
+        raise CheckpointError(spec, "a model that classifies images", str(error)) from None
+    net = GivenNetwork(given, log=probabilities and not given.differentiable)
+    classifier = Classifier(architecture, net=net)
+    if options.classes is None:
+        guessed["classes"] = ASSUMED
+    else:
+        classifier.classes = options.classes
+    return classifier, guessed, tuple(notes)
+
+
+def are_probabilities(answer: Tensor) -> bool:
+    """Whether rows (N, K) are in [0, 1] and add up to 1."""
+    total = answer.double().sum(dim=1)
+    return bool((answer >= 0).all() and ((total - 1).abs() < 1e-3).all())
+
+
+def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
+    model = given.function
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        with torch.no_grad():
+            answer = model(x)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the user's own code
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(
+            spec, f"a model of images {tuple(x.shape)} (--input-size says another size)", why
+        ) from error
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(x):
+        found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise CheckpointError(spec, f"logits ({len(x)}, K) of {len(x)} images", str(found))
+    if not bool(answer.isfinite().all()):
+        raise CheckpointError(spec, "finite logits", "NaN or infinite ones")
+    return answer
+
+
+def _import(spec: str, name: str) -> Any:
+    if name.endswith(".py"):
+        path = Path(name)
+        loader = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or loader is None or loader.loader is None:
+            raise CheckpointError(spec, "a Python file", "none of that name")
+        module = importlib.util.module_from_spec(loader)
+        sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
+        try:
+            loader.loader.exec_module(module)
+        finally:
+            sys.path.pop(0)
+        return module
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(spec, f"a module {name}", str(error)) from None
+    finally:
+        sys.path.pop(0)
+
+
+def _digest(model: Any, module: Any) -> str:
+    """SHA-256 of the weights, or of the code if it has no weights."""
+    digest = hashlib.sha256()
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    for key, value in state.items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    source = getattr(module, "__file__", None)
+    if source is not None:
+        digest.update(Path(source).read_bytes())
+    return digest.hexdigest()
+
+
+def _opened(
+    path: Path, kind: str, read: Callable[[bytes], Function], data: bytes, digest: str
+) -> Given:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is deprecated
+            function = read(data)
+    except Exception as error:  # torch raises all kinds of exceptions on a broken file
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(path, f"a {kind} file", f"a broken one ({why})") from None
+    return Given(kind=kind, function=function, sha256=digest)
+
+
+def _script(data: bytes) -> Function:
+    module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+    return module.eval()
+
+
+def _exported(data: bytes) -> Function:
+    module = torch.export.load(io.BytesIO(data)).module()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return lambda x: module(x)  # wrapped, as it can't be put in eval mode
+
+
+def _open_onnx(path: Path, data: bytes) -> Given:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise CheckpointError(
+            path, "the package onnxruntime for an ONNX file", "none: pip install 'robust[runtime]'"
+        ) from None
+    try:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(path, "an ONNX file", f"a broken one ({why})") from None
+    entry = session.get_inputs()[0]
+    names = [item.name for item in session.get_outputs()]
+    output = "logits" if "logits" in names else names[0]
+    shape = entry.shape
+    if len(session.get_inputs()) != 1 or len(shape) != 4 or entry.type != "tensor(float)":
+        raise CheckpointError(
+            path,
+            "one input float (N, 3, H, W) or (N, H, W, 3)",
+            f"{entry.name} {entry.type} {shape}",
+        )
+    channels_last = shape[1] != 3 and shape[3] == 3  # as Keras and TensorFlow have them
+    fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+
+    def run(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        (values,) = session.run([output], {entry.name: x})
+        return np.asarray(values, dtype=np.float32)
+
+    def function(x: Tensor) -> Tensor:
+        pixels = (x.permute(0, 2, 3, 1) if channels_last else x).detach().cpu().contiguous().numpy()
+        if fixed is None:
+            return torch.from_numpy(run(pixels)).to(x.device)
+        missing = -len(pixels) % fixed
+        padded = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+        parts = [run(padded[start : start + fixed]) for start in range(0, len(padded), fixed)]
+        return torch.from_numpy(np.concatenate(parts)[: len(pixels)]).to(x.device)
+
+    given = Given(
+        kind="onnx",
+        function=function,
+        sha256=hashlib.sha256(data).hexdigest(),
+        differentiable=False,
+        notes=("its input has channels last",) if channels_last else (),
+    )
+    side = shape[2]
+    return replace(given, input_size=side) if isinstance(side, int) and side > 0 else given

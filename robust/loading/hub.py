@@ -1,0 +1,79 @@
+"""A folder as on the Hugging Face hub: ``config.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from robust import files
+from robust.loading.errors import CheckpointError, reason
+from robust.loading.options import ModelOptions, model_options
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+def open_folder(folder: Path, options: ModelOptions) -> tuple[Path, ModelOptions]:
+    """The weights in a folder, with options from its configuration and from the user.
+
+    The user's options win. Raises CheckpointError.
+    """
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        names = sorted(item.name for item in folder.iterdir())
+        raise CheckpointError(
+            folder, f"{' or '.join(WEIGHTS)} in the folder", ", ".join(names[:5]) or "nothing"
+        )
+    config = _read(folder / CONFIG)
+    if "robust" in config:  # our own export: the weights file contains everything
+        return weights, options
+    try:
+        said = model_options(**_said(config, _read(folder / PREPROCESSOR)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(folder / CONFIG, "a configuration", str(error)) from None
+    if config.get("architectures") and options.arch is None:
+        raise CheckpointError(
+            folder,
+            "a network of ours, timm or torchvision",
+            f"transformers' {config['architectures'][0]}; --model file.py:function takes it",
+        )
+    return weights, replace(said, **options.given())  # type: ignore[arg-type]
+
+
+def _said(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """Options in the configurations of timm and transformers."""
+    said: dict[str, Any] = {}
+    cfg = config.get("pretrained_cfg") or {}
+    if "architecture" in config:
+        said["arch"] = f"timm:{config['architecture']}"
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        value = cfg.get(name, preprocessor.get(key))
+        if value is not None:
+            said[name] = value
+    size = cfg.get("input_size", preprocessor.get("crop_size", preprocessor.get("size")))
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    if size is not None:
+        said["input_size"] = int(size[-1] if isinstance(size, list) else size)
+    labels = config.get("label_names") or cfg.get("label_names")
+    if labels is None and "id2label" in config:
+        names = config["id2label"]
+        labels = [names[str(index)] for index in range(len(names))]
+    if labels is not None:
+        said["classes"] = list(labels)
+    return said
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = files.read_json(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(path, "a configuration", reason(error)) from None
+    except ValueError as error:
+        raise CheckpointError(path, "JSON", str(error)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(path, "a JSON object", type(value).__name__)
+    return value

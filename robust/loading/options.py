@@ -1,0 +1,111 @@
+"""Options that describe what a model's file does not contain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+Rgb = tuple[float, float, float]
+NAMED_MEANS: dict[str, Rgb] = {
+    "none": (0.0, 0.0, 0.0),
+    "imagenet": (0.485, 0.456, 0.406),
+    "cifar10": (0.4914, 0.4822, 0.4465),
+    "cifar100": (0.5071, 0.4865, 0.4409),
+}
+NAMED_STDS: dict[str, Rgb] = {
+    "none": (1.0, 1.0, 1.0),
+    "imagenet": (0.229, 0.224, 0.225),
+    "cifar10": (0.2471, 0.2435, 0.2616),
+    "cifar100": (0.2673, 0.2564, 0.2762),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Known properties of a model. None: read from the file, or guessed with a warning."""
+
+    arch: str | None = None
+    """A name, ``name:variant``, ``timm:NAME`` or ``torchvision:NAME``."""
+    stem: str | None = None
+    activation: str | None = None
+    input_size: int | None = None
+    """Height and width in pixels."""
+    mean: Rgb | None = None
+    """Subtracted from pixels in [0, 1]."""
+    std: Rgb | None = None
+    """Divides them."""
+    classes: tuple[str, ...] | None = None
+    """Names in the order of the logits."""
+    key: str | None = None
+    """Entry of the file that holds the weights, such as ``ema``; dots go deeper."""
+
+    def given(self) -> dict[str, object]:
+        """The fields that are set."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def model_options(
+    *,
+    arch: str | None = None,
+    stem: str | None = None,
+    activation: str | None = None,
+    input_size: int | None = None,
+    mean: str | float | Sequence[float] | None = None,
+    std: str | float | Sequence[float] | None = None,
+    classes: str | Sequence[str] | None = None,
+    key: str | None = None,
+) -> ModelOptions:
+    """Parse the options as the user writes them. Raises ValueError and OSError."""
+    return ModelOptions(
+        arch=arch,
+        stem=stem,
+        activation=activation,
+        input_size=input_size,
+        mean=None if mean is None else parse_rgb(mean, NAMED_MEANS),
+        std=None if std is None else parse_rgb(std, NAMED_STDS),
+        classes=None if classes is None else parse_classes(classes),
+        key=key,
+    )
+
+
+def parse_rgb(text: str | float | Sequence[float], named: dict[str, Rgb]) -> Rgb:
+    """Three comma-separated numbers, one number for all channels, or a name such as ``imagenet``.
+
+    Raises ValueError, also for values that are meant for pixels from 0 to 255.
+    """
+    if isinstance(text, str) and text.strip().lower() in named:
+        return named[text.strip().lower()]
+    parts = text.split(",") if isinstance(text, str) else text
+    try:
+        numbers = [float(part) for part in ([parts] if isinstance(parts, int | float) else parts)]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 3
+    if len(numbers) != 3:
+        raise ValueError(f"expected 3 numbers or one of {', '.join(named)}, got {text!r}")
+    check_unit_pixels(numbers)
+    return numbers[0], numbers[1], numbers[2]
+
+
+def check_unit_pixels(values: Sequence[float]) -> None:
+    """Raise ValueError for a mean or std that is meant for pixels from 0 to 255."""
+    if any(abs(value) > 10 for value in values):
+        shown = ", ".join(f"{value:g}" for value in values)
+        raise ValueError(f"expected a mean and std of pixels in [0, 1], got {shown}: divide by 255")
+
+
+def parse_classes(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Comma-separated names, or a text file with one per line. Raises ValueError and OSError."""
+    if isinstance(text, str):
+        path = Path(text)
+        parts = path.read_text().splitlines() if path.is_file() else text.split(",")
+    else:
+        parts = list(text)
+    names = tuple(part.strip() for part in parts if part.strip())
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"expected different class names, got {', '.join(repeated[:5])} twice")
+    return names

@@ -1,0 +1,62 @@
+"""Layers that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+def convolution(channels: int, out: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """A square convolution without bias whose padding keeps the side at stride 1."""
+    return nn.Conv2d(channels, out, size, stride=stride, padding=size // 2, bias=False)
+
+
+class SameConv2d(nn.Conv2d):
+    """A 3x3 convolution of stride 2, padded on the right and bottom only: TensorFlow's `SAME`."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out, 3, stride=2, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images (N, C, H, W) with even H and W to (N, out, H/2, W/2)."""
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+def same_convolution(channels: int, out: int, stride: int) -> nn.Conv2d:
+    """A 3x3 convolution padded as TensorFlow's `SAME` is on an even side."""
+    return SameConv2d(channels, out) if stride == 2 else convolution(channels, out, 3)
+
+
+def activation_module(name: str) -> nn.Module:
+    """`relu` or `silu`, computed in place where gradients allow it."""
+    return nn.SiLU() if name == "silu" else nn.ReLU(inplace=True)
+
+
+def initialize_convolutions(net: nn.Module) -> None:
+    """Initialize every convolution's weights. Source: He et al. 2015, arXiv:1502.01852."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class UndrawnWeights(TorchFunctionMode):
+    """Context in which new layers are not initialized, for weights that a file overwrites.
+
+    Initializing takes longer than reading a checkpoint. The global random state is unchanged.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("uniform_", "normal_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -1,0 +1,131 @@
+"""Networks of timm and torchvision, by their own names: ``timm:convnext_tiny``."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from robust.networks.family import Family
+
+PREFIXES = ("timm:", "torchvision:")
+Rgb = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """The library's own configuration of a network."""
+
+    mean: Rgb
+    std: Rgb
+    input_size: int
+    head: str  # name of the layer that gives the logits
+
+
+def library_of(arch: str) -> tuple[str, str]:
+    """Library and name. Raises ValueError for an unknown network or a missing library."""
+    library, _, name = arch.partition(":")
+    if library == "timm":
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(
+                f"expected the package timm for {arch}, found none: pip install 'robust[timm]'"
+            ) from None
+        known = timm.is_model(name.split(".")[0])
+    else:
+        import torchvision
+
+        known = name in torchvision.models.list_models(module=torchvision.models)
+    if not known:
+        raise ValueError(f"expected a network that {library} has, got {name!r}")
+    return library, name
+
+
+def build(
+    arch: str, *, num_classes: int, stem: str, activation: str, variant: str, input_size: int
+) -> nn.Module:
+    """The library's network with a head for `num_classes`."""
+    library, name = library_of(arch)
+    if library == "timm":
+        import timm
+
+        net: nn.Module
+        if input_size != library_configuration(arch).input_size:
+            # Networks with position embeddings need the size; others have no such argument.
+            with contextlib.suppress(TypeError):
+                net = timm.create_model(name, num_classes=num_classes, img_size=input_size)
+                return net
+        net = timm.create_model(name, num_classes=num_classes)
+        return net
+    import torchvision
+
+    net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return net
+
+
+def pretrained(arch: str) -> tuple[nn.Module, tuple[str, ...] | None]:
+    """The library's network with its downloaded weights, and its class names.
+
+    The names are None if the library has none. Raises the library's exceptions when offline.
+    """
+    library, name = library_of(arch)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name, pretrained=True), None
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    net = torchvision.models.get_model(name, weights=weights)
+    return net, tuple(weights.meta["categories"])
+
+
+@lru_cache(maxsize=8)
+def library_configuration(arch: str) -> Configuration:
+    """The library's mean, std and size, and the layout of the network."""
+    library, name = library_of(arch)
+    if library == "timm":
+        import timm
+
+        known = timm.get_pretrained_cfg(name)
+        assert known is not None
+        said: dict[str, Any] = known.to_dict()  # type: ignore[no-untyped-call]
+        head = said.get("classifier") or _last_layer(timm.create_model(name))
+        return Configuration(
+            mean=tuple(said["mean"]),
+            std=tuple(said["std"]),
+            input_size=said["input_size"][-1],
+            head=head if isinstance(head, str) else head[0],
+        )
+    import torchvision
+
+    net = torchvision.models.get_model(name, weights=None)
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Configuration(
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        input_size=transform.crop_size[0],
+        head=_last_layer(net),
+    )
+
+
+def _last_layer(net: nn.Module) -> str:
+    last = ""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            last = name
+    return last
+
+
+FAMILY = Family(
+    archs=(),
+    build=build,
+    head=_last_layer,
+    stems=("own",),
+    activations=("own",),
+    matches=lambda arch: arch.startswith(PREFIXES),
+)
