@@ -1,4 +1,4 @@
-"""Adversarial examples for training: as few passes as the recipe asks, nothing recorded."""
+"""Adversarial examples for training, with only the passes that the recipe specifies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robust.attacks import Model, frozen
+from robust.attacks.pgd import default_alpha as pgd_default_alpha
 from robust.threat_model import ThreatModel
-from training.distributed import Share
+from training.distributed import Shard
 from training.recipe import AdversarialPart
 
 
@@ -21,28 +22,28 @@ def make_adversarial(
     threat_model: ThreatModel,
     generator: torch.Generator,
     divergence: bool = False,
-    share: Share | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Attack images float32 (N, 3, H, W) in [0, 1] as `part` says; same shape, in eval mode.
 
     `targets` (N, K) are distributions: labels, or with `divergence` (TRADES) the model's own
-    clean prediction. `n-fgsm` leaves the ball on purpose, see `AdversarialPart`. `share` says of
-    which images these are some, for the random numbers; all of them if it is not given.
+    clean prediction. `n-fgsm` leaves the ball on purpose, see `AdversarialPart`. `shard` is the
+    place of these images in the whole batch, for the random numbers; default: they are all of it.
     """
     eps, kind = threat_model.eps, part.kind
     if kind == "clean" or eps == 0:
         return x
-    alpha, share = part.alpha or default_alpha(part, eps), share or Share(n=len(x))
+    alpha, shard = part.alpha or default_alpha(part, eps), shard or Shard(n=len(x))
 
     def noise() -> Tensor:
-        return share.draw(threat_model.noise, x, generator)
+        return shard.draw(threat_model.noise, x, generator)
 
     with frozen(model, x.device):
         if kind == "n-fgsm":
             start = x + 2 * noise()
             return start + alpha * threat_model.steepest(_gradient(model, start, targets))
         if divergence:
-            # The clean image is the minimum of the divergence, where the gradient vanishes.
+            # The divergence has its minimum at the clean image, where its gradient is zero.
             x_adv = threat_model.project(x + 0.1 * noise(), x)
         else:
             x_adv = x if kind == "fgsm" else threat_model.project(x + noise(), x)
@@ -53,11 +54,11 @@ def make_adversarial(
 
 
 def default_alpha(part: AdversarialPart, eps: float) -> float:
-    """The step, in pixel units, of a part that names none."""
+    """Step size, in pixel units, of a part that has no `alpha`."""
     if part.kind == "fgsm-rs":
         return 1.25 * eps
     if part.kind == "pgd":
-        return min(eps, max(eps / 4, 2.5 * eps / part.steps))
+        return pgd_default_alpha(eps, part.steps)
     return eps
 
 

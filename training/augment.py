@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device, with parameters drawn for each image."""
+"""Augmentation of a whole batch on its device, with parameters drawn per image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.recipe import Augmentation
 def augment(x: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
     """Crop, flip, rotate, jitter and cut out images float32 (N, 3, H, W) in [0, 1]; same shape.
 
-    Crop and flip move whole pixels and so keep images 8-bit; the others interpolate or scale.
+    Crop and flip move whole pixels, so images stay 8-bit; the others interpolate or scale.
     """
     if settings.crop_padding or settings.flip:
         x = crop_and_flip(x, settings.crop_padding, settings.flip, generator)
@@ -28,7 +28,7 @@ def augment(x: Tensor, settings: Augmentation, generator: torch.Generator) -> Te
 
 
 def crop_and_flip(x: Tensor, padding: int, flip: float, generator: torch.Generator) -> Tensor:
-    """Shift by up to `padding` pixels, the border reflected, and mirror with chance `flip`."""
+    """Shift by up to `padding` pixels with reflected borders; mirror with probability `flip`."""
     n, _, height, width = x.shape
     device = x.device
     x = F.pad(x, (padding,) * 4, mode="reflect") if padding else x
@@ -44,7 +44,7 @@ def crop_and_flip(x: Tensor, padding: int, flip: float, generator: torch.Generat
 
 
 def rotate(x: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
-    """Turn each image by up to `degrees`, bilinear, the border reflected."""
+    """Rotate each image by up to `degrees`, bilinear, with reflected borders."""
     angle = _uniform(x, math.radians(degrees), generator).flatten()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     ratio = x.shape[2] / x.shape[3]
@@ -55,18 +55,22 @@ def rotate(x: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
 
 def jitter(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Scale brightness, contrast and saturation of each image by up to 1 +- `strength`."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
     x = x * (1 + _uniform(x, strength, generator))
-    grey = (x * weights).sum(dim=1, keepdim=True)
-    level = grey.mean(dim=(2, 3), keepdim=True)
+    level = _gray(x).mean(dim=(2, 3), keepdim=True)
     x = level + (x - level) * (1 + _uniform(x, strength, generator))
-    grey = (x * weights).sum(dim=1, keepdim=True)
-    x = grey + (x - grey) * (1 + _uniform(x, strength, generator))
+    gray = _gray(x)
+    x = gray + (x - gray) * (1 + _uniform(x, strength, generator))
     return x.clamp(0, 1)
 
 
+def _gray(x: Tensor) -> Tensor:
+    """Luminance of RGB images, (N, 1, H, W); no tensor of weights that a GPU would wait for."""
+    red, green, blue = x.unbind(dim=1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
 def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Set a square of `side` pixels around a random point to mid-grey, cut off at the border."""
+    """Set a square of `side` pixels around a random point to mid-gray, cut off at the border."""
     n, _, height, width = x.shape
     top = torch.randint(height, (n, 1, 1, 1), generator=generator, device=x.device) - side // 2
     left = torch.randint(width, (n, 1, 1, 1), generator=generator, device=x.device) - side // 2
@@ -81,7 +85,7 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Blend each image and its target distribution (N, K) with another one of the batch.
 
-    The share is drawn for each image from Beta(alpha, alpha). Source: Zhang et al. 2018,
+    The weight is drawn per image from Beta(alpha, alpha). Source: Zhang et al. 2018,
     arXiv:1710.09412.
     """
     n = len(x)

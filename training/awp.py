@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: the loss is taken where nearby weights make it worst."""
+"""Adversarial weight perturbation: computes the loss at the worst nearby weights."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def perturbed(
     loss: Callable[[], Tensor],
     *,
     gamma: float,
-    add_up: Callable[[list[Tensor]], None] = lambda gradients: None,
+    all_reduce_sum: Callable[[list[Tensor]], None] = lambda gradients: None,
 ) -> Iterator[None]:
-    """Hold the weights of `model` where one step up `loss` takes them, and put them back.
+    """Move the weights of `model` one step up `loss` within the block, then restore them.
 
-    Each filter bank and matrix moves along its own gradient by `gamma` times its own norm; norms
-    and biases stay. The pass that finds the direction leaves the running statistics of batch norm
-    alone. What the block computes, backward included, is of the perturbed weights. `gamma` 0 does
-    nothing. Where each rank has a share of the loss, `add_up` puts the sum over the ranks into the
-    gradients. Source: Wu et al. 2020, arXiv:2004.05884.
+    Each convolution and matrix moves along its own gradient by `gamma` times its own norm; batch
+    norms and biases stay. Computing that direction does not change the running statistics. Compute
+    loss and backward pass within the block. `gamma` 0 does nothing. Where each rank has a shard of
+    the batch, `all_reduce_sum` sums the gradients over the ranks, in place.
+    Source: Wu et al. 2020, arXiv:2004.05884.
     """
     if gamma == 0:
         yield
         return
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    with running_statistics_kept(model):
+    weights: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
+    with restored_running_statistics(model):
         gradients = list(torch.autograd.grad(loss(), weights))
-    add_up(gradients)
+    all_reduce_sum(gradients)
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -42,19 +42,20 @@ def perturbed(
         yield
     finally:
         with torch.no_grad():
-            for weight, old in zip(weights, before, strict=True):
-                weight.copy_(old)
+            torch._foreach_copy_(weights, before)
 
 
 @contextmanager
-def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Let batch norm use those of the batch without following them."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    flags = [norm.track_running_stats for norm in norms]
+def restored_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of every batch norm after the block.
+
+    Switching `track_running_stats` off instead would need a second compiled graph.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in statistics]
     try:
-        for norm in norms:
-            norm.track_running_stats = False
         yield
     finally:
-        for norm, flag in zip(norms, flags, strict=True):
-            norm.track_running_stats = flag
+        if statistics:
+            torch._foreach_copy_(statistics, before)

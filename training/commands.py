@@ -1,35 +1,77 @@
-"""The command ``robust train``."""
+"""The commands ``robust train`` and ``robust recipes``."""
 
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import click
 
-if TYPE_CHECKING:
-    from training.run import Progress
+from robust.commands.options import Size, device_option
+from robust.datasets.registry import data_help, forms_list
+from training.display import Display
+from training.stopping import StopRequest
 
 DEFAULT_DATA = "train.pt"
-NO_DATA = """expected --data, found no train.pt in this folder. Forms that are read:
-  train.pt         a pickled TaskDataset of PIL images
-  FILE.pt          a dict of images and labels, a tuple, or a TensorDataset
-  FILE.npz         arrays images and labels
-  FOLDER, FILE.zip one folder of images per class
-  cifar10          CIFAR-10, downloaded once, or a folder cifar-10-batches-py
-  digits           handwritten digits: small, needs no file. Try: robust train --data digits \
---recipe quick"""
+NO_DATA = f"""expected --data, as this folder has no train.pt. Supported formats:
+{forms_list()}
+Try: robust train --data digits --recipe quick"""
+
+
+set_option = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Change a field of the recipe (batch_size=512) or of a phase (adversarial.epochs=20). "
+    "Repeat for more.",
+)
 
 
 @click.command()
-@click.option("--data", metavar="PATH", help="Labelled images. Default: train.pt here.")
-@click.option("--recipe", "recipe_name", default="cpu", show_default=True, metavar="NAME")
+@click.option("--data", metavar="PATH", help=f"{data_help()} Default: train.pt.")
+@click.option(
+    "--val",
+    metavar="PATH",
+    help="Held-out images that select the model, as for --data. Default: a share of --data.",
+)
+@click.option(
+    "--recipe",
+    "recipe_source",
+    default="cpu",
+    show_default=True,
+    metavar="RECIPE",
+    help="A name from `robust recipes`, FILE.toml, FILE.json (also a run.json), or "
+    "package.module:function.",
+)
+@set_option
+@click.option(
+    "--norm",
+    type=click.Choice(["linf", "l2"]),
+    help="Norm of the threat model. Default: the recipe's.",
+)
+@click.option(
+    "--eps",
+    type=Size(),
+    metavar="SIZE",
+    help="Radius of the ball in pixel units, such as 8/255. Default: the recipe's; with another "
+    "norm 8/255 (linf) or 0.5 (l2).",
+)
+@click.option(
+    "--input-size",
+    type=click.IntRange(8, 1024),
+    metavar="PIXELS",
+    help="Height and width to resize images to. Default: the recipe's.",
+)
+@click.option(
+    "--classes",
+    metavar="NAMES",
+    help="Class names in the order of the labels: cat,dog,ship, or a file with one per line.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -37,38 +79,60 @@ NO_DATA = """expected --data, found no train.pt in this folder. Forms that are r
     show_default=True,
     help="Checkpoint to write; the run's own files go to runs/NAME beside it.",
 )
-@click.option("--device", "device_name", default="auto", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@device_option
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of initial weights, held-out images, batches, augmentation and attacks.",
+)
 @click.option(
     "--init",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="Weights to begin with, where classes differ all but the head. Default: random ones.",
+    help="Weights to start from, with a new head if the classes differ. Default: random.",
 )
 @click.option(
     "--compile",
     "compile_passes",
     type=click.Choice(["auto", "on", "off"]),
-    help="Passes through torch.compile. Default: as the recipe says, which is auto: on CUDA.",
+    help="Whether to use torch.compile. Default: the recipe's, usually auto (only on CUDA).",
 )
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="M",
+    help="Fit the number of epochs, in the recipe's proportions, so that the checkpoint is written "
+    "within M minutes of the start.",
+)
+@click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 def train(
     data: str | None,
-    recipe_name: str,
+    val: str | None,
+    recipe_source: str,
+    assignments: tuple[str, ...],
+    norm: Literal["linf", "l2"] | None,
+    eps: float | None,
+    input_size: int | None,
+    classes: str | None,
     out: Path,
     device_name: str,
     seed: int,
     init: Path | None,
     compile_passes: Literal["auto", "on", "off"] | None,
+    minutes: float | None,
     resume: bool,
 ) -> None:
-    """Train a robust classifier in two phases, clean and then adversarial.
+    """Train a robust classifier: first clean, then adversarial training.
 
-    Recipes: classic, classic-cpu, cpu, cpu-further, quick, gpu, fast. Example:
-
+    \b
         robust train --data digits --recipe quick --out models/digits.pt
+        robust train --data cifar10 --recipe cpu --set adversarial.epochs=20 --set eps=4/255
 
-    On several GPUs, or processes, which share out every batch:
+    `robust recipes` lists the recipes; `robust recipes NAME` prints one with all fields.
+
+    On several GPUs or processes, which share every batch:
 
         torchrun --standalone --nproc-per-node 2 -m training --data digits --recipe quick
     """
@@ -76,16 +140,23 @@ def train(
         if not Path(DEFAULT_DATA).exists():
             raise click.UsageError(NO_DATA)
         data = DEFAULT_DATA
-    from training.recipes import named_recipe
+    from robust.loading.options import parse_classes
+    from training.inputs import load_images, with_threat_model
+    from training.recipe_sources import load_recipe, recorded_seed
+    from training.recipe_values import override
 
-    recipe = named_recipe(recipe_name)  # a wrong name is told before torch is loaded
+    recipe = with_threat_model(load_recipe(recipe_source), norm, eps)
+    recipe = replace(recipe, input_size=input_size or recipe.input_size)
+    recipe = override(recipe, assignments)
+    names = parse_classes(classes) if classes else ()
     if compile_passes is not None:
         recipe = replace(recipe, compile=compile_passes)
 
     from robust.checkpoint import load_checkpoint
     from robust.classifier import resolve_device
-    from robust.datasets import load_dataset
-    from robust.ranks import joined
+    from robust.distributed import init_distributed
+    from training.budget import Deadline
+    from training.cost import describe_cost
     from training.distributed import was_restarted
     from training.run import Stopped
     from training.run import train as run
@@ -93,18 +164,37 @@ def train(
     device = resolve_device(device_name)
     if out.suffix != ".pt":
         raise click.UsageError(f"expected --out to end in .pt, got {out.name}")
-    # Before signals are caught: a process that waits for others in vain is to end by SIGTERM.
-    ranks, device = click.get_current_context().with_resource(joined(device))
-    configure_logging(quiet=not ranks.is_first)
+    # Before signals are caught, so that SIGTERM ends a process that waits for others forever.
+    world, device = click.get_current_context().with_resource(init_distributed(device))
+    configure_logging(quiet=not world.is_rank0)
     beginning = None if init is None else load_checkpoint(init)
-    dataset = load_dataset(data, size=recipe.input_size)
-    if ranks.is_first:
+    dataset = load_images(data, size=recipe.input_size, classes=names)
+    validation = None
+    if val is not None:
+        validation = load_images(val, size=recipe.input_size, classes=dataset.classes)
+    if world.is_rank0:
+        recorded = recorded_seed(recipe_source)
+        if recorded not in (None, seed):
+            click.echo(
+                f"note: {recipe_source} used --seed {recorded}, this run uses {seed}", err=True
+            )
         click.echo(
             f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
-            f"recipe {recipe.name}, {recipe.epochs} epochs on {ranks.in_words(str(device))}; "
+            f"recipe {recipe.name}, {recipe.epochs} epochs on {world.in_words(str(device))}; "
             f"writes {out}"
         )
-    display = Display(quiet=not ranks.is_first)
+        if minutes is None:
+            share = 0.0 if validation else recipe.held_out
+            images, num_classes = round(len(dataset) * (1 - share)), len(dataset.classes)
+            click.echo(
+                describe_cost(
+                    recipe, images=images, num_classes=num_classes, device=device, ranks=world.size
+                )
+            )
+        for source in filter(None, (dataset, validation)):
+            for line in source.changes:
+                click.echo(f"note: {source.name}: {line}", err=True)
+    display = Display(quiet=not world.is_rank0)
     with StopRequest() as stop:
         try:
             sidecar = run(
@@ -114,19 +204,21 @@ def train(
                 device=device,
                 seed=seed,
                 init=beginning,
+                validation=validation,
                 resume=resume or was_restarted(),
+                deadline=None if minutes is None else Deadline.of_this_process(minutes),
                 should_stop=stop.requested,
                 observe=display,
-                ranks=ranks,
+                world=world,
             )
         except Stopped:
             display.close()
-            if ranks.is_first:
-                click.echo("stopped; the run is saved, --resume goes on with it", err=True)
+            if world.is_rank0:
+                click.echo("stopped; the run is saved, --resume continues it", err=True)
             raise SystemExit(128 + (stop.signal or signal.SIGTERM)) from None
         finally:
             display.close()
-    if not ranks.is_first:
+    if not world.is_rank0:
         return
     held_out = ", ".join(
         f"{row['attack']} {100 * row['accuracy']:.2f}%" for row in sidecar.evaluation
@@ -134,113 +226,37 @@ def train(
     click.echo(f"wrote {out} (epoch {sidecar.recipe['kept_epoch']} kept; held out: {held_out})")
 
 
-commands: list[click.Command] = [train]
+@click.command()
+@click.argument("source", metavar="[NAME]", required=False)
+@set_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def recipes(source: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """List the recipes, or print one for `robust train --recipe`.
+
+    \b
+        robust recipes gpu --set batch_size=512 > mine.toml
+        robust train --recipe mine.toml
+    """
+    from robust.files import to_json
+    from training.recipe_sources import load_recipe
+    from training.recipe_values import override, to_toml
+    from training.recipes import NOT_IN_FULL, RAN, RECIPES
+
+    if source is None:
+        if assignments or as_json:
+            raise click.UsageError("expected the NAME of a recipe with --set and --json, got none")
+        for name, build in RECIPES.items():
+            summary = (build.__doc__ or "").partition("\n")[0]
+            click.echo(f"{name:<12} {summary}\n{'':<12} Has run: {RAN.get(name, NOT_IN_FULL)}.")
+        return
+    recipe = override(load_recipe(source), assignments)
+    click.echo(to_json(recipe.to_dict()).decode() if as_json else to_toml(recipe), nl=False)
+
+
+commands: list[click.Command] = [train, recipes]
 
 
 def configure_logging(*, quiet: bool = False) -> None:
-    """Warnings and notes of the library as plain lines on standard error; if quiet errors only."""
+    """Send the library's warnings and notes to standard error; only errors if `quiet`."""
     level = logging.ERROR if quiet else logging.INFO
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
-
-
-class StopRequest:
-    """Turns SIGTERM and Ctrl-C, as long as the block runs, into a question asked between steps."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> StopRequest:
-        self._before = [signal.signal(number, self._note) for number in self.SIGNALS]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in zip(self.SIGNALS, self._before, strict=True):
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
-        self.signal = number
-
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal != 0
-
-
-class Display:
-    """A progress bar on a terminal; elsewhere a plain line now and then. Nothing if quiet."""
-
-    EVERY = 60.0  # seconds between plain lines
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-        self.shown = time.monotonic()
-        self.terminal = sys.stderr.isatty()
-
-    def __call__(self, progress: Progress) -> None:
-        if self.quiet:
-            return
-        if progress.row:
-            self.close()
-            click.echo(epoch_line(progress))
-        elif self.terminal:
-            self._advance(progress)
-        elif time.monotonic() - self.shown > self.EVERY:
-            self.shown = time.monotonic()
-            click.echo(
-                f"epoch {progress.epoch}/{progress.epochs} {progress.phase.name} "
-                f"step {progress.step}/{progress.steps} loss {progress.loss:.3f} "
-                f"lr {progress.learning_rate:.2g} {progress.images_per_second:.0f} images/s, "
-                f"{time_left(progress.seconds_left)} left"
-            )
-
-    def _advance(self, progress: Progress) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(
-                total=progress.steps,
-                initial=progress.step - 1,
-                desc=f"epoch {progress.epoch}/{progress.epochs} {progress.phase.name}",
-                unit="step",
-                leave=False,
-            )
-        self.bar.set_postfix(
-            loss=f"{progress.loss:.3f}",
-            lr=f"{progress.learning_rate:.2g}",
-            images=f"{progress.images_per_second:.0f}/s",
-            run=f"{time_left(progress.seconds_left)} left",
-            refresh=False,
-        )
-        self.bar.update()
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-def epoch_line(progress: Progress) -> str:
-    """One epoch in one line."""
-    row = progress.row
-    assert row is not None
-    return (
-        f"epoch {row['epoch']}/{progress.epochs} {row['phase']}: loss {row['loss']:.3f}, "
-        f"held out (n={row['n']}) clean {100 * row['clean']:.1f}% FGSM {100 * row['fgsm']:.1f}% "
-        f"PGD-10 {100 * row['pgd']:.1f}%, {row['images_per_second']:.0f} images/s, "
-        f"{row['seconds']:.0f} s, {time_left(progress.seconds_left)} left"
-    )
-
-
-def time_left(seconds: float) -> str:
-    """Seconds as ``45 s``, ``12 min`` or ``3 h 05 min``."""
-    if not math.isfinite(seconds):
-        return "unknown time"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,15 +1,15 @@
-"""Passes through torch.compile, where the compiler can."""
+"""Models compiled with torch.compile, if the compiler works."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from robust.attacks import frozen
-from training.awp import running_statistics_kept
 from training.optimise import autocast
 from training.recipe import Recipe
 
@@ -21,27 +21,53 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
     return recipe.compile == "on" or (recipe.compile == "auto" and device.type == "cuda")
 
 
-def compiled(model: nn.Module, x: Tensor, *, bf16: bool, awp: bool = False) -> nn.Module:
-    """`model` compiled, with the same parameters and buffers; where that fails, `model` itself.
+def compiled_loss(model: nn.Module, x: Tensor, *, bf16: bool) -> nn.Module:
+    """`model` compiled for the passes of the loss on images like `x`, in train mode.
 
-    The graphs of a step are made and tried here, on images like `x`: that of the loss in train
-    mode, with `awp` the same beside the running statistics, and in eval mode with frozen weights
-    those of a gradient to the image and of a prediction. So no step waits, and a compiler that
-    can't is a warning at the start. The model is left as it was, its statistics and gradients too.
+    Shares parameters and buffers with `model`; returns `model` itself if the compiler fails.
+    """
+
+    def attempt(fast: nn.Module) -> None:
+        model.train()
+        with autocast(bf16, x.device):
+            loss = fast(x).sum()
+        loss.backward()
+
+    return _compiled(model, attempt)
+
+
+def compiled_attack(model: nn.Module, x: Tensor, *, bf16: bool, predicts: bool) -> nn.Module:
+    """`model` compiled for the gradient at images like `x`, frozen and in eval mode.
+
+    With `predicts` also for predictions. `bf16` is for a model that needs autocast.
+    """
+
+    def attempt(fast: nn.Module) -> None:
+        with frozen(model, x.device), autocast(bf16, x.device):
+            images = x.detach().requires_grad_(True)
+            torch.autograd.grad(fast(images).sum(), images)
+            if predicts:
+                with torch.no_grad():
+                    fast(x)
+
+    return _compiled(model, attempt)
+
+
+def _compiled(model: nn.Module, attempt: Callable[[nn.Module], None]) -> nn.Module:
+    """`model` compiled, if `attempt` at its passes succeeds.
+
+    So no later step waits for the compiler, and a failing compiler is only a warning at the start.
+    Leaves the model, its running statistics and its gradients unchanged.
     """
     before = {key: value.clone() for key, value in model.state_dict().items()}
     mode = model.training
     fast = cast(nn.Module, torch.compile(model, dynamic=False))
     try:
-        _try_loss(fast, x, bf16=bf16)
-        if awp:
-            with running_statistics_kept(model):
-                _try_loss(fast, x, bf16=bf16)
-        _try_attack(fast, x, bf16=bf16)
-    except Exception as error:  # compilers raise what they like
+        attempt(fast)
+    except Exception as error:  # compilers raise all kinds of exceptions
         reason = (str(error).strip().splitlines() or [""])[0]
         logger.warning(
-            "torch.compile failed (%s: %s); the run goes on without it",
+            "torch.compile failed (%s: %s); continuing without it",
             type(error).__name__,
             reason[:200],
         )
@@ -51,18 +77,3 @@ def compiled(model: nn.Module, x: Tensor, *, bf16: bool, awp: bool = False) -> n
         model.load_state_dict(before)
         model.train(mode)
     return fast
-
-
-def _try_loss(model: nn.Module, x: Tensor, *, bf16: bool) -> None:
-    model.train()
-    with autocast(bf16, x.device):
-        loss = model(x).sum()
-    loss.backward()
-
-
-def _try_attack(model: nn.Module, x: Tensor, *, bf16: bool) -> None:
-    with frozen(model, x.device), autocast(bf16, x.device):
-        x = x.detach().requires_grad_(True)
-        torch.autograd.grad(model(x).sum(), x)
-        with torch.no_grad():
-            model(x.detach())

@@ -1,10 +1,10 @@
-"""One training run on several GPUs or machines, the same mathematics as on one.
+"""One training run on several GPUs or machines, with the same mathematics as on one.
 
 Every rank holds all images and weights, and draws the same random numbers for the whole batch, as
-they depend on seed and position alone. It then takes its share of the batch, attacks it and goes
-forward and backward on it; no word passes between ranks in an attack. After that their gradients
-are added up in one all-reduce, so that every rank takes the same step. torch's
-DistributedDataParallel would do the same in pieces, and at every backward of its wrapper.
+they depend on seed and position only. It takes its shard of the batch, attacks it, and runs the
+forward and backward pass on it; there is no communication during an attack. One all-reduce then
+sums the gradients, so every rank takes the same step. torch's DistributedDataParallel would do so
+in pieces, and after every backward pass, also that of AWP.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robust.ranks import ALONE, Ranks
+from robust.distributed import SINGLE, World
 
 
 def was_restarted() -> bool:
-    """Whether torchrun started this process in place of one that was lost."""
+    """Whether torchrun started this process to replace one that was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one rank has of `n` images: every `step`-th from `first` on.
+class Shard:
+    """One rank's part of a batch of `n` images: every `step`-th image from `first` on.
 
-    Not a stretch of them: all ranks get alike many of each part of a loss, which differ in cost.
+    Not a contiguous range: the parts of a loss differ in cost, and so each rank gets about equally
+    many images of each.
     """
 
     n: int
@@ -36,19 +37,19 @@ class Share:
     step: int = 1
 
     def of(self, whole: Tensor) -> Tensor:
-        """The rows of this share, of all (n, ...)."""
+        """The rows of `whole`, (n, ...), that belong to this shard."""
         return whole[self.first :: self.step]
 
     @property
     def weight(self) -> float:
-        """Of the mean over this share in the mean over all."""
+        """Weight of the mean over this shard in the mean over the batch."""
         return len(range(self.first, self.n, self.step)) / self.n
 
-    def within(self, start: int, stop: int) -> tuple[slice, Share]:
-        """Where the images `start` to `stop` of all lie in this share, and its share of them."""
+    def within(self, start: int, stop: int) -> tuple[slice, Shard]:
+        """Images `start` to `stop` of the batch: their slice of this shard, and their Shard."""
         before, after = (len(range(self.first, edge, self.step)) for edge in (start, stop))
         first = (self.first - start) % self.step
-        return slice(before, after), Share(n=stop - start, first=first, step=self.step)
+        return slice(before, after), Shard(n=stop - start, first=first, step=self.step)
 
     def draw(
         self,
@@ -56,24 +57,24 @@ class Share:
         x: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """`noise` for the images `x` of this share: drawn for all n, so that it is each image's."""
+        """`noise` for the images `x` of this shard: drawn for all n, so each image has its own."""
         return self.of(noise(x.new_empty((self.n, *x.shape[1:])), generator))
 
 
-class Team:
-    """What the ranks of a run do together in a step, and how much they say."""
+class Collectives:
+    """Communication between the ranks of a run within a step; counts the bytes."""
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        self.ranks = ranks
+    def __init__(self, world: World = SINGLE) -> None:
+        self.world = world
         self.bytes = 0  # handed to all-reduces so far
 
-    def share(self, n: int) -> Share:
-        """This rank's of a batch of n images."""
-        return Share(n=n, first=self.ranks.rank, step=self.ranks.size)
+    def shard(self, n: int) -> Shard:
+        """This rank's images of a batch of n."""
+        return Shard(n=n, first=self.world.rank, step=self.world.size)
 
-    def add_up(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Put the sum over all ranks into each tensor, by one all-reduce of them all."""
-        if self.ranks.size == 1:
+        if self.world.size == 1:
             return
         import torch.distributed as dist
 
@@ -84,37 +85,36 @@ class Team:
         for tensor, piece in zip(tensors, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
 
-    def add_gradients(self, model: nn.Module, loss: Tensor) -> float:
-        """Add up gradients and loss of the ranks' shares; returns the loss of the whole batch.
+    def add_gradients(self, model: nn.Module, loss: Tensor) -> Tensor:
+        """Sum gradients and loss over the ranks; returns the loss of the whole batch, a scalar.
 
-        Where norms are `local` their running statistics become the mean over the ranks: each
-        image counts, and all ranks go on with the same model, also the averaged one. The variance
-        between shares is left out.
+        Where norms are `local` their running statistics become the mean over the ranks, so every
+        image counts and all ranks keep the same model. The variance between shards is left out.
         """
         loss = loss.detach().clone()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if self.ranks.size > 1:
+        if self.world.size > 1:
             statistics = _local_statistics(model)
             for values in statistics:
-                values /= self.ranks.size
-            self.add_up([*gradients, loss, *statistics])
-        return loss.item()
+                values /= self.world.size
+            self.all_reduce_sum([*gradients, loss, *statistics])
+        return loss
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        if self.ranks.size == 1:
+        if self.world.size == 1:
             return flag
         said = torch.tensor([float(flag)])
-        self.add_up([said])
+        self.all_reduce_sum([said])
         return bool(said.item())
 
     def with_global_norms(self, model: nn.Module) -> nn.Module:
-        """`model` with batch norms that take their statistics over the shares of all ranks.
+        """`model` with batch norms that use the statistics of the whole batch.
 
-        Parameters and buffers are the same tensors under the same names. On CUDA torch's
-        SyncBatchNorm, which has no other.
+        Parameters and buffers stay the same tensors under the same names. Uses torch's
+        SyncBatchNorm on CUDA, the only device that it runs on.
         """
-        if self.ranks.size == 1:
+        if self.world.size == 1:
             return model
         if next(model.parameters()).device.type == "cuda":
             synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -129,9 +129,9 @@ class Team:
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Batch norm over the images of all ranks, on any device; in eval mode a plain one."""
 
-    def __init__(self, norm: nn.BatchNorm2d, team: Team) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, collectives: Collectives) -> None:
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
-        self.team, self.training = team, norm.training
+        self.collectives, self.training = collectives, norm.training
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():
             self.register_buffer(name, buffer)
@@ -144,7 +144,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         mean, var = mean.double(), var.double()  # so that the square of the mean costs no digits
         count = mean.new_tensor([x.numel() / x.shape[1]])
         sums = torch.cat([count * mean, count * (var + mean.square()), count])
-        sums = _SumOverRanks.apply(sums, self.team)
+        sums = _SumOverRanks.apply(sums, self.collectives)
         count = sums[-1].detach()
         mean, square = (sums[:-1] / count).chunk(2)
         var = square - mean.square()
@@ -167,19 +167,19 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum that each rank goes on with; its gradient is the sum of what each rank makes of it."""
+    """Sum over the ranks, returned to each; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
-    def forward(ctx, values, team):  # type: ignore[no-untyped-def]
-        ctx.team = team
+    def forward(ctx, values, collectives):  # type: ignore[no-untyped-def]
+        ctx.collectives = collectives
         values = values.clone()
-        team.add_up([values])
+        collectives.all_reduce_sum([values])
         return values
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         gradient = gradient.clone()
-        ctx.team.add_up([gradient])
+        ctx.collectives.all_reduce_sum([gradient])
         return gradient, None
 
 

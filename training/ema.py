@@ -5,30 +5,35 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AveragedModel:
-    """A copy of `model` that follows it slowly.
+    """A copy of `model`, `module`, whose weights are the moving average of those of `model`.
 
-    `decay` is per step; while the run is young it is (1 + t) / (10 + t) if that is lower, so
-    that the random start is soon forgotten. 0 makes the copy follow at once.
+    `decay` is per step; in the first steps it is (1 + t) / (10 + t) if that is lower, so that the
+    random start is soon forgotten. With 0 the copy equals the model at every step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.steps = 0
+        # Tensors of the average and of the model; loading a state dict keeps them.
+        mine, theirs = self.module.state_dict(), model.state_dict()
+        pairs = [(mine[key], theirs[key]) for key in mine]
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards `model` by one step."""
+    def update(self) -> None:
+        """Move towards the model by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        mine, theirs = self.module.state_dict(), model.state_dict()
-        floats = [key for key, value in mine.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [mine[key] for key in floats], [theirs[key] for key in floats], 1 - decay
-        )
-        for key in mine.keys() - set(floats):
-            mine[key].copy_(theirs[key])
+        torch._foreach_lerp_(*_columns(self._floats), 1 - decay)
+        if self._counts:
+            torch._foreach_copy_(*_columns(self._counts))
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]

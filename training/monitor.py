@@ -1,9 +1,12 @@
-"""What a run reports: held-out accuracies, warnings, metrics.jsonl and TensorBoard."""
+"""A run's reports: progress, held-out accuracies, warnings, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
 import json
-import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,45 @@ from torch import Tensor, nn
 
 from robust import files
 from robust.attacks import resolve_attack
+from robust.distributed import SINGLE, World
 from robust.evaluation import evaluate
-from robust.ranks import ALONE, Ranks
 from robust.threat_model import ThreatModel
-
-logger = logging.getLogger(__name__)
+from training.recipe import Phase
 
 COLLAPSE_GAP = 0.15  # FGSM accuracy minus PGD-10 accuracy
 OVERFIT_DROP = 0.03  # below the best PGD-10 accuracy so far
-PATIENCE = 3  # epochs in a row below it
+PATIENCE = 3  # scores in a row below it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Progress after a step, for a display."""
+
+    phase: Phase
+    epoch: int  # from 1, over all phases
+    epochs: int
+    step: int  # from 1, within the epoch
+    steps: int
+    loss: float  # mean of the epoch so far; on a GPU up to some steps ago
+    learning_rate: float
+    images_per_second: float
+    seconds_left: float  # of the whole run without scoring; infinite before the first step
+    row: dict[str, Any] | None = None  # the epoch's metrics, once it is over
+
+
+Observer = Callable[[Progress], None]
+
+
+class SpeedMeter:
+    """Training speed of an epoch."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size, self.steps, self.began = batch_size, 0, time.monotonic()
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of the epoch over the time since it began, or was resumed."""
+        return self.steps * self.batch_size / (time.monotonic() - self.began)
 
 
 def score(
@@ -31,7 +64,7 @@ def score(
     num_classes: int,
     threat_model: ThreatModel,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
 ) -> dict[str, float]:
     """Clean, FGSM and PGD-10 accuracy, in [0, 1], of a model in eval mode and float32."""
     attacks = [resolve_attack("fgsm", threat_model), resolve_attack("pgd-10", threat_model)]
@@ -43,7 +76,7 @@ def score(
         attacks=attacks,
         device=device,
         batch_size=250 if device.type == "cpu" else 1000,
-        ranks=ranks,
+        world=world,
     )
     return {
         "clean": result.accuracy("clean"),
@@ -53,9 +86,9 @@ def score(
 
 
 def warnings_for(history: list[dict[str, Any]]) -> list[str]:
-    """What the newest epoch gives reason to warn of."""
-    adversarial = [row for row in history if row["adversarial"]]
-    if not adversarial or not history[-1]["adversarial"]:
+    """Warnings about the newest epoch; none unless it was scored."""
+    adversarial = [row for row in history if row["adversarial"] and row["n"]]
+    if not adversarial or history[-1] is not adversarial[-1]:
         return []
     last, found = adversarial[-1], []
     gap = last["fgsm"] - last["pgd"]
@@ -69,7 +102,7 @@ def warnings_for(history: list[dict[str, Any]]) -> list[str]:
     if len(tail) == PATIENCE and all(best - row["pgd"] > OVERFIT_DROP for row in tail):
         found.append(
             f"robust overfitting: PGD-10 accuracy has been over {100 * OVERFIT_DROP:.0f} points "
-            f"below its best ({100 * best:.1f}%) for {PATIENCE} epochs; train for fewer, or "
+            f"below its best ({100 * best:.1f}%) for {PATIENCE} scores; train for fewer epochs, or "
             "augment more"
         )
     return found
@@ -81,7 +114,7 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     files.write_atomic(path, lambda file: file.write(text.encode()))
 
 
-class Board:
+class Board(AbstractContextManager["Board"]):
     """TensorBoard's event files of a run."""
 
     def __init__(self, folder: Path, *, done: int) -> None:
@@ -94,9 +127,10 @@ class Board:
     def add(self, row: dict[str, Any]) -> None:
         """One point for each number of an epoch."""
         for name in ("loss", "learning_rate", "clean", "fgsm", "pgd", "images_per_second"):
+            if row[name] is None:  # an epoch that was not scored
+                continue
             self._writer.add_scalar(name, row[name], row["epoch"])
         self._writer.flush()
 
-    def close(self) -> None:
-        """Finish the files."""
+    def __exit__(self, *exception: object) -> None:
         self._writer.close()

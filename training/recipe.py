@@ -1,53 +1,62 @@
-"""Recipes: everything that decides what a training run does, as data.
+"""Recipes: complete descriptions of training runs, as data.
 
-Each technique is a field and has a value that switches it off. The recipes themselves are in
-`training.recipes`.
+Each technique is a field with a value that turns it off. The built-in recipes are in
+`training.recipes`; files and command-line overrides are read in `training.recipe_values`.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-from robust.classifier import Activation, Arch, Stem
-from robust.threat_model import Norm
+from robust import networks
+from robust.classifier import Activation, Stem
+from robust.threat_model import Norm, ThreatModel
+from training.field_types import Limits, Size, check_fields
 
 EPS = 8 / 255  # pixel units
+
+Share = Annotated[float, Limits(0, 1)]
+BelowOne = Annotated[float, Limits(0, 1, below=True)]
+NotNegative = Annotated[float, Limits(0)]
+Count = Annotated[int, Limits(0)]
+AtLeastOne = Annotated[int, Limits(1)]
+Rgb = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Random changes to each image, drawn per image on the device."""
 
-    crop_padding: int = 4
+    crop_padding: Count = 4
     """Pixels of reflected border before a random crop back to size. 0: no crop."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of a horizontal flip. 0: none."""
-    rotation: float = 0.0
+    rotation: Annotated[float, Limits(0, 180)] = 0.0
     """Largest angle in degrees, uniform on both sides. 0: none."""
-    jitter: float = 0.0
+    jitter: Share = 0.0
     """Largest relative change of brightness, contrast and saturation. 0: none."""
-    cutout: int = 0
-    """Side in pixels of the square set to mid-grey. 0: none (DeVries & Taylor 2017)."""
-    mixup: float = 0.0
-    """Beta parameter of mixup (Zhang et al. 2018). 0: none; adversarial parts are never mixed."""
+    cutout: Count = 0
+    """Side in pixels of a square set to mid-gray. 0: none (DeVries & Taylor 2017)."""
+    mixup: NotNegative = 0.0
+    """Beta parameter of mixup (Zhang et al. 2018); clean phases only. 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialPart:
-    """One share of the loss: images attacked in a given way."""
+    """One part of the loss: images attacked in a given way."""
 
     kind: Literal["clean", "fgsm", "fgsm-rs", "n-fgsm", "pgd"]
     """`fgsm`: no start. `fgsm-rs`: uniform start in the ball (Wong et al. 2020). `n-fgsm`: noise
     of twice eps and no clipping to the ball, does not collapse (de Jorge et al. 2022)."""
-    share: float = 1.0
+    share: Share = 1.0
     """Weight in the loss; the shares of a phase add up to 1."""
-    steps: int = 1
+    steps: AtLeastOne = 1
     """Gradient steps of `pgd`; the others take one."""
-    alpha: float = 0.0
-    """Step in pixel units. 0: eps for `fgsm` and `n-fgsm`, 1.25 eps for `fgsm-rs`, for `pgd` a
-    quarter of eps or what crosses the ball."""
+    alpha: Size = 0.0
+    """Step size in pixel units. 0: eps for `fgsm` and `n-fgsm`, 1.25 eps for `fgsm-rs`; for `pgd`
+    2.5 eps / steps, but at least eps / 4 and at most eps."""
 
     @property
     def attack_steps(self) -> int:
@@ -60,124 +69,147 @@ CLEAN = (AdversarialPart(kind="clean"),)
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training with one kind of loss and one learning-rate schedule."""
+    """Some epochs with one kind of loss and one learning-rate schedule."""
 
     name: str
-    epochs: int
+    """Begins with a letter; letters, digits, ``-`` and ``_``. Names the phase in ``--set``."""
+    epochs: Count
     """Passes over the training images. 0: the phase is left out."""
     parts: tuple[AdversarialPart, ...] = CLEAN
     """What the loss is made of."""
     loss: Literal["cross-entropy", "trades"] = "cross-entropy"
     """`trades`: clean loss plus `trades_beta` times the divergence of the attacked prediction
     from the clean one (Zhang et al. 2019); takes exactly one attacked part."""
-    trades_beta: float = 6.0
+    trades_beta: NotNegative = 6.0
     split: bool = False
     """True: each image goes to one part only, in the proportion of the shares. False: every
     image goes through every part."""
-    learning_rate: float = 0.1
-    """Peak, reached after the warm-up, then a cosine down to 0."""
-    warmup: float = 0.05
+    learning_rate: Annotated[float, Limits(0, above=True)] = 0.1
+    """Peak rate, reached after the warm-up and followed by a cosine decay."""
+    warmup: BelowOne = 0.05
     """Share of the phase's steps in which the rate rises linearly. 0: none."""
-    final_rate: float = 0.0
-    """Where the cosine ends, as a share of the peak, so that a further phase can go on from
-    there. 0: at nothing."""
-    teacher: float = 0.0
-    """Share of the target that is the averaged model's own prediction of the unattacked image
+    final_rate: BelowOne = 0.0
+    """Where the cosine ends, relative to the peak, so that the next phase can continue from
+    there."""
+    teacher: BelowOne = 0.0
+    """Share of the target that is the averaged model's own prediction of the clean image
     (Tarvainen & Valpola 2017; against robust overfitting, Dong et al. 2022). 0: labels alone."""
-    awp: float = 0.0
-    """Adversarial weight perturbation: how far the weights are pushed up the loss, as a share of
-    their norm (Wu et al. 2020, who take 0.005). 0: none."""
-    awp_from: float = 0.0
-    """Share of the phase's steps after which `awp` begins; late is cheaper."""
+    awp: BelowOne = 0.0
+    """Adversarial weight perturbation: how far the weights are moved up the loss, relative to
+    their norm (Wu et al. 2020, who use 0.005). 0: none."""
+    awp_from: BelowOne = 0.0
+    """Share of the phase's steps after which `awp` begins; a late start is cheaper."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     @property
     def is_adversarial(self) -> bool:
-        """Whether any part of the loss is attacked."""
+        """Whether the loss has adversarial images."""
         return any(part.kind != "clean" for part in self.parts)
 
     @property
     def passes(self) -> float:
-        """Forward and backward passes an image takes, roughly: what one phase costs to another."""
+        """Approximate forward and backward passes per image; a backward pass counts twice.
+
+        A gradient with respect to the image is two passes, one with respect to the weights three.
+        """
         attacks = [2 * part.attack_steps for part in self.parts]
-        if self.loss == "trades":  # clean and attacked, and the prediction it is to diverge from
+        if self.loss == "trades":  # one more pass for the clean prediction
             attack, loss = attacks[0] + 1.0, 6.0
         elif self.split:
             pairs = zip(self.parts, attacks, strict=True)
             attack, loss = sum(part.share * steps for part, steps in pairs), 3.0
         else:
             attack, loss = float(sum(attacks)), 3.0 * len(self.parts)
-        perturbed = 1 - self.awp_from if self.awp else 0.0  # the loss once more, for its direction
+        perturbed = 1 - self.awp_from if self.awp else 0.0  # AWP takes the loss once more
         return attack + loss * (1 + perturbed) + (1 if self.teacher else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. Validated on construction: ValueError names the field."""
+    """A whole training run.
+
+    Raises ValueError for a wrong type or value, as ``adversarial.epochs: expected ..., got ...``.
+    """
 
     name: str
     phases: tuple[Phase, ...]
 
-    arch: Arch = "resnet50"
+    arch: str = "resnet50"
+    """A network that `robust.networks` builds."""
+    variant: str = ""
+    """Tells networks of the same name apart, see the family's file."""
     stem: Stem = "imagenet"
     activation: Activation = "relu"
-    input_size: int = 32
-    """Pixels a side."""
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Normalisation inside the classifier; 0 and 1 leave it to the first batch norm, so that the
+    input_size: Annotated[int, Limits(8, 1024)] = 32
+    """Height and width in pixels."""
+    mean: Rgb = (0.0, 0.0, 0.0)
+    """Subtracted from pixels in [0, 1] inside the classifier. Files and ``--set`` also take
+    ``imagenet`` or ``cifar10``, for mean and std together."""
+    std: Rgb = (1.0, 1.0, 1.0)
+    """Divides them. Mean 0 and std 1 leave normalization to the first batch norm, so that the
     bare weights take pixels in [0, 1]."""
     zero_init_residual: bool = False
-    """Start every residual branch at zero (Goyal et al. 2017)."""
+    """Initialize every residual branch to zero (Goyal et al. 2017)."""
 
     norm: Norm = "linf"
-    eps: float = EPS
+    """Norm of the ball that attacks stay in."""
+    eps: Size = EPS
+    """Its radius in pixel units."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = 0.9
-    """Of SGD, Nesterov's. 0: plain SGD."""
-    weight_decay: float = 5e-4
+    momentum: BelowOne = 0.9
+    """Nesterov momentum of SGD. 0: plain SGD."""
+    weight_decay: NotNegative = 5e-4
     """On weights of convolutions and the head; never on norms and biases. 0: none."""
-    batch_size: int = 128
-    label_smoothing: float = 0.1
+    batch_size: Annotated[int, Limits(2)] = 128
+    label_smoothing: BelowOne = 0.1
     """Share of the target spread over all classes. 0: none."""
-    gradient_clip: float = 1.0
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the loss in every phase. `balanced`: each image counts n / (K n_k), for n images
+    in K classes and n_k in its own, so that all classes count alike."""
+    gradient_clip: NotNegative = 1.0
     """Largest global L2 norm of the gradient. 0: no clipping."""
-    ema_decay: float = 0.999
-    """Averaged weights, per step, lower while the run is young. 0: no averaging."""
+    ema_decay: BelowOne = 0.999
+    """Decay per step of the averaged weights, lower in the first steps. 0: no averaging."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the device multiplies it in hardware (CUDA, CPUs with AMX)."""
+    """`auto`: bf16 where the device has hardware for it (CUDA, CPUs with AVX-512 BF16 or AMX)."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Passes through torch.compile, attack and training as graphs of their own. `auto`: on CUDA."""
+    """Whether torch.compile compiles the passes. `auto`: on CUDA."""
 
     batch_norm: Literal["sync", "local"] = "sync"
-    """Where several GPUs share out a batch. `sync`: statistics over the whole batch, so that all
-    is as on one. `local`: each over its share, which spares two rounds of talk a layer; running
-    statistics are the mean over the GPUs."""
+    """Batch norm when several GPUs share a batch. `sync`: statistics over the whole batch, as on
+    one GPU. `local`: each GPU's own, which saves two all-reduces per layer; running statistics
+    are the mean over the GPUs."""
 
-    held_out: float = 0.02
-    """Stratified share of the training data that is never trained on and picks the model."""
-    monitor_limit: int = 1000
-    """Held-out images scored after each epoch. 0: all."""
-    select: Literal["pgd", "mean", "last"] = "pgd"
-    """The model kept: the best PGD-10 accuracy on the held-out images, the best mean of that and
-    the clean one, the later of equals; or the last."""
+    held_out: Annotated[float, Limits(0, 1, above=True, below=True)] = 0.02
+    """Stratified share of the training images that is held out to select the model; unused when
+    validation images are given (``--val``)."""
+    monitor_limit: Count = 1000
+    """Held-out images of a score. 0: all."""
+    score_every: Annotated[int, Limits(1)] = 1
+    """Epochs between scores on held-out images; the last epoch of a phase is always scored."""
+    select: Literal["pgd", "mean", "clean", "last"] = "pgd"
+    """Which model is kept: the one with the best accuracy on held-out images under PGD-10 (`pgd`),
+    without an attack (`clean`), or the best mean of both (`mean`); or the `last`. Of equals the
+    later."""
 
     def __post_init__(self) -> None:
-        _check_choices("recipe", self)
-        names = [phase.name for phase in self.phases]
-        if len(set(names)) != len(names) or not any(phase.epochs for phase in self.phases):
-            raise ValueError(f"phases: expected different names and some epochs, got {names}")
+        check_fields(self)
+        try:
+            networks.check_choices(
+                self.arch, stem=self.stem, activation=self.activation, variant=self.variant
+            )
+        except ValueError as error:
+            raise ValueError(f"arch: {error}") from None
+        _check_phase_names(self.phases)
+        try:
+            ThreatModel(norm=self.norm, eps=self.eps)
+        except ValueError as error:
+            raise ValueError(f"eps: {error}") from None
+        if min(self.std) <= 0:
+            raise ValueError(f"std: expected 3 positive numbers, got {self.std}")
         for phase in self.phases:
             _check_phase(phase, self.input_size)
-        _check_range("recipe", self, 0, "weight_decay", "gradient_clip", "monitor_limit")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size: expected at least 2, got {self.batch_size}")
-        for name in ("momentum", "label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected [0, 1), got {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
 
     @property
     def epochs(self) -> int:
@@ -194,50 +226,33 @@ class Recipe:
         return asdict(self)
 
 
-def _check_choices(owner: str, value: object) -> None:
-    """Raise ValueError for a field whose value is none of those its type names."""
-    for name, hint in get_type_hints(type(value)).items():
-        found = getattr(value, name)
-        if get_origin(hint) is Literal and found not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ValueError(f"{owner}: expected {name} out of {choices}, got {found!r}")
-
-
-def _check_range(
-    owner: str, value: object, low: float, *names: str, high: float = math.inf
-) -> None:
+def _check_phase_names(phases: tuple[Phase, ...]) -> None:
+    names = [phase.name for phase in phases]
+    if len(set(names)) != len(names) or not any(phase.epochs for phase in phases):
+        raise ValueError(f"phases: expected different names and some epochs, got {names}")
     for name in names:
-        if not low <= getattr(value, name) <= high:
-            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ValueError(f"{owner}: expected {name} {limits}, got {getattr(value, name)}")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise ValueError(f"phases: expected a name such as adversarial, got {name[:40]!r}")
 
 
 def _check_phase(phase: Phase, input_size: int) -> None:
-    for part in phase.parts:
-        _check_choices(phase.name, part)
-        _check_range(phase.name, part, 0, "share", high=1)
-        _check_range(phase.name, part, 1, "steps")
-        _check_range(phase.name, part, 0, "alpha")
-    _check_choices(phase.name, phase)
-    _check_range(phase.name, phase, 0, "trades_beta")
+    """Checks that involve more than one field."""
     total = sum(part.share for part in phase.parts)
     if abs(total - 1) > 1e-6:
-        raise ValueError(f"{phase.name}: expected shares that add up to 1, got {total:g}")
-    if phase.epochs < 0 or phase.learning_rate <= 0 or not 0 <= phase.warmup < 1:
-        raise ValueError(
-            f"{phase.name}: expected epochs >= 0, learning_rate > 0 and a warmup in [0, 1), got "
-            f"{phase.epochs}, {phase.learning_rate:g} and {phase.warmup:g}"
-        )
+        raise ValueError(f"{phase.name}.parts: expected shares that add up to 1, got {total:g}")
     attacked = [part for part in phase.parts if part.kind != "clean"]
     if phase.loss == "trades" and (len(attacked) != 1 or len(phase.parts) != 1):
-        raise ValueError(f"{phase.name}: expected trades with one attacked part, got {phase.parts}")
-    for name in ("final_rate", "teacher", "awp", "awp_from"):
-        if not 0 <= getattr(phase, name) < 1:
-            raise ValueError(f"{phase.name}: expected {name} in [0, 1), got {getattr(phase, name)}")
-    augmentation = phase.augmentation
-    if augmentation.mixup and phase.is_adversarial:
-        raise ValueError(f"{phase.name}: expected mixup in a clean phase only")
-    _check_range(phase.name, augmentation, 0, "crop_padding", high=input_size - 1)  # of reflection
-    _check_range(phase.name, augmentation, 0, "cutout", "mixup")
-    _check_range(phase.name, augmentation, 0, "rotation", high=180)
-    _check_range(phase.name, augmentation, 0, "flip", "jitter", high=1)
+        raise ValueError(
+            f"{phase.name}.parts: expected one attacked part for trades, got "
+            f"{[part.kind for part in phase.parts]}"
+        )
+    if phase.augmentation.mixup and phase.is_adversarial:
+        raise ValueError(
+            f"{phase.name}.augmentation.mixup: expected 0 in an adversarial phase, got "
+            f"{phase.augmentation.mixup}"
+        )
+    if phase.augmentation.crop_padding >= input_size:  # reflection needs that many pixels
+        raise ValueError(
+            f"{phase.name}.augmentation.crop_padding: expected less than the input_size of "
+            f"{input_size}, got {phase.augmentation.crop_padding}"
+        )

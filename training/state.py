@@ -1,4 +1,4 @@
-"""What a run keeps on disk so that it can go on after a kill, and the lock of its output."""
+"""The files of a run, the state that lets it resume after a kill, and the lock of its output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,7 +20,7 @@ from robust import files
 
 
 class TrainingError(ValueError):
-    """A run that can't start or go on; the message says why and what to do."""
+    """A run can't start or continue; the message says why and what to do."""
 
 
 @dataclass(kw_only=True)
@@ -33,14 +34,15 @@ class Best:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Where a run stands: everything that the next step depends on.
+    """The position of a run and everything that its next step depends on.
 
-    Random numbers are derived from seed and position, so none need to be kept.
+    Random numbers derive from seed and position, so no random state is stored.
     """
 
     phase: int = 0
     epoch: int = 0  # within the phase
     step: int = 0  # within the epoch
+    phase_steps: int = 0  # as `--minutes` fitted them; 0: those of all its epochs
     seconds: float = 0.0  # of training so far
     epoch_loss: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -84,7 +86,7 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def read_manifest(self) -> dict[str, Any]:
-        """The run that the folder is of; empty where there is none. Raises TrainingError."""
+        """Content of `manifest`; empty if there is no such file. Raises TrainingError."""
         if not self.manifest.exists():
             return {}
         try:
@@ -96,7 +98,7 @@ class RunFolder:
             ) from error
 
     def put_aside(self) -> None:
-        """Move what an earlier, finished run left to ``runs/NAME.1``, or the next free number."""
+        """Move the files of an earlier, finished run to ``runs/NAME.1``, or the next number."""
         if not self.metrics.exists() or not self.metrics.stat().st_size:
             return
         numbered = (self.path.with_name(f"{self.path.name}.{k}") for k in count(1))
@@ -108,42 +110,135 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one process. Raises TrainingError while another holds it.
+        """Lock the folder for one process. Raises TrainingError while another has it locked.
 
-        What a process killed in the midst of writing left there is removed.
+        Removes temporary files of a process that was killed while writing, and at the end the
+        folder itself if it is empty.
         """
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            handle = self._lock()
         except OSError as error:
             reason = error.strerror or str(error)
             raise TrainingError(
                 f"{self.path}: expected a folder that can be written to, found: {reason.lower()}"
             ) from error
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TrainingError(
-                    f"{self.path}: another training run is writing here; "
-                    "wait for it, or choose another --out"
-                ) from None
             for left in self.path.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
             yield
         finally:
-            os.close(handle)  # also gives the lock back, as does the end of the process
+            with suppress(OSError):  # a folder that is not empty stays
+                if os.listdir(self.path) == ["lock"]:
+                    (self.path / "lock").unlink()
+                    for folder in missing or [self.path]:
+                        folder.rmdir()
+            os.close(handle)  # also releases the lock, as does the end of the process
+
+    def _lock(self) -> int:
+        """A descriptor that holds the lock. Raises OSError, and TrainingError."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise TrainingError(
+                    f"{self.path}: another training run is writing here; "
+                    "wait for it, or choose another --out"
+                ) from None
+            if os.fstat(handle).st_nlink:
+                return handle
+            os.close(handle)  # another process has just removed it with the empty folder
+
+
+class StateWriter:
+    """Writes the state of a run in a background thread, so that training continues meanwhile.
+
+    A failed write raises TrainingError at the next call.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save-state")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> StateWriter:
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(self, state: RunState) -> None:
+        """Copy `state` to the host and start writing it; the original may then change."""
+        self.wait()
+        content, copied = _host_copy(_to_content(state))
+        self._pending = self._pool.submit(self._write, content, copied)
+
+    def check(self) -> None:
+        """Raise TrainingError if the last write has failed."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the state is on disk. Raises TrainingError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, content: dict[str, Any], copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        _write_content(self.path, content)
 
 
 def save_state(path: Path, state: RunState) -> None:
     """Write the state atomically. Raises TrainingError when the disk is full."""
+    _write_content(path, _to_content(state))
+
+
+def _to_content(state: RunState) -> dict[str, Any]:
     content = {**vars(state), "history": json.dumps(state.history)}
-    content["best"] = vars(state.best) if state.best else None
+    content["best"] = dict(vars(state.best)) if state.best else None
+    return content
+
+
+def _write_content(path: Path, content: dict[str, Any]) -> None:
     try:
         files.write_atomic(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:  # torch's zip writer wraps a full disk
         reason = str(error).splitlines()[0]
         raise TrainingError(f"{path}: could not save the state of the run: {reason}") from error
+
+
+def _host_copy(content: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
+    """`content` with every tensor copied to the host, and on CUDA the event of the last copy.
+
+    On CUDA the copies are asynchronous: later kernels run after them, and the host does not wait.
+    """
+    on_cuda = False
+
+    def copy(value: Any) -> Any:
+        nonlocal on_cuda
+        if isinstance(value, Tensor):
+            on_cuda = on_cuda or value.is_cuda
+            value = value.detach()
+            return value.clone() if value.is_cpu else value.to("cpu", non_blocking=value.is_cuda)
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [copy(item) for item in value]
+        return value
+
+    copied: dict[str, Any] = copy(content)
+    if not on_cuda:
+        return copied, None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return copied, event
 
 
 def load_state(path: Path) -> RunState:

@@ -1,0 +1,224 @@
+"""``--minutes``: fits the number of epochs to the available time.
+
+Before the first epoch a few steps of each phase and part of a scoring are timed. The epochs of all
+phases are then fitted to the remaining time, in the recipe's proportions, and fitted again
+whenever a phase begins. If steps get slower within a phase, the phase is shortened; the last phase
+is extended if time is left. So the run ends in time, and its learning-rate schedule is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from robust.distributed import World
+from training.recipe import Recipe
+from training.state import TrainingError
+
+logger = logging.getLogger(__name__)
+
+LEAST_MARGIN, MARGIN = 3.0, 0.01  # seconds, and share of the whole time, left for what is not timed
+USUAL_SCORE = 0.7  # typical time of a scoring relative to one in which no image is fooled
+SCORE_GROWTH = 1.15  # time of the next scoring relative to the last: fewer images are fooled
+WINDOW = 50  # clock readings over which the speed of a phase is measured
+_imported = time.monotonic()
+
+
+def process_age() -> float:
+    """Seconds since this process started, or since this import if the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19])  # since boot, when the process began
+        boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return boot - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, OSError, ValueError, IndexError):
+        return time.monotonic() - _imported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadline:
+    """When a run must have written its checkpoint."""
+
+    minutes: float  # from the start of the process
+    started: float  # when that was, on `clock`
+    clock: Callable[[], float] = time.monotonic  # seconds
+
+    @classmethod
+    def of_this_process(cls, minutes: float) -> Deadline:
+        """`minutes` minutes from the start of this process."""
+        return cls(minutes=minutes, started=time.monotonic() - process_age())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the process began."""
+        return self.clock() - self.started
+
+    @property
+    def margin(self) -> float:
+        """Seconds reserved for everything that is not timed."""
+        return max(LEAST_MARGIN, MARGIN * 60 * self.minutes)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, minus the margin."""
+        return 60 * self.minutes - self.elapsed - self.margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Measured times of the parts of a run on this machine, in seconds."""
+
+    steps: int  # of an epoch
+    step: tuple[float, ...]  # seconds of a step, by phase
+    score: float  # seconds of a scoring in which no image is fooled, the slowest case
+    finish: float  # seconds of the final scoring, on all held-out images, in the same case
+
+    def epochs(self, phase: int, count: int, score_every: int) -> float:
+        """Seconds of `count` epochs of a phase, scores included."""
+        scores = math.ceil(count / score_every)
+        return count * self.steps * self.step[phase] + scores * USUAL_SCORE * self.score
+
+
+class Budget:
+    """Decides how many epochs and steps still fit; rank 0's clock counts for all ranks."""
+
+    def __init__(self, recipe: Recipe, deadline: Deadline, costs: Costs, world: World) -> None:
+        self.recipe, self.deadline, self.costs, self.world = recipe, deadline, costs, world
+        self.score_seconds = USUAL_SCORE * costs.score
+        self._phase = -1  # that `_looks` are of
+        self._looks: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # steps done, and when
+        self._scoring = 0.0  # seconds of all scores, which `_looks` leave out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in the run's manifest, as JSON values."""
+        epochs = {phase.name: phase.epochs for phase in self.recipe.phases}
+        return {"given": self.deadline.minutes, "epochs": epochs, "fitted_steps": {}}
+
+    def fit(self, recipe: Recipe, first: int = 0) -> Recipe:
+        """`recipe` with as many epochs of the phases from `first` on as fit in the remaining time.
+
+        For the first phase, raises TrainingError that names the minimum if not even one epoch of
+        each phase fits.
+        """
+        return with_epochs(recipe, self.world.on_rank0(lambda: self._fit(recipe, first)))
+
+    def _fit(self, recipe: Recipe, first: int) -> list[int]:
+        wanted = [phase.epochs for phase in self.recipe.phases]
+        wanted[:first] = [0] * first
+
+        def seconds(epochs: Sequence[int]) -> float:
+            every = recipe.score_every
+            parts = (self.costs.epochs(k, n, every) for k, n in enumerate(epochs))
+            return sum(parts) + self.costs.finish
+
+        left, epochs = self.deadline.left, [min(1, n) for n in wanted]
+        if first == 0 and seconds(epochs) > left:
+            whole = self.deadline.elapsed + seconds(epochs)
+            least = max(whole + LEAST_MARGIN, whole / (1 - MARGIN)) / 60
+            raise TrainingError(
+                f"--minutes: expected at least {math.ceil(10 * least + 0.5) / 10:.1f}, for an "
+                f"epoch of each phase, got {self.deadline.minutes:g}; "
+                f"{self._explain(recipe, first)}"
+            )
+        epochs = fit_epochs(wanted, lambda n: seconds(n) <= left)
+        before = [phase.epochs for phase in recipe.phases]
+        epochs[:first] = before[:first]
+        if first == 0 or epochs != before:
+            chosen = _listed(recipe, epochs, first)
+            logger.info(
+                "--minutes %g: %s; %s", self.deadline.minutes, chosen, self._explain(recipe, first)
+            )
+        return epochs
+
+    def _explain(self, recipe: Recipe, first: int) -> str:
+        costs, deadline = self.costs, self.deadline
+        steps = ", ".join(
+            f"{costs.step[k]:.3f} s ({phase.name})"
+            for k, phase in enumerate(recipe.phases)
+            if k >= first and phase.epochs
+        )
+        return (
+            f"{deadline.elapsed:.0f} s are gone, {deadline.margin + costs.finish:.0f} s kept for "
+            f"the last score and the file; an epoch is {costs.steps} steps of {steps}, and a "
+            f"score about {USUAL_SCORE * costs.score:.1f} s"
+        )
+
+    def scored(self, seconds: float) -> None:
+        """Record how long a scoring took."""
+        self.score_seconds = SCORE_GROWTH * seconds
+        self._scoring += seconds
+
+    def fit_steps(self, recipe: Recipe, phase: int, *, done: int, total: int) -> int:
+        """The number of steps for a phase of `total` steps, `done` of which are done.
+
+        Fewer than `total` if time is short; more for the last phase if time is left.
+        """
+        return self.world.on_rank0(lambda: self._fit_steps(recipe, phase, done, total))
+
+    def _fit_steps(self, recipe: Recipe, phase: int, done: int, total: int) -> int:
+        if self._phase != phase:
+            self._phase = phase
+            self._looks.clear()
+        self._looks.append((done, self.deadline.clock() - self._scoring))
+        (first, began), (_, now) = self._looks[0], self._looks[-1]
+        if len(self._looks) < 3 or now <= began:
+            return total
+        step = (now - began) / (done - first)
+        slowdown = max(1.0, step / self.costs.step[phase])
+        later = [k for k, item in enumerate(recipe.phases) if k > phase and item.epochs]
+        other = sum(self.costs.epochs(k, 1, 1) for k in later)
+        left = self.deadline.left - slowdown * (other + self.costs.finish)
+        fits = self._steps_within(left, step, done, every=self.costs.steps * recipe.score_every)
+        return done + max(1, fits if not later else min(fits, total - done))
+
+    def _steps_within(self, left: float, step: float, done: int, *, every: int) -> int:
+        """The most steps that fit in `left` seconds, scored after every `every` and at the end."""
+        steps = math.floor((left - self.score_seconds) / step)
+        while steps > 0 and steps * step + self._scores(done, steps, every) > left:
+            steps -= 1
+        return steps
+
+    def _scores(self, done: int, steps: int, every: int) -> float:
+        """Seconds of all further scorings, including one due now."""
+        return self.score_seconds * (math.ceil((done + steps) / every) - (done - 1) // every)
+
+
+def fit_epochs(wanted: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[int]:
+    """The most epochs per phase that fit, in proportion to `wanted` and at least one each.
+
+    A phase with 0 in `wanted` gets 0.
+    """
+    epochs = [min(1, n) for n in wanted]
+    phases = [k for k, n in enumerate(wanted) if n]
+
+    def with_one_more(k: int) -> list[int]:
+        return [n + (i == k) for i, n in enumerate(epochs)]
+
+    def behind() -> int:
+        return min(phases, key=lambda k: epochs[k] / wanted[k])
+
+    while fits(with_one_more(behind())):
+        epochs = with_one_more(behind())
+    for k in phases:  # the remaining time may be enough for an epoch of a cheaper phase
+        if fits(with_one_more(k)):
+            epochs = with_one_more(k)
+    return epochs
+
+
+def with_epochs(recipe: Recipe, epochs: Sequence[int]) -> Recipe:
+    """`recipe` with other numbers of epochs, by phase."""
+    pairs = zip(recipe.phases, epochs, strict=True)
+    return replace(recipe, phases=tuple(replace(phase, epochs=n) for phase, n in pairs))
+
+
+def _listed(recipe: Recipe, epochs: Sequence[int], first: int) -> str:
+    named = zip(recipe.phases, epochs, strict=True)
+    chosen = [f"{n} {phase.name}" for k, (phase, n) in enumerate(named) if k >= first]
+    return ", ".join(chosen) + " epochs"

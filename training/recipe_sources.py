@@ -1,0 +1,86 @@
+"""Finding a recipe: by name, in a TOML or JSON file, or as a function of your own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.recipe import Recipe
+from training.recipe_values import recipe_from_values
+from training.recipes import RECIPES, named_recipe
+
+FORMS = "FILE.toml, FILE.json or package.module:function"
+_RECORDED = ("kept_epoch", "init", "minutes")  # of a run, beside its recipe's fields in a sidecar
+
+
+def load_recipe(source: str) -> Recipe:
+    """Load the recipe given by `source`.
+
+    `source` is the name of a built-in recipe, a TOML or JSON file of a recipe's fields, the
+    ``run.json`` of a run or the sidecar of a checkpoint, or ``package.module:function``, where
+    the function takes no arguments and returns a Recipe. Raises ValueError that names the source
+    and the field.
+    """
+    if source in RECIPES:
+        return named_recipe(source)
+    path = Path(source)
+    if path.suffix.lower() in (".toml", ".json") or path.is_file():
+        return _from_file(path)
+    if ":" in source:
+        return _from_function(source)
+    raise ValueError(
+        f"expected recipe to be one of {', '.join(RECIPES)}, or {FORMS}, got {source[:200]!r}"
+    )
+
+
+def recorded_seed(source: str) -> int | None:
+    """The seed that a ``run.json`` or sidecar records; None for other sources."""
+    path = Path(source)
+    if source in RECIPES or path.suffix.lower() != ".json" or not path.is_file():
+        return None
+    values = _read(path)
+    seed = values.get("seed") if isinstance(values, Mapping) else None
+    return seed if isinstance(seed, int) else None
+
+
+def _from_file(path: Path) -> Recipe:
+    values = _read(path)
+    if isinstance(values, Mapping) and isinstance(values.get("recipe"), Mapping):
+        recorded = values["recipe"]
+        values = {key: value for key, value in recorded.items() if key not in _RECORDED}
+    try:
+        return recipe_from_values(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_bytes().decode()
+        return tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        form = "TOML" if path.suffix.lower() == ".toml" else "JSON"
+        raise ValueError(f"{path}: expected a recipe in {form}, got: {error}") from None
+
+
+def _from_function(source: str) -> Recipe:
+    module_name, _, name = source.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does; an installed command does not
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(f"{source}: expected a module to import, got: {error}") from error
+    build = getattr(module, name, None)
+    if not callable(build):
+        raise ValueError(f"{source}: expected a function {name!r} in {module_name}, got {build!r}")
+    built = build()
+    if not isinstance(built, Recipe):
+        raise ValueError(f"{source}: expected a Recipe from {name}(), got {type(built).__name__}")
+    return built

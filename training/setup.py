@@ -1,0 +1,180 @@
+"""Set-up of a run before its first step: its record, its images and its model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from robust import files
+from robust.checkpoint import Checkpoint
+from robust.classifier import Architecture, Classifier
+from robust.datasets import Dataset
+from robust.distributed import World
+from robust.sidecar import Sidecar
+from training.initial_weights import load_initial_weights
+from training.recipe import Recipe
+from training.recipe_values import recipe_from_values
+from training.state import RunFolder, RunState, TrainingError, load_state
+
+logger = logging.getLogger(__name__)
+
+
+def make_manifest(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    seed: int,
+    init: Checkpoint | None,
+    validation: Dataset | None = None,
+) -> dict[str, Any]:
+    """Everything that must match for a run to be resumed, as JSON values."""
+    return {
+        "recipe": recipe.to_dict(),
+        "data": _record(dataset),
+        "validation": validation and _record(validation),
+        "seed": seed,
+        "init": init and init.sha256,  # of the weights it begins with
+    }
+
+
+def _record(dataset: Dataset) -> dict[str, Any]:
+    return {"name": dataset.name, "count": len(dataset), "sha256": dataset.sha256}
+
+
+def check_ranks(world: World, recipe: Recipe, manifest: dict[str, Any]) -> None:
+    """Raise TrainingError unless all ranks start the same run and can share a batch."""
+    for rank, other in enumerate(world.gather(manifest)):
+        for key, value in other.items():
+            if value != manifest[key]:
+                raise TrainingError(
+                    f"expected the same recipe, data, seed and init for every process, found "
+                    f"another {key} for process {rank + 1} of {world.size}"
+                )
+    if recipe.batch_size < 2 * world.size:
+        raise TrainingError(
+            f"expected at least 2 images of a batch for each process, got a batch_size of "
+            f"{recipe.batch_size} for {world.size}"
+        )
+
+
+def open_run(
+    folder: RunFolder,
+    manifest: dict[str, Any],
+    *,
+    init: Checkpoint | None,
+    resume: bool,
+    minutes: float | None = None,
+) -> tuple[dict[str, Any], RunState | None]:
+    """The manifest and the state to resume from; no state if the run is finished.
+
+    A run fitted by `--minutes` resumes with the epochs in its manifest. Raises TrainingError if an
+    unfinished run would be lost, or if `resume` finds a different run.
+    """
+    saved = folder.read_manifest()
+    if resume and not saved and folder.state.exists():
+        raise TrainingError(
+            f"{folder.state}: expected {folder.manifest.name} beside it to say which run it is "
+            "of, found none; remove that folder to start over"
+        )
+    if resume and saved:
+        if _is_own_result(init, folder, saved):
+            manifest = {**manifest, "init": saved["init"]}
+        fitted = saved.get("minutes")
+        if minutes is not None and minutes != (fitted or {}).get("given"):
+            raise TrainingError(
+                f"{folder.path}: expected to resume with the --minutes it was started with, "
+                f"{fitted['given'] if fitted else 'none'}, got {minutes:g}"
+            )
+        for key, value in files.from_json(files.to_json(manifest)).items():
+            found = saved.get(key)
+            if key == "recipe":
+                found = _with_defaults(_as_asked(saved["recipe"], fitted))
+            if found != value:
+                raise TrainingError(
+                    f"{folder.path}: expected to resume with the same recipe, data, seed and "
+                    f"init, found another {key}"
+                )
+        if fitted:
+            manifest = {**manifest, "recipe": saved["recipe"], "minutes": fitted}
+        if saved.get("finished"):
+            return manifest, None
+        if folder.state.exists():
+            return manifest, load_state(folder.state)
+    elif folder.state.exists():
+        raise TrainingError(
+            f"{folder.path}: holds an unfinished run; pass --resume to go on with it, or "
+            "remove that folder to start over"
+        )
+    return manifest, RunState()
+
+
+def _as_asked(recipe: dict[str, Any], fitted: dict[str, Any] | None) -> dict[str, Any]:
+    """The recipe of a manifest with its original epochs, before `--minutes` fitted them."""
+    if not fitted:
+        return recipe
+    phases = [{**phase, "epochs": fitted["epochs"][phase["name"]]} for phase in recipe["phases"]]
+    return {**recipe, "phases": phases}
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe with the fields that did not exist when it was written."""
+    try:
+        return dict(files.from_json(files.to_json(recipe_from_values(recipe).to_dict())))
+    except ValueError:
+        return recipe
+
+
+def _is_own_result(init: Checkpoint | None, folder: RunFolder, saved: dict[str, Any]) -> bool:
+    """Whether `init` is the run's own result, which overwrote its initial weights."""
+    return (
+        init is not None
+        and init.path.resolve() == folder.out.resolve()
+        and saved.get("init") == init.sidecar.recipe.get("init")
+        and saved.get("init") is not None
+    )
+
+
+def build_model(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    seed: int,
+    init: Checkpoint | None,
+    validation: Dataset | None = None,
+) -> Classifier:
+    """The classifier with its initial weights: random from `seed`, or those of `init`.
+
+    Raises TrainingError if `init` has another architecture.
+    """
+    architecture = Architecture(
+        arch=recipe.arch,
+        stem=recipe.stem,
+        activation=recipe.activation,
+        variant=recipe.variant,
+        num_classes=len(dataset.classes),
+        input_size=recipe.input_size,
+        mean=recipe.mean,
+        std=recipe.std,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(architecture)
+    if recipe.zero_init_residual:
+        model.zero_residuals()
+    if init is not None:
+        logger.info("%s", load_initial_weights(model, init, dataset.classes))
+        if validation is None:
+            _warn_of_seen_images(init.sidecar, dataset, seed)
+    return model
+
+
+def _warn_of_seen_images(earlier: Sidecar, dataset: Dataset, seed: int) -> None:
+    same_data = earlier.data is not None and earlier.data.sha256 == dataset.sha256
+    if same_data and earlier.seed != seed:
+        logger.warning(
+            "the weights were trained on some of the images that are held out now; "
+            "with --seed %s the same images are held out as before",
+            earlier.seed,
+        )
