@@ -10,27 +10,33 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app import documents, playground, problem
-from app.documents import Application
-from app.middleware import LimitMiddleware, RequestMiddleware
-from app.routes import attack, evaluate, inference, limits, predict, status
+from app import playground
+from app.http import openapi, problem
+from app.http.doors import ProxyMiddleware
+from app.http.fast_path import FastPathMiddleware
+from app.http.middleware import LimitMiddleware, RequestMiddleware
+from app.http.openapi import Application
+from app.http.report import Reports
+from app.http.routes import attack, evaluate, inference, limits, predict, status
 from app.service import Service
 from app.settings import Settings
-from app.shortcut import ShortcutMiddleware
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The service as an ASGI application; it loads its model when it starts.
 
-    `app.state.service` is the `Service` behind it. Starting raises CheckpointError for a
-    checkpoint that can't be used; this function raises ValueError for a device not there.
+    `app.state.service` is the `Service` behind it. Startup raises CheckpointError for a checkpoint
+    that can't be used; this function raises ValueError for a missing device.
     """
     service = Service(settings or Settings())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.running():
-            yield
+            try:
+                yield
+            finally:
+                app.state.reports.close()
 
     app = Application(
         title="robust",
@@ -39,20 +45,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours are of the work too
     )
     app.state.service = service
+    app.state.reports = Reports()
     problem.install(app)
-    documents.install(app)
+    openapi.install(app)
     playground.install(app)
-    routers = [
-        module.router(service) for module in (predict, attack, evaluate, status, limits, inference)
-    ]
-    for router in routers:
-        app.include_router(router)
-    (prediction,) = routers[0].routes
+    for routes in (predict, attack, evaluate, status, limits, inference):
+        app.include_router(routes.router)
+    (prediction,) = predict.router.routes
     assert isinstance(prediction, APIRoute)
-    # The last one added is the outermost.
-    app.add_middleware(ShortcutMiddleware, route=prediction)
+    # The middleware added last is the outermost.
+    app.add_middleware(FastPathMiddleware, route=prediction)
     app.add_middleware(LimitMiddleware, service=service)
     if service.settings.cors_origins:
         app.add_middleware(
@@ -63,6 +68,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             expose_headers=["*"],
         )
     app.add_middleware(RequestMiddleware, service=service)
+    app.add_middleware(
+        ProxyMiddleware,
+        trusted=service.settings.trusted_proxies,
+        root_path=service.settings.root_path,
+    )
     return app
 
 

@@ -1,18 +1,26 @@
-"""What can go wrong in the service. `app.problem` turns each into an answer."""
+"""The errors of the service. `app.http.problem` turns each into a response."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import click
+
 
 @dataclass(frozen=True, kw_only=True)
 class FieldError:
-    """One thing wrong with a request: which field, what was expected, what came, in safe words."""
+    """One error in a request: the field, what was expected and what was found, safe to return."""
 
     field: str
     expected: str
     got: str
+
+
+class ServeError(click.ClickException):
+    """Why the service can't start, in one line."""
+
+    exit_code = 2
 
 
 class ServiceError(Exception):
@@ -20,11 +28,11 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError):
-    """A request that can't be read at all."""
+    """The request can't be read at all."""
 
 
 class InvalidParameters(ServiceError):
-    """Parameters, or parts of the body, that make no sense."""
+    """Invalid parameters or parts of the body."""
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
         super().__init__("; ".join(f"{item.field}: expected {item.expected}" for item in errors))
@@ -32,7 +40,7 @@ class InvalidParameters(ServiceError):
 
 
 class UnusableImages(InvalidParameters):
-    """Images that can't be used; `kind` is that of the library's ImageError."""
+    """Images that can't be used; `kind` is that of the library's ImageError, or `undecodable`."""
 
     def __init__(self, kind: str, errors: Sequence[FieldError]) -> None:
         super().__init__(errors)
@@ -41,6 +49,18 @@ class UnusableImages(InvalidParameters):
 
 class Unauthorized(ServiceError):
     """A request without a key, or with a wrong one, where one is needed."""
+
+
+class Forbidden(ServiceError):
+    """A request from a page of another origin, which changes something."""
+
+
+class UnknownHost(ServiceError):
+    """A request for a host that the service does not accept."""
+
+
+class UnsupportedEncoding(ServiceError):
+    """A body with an unsupported content encoding."""
 
 
 class BodyTooLarge(ServiceError):
@@ -55,19 +75,19 @@ class SlowBody(ServiceError):
 
 
 class ClientGone(ServiceError):
-    """The client hung up; nobody reads the answer."""
+    """The client disconnected; nobody reads the response."""
 
 
 class NotFound(ServiceError):
-    """No such thing under this address."""
+    """There is nothing at this URL."""
 
 
 class Conflict(ServiceError):
-    """What is asked for can't be had as things stand."""
+    """The request conflicts with the current state."""
 
 
 class Overloaded(ServiceError):
-    """More work than the service holds; `retry_after` is in whole seconds."""
+    """The service or the client's share of it is full; `retry_after` is in whole seconds."""
 
     def __init__(self, reason: str, *, retry_after: int) -> None:
         super().__init__(reason)
@@ -83,7 +103,7 @@ class EngineStopped(ServiceError):
 
 
 class OutOfMemory(ServiceError):
-    """The device has no memory left for this work, even alone."""
+    """The device runs out of memory for this work, even alone."""
 
 
 class DeadlineExceeded(ServiceError):
@@ -91,4 +111,4 @@ class DeadlineExceeded(ServiceError):
 
 
 class Cancelled(ServiceError):
-    """The work was given up between two of its steps."""
+    """The work was cancelled between two of its steps."""

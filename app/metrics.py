@@ -1,4 +1,4 @@
-"""What Prometheus sees of one service."""
+"""The service's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ class Metrics:
         )
         self.latency = Histogram(
             "robust_request_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "Time from the first byte of a request to the last byte of its answer.",
             ["route"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self.in_flight = Gauge("robust_requests_in_flight", "Requests in hand.", registry=registry)
+        self.in_flight = Gauge(
+            "robust_requests_in_flight", "Requests being processed.", registry=registry
+        )
         self.queue_wait = Histogram(
             "robust_queue_wait_seconds",
-            "From admission to the device.",
+            "Time from admission to the start on the device.",
             ["kind"],
             buckets=_SECONDS,
             registry=registry,
         )
+        for kind in ("predict", "attack", "evaluate"):  # 0 on an idle replica, not missing
+            self.queue_wait.labels(kind)
         self.queued = Gauge(
             "robust_queued_forwards",
             "Work admitted and not finished, in forward passes.",
@@ -73,7 +77,7 @@ class Metrics:
         self.model = Info("robust_model", "The model that is served.", registry=registry)
         self.runtime_rate = Gauge(
             "robust_runtime_images_per_second",
-            "What computes predictions of up to so many images, and how fast it was when loaded.",
+            "The runtime for batches of up to that many images, and its measured rate.",
             ["runtime", "images"],
             registry=registry,
         )

@@ -1,39 +1,48 @@
-"""One service: its settings and everything that lives as long as it does."""
+"""The service: its settings and all objects with the same lifetime."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from starlette.requests import Request
 
-from app.engine import Engine
-from app.errors import ClientGone
-from app.jobs import Jobs
+from app.decoding.pool import WorkerPool
+from app.decoding.sharing import Budget, Places
+from app.engine.compare import load_compare, mismatch
+from app.engine.engine import Engine
+from app.engine.gc_tuning import release_memory
+from app.engine.model_reloader import ModelReloader, warm
+from app.engine.served_model import ServedModel
+from app.errors import ClientGone, NotReady
+from app.jobs.service import Jobs
 from app.metrics import Metrics
-from app.model import ServedModel
-from app.models import Models
 from app.settings import Settings
 from app.tracing import tracing_for
 from robust.classifier import resolve_device
-from robust.environment import device_in_words, project_version, unused_gpu
+from robust.environment import project_version, unused_gpu
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-WORKERS = 4  # threads that decode and encode; Pillow releases the interpreter meanwhile
+CODEC_THREADS = 4  # for decoding and encoding; Pillow releases the GIL
+DRAIN_SHARE = 0.75  # of the grace time, for open requests; the rest is for shutting down
+QUICK_SECONDS = 1.0  # of a processor, that an image may hold up those of other clients
+ABORT_SECONDS = 1.0  # for the answers to those that did not finish in time
 
 
 class Service:
-    """What the routes share.
+    """The state that the routes share.
 
-    Raises ValueError for a device that is not there, or traces without the extra for them.
+    Raises ValueError for a missing device, invalid model options, or traces without the extra
+    `otel`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -41,32 +50,56 @@ class Service:
         self.metrics = Metrics()
         self.tracing = tracing_for(settings.traces, project_version())
         device = resolve_device(settings.device)
-        self.models = Models(
+        self.models = ModelReloader(
             settings.checkpoint,
             device=device,
             metrics=self.metrics,
+            options=settings.model_options(),
+            fall_back=settings.device == "auto",
             threads=settings.threads,
+            precision=settings.precision,
         )
+        self._compare: ServedModel | None = None
         self.engine = Engine(
             queue_limit=settings.queue_limit,
             max_batch=settings.max_batch,
+            client_share=settings.client_share,
             threads=settings.threads,
             metrics=self.metrics,
             tracing=self.tracing,
         )
         self.jobs = Jobs(self.engine, self.models, settings, self.metrics)
         self.in_flight = InFlight(self.metrics)
+        self.shares = Shares(settings)
         self.ready = False
         self.draining = False
-        self.reading_sets = asyncio.Semaphore(1)  # each may need the memory of the largest one
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="codec")
+        # One at a time, as each may need the memory of the largest; the cheap ones on their own.
+        self.set_places = Places(1, per_client=1)
+        self.cheap_set_places = Places(1, per_client=1)
+        budget = Budget(settings.decode_memory)
+        self.set_memory = budget.total * 3 // 4
+        self.image_workers = WorkerPool(
+            size=settings.decode_workers, budget=budget, seconds=settings.decode_seconds
+        )
+        self.quick_memory = budget.total // 4
+        self.quick_workers = WorkerPool(
+            size=settings.decode_workers,
+            budget=Budget(2 * self.quick_memory),
+            seconds=settings.decode_seconds,
+            cpu_seconds=QUICK_SECONDS,
+            niceness=5,
+        )
+        self.set_workers = WorkerPool(size=1, budget=budget, seconds=3 * settings.decode_seconds)
+        # Threads decode the images of one client after those of another, whatever one request has.
+        self.thread_places = Places(CODEC_THREADS, per_client=CODEC_THREADS)
+        self._workers = ThreadPoolExecutor(CODEC_THREADS, thread_name_prefix="codec")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Load and warm the model, serve, and stop. Raises CheckpointError."""
+        """Load and warm the models, serve, and stop. Raises CheckpointError."""
         if not self.models.loaded:
-            await asyncio.to_thread(self.models.load)
-        logger.info("serving on %s", device_in_words(self.models.current.device))
+            await asyncio.to_thread(self.load)
+        logger.info("serving on %s", self.models.device_in_words)
         if self.settings.device == "auto" and unused_gpu(self.models.current.device):
             logger.warning(
                 "there is an NVIDIA GPU that torch %s can't use; is its driver too old?",
@@ -76,6 +109,11 @@ class Service:
         watcher = None
         try:
             await self.models.warm(self.engine)
+            if self._compare is not None:
+                self._compare = await warm(
+                    self.engine, self._compare, self.metrics, self.settings.precision
+                )
+                release_memory()
             await self.jobs.start()
             watcher = asyncio.create_task(
                 self.models.watch(self.engine, self.settings.reload_seconds)
@@ -87,21 +125,43 @@ class Service:
             if watcher:
                 watcher.cancel()
             await self.jobs.stop()
+            for workers in (self.quick_workers, self.image_workers, self.set_workers):
+                workers.close()
             await asyncio.to_thread(self.engine.stop, self.settings.grace_seconds)
             await self.jobs.close()
             self.models.drop()
+            self._compare = None
             self._workers.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.tracing.close)
 
-    async def drain(self) -> None:
-        """Take no new work and wait for the requests in hand, as long as the grace time.
+    def load(self) -> None:
+        """Load the model and the comparison model. Raises CheckpointError."""
+        self.models.load()
+        path = self.settings.compare_path
+        if path is not None:
+            self._compare = load_compare(
+                path,
+                self.models.current.device,
+                served=self.models.current,
+                required=self.settings.compare != "auto",
+                precision=self.settings.precision,
+            )
 
-        An evaluation goes on at once on another replica, if there is one. Else it does as long as
-        work is waited for, and is stopped then: those who only watch one are told and leave.
+    def compare_with(self, model: ServedModel) -> ServedModel | None:
+        """The comparison model for `model`; None if there is none or its classes differ."""
+        compare = self._compare
+        return None if compare is None or mismatch(compare, model) else compare
+
+    async def drain(self) -> None:
+        """Accept no new work and wait for open requests, up to most of the grace time.
+
+        If there is another replica, it takes over the evaluation immediately. Otherwise the
+        evaluation runs until the open requests are done, and is then stopped; its watchers are
+        notified.
         """
         self.draining = True
         try:
-            async with asyncio.timeout(self.settings.grace_seconds):
+            async with asyncio.timeout(DRAIN_SHARE * self.settings.grace_seconds):
                 await self.jobs.hand_over()
                 await self.in_flight.until(lambda: not self.in_flight.posts)
                 await self.jobs.stop()
@@ -109,45 +169,125 @@ class Service:
         except TimeoutError:
             logger.warning("%d requests did not finish in time", self.in_flight.count)
 
-    async def beside(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run `function` in a worker thread: decoding and encoding never hold the event loop."""
+    async def abort_requests(self) -> None:
+        """Answer the requests that are still open with 503."""
+        self.in_flight.abort()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_SECONDS):
+                await self.in_flight.until(lambda: not self.in_flight.count)
+
+    async def run_in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run `function` in a worker thread, so that codecs never block the event loop."""
         loop = asyncio.get_running_loop()
         context = copy_context()  # so that its log lines name the request
         return await loop.run_in_executor(self._workers, context.run, function, *arguments)
 
     def model_for(self, request: Request) -> ServedModel:
-        """The model to answer `request` with; the answer will name it. Raises NotReady."""
+        """The model for `request`; the response will name it. Raises NotReady."""
         model = self.models.current
         request.state.model_sha256 = model.sha256
+        request.state.precision = model.precision
         return model
 
+    def check_ready(self) -> None:
+        """Raise NotReady unless the service accepts requests."""
+        if not self.ready or self.draining or not self.engine.alive:
+            raise NotReady("The service is loading, shutting down or broken.")
+
     def deadline(self, request: Request) -> float:
-        """When the answer is due, on the monotonic clock."""
+        """The deadline of a request that arrives now, on the monotonic clock."""
         arrived: float = request.state.arrived
         return arrived + self.settings.deadline_seconds
 
 
+class Shares:
+    """What each client uses: slots for active requests, and bytes of request bodies."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.most_bytes = settings.max_held_bytes
+        self.most_places = settings.max_requests
+        share = settings.client_share
+        self.client_bytes = max(1, int(share * self.most_bytes))
+        self.client_places = max(1, int(share * self.most_places))
+        self._places, self._bytes = Counter[str](), Counter[str]()
+        self._watching = Counter[str]()
+        self.places = 0
+
+    def full_for(self, client: str) -> str | None:
+        """Why another request of this client gets no slot, or None."""
+        if self._places[client] >= self.client_places:
+            return f"You have {self.client_places} requests in progress, which is your share."
+        if self.places >= self.most_places:
+            return "Too many requests are in progress."
+        return None
+
+    def places_left(self, client: str) -> int:
+        """How many more requests of this client get a slot."""
+        return min(self.client_places - self._places[client], self.most_places - self.places)
+
+    def take_place(self, client: str, change: int = 1) -> None:
+        """Change the client's number of active requests by `change`."""
+        self.places += change
+        _add(self._places, client, change)
+
+    def may_watch(self, client: str) -> bool:
+        """Whether the client may watch one more evaluation; each change is sent to all watchers."""
+        return self._watching[client] < self.client_places
+
+    @contextmanager
+    def watching(self, client: str) -> Iterator[None]:
+        """Count the client as a watcher while the block runs."""
+        _add(self._watching, client, 1)
+        try:
+            yield
+        finally:
+            _add(self._watching, client, -1)
+
+    def hold(self, client: str, size: int) -> int:
+        """Add `size` bytes, possibly negative, to the client's total; returns the total."""
+        _add(self._bytes, client, size)
+        return self._bytes[client]
+
+
+def _add(counter: Counter[str], key: str, change: int) -> None:
+    counter[key] += change
+    if not counter[key]:
+        del counter[key]
+
+
 class InFlight:
-    """Counts the requests in hand, and what of them is in memory."""
+    """The open requests: how many, and how many bytes of their bodies are in memory."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.count = 0
         self.posts = 0
         self.bytes = 0  # of their bodies, as far as they have arrived
+        self.aborted = False  # whether the open requests were cancelled
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._metrics = metrics
         self._changed = asyncio.Event()
 
     @contextmanager
     def track(self, method: str) -> Iterator[None]:
-        """Count one request as long as the block runs."""
+        """Count this task's request while the block runs."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         self._add(1, method)
         try:
             yield
         finally:
             self._add(-1, method)
+            self._tasks.discard(task)
+
+    def abort(self) -> None:
+        """Cancel the open requests; the middleware answers them with 503."""
+        self.aborted = True
+        for task in list(self._tasks):
+            task.cancel()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition`, which depends on the counts, holds."""
+        """Wait until `condition`, which depends on the counts, is true."""
         while not condition():
             await self._changed.wait()
 
@@ -160,9 +300,9 @@ class InFlight:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, or, when the client hangs up first, ClientGone and `work` cancelled.
+    """The result of `work`; if the client disconnects first, cancels `work` and raises ClientGone.
 
-    The body must have been read: what comes after it is only the hanging up.
+    The body must have been read, so that only the disconnection can follow.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hung_up(request))

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from robust.loading.options import (
+    NAMED_MEANS,
+    NAMED_STDS,
+    ModelOptions,
+    Rgb,
+    model_options,
+    parse_rgb,
+)
 from robust.threat_model import Norm, parse_eps
 
 Size = Annotated[float, BeforeValidator(parse_eps)]  # 8/255, or a number
+_NUMBER = re.compile(r"[-+0-9.eE/ ]+")
 _ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
 
 
@@ -33,12 +51,28 @@ def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     return origins
 
 
+def _rgb(named: dict[str, Rgb]) -> AfterValidator:
+    def check(text: str | None) -> str | None:
+        try:
+            if text is not None:
+                parse_rgb(text, named)
+        except ValueError as error:
+            expected = str(error).removeprefix("expected ").partition(", got ")[0]
+            raise ValueError(expected) from None
+        return text
+
+    return AfterValidator(check)
+
+
+Mean = Annotated[str | None, _rgb(NAMED_MEANS)]
+Std = Annotated[str | None, _rgb(NAMED_STDS)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split), AfterValidator(_visible)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_origins)]
 
 
 class Settings(BaseSettings):
-    """Everything the service can be told. Raises pydantic's ValidationError for a bad value."""
+    """All settings of the service. Raises pydantic's ValidationError for an invalid value."""
 
     model_config = SettingsConfigDict(
         env_prefix="ROBUST_", env_ignore_empty=True, frozen=True, extra="ignore"
@@ -47,50 +81,131 @@ class Settings(BaseSettings):
     checkpoint: Path = Field(
         default=Path("models/robust_model.pt"), description="Weights to serve."
     )
+    compare: str = Field(
+        default="auto",
+        description="Model for `compare`; auto: plain_model.pt beside the checkpoint; empty: none.",
+    )
+    arch: str | None = Field(
+        default=None,
+        description="Network of a bare state dict, such as timm:NAME; unset: by its keys.",
+    )
+    stem: str | None = Field(
+        default=None,
+        description="Stem of the network, such as imagenet or cifar; unset: by its shape.",
+    )
+    activation: str | None = Field(
+        default=None, description="Activation of the network: relu or silu; unset: relu."
+    )
+    input_size: int | None = Field(
+        default=None,
+        ge=8,
+        le=1024,
+        description="Width and height of the input in pixels; unset: 32.",
+    )
+    mean: Mean = Field(
+        default=None,
+        description="Mean subtracted from pixels in [0, 1]: R,G,B, imagenet or cifar10.",
+    )
+    std: Std = Field(
+        default=None, description="Standard deviation to divide by: R,G,B, imagenet or cifar10."
+    )
+    classes: str | None = Field(
+        default=None, description="Comma-separated class names, or a file with one per line."
+    )
+    key: str | None = Field(
+        default=None, description="Key of the weights in the file, such as ema."
+    )
     device: str = Field(
-        default="auto", description="auto, cpu or cuda; auto takes CUDA where there is one."
+        default="auto",
+        description="auto, cpu, cuda, cuda:N, mps or xpu; auto: one that agrees with the CPU.",
     )
     threads: int = Field(
-        default=0, ge=0, description="CPU threads of the device thread; 0 takes the cgroup's share."
+        default=0, ge=0, description="CPU threads for the model; 0: the CPU limit of the cgroup."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="auto, fp32 or bf16; auto: bf16 if it agrees and is faster.",
     )
     datasets: Path | None = Field(
         default=None,
-        description="Folder whose entries POST /evaluate knows by name.",
+        description="Folder of data sets that POST /evaluate can name.",
     )
     jobs: Path | None = Field(
         default=None,
-        description="Folder that keeps evaluations over a restart; empty: in memory only.",
+        description="Folder that keeps evaluations across restarts; unset: in memory only.",
     )
     database_url: SecretStr | None = Field(
         default=None,
-        description="PostgreSQL that keeps evaluations for all replicas; needs the extra postgres.",
+        description="PostgreSQL URL for evaluations shared by replicas; needs the extra postgres.",
     )
 
     api_keys: Keys = Field(
-        default=(), description="Keys of which each request needs one, with commas; empty: none."
+        default=(),
+        description="Comma-separated API keys; every request needs one.",
+    )
+    admin_keys: Keys = Field(
+        default=(), description="Comma-separated API keys that can access every evaluation."
+    )
+    allowed_hosts: Names = Field(
+        default=(),
+        description="Accepted Host names, or *; unset: any, but on loopback only local names.",
+    )
+    trusted_proxies: Names = Field(
+        default=("127.0.0.1", "::1"),
+        description="Proxies whose X-Forwarded-For, -Proto and -Prefix are trusted.",
+    )
+    root_path: str = Field(
+        default="",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path prefix of the service behind a proxy, such as /robust.",
     )
     cors_origins: Origins = Field(
-        default=(), description="Origins whose pages may ask, with commas, or *; empty: no other."
+        default=(), description="Comma-separated origins whose pages may send requests, or *."
     )
 
     max_body_bytes: int = Field(
         default=64 * 2**20, ge=1, description="Largest request body, in bytes."
     )
     max_held_bytes: int = Field(
-        default=512 * 2**20, ge=1, description="Most bytes of all bodies in hand; past it 429."
+        default=512 * 2**20,
+        ge=1,
+        description="Total bytes of request bodies held in memory; above it 429.",
     )
     upload_seconds: float = Field(
-        default=30.0, gt=0, description="Longest time for a request to arrive; past it 408."
+        default=30.0, gt=0, description="Longest time for a request to arrive; after it 408."
     )
     max_requests: int = Field(
-        default=256, ge=1, description="Most POST requests in hand at once; past it 429."
+        default=512,
+        ge=1,
+        description="Most active POST requests (after the upload); above it 429.",
+    )
+    client_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Most of requests, bytes and queue for one key or address; above it 429.",
     )
     max_images: int = Field(default=64, ge=1, description="Most images in one POST /predict.")
     max_pixels: int = Field(
-        default=50_000_000, ge=1, description="Most pixels of an image, checked before decoding."
+        default=50_000_000, ge=1, description="Most pixels in an image, checked before decoding."
+    )
+    decode_workers: int = Field(
+        default=2,
+        ge=1,
+        description="Processes for large images, and as many for quick ones; a client can use "
+        "all but one.",
+    )
+    decode_memory: int = Field(
+        default=2**30,
+        ge=64 * 2**20,
+        description="Memory for decoding large images and data sets, in bytes; half as much "
+        "again for quick images.",
+    )
+    decode_seconds: float = Field(
+        default=10.0, gt=0, description="Longest time to decode an image; after it 422."
     )
     max_upload_images: int = Field(
-        default=10_000, ge=1, description="Most images of a set uploaded to POST /evaluate."
+        default=10_000, ge=1, description="Most images in a data set uploaded to POST /evaluate."
     )
     max_eps_linf: Size = Field(
         default=64 / 255, ge=0, le=1, description="Largest eps under linf, in pixel units."
@@ -103,53 +218,101 @@ class Settings(BaseSettings):
     max_restarts: int = Field(default=10, ge=1, description="Most restarts of an attack.")
 
     max_batch: int = Field(
-        default=64, ge=1, description="Most images that predictions of several requests share."
+        default=64, ge=1, description="Largest batch of predictions from several requests."
     )
     evaluation_batch: int = Field(
-        default=64,
-        ge=16,
-        description="Most images in a pass of an evaluation; a prediction waits for one at most.",
+        default=0,
+        ge=0,
+        description="Batch size of evaluations; predictions wait for a batch; 0: 16, on GPU 64.",
     )
     queue_limit: int = Field(
-        default=4096, ge=1, description="Most queued work, in forward passes; past it 429."
+        default=16_384, ge=1, description="Most queued work, in forward passes; above it 429."
     )
     deadline_seconds: float = Field(
-        default=30.0, gt=0, description="Longest wait for a prediction or an attack; past it 504."
+        default=30.0, gt=0, description="Longest wait for a prediction or an attack; after it 504."
     )
     max_jobs: int = Field(
-        default=16, ge=1, description="Most evaluations queued or running at once; past it 429."
+        default=16, ge=1, description="Most evaluations queued or running; above it 429."
     )
     jobs_bytes: int = Field(
         default=2 * 2**30,
         ge=1,
-        description="Most bytes of all evaluations' images, journals and results; past it 429.",
+        description="Total bytes of all evaluations' images, journals and results; above it 429.",
     )
     lost_seconds: float = Field(
         default=20.0,
-        gt=0,
-        description="Silence of a replica after which its evaluation goes on elsewhere.",
+        ge=5,  # a heartbeat every 2 s at most
+        description="Heartbeat timeout before another replica takes over an evaluation.",
     )
     job_expiry_seconds: float = Field(
-        default=3600.0, gt=0, description="How long a finished evaluation can be asked for."
+        default=3600.0, gt=0, description="How long a finished evaluation is kept."
     )
     reload_seconds: float = Field(
-        default=2.0, gt=0, description="Seconds between looks for a new checkpoint."
+        default=2.0, gt=0, description="Seconds between checks for a new checkpoint."
     )
     grace_seconds: float = Field(
-        default=20.0, ge=0, description="Longest wait for requests in hand after SIGTERM."
+        default=20.0,
+        ge=0,
+        description="Longest shutdown after SIGTERM; open requests get three quarters of it.",
     )
 
     traces: str | None = Field(
         default=None,
         pattern=r"^https?://\S+$",
-        description="Where OpenTelemetry traces go, OTLP over HTTP; needs the extra otel.",
+        description="URL for OpenTelemetry traces (OTLP over HTTP); needs the extra otel.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least severe lines that are logged."
+        default="info", description="Lowest level that is logged."
     )
     log_format: Literal["text", "json"] = Field(
-        default="text", description="Log lines as text or as JSON objects."
+        default="text", description="Log lines as text or JSON."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_compare(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Keep an empty ROBUST_COMPARE, which disables the comparison model."""
+        if os.environ.get("ROBUST_COMPARE") == "":
+            return {"compare": "", **values}
+        return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _digits(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse numbers with anything but ASCII digits, such as underscores."""
+        field = cls.model_fields[info.field_name or ""]
+        if any(isinstance(item, BeforeValidator) for item in field.metadata):
+            return value  # it has a form of its own
+        number = field.annotation in (int, float, int | None) and isinstance(value, str)
+        if number and not _NUMBER.fullmatch(str(value)):
+            raise ValueError("a number in digits 0 to 9")
+        return value
+
+    def model_options(self) -> ModelOptions:
+        """The options that describe a bare state dict. Raises ValueError and OSError."""
+        return model_options(
+            arch=self.arch,
+            stem=self.stem,
+            activation=self.activation,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+            classes=self.classes,
+            key=self.key,
+        )
+
+    @property
+    def max_cost(self) -> int:
+        """The most forward passes of one request: a client's share of the queue."""
+        return max(1, int(self.client_share * self.queue_limit))
+
+    @property
+    def compare_path(self) -> Path | None:
+        """The weights of the comparison model; None if there is none."""
+        if self.compare != "auto":
+            return Path(self.compare) if self.compare else None
+        path = self.checkpoint.parent / "plain_model.pt"
+        return path if path.is_file() and path != self.checkpoint else None
 
     def max_eps(self, norm: Norm) -> float:
         """The largest eps accepted in this norm."""

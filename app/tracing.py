@@ -1,4 +1,4 @@
-"""Traces of requests and of their work, for OpenTelemetry where it is wanted."""
+"""OpenTelemetry traces of requests and their work, if enabled."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 SERVER_ERROR = 500
-SECONDS = 3  # for a collector to take what is sent, also when the service ends
+SECONDS = 3  # timeout of the collector, also at shutdown
 
 
 class Tracing:
-    """Traces nothing: what the service has without ROBUST_TRACES."""
+    """Traces nothing; used without ROBUST_TRACES."""
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[Callable[[str, int], None]]:
-        """Trace a request as long as the block runs; call what it gives with route and status."""
+        """Trace a request while the block runs; yields a function to call with route and status."""
         yield lambda route, status: None
 
     def work(self, kind: str, *, admitted: float, began: float | None) -> None:
         """Trace work that has just ended, from its times on the monotonic clock."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining traces."""
 
 
 class OpenTelemetry(Tracing):
-    """Sends a span for each request, and below it one for the wait and one for the device."""
+    """Sends a span per request, with child spans for the queue and the device."""
 
     def __init__(self, endpoint: str, version: str) -> None:
         from opentelemetry import propagate, trace
@@ -39,7 +39,7 @@ class OpenTelemetry(Tracing):
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        # As anywhere with OpenTelemetry, OTEL_SERVICE_NAME and OTEL_TRACES_SAMPLER have their say.
+        # As usual with OpenTelemetry, OTEL_SERVICE_NAME and OTEL_TRACES_SAMPLER apply.
         name = os.environ.get("OTEL_SERVICE_NAME", "robust")
         resource = Resource.create({"service.name": name, "service.version": version})
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=SECONDS)
@@ -88,7 +88,7 @@ class OpenTelemetry(Tracing):
 
 
 def tracing_for(endpoint: str | None, version: str) -> Tracing:
-    """What traces to `endpoint`. Raises ValueError where the extra ``otel`` is not installed."""
+    """A tracer for `endpoint`. Raises ValueError if the extra ``otel`` is not installed."""
     if not endpoint:
         return Tracing()
     try:

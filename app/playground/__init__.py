@@ -18,10 +18,26 @@ from starlette.types import Scope
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src 'self' data: blob:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # asked for again each time, and mostly answered by 304
+}
+
+
+# What the examples are shown from also when the service is away.
+EXAMPLE_HEADERS = {**HEADERS, "Cache-Control": "max-age=86400"}
+
+# The frame that shows a report, which brings its styles and drawings with it.
+FRAME = "report.html"
+FRAME_HEADERS = {
+    **HEADERS,
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    ),
+    "X-Frame-Options": "SAMEORIGIN",
 }
 
 
@@ -34,7 +50,10 @@ class _Assets(StaticFiles):
         status_code: int = 200,
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)
-        response.headers.update(HEADERS)
+        folder, name = os.path.split(full_path)
+        example = os.path.basename(folder) == "examples"
+        headers = EXAMPLE_HEADERS if example else FRAME_HEADERS if name == FRAME else HEADERS
+        response.headers.update(headers)
         return response
 
 

@@ -22,6 +22,9 @@ export const on = (name, callback) => events.addEventListener(name, callback);
 
 export const isStopped = (error) => error.name === "AbortError";
 
+/** Whether nothing answered, or the service is not ready: it will be tried again. */
+export const isAway = ({ status }) => status === 0 || status === 503;
+
 /** Sends this key along from now on. */
 export const useKey = (text) => (key = text);
 
@@ -30,6 +33,7 @@ export const keyed = () => key !== null;
 
 /** The response of a route, given by its path without a leading slash. Throws Failure. */
 export async function open(path, init = {}) {
+  const used = key;
   let response;
   try {
     const headers = { ...init.headers, ...(key === null ? {} : { "X-API-Key": key }) };
@@ -37,8 +41,9 @@ export async function open(path, init = {}) {
   } catch (error) {
     if (isStopped(error)) throw error;
     lost();
-    throw new Failure("The service does not answer. This page keeps trying and goes on by itself.");
+    throw new Failure("The service does not answer. This page retries and continues by itself.");
   }
+  if (response.status === 401 && used !== key) return open(path, init); // one was given meanwhile
   if (!response.ok) throw await failure(response);
   notice(response);
   return response;
@@ -75,7 +80,7 @@ async function failure(response) {
   } catch {
     // A proxy's page: the status says enough.
   }
-  if (response.status === 503) lost();
+  if (response.status === 503) lost(sentence(problem.detail ?? "The service is not ready"));
   if (response.status === 401) events.dispatchEvent(new Event("key"));
   return new Failure(words(response.status, problem, retryAfter), {
     status: response.status,
@@ -90,9 +95,13 @@ function words(status, problem, retryAfter) {
   });
   if (faults.length) return faults.join(" ");
   const detail = sentence(problem.detail ?? `The service answered ${status}`);
-  if (status === 401) return "This service takes requests with a key only. Enter yours above.";
+  if (status === 401) {
+    return keyed()
+      ? "The service refused this key. Enter another one at the top of the page."
+      : "This service requires an API key. Enter yours at the top of the page.";
+  }
   if (status === 429) return `The service is busy. ${detail} Try again in ${retryAfter || 5} s.`;
-  if (status === 503) return `${detail} This page goes on by itself when it is ready.`;
+  if (status === 503) return `${detail} This page continues by itself when the service is ready.`;
   if (status === 504) return `${detail} Fewer steps or a lighter attack will.`;
   return detail;
 }
@@ -110,10 +119,10 @@ function notice(response) {
   if (changed) events.dispatchEvent(new Event("model"));
 }
 
-async function lost() {
+async function lost(why = "The service does not answer; retrying…") {
   if (!up) return;
   up = false;
-  events.dispatchEvent(new Event("lost"));
+  events.dispatchEvent(new CustomEvent("lost", { detail: why }));
   for (let wait = 500; !(await ready()); wait = Math.min(2 * wait, 5000)) await sleep(wait);
   up = true;
   events.dispatchEvent(new Event("back"));

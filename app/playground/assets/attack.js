@@ -1,31 +1,46 @@
-// The attack: its controls, the request they make, and what came of it.
+// The attack: its controls, and the request they make.
 
-import { ask, Failure, post } from "./api.js";
+import { blobOf, known, named, probabilities } from "./answers.js";
+import { post } from "./api.js";
 import { bars } from "./charts.js";
-import { copies, line } from "./curl.js";
-import { $, attackText, epsText, normText, options, percent, say, seconds, sleep } from "./dom.js";
+import { $, attackText, epsText, normText, options, say } from "./dom.js";
 import { Latest } from "./latest.js";
+import { Pace } from "./pace.js";
+import { save, settingsText, showOriginal, showResult } from "./result.js";
+import { Snippets } from "./snippets.js";
 
-const SETTLE = 120; // ms without a change before a longer attack begins
-const SHOW_PROGRESS = 150; // ms, below which a bar would only flicker
+const SETTLE = 120; // ms: changes closer than that to each other make one longer attack
 
 export class Attack {
   /** `busy()` is called when an attack begins, `idle()` when the last has ended, `changed()` when
-   * the curve is another one. */
-  constructor({ idle, busy, changed }) {
+   * the curve is another one, `asked()` when the settings may have changed, `marked()` when what is
+   * shown may have become that of other settings. `comparing()` tells whether two models are shown. */
+  constructor({ idle, busy, changed, asked, marked, comparing }) {
+    this.asked = asked;
     this.idle = idle;
     this.busy = busy;
     this.changed = changed;
+    this.marked = marked;
+    this.comparing = comparing;
     this.picture = null; // {input: Blob, name, before: probabilities, predicted}
+    this.pending = false; // whether another image was chosen that the service has not read yet
     this.result = null;
-    this.pace = new Map(); // seconds a forward pass, by attack
+    this.shown = null; // {fields, picture, words} of the result on the screen
+    this.pace = new Pace();
+    this.code = new Snippets("curl", ["curl", "python", "torch"]);
     this.timer = null;
+    this.last = -Infinity; // when something was asked for
+    this.held = false; // while several settings change together
+    this.known = null; // {fields, answer, at} of an attack that the search has run already
     this.rest = null; // stops the question for the probabilities of all classes
     this.latest = new Latest({
       run: (request, signal) => this.#run(request, signal),
       show: (answer, request, more) => this.#show(answer, request, more),
       fail: (error) => say($("attack-error"), error.message),
-      idle: () => this.timer === null && this.idle(),
+      idle: () => {
+        this.#mark();
+        if (this.timer === null) this.idle();
+      },
     });
     this.#wire();
   }
@@ -36,25 +51,34 @@ export class Attack {
       const { value, validity } = $("eps-number");
       if (value !== "" && validity.valid) this.#eps(Number(value));
     });
-    $("eps-number").addEventListener("change", () => ($("eps-number").value = $("eps").value));
+    $("eps-number").addEventListener("change", () => {
+      const { value } = $("eps-number");
+      if (value === $("eps").value) return;
+      $("eps-number").value = $("eps").value;
+      const range = `choose from 0 to ${this.most}/255 under ${normText(this.norm)}`;
+      say($("settings-note"), `eps stays at ${epsText(this.k, this.norm)}: ${range}.`);
+    });
     $("name").addEventListener("change", () => this.#named());
     $("norm").addEventListener("change", () => this.#normed());
     $("steps").addEventListener("input", () => $("steps").validity.valid && this.ask());
     $("steps").addEventListener("change", () => this.#steps());
     $("target").addEventListener("change", () => this.ask({ curve: true }));
-    $("label").addEventListener("change", () => this.#labelled());
+    $("label").addEventListener("change", () => this.#labeled());
     $("stop").addEventListener("click", () => this.#stop());
-    copies($("curl-copy"), $("curl"));
   }
 
   /** Takes over what the service allows and the classes of its model. */
-  configure(limits, classes) {
+  configure(limits, { name, classes, input_size: size, compare }) {
     this.limits = limits;
+    this.usual = compare ? "pgd" : "fgsm"; // one step often leaves both models standing
     this.classes = classes;
+    this.model = { name, size };
+    this.pace.clear();
     const names = limits.attacks.map(({ name }) => [name, attackText(name)]);
-    options($("name"), names, $("name").value || "fgsm");
-    for (const { name, cost } of limits.attacks) {
-      if (cost + 3 <= limits.max_cost) continue;
+    options($("name"), names, $("name").value || this.usual);
+    for (const { name, cost, steps, unit, takes_steps: takes } of limits.attacks) {
+      const most = unit === "queries" ? limits.max_queries : limits.max_steps;
+      if (cost + 3 <= limits.max_cost && (takes || steps <= most)) continue;
       const option = $("name").querySelector(`[value="${CSS.escape(name)}"]`);
       option.disabled = true;
       option.textContent += " (only to evaluate)";
@@ -98,45 +122,152 @@ export class Attack {
     };
   }
 
+  /** Another image was chosen: show it at once; what was computed for the one before is dimmed. */
+  expect({ url, name }) {
+    this.pending = true;
+    this.#unset();
+    this.latest.stop();
+    if (url) showOriginal(url, `${name}, not read by the model yet`);
+    $("original-text").textContent = "";
+    $("original-save").hidden = true;
+    this.#mark();
+  }
+
+  /** The chosen image cannot be used: back to the one before. */
+  forget() {
+    this.pending = false;
+    if (!this.picture) return this.#mark();
+    this.#originalOf(this.picture);
+    this.ask();
+  }
+
   /** A new picture: show it and attack it. */
   take(picture) {
     this.picture = picture;
+    this.pending = false;
     this.result = null;
-    $("attack").dataset.stale = "true"; // what is shown is of the picture before
     const known = picture.label && this.classes.includes(picture.label);
     $("label").value = known ? picture.label : "";
     if ($("target").value === ($("label").value || picture.predicted)) $("target").value = "";
-    $("original").src = picture.url;
-    $("original").alt = `${picture.name} as the model takes it`;
-    $("original").hidden = false;
-    save("original", picture.url, `${picture.stem}-input.png`);
+    this.#originalOf(picture);
     this.#unavailable();
     this.ask({ curve: true });
   }
 
+  #originalOf({ url, name, stem, before }) {
+    showOriginal(url, `${name} as the model sees it`);
+    save("original", url, `${stem}-input.png`);
+    const index = before.reduce((best, p, k) => ((p ?? -1) > (before[best] ?? -1) ? k : best), 0);
+    $("original-text").textContent = named({ label: this.classes[index], probability: before[index] });
+  }
+
+  /** Whether what is shown was computed for other settings than those on the page. */
+  get stale() {
+    const { shown } = this;
+    if (!shown) return false;
+    const same = shown.picture === this.picture && shown.fields === JSON.stringify(this.request);
+    return this.pending || !same;
+  }
+
+  /** Dims what is not of the settings on the page, and says which settings it is of. */
+  #mark() {
+    const { stale, shown } = this;
+    const under = this.pending || this.working;
+    $("attack").toggleAttribute("data-stale", stale);
+    for (const id of ["result", "result-more"]) $(id).setAttribute("aria-busy", String(under && (stale || !shown)));
+    const what = !stale ? "Result" : under ? "Updating; the dimmed result is" : "The dimmed result is";
+    $("result-settings").textContent = shown ? `${what} for ${shown.words}.` : "";
+    this.marked();
+  }
+
+  /** Whether an attack is on its way. */
+  get working() {
+    return this.timer !== null || this.latest.running;
+  }
+
+  /** Writes the commands that do the same. */
+  snippets() {
+    const { picture, choice, request } = this;
+    const file = picture?.name ?? "image.png";
+    const compare = this.comparing() ? { compare: "true" } : {};
+    this.code.attack({ ...request, ...compare }, { file, source: picture?.source, ...this.model });
+  }
+
   /** Attack with what is set now. */
   ask({ curve = false } = {}) {
-    if (!this.limits) return;
-    const file = this.picture?.name ?? "image.png";
-    $("curl").textContent = line("attack", this.request, { file });
-    if (!this.picture) return;
+    if (!this.limits || this.held) return;
+    say($("settings-note"));
+    this.asked();
+    this.snippets();
+    if (!this.picture || this.pending) return;
     if (curve) this.changed();
     this.#unset();
     const request = { ...this.request, at: performance.now(), choice: this.choice, k: this.k };
     request.file = this.picture.input;
     request.picture = this.picture;
-    const quick = this.choice.steps === 1 && !this.choice.takes_steps;
+    if (this.known?.fields === JSON.stringify(fieldsOf(request))) {
+      Object.assign(request, { answer: this.known.answer, at: this.known.at });
+    }
+    const often = performance.now() - this.last < SETTLE;
+    this.last = performance.now();
     this.busy();
-    if (quick) {
-      this.rest?.abort(); // 300 ms are short
-      this.latest.ask(request, { patient: true });
+    this.rest?.abort(); // 300 ms are short
+    if (isQuick(this.choice)) {
+      // The slider's moves show one after the other; a longer attack is given up for the new one.
+      this.latest.ask(request, { patient: (running) => isQuick(running.choice) && running.picture === request.picture });
     } else {
       this.latest.stop();
-      this.timer = setTimeout(() => {
-        this.timer = null;
-        this.latest.ask(request);
-      }, SETTLE);
+      this.timer = setTimeout(
+        () => {
+          this.timer = null;
+          this.latest.ask(request);
+        },
+        often ? SETTLE : 0,
+      );
     }
+    this.#mark();
+  }
+
+  /** Sets another attack, which was run already, and says why in `words`. */
+  set({ name, steps, k, answer, took }, words) {
+    this.held = true;
+    $("name").value = name;
+    this.#named();
+    $("steps").value = steps;
+    this.#eps(k);
+    $("eps-number").value = k;
+    this.held = false;
+    const { request } = this;
+    this.known = { fields: JSON.stringify(fieldsOf(request)), answer, at: performance.now() - took };
+    this.last = -Infinity;
+    this.ask();
+    this.known = null;
+    say($("settings-note"), words);
+  }
+
+  /** Takes over the settings of an address; what it lacks, or the service does not take, is as usual. */
+  restore(query) {
+    const take = (id, value, usual) => {
+      const open = [...$(id).options].filter(({ disabled }) => !disabled);
+      $(id).value = open.some((option) => option.value === value) ? value : usual;
+    };
+    this.held = true;
+    take("name", query.get("attack"), this.usual);
+    if (!this.choice || $("name").selectedOptions[0].disabled) $("name").value = "fgsm";
+    take("norm", query.get("norm"), this.limits.norms[0]);
+    take("target", query.get("target"), "");
+    $("steps").value = "";
+    this.#named({ quietly: true });
+    const usual = Math.round(255 * this.limits.default_eps[this.norm]);
+    const k = /^(\d{1,5})\/255$/.exec(query.get("eps") ?? "")?.[1] ?? usual;
+    const steps = Number(query.get("steps"));
+    const fits = Number.isInteger(steps) && steps >= 1 && steps <= this.limits.max_steps;
+    if (this.choice.takes_steps && fits) $("steps").value = steps;
+    this.changed();
+    this.#eps(Math.min(Number(k), this.most));
+    $("eps-number").value = $("eps").value;
+    this.held = false;
+    this.ask();
   }
 
   #eps(k) {
@@ -149,14 +280,16 @@ export class Attack {
   }
 
   #named({ quietly = false } = {}) {
-    const { steps, takes_steps: takes, takes_target: leads } = this.choice;
+    const { steps, takes_steps: takes, takes_target: leads, summary } = this.choice;
+    $("name-summary").textContent = `${attackText($("name").value)}: ${summary}.`;
     $("target").disabled = !leads;
     const freed = !leads && $("target").value !== "";
     if (freed) $("target").value = "";
     $("steps").disabled = !takes;
-    $("steps").max = this.limits.max_steps;
+    const { max_queries: queries, max_steps: most } = this.limits;
+    $("steps").max = this.choice.unit === "queries" ? queries : most;
     if (!takes) $("steps").value = "";
-    else if (!quietly || !$("steps").value) $("steps").value = this.#affordable(this.choice);
+    else if (!quietly || !$("steps").value) $("steps").value = steps;
     $("steps").placeholder = takes ? "" : steps === 1 ? "one" : "fixed";
     if (quietly) this.#normed({ keep: this.picture !== null });
     else this.ask({ curve: freed });
@@ -165,8 +298,14 @@ export class Attack {
   #normed({ keep = false } = {}) {
     const k = keep ? this.k : Math.round(255 * this.limits.default_eps[this.norm]);
     for (const id of ["eps", "eps-number"]) $(id).max = this.most;
-    if (this.picture) this.changed();
-    this.#eps(Math.min(k, this.most));
+    if (this.picture && !keep) this.changed();
+    const allowed = Math.min(k, this.most);
+    this.#eps(allowed);
+    if (keep ? allowed !== k : this.picture) {
+      const text = epsText(allowed, this.norm);
+      const why = keep ? "the most that this service takes" : `the usual value under ${ballText(this.norm)}`;
+      say($("settings-note"), `eps was set to ${text}, ${why}.`);
+    }
     $("eps-number").value = $("eps").value;
   }
 
@@ -177,9 +316,10 @@ export class Attack {
     if (String(clamped) === value) return;
     $("steps").value = clamped;
     this.ask();
+    say($("settings-note"), `Steps were set to ${clamped}: choose from ${min} to ${max}.`);
   }
 
-  #labelled() {
+  #labeled() {
     const label = $("label").value || this.picture?.predicted;
     if ($("target").value === label) $("target").value = "";
     this.#unavailable();
@@ -195,7 +335,8 @@ export class Attack {
   #stop() {
     this.#unset();
     this.latest.stop();
-    say($("attack-error"), "Stopped. What is shown is from before.");
+    this.#mark();
+    say($("attack-error"), "Stopped. The result shown is from an earlier attack.");
   }
 
   #unset() {
@@ -203,8 +344,9 @@ export class Attack {
     this.timer = null;
   }
 
-  async #run({ at, choice, k, picture, ...fields }, signal) {
-    const ticking = this.#tick(choice, fields, signal);
+  async #run({ at, choice, k, picture, answer, ...fields }, signal) {
+    if (answer) return answer;
+    const ticking = this.pace.tick(choice, fields.steps, signal);
     try {
       return await post("attack", fields, { signal });
     } finally {
@@ -212,62 +354,20 @@ export class Attack {
     }
   }
 
-  /** The usual steps, or as many as should be through in a third of the service's deadline. */
-  #affordable({ cost, steps }) {
-    const most = this.limits.deadline_seconds / 3;
-    const expected = cost * (this.pace.get("any") ?? 0);
-    if (expected <= most) return steps;
-    return Math.max(1, Math.floor((steps * most) / expected));
-  }
-
-  #cost({ cost, steps: usual }, steps) {
-    return (cost * Number(steps || usual)) / usual;
-  }
-
-  /** Shows how long it has taken, and of how much where earlier attacks tell. */
-  #tick(choice, { steps }, signal) {
-    const stopper = new AbortController();
-    const begin = performance.now();
-    const pace = this.pace.get(choice.name) ?? this.pace.get("any");
-    const expected = pace ? pace * this.#cost(choice, steps) : null;
-    const tick = async () => {
-      await sleep(SHOW_PROGRESS, stopper.signal);
-      $("progress").dataset.busy = "true";
-      $("stop").disabled = false;
-      for (;;) {
-        const gone = (performance.now() - begin) / 1000;
-        if (expected) $("progress-bar").value = 1 - Math.exp((-2 * gone) / expected);
-        else $("progress-bar").removeAttribute("value");
-        const whole = expected ? ` of about ${seconds(expected)}` : "";
-        $("progress-text").textContent = `${attackText(choice.name)}: ${gone.toFixed(1)} s${whole}`;
-        await sleep(50, stopper.signal);
-      }
-    };
-    const end = () => {
-      $("progress").dataset.busy = "false";
-      $("progress-text").textContent = "";
-      $("progress-bar").value = 0;
-      $("stop").disabled = true;
-    };
-    signal.addEventListener("abort", () => stopper.abort(), { once: true });
-    tick().catch(end);
-    return stopper;
-  }
-
   #show(answer, request, more) {
     if (request.picture !== this.picture) return;
     const [result] = answer.results;
-    const pace = result.seconds / this.#cost(request.choice, request.steps);
-    this.pace.set(request.choice.name, pace);
-    // Some leave long before their cost is spent, which says nothing of the others.
-    if (pace > (this.pace.get("any") ?? 0) / 3) this.pace.set("any", pace);
+    this.pace.measured(request.choice, request.steps, result.seconds);
+    this.rest?.abort();
     this.result = { ...result, k: request.k, norm: request.norm, answer };
     say($("attack-error"));
-    delete $("attack").dataset.stale;
-    this.#pictures(result, request);
-    this.#words(answer, result, request);
-    const after = known(this.classes, result.after.top);
-    bars($("both-bars"), this.classes, this.picture.before, after);
+    this.shown = {
+      picture: request.picture,
+      fields: JSON.stringify(fieldsOf(request)),
+      words: settingsText(request, result.parameters),
+    };
+    this.#mark();
+    showResult(answer, request, this);
     document.documentElement.dataset.shown = `${request.attack} ${request.k}`;
     performance.measure("attack shown", { start: request.at, end: performance.now() });
     if (!more && result.after.top.length < this.classes.length) this.#complete(result);
@@ -278,81 +378,29 @@ export class Attack {
     const { signal } = (this.rest = new AbortController());
     try {
       const image = blobOf(result.adversarial_png);
-      const after = await probabilities(image, this.classes.length, signal);
-      bars($("both-bars"), this.classes, this.picture.before, after);
+      const rest = await probabilities(image, this.classes.length, signal);
+      // /predict may compute in bfloat16: what /attack said in float32 stays.
+      const after = known(this.classes, result.after.top).map((value, k) => value ?? rest[k]);
+      bars($("both-bars"), this.classes, this.shown.picture.before, after);
     } catch {
       // The likeliest stay; a service that went away is told of elsewhere.
     }
   }
-
-  #pictures(result, { attack, k }) {
-    const stem = `${this.picture.stem}-${attack}-${this.norm}-${k}of255`;
-    for (const kind of ["perturbation", "adversarial"]) {
-      const url = `data:image/png;base64,${result[`${kind}_png`]}`;
-      $(kind).src = url;
-      $(kind).hidden = false;
-      save(kind, url, `${stem}-${kind}.png`);
-    }
-    $("perturbation").alt = "What the attack added, amplified; grey is nothing";
-    $("adversarial").alt = `The image after ${attackText(attack)}, taken for ${result.after.label}`;
-    const levels = Math.round(255 * result.linf);
-    $("perturbation-text").textContent = levels ? `amplified ×${(127 / levels).toFixed(0)}` : "none";
-    $("original-text").textContent = named(this.result.answer.before);
-    $("adversarial-text").textContent = named(result.after);
-  }
-
-  #words({ before, label, target, already_wrong: wrong }, { after, success, ...result }, request) {
-    const verdict = $("verdict");
-    verdict.dataset.state = wrong ? "wrong" : success ? "lost" : "held";
-    verdict.textContent = wrong
-      ? `Wrong before any attack: the model takes this ${label.label} for ${before.label}${
-          after.label === before.label ? "." : `, and now for ${after.label}.`
-        }`
-      : success
-        ? `Fooled: ${before.label} became ${after.label}.`
-        : target && after.label !== label.label
-          ? `Led to ${after.label}, but not to ${target.label}.`
-          : `Withstood: still ${after.label}.`;
-    $("facts").hidden = false;
-    $("fact-success").textContent = success ? "yes" : "no";
-    $("fact-linf").textContent = `${Math.round(255 * result.linf)}/255`;
-    $("fact-l2").textContent = result.l2.toFixed(3);
-    $("fact-seconds").textContent = seconds(result.seconds);
-    $("fact-shown").textContent = seconds((performance.now() - request.at) / 1000);
-  }
 }
 
-/** The probabilities of all classes of an image. */
-export async function probabilities(image, count, signal) {
-  const body = new FormData();
-  body.append("file", image);
-  const { results } = await ask(`predict?top_k=${Math.min(count, 1000)}`, { method: "POST", body, signal });
-  return known(Array(count).fill(), results[0].top);
-}
+/** Whether an attack is a single step, asked for at every move of the slider. */
+const isQuick = ({ steps, takes_steps: takes }) => steps === 1 && !takes;
 
-/** A list by class of the probabilities told of, undefined for the others. */
-export function known(classes, top) {
-  const values = Array(classes.length).fill(undefined);
-  for (const { index, probability } of top) values[index] = probability;
-  return values;
-}
+const fieldsOf = ({ attack, eps, steps, norm, label, target }) => ({
+  attack,
+  eps,
+  steps,
+  norm,
+  label,
+  target,
+});
 
-export function blobOf(base64) {
-  return new Blob([Uint8Array.from(atob(base64), (char) => char.charCodeAt(0))], { type: "image/png" });
-}
-
-export function tooLarge(blob, limits) {
-  if (blob.size <= limits.max_body_bytes - 2048) return null;
-  const most = Math.floor(limits.max_body_bytes / 2 ** 20);
-  return new Failure(`This file is too large: the service takes at most ${most} MiB.`, { status: 413 });
-}
-
-const named = ({ label, probability }) => `${label} ${percent(probability)}`;
-
-function save(kind, url, name) {
-  const link = $(`${kind}-save`);
-  link.href = url;
-  link.download = name;
-  link.hidden = false;
-  link.setAttribute("aria-label", `Download the ${kind} image as PNG`);
-}
+const ballText = (norm) =>
+  norm === "l2"
+    ? "L2, where eps limits the length of the whole change"
+    : "L∞, where eps limits the change of each pixel";

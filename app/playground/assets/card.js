@@ -1,21 +1,25 @@
 // The model card at a glance.
 
 import { el, epsText, normText, percent } from "./dom.js";
+import { hardened } from "./answers.js";
 import { interval } from "./evaluate.js";
 import { nameOf } from "./charts.js";
+import { attackTerm } from "./terms.js";
 
-export function showCard(box, { sha256, device, loaded, classes, input_size: size, card }) {
+export function showCard(box, { sha256, device, loaded, classes, input_size: size, card, compare }) {
   const { arch, stem, activation } = card.architecture ?? {};
   const { threat_model: threat, recipe, data, duration_seconds: took, seed } = card;
   const facts = [
     ["Architecture", [arch, stem && `${stem} stem`, activation].filter(Boolean).join(", ")],
     ["Input", `${size} × ${size} pixels`],
     ["Classes", `${classes.length}: ${classes.slice(0, 12).join(", ")}${classes.length > 12 ? "…" : ""}`],
-    ["Made to withstand", threat && `${normText(threat.norm)} up to ${epsText(Math.round(255 * threat.eps), threat.norm)}`],
+    ["Trained to resist", threat && hardened(card) && `${normText(threat.norm)} attacks up to eps ${epsText(Math.round(255 * threat.eps), threat.norm)}`],
     ["Recipe", recipe?.name && recipeText(recipe)],
     ["Trained on", data && `${data.name}, ${data.count?.toLocaleString("en")} images`],
-    ["Training took", took && `${duration(took)} on ${card.device ?? "an unknown device"}, seed ${seed}`],
-    ["Serves on", `${device} since ${new Date(loaded).toLocaleString("en-GB")}`],
+    ["Training time", took && `${duration(took)} on ${card.device ?? "an unknown device"}, seed ${seed}`],
+    ["Compared with", compare && `${compare.name}: ${other(compare.card)}`],
+    ["Running on", device],
+    ["Loaded", new Date(loaded).toLocaleString("en-US", { dateStyle: "medium", timeStyle: "short" })],
     ["SHA-256", el("code", { title: sha256 }, `${sha256.slice(0, 12)}…`)],
   ];
   const list = el("dl", { class: "card" });
@@ -23,6 +27,14 @@ export function showCard(box, { sha256, device, loaded, classes, input_size: siz
     if (value) list.append(el("div", {}, el("dt", {}, name), el("dd", {}, value)));
   }
   box.replaceChildren(list, ...measured(card.evaluation ?? []));
+}
+
+/** The model compared with, in a line. */
+function other({ architecture, evaluation = [] }) {
+  const known = evaluation.filter(({ accuracy }) => accuracy != null);
+  const rows = known.filter(({ data }) => data === known.at(-1).data); // measured last, as below
+  const figures = rows.map(({ attack, accuracy }) => `${nameOf(attack)} ${percent(accuracy)}`);
+  return [architecture?.arch, ...figures.slice(0, 3)].filter(Boolean).join(", ");
 }
 
 function recipeText({ name, phases = [] }) {
@@ -48,19 +60,20 @@ function measured(rows) {
         el(
           "tr",
           {},
-          el("th", { scope: "row" }, nameOf(row.attack), ball && el("small", {}, ` ${ball}`)),
+          el("th", { scope: "row" }, attackTerm(row.attack), ball && el("small", {}, ` ${ball}`)),
           el("td", {}, percent(row.accuracy)),
+          el("td", {}, row.n?.toLocaleString("en") ?? "–"),
           el("td", { class: "span" }, row.interval && interval(row)),
         ),
       );
     }
     const head = el(
       "thead",
-      { class: "hidden" },
-      el("tr", {}, el("th", { scope: "col" }, "Attack"), el("th", { scope: "col" }, "Accuracy"), el("td")),
+      {},
+      el("tr", {}, ...["Attack", "Accuracy", "Images"].map((text) => el("th", { scope: "col" }, text)), el("td")),
     );
-    const caption = `Accuracy on ${data || "its test set"}, ${own[0].n?.toLocaleString("en")} images`;
-    tables.push(el("table", { class: "numbers" }, el("caption", {}, caption), head, body));
+    const caption = `Accuracy on ${data || "its test set"}`;
+    tables.push(el("table", { class: "numbers measured" }, el("caption", {}, caption), head, body));
   }
   return tables.reverse();
 }

@@ -1,4 +1,4 @@
-// Bars, the curve of confidence, and how an accuracy settles. Colours come from the style sheet.
+// Bars, the curve of confidence, and how an accuracy settles. Colors come from the style sheet.
 
 import { attackText, el, epsText, percent, svg } from "./dom.js";
 
@@ -82,6 +82,8 @@ function round(most) {
 
 /** Confidence in the true class against eps, in steps of 1/255. */
 export function curve(box, { points, most, norm, current, broken, label }) {
+  const sorted = points.filter((point) => point.k <= most).sort((a, b) => a.k - b.k);
+  if (sorted.length < 2) return box.replaceChildren(); // one point is no curve
   const ticks =
     norm === "l2"
       ? Array.from({ length: 5 }, (_, i) => ({
@@ -94,7 +96,7 @@ export function curve(box, { points, most, norm, current, broken, label }) {
     most,
     ticks,
     label,
-    x: norm === "l2" ? "eps" : "eps · 255",
+    x: norm === "l2" ? "eps" : "eps in 1/255",
   });
   if (broken !== null && broken <= most) {
     const place = x(broken);
@@ -105,7 +107,6 @@ export function curve(box, { points, most, norm, current, broken, label }) {
     const place = x(current.k);
     root.append(svg("line", { class: "cursor", x1: place, x2: place, y1: MARGIN.top, y2: bottom }));
   }
-  const sorted = points.filter((point) => point.k <= most).sort((a, b) => a.k - b.k);
   root.append(svg("polyline", { class: "line", points: sorted.map(({ k, p }) => `${x(k)},${y(p)}`).join(" ") }));
   for (const { k, p, success } of sorted) {
     const dot = svg("circle", { class: success ? "dot gone" : "dot", cx: x(k), cy: y(p), r: 3.5 });
@@ -122,6 +123,8 @@ export function curve(box, { points, most, norm, current, broken, label }) {
 
 /** Accuracies with their intervals, as more and more images are scored: a list of points a line. */
 export function settling(box, lines, total) {
+  box.hidden = lines.every((line) => line.length < 2); // one point is no curve
+  if (box.hidden) return;
   const { root, x, y } = frame(box, {
     height: 220,
     most: Math.max(total, 1),
@@ -130,7 +133,7 @@ export function settling(box, lines, total) {
     x: "images",
   });
   lines.forEach((line, place) => {
-    if (!line.length) return;
+    if (line.length < 2) return;
     const upper = line.map(({ n, interval }) => `${x(n)},${y(interval[1])}`);
     const lower = line.map(({ n, interval }) => `${x(n)},${y(interval[0])}`).reverse();
     const middle = line.map(({ n, accuracy }) => `${x(n)},${y(accuracy)}`);
@@ -148,7 +151,7 @@ export function settling(box, lines, total) {
   box.replaceChildren(root);
 }
 
-/** A key to the lines of `settling`: the same colours, in words. */
+/** A key to the lines of `settling`: the same colors, in words. */
 export function swatch(place) {
   return el("span", { class: `swatch s${place % 8}`, "aria-hidden": "true" });
 }

@@ -45,13 +45,10 @@ export const epsText = (k, norm) =>
 
 export const normText = (norm) => ({ linf: "L∞", l2: "L2" })[norm] ?? norm;
 
-const PROPER = {
-  "pgd-margin": "PGD margin",
-  square: "Square",
-  autoattack: "AutoAttack",
-  minimal: "Minimal",
-};
-export const attackText = (name) => PROPER[name] ?? name.toUpperCase();
+const titles = new Map();
+/** Takes over the titles of the attacks in /limits. */
+export const nameAttacks = (attacks) => attacks.forEach(({ name, title }) => titles.set(name, title));
+export const attackText = (name) => titles.get(name) ?? name.toUpperCase();
 
 /** Resolves after so many milliseconds; rejects when `signal` aborts. */
 export function sleep(ms, signal) {

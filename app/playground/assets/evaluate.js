@@ -1,10 +1,12 @@
 // Evaluations: start one, watch it settle, cancel it, and find it again after a reload.
 
-import { ask, Failure, isStopped, open, post } from "./api.js";
-import { tooLarge } from "./attack.js";
+import { ask, Failure, isAway, isStopped, open, post } from "./api.js";
+import { tooLarge } from "./answers.js";
 import { nameOf, settling, swatch } from "./charts.js";
-import { copies, line } from "./curl.js";
 import { $, attackText, el, normText, options, percent, say, seconds, sleep } from "./dom.js";
+import { Report } from "./report.js";
+import { Snippets } from "./snippets.js";
+import { attackTerm, term } from "./terms.js";
 
 const UPLOAD = "\u0000upload"; // names of sets begin with a letter or a digit
 const EXAMPLES = "\u0000examples";
@@ -16,10 +18,14 @@ export class Evaluate {
     this.lines = []; // for each row of the table its points, as they came
     this.total = 0;
     this.job = null;
+    this.asked = null; // the fields of the form when the evaluation shown was asked for
     this.stopper = null;
+    this.awaiting = null; // what was clicked while there was no connection, to be done once there is
+    this.began = null; // when the evaluation that runs was first seen
+    this.report = new Report({ fail: (error) => this.#failed(error) });
     $("evaluate-form").addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#start();
+      this.#start(this.#wanted);
     });
     $("evaluate-form").addEventListener("input", () => this.#changed());
     $("set-norm").addEventListener("change", () => {
@@ -27,9 +33,9 @@ export class Evaluate {
       this.#changed();
     });
     $("cancel").addEventListener("click", () => this.#cancel());
-    copies($("evaluate-copy"), $("evaluate-curl"));
-    $("report-html").addEventListener("click", () => this.#report("text/html", "report.html"));
-    $("report-pdf").addEventListener("click", () => this.#report("application/pdf", "report.pdf"));
+    this.code = new Snippets("evaluate-curl", ["curl", "python"]);
+    $("evaluate-again").addEventListener("click", () => this.#start(this.#wanted));
+    setInterval(() => this.#elapsed(), 1000);
     new ResizeObserver(() => this.#draw()).observe($("settling"));
   }
 
@@ -38,24 +44,14 @@ export class Evaluate {
     this.limits = limits;
     options($("set"), [
       ...limits.datasets.map((name) => [name, name]),
-      [EXAMPLES, "Five example photographs"],
+      [EXAMPLES, "Five example photographs (demo)"],
       [UPLOAD, "Upload a file…"],
     ]);
     options($("set-norm"), limits.norms.map((norm) => [norm, normText(norm)]));
     if (first) {
       $("set-attacks").replaceChildren(
-        ...limits.attacks.map(({ name }) =>
-          el(
-            "label",
-            {},
-            el("input", {
-              type: "checkbox",
-              name: "attack",
-              value: name,
-              checked: limits.default_attacks.includes(name),
-            }),
-            ` ${attackText(name)}`,
-          ),
+        ...limits.attacks.map(({ name, summary }) =>
+          choice(name, summary, limits.default_attacks.includes(name)),
         ),
       );
       $("set-eps").value = Math.round(255 * limits.default_eps[$("set-norm").value]);
@@ -76,39 +72,88 @@ export class Evaluate {
     };
   }
 
+  /** The fields, and which set of the form they are for. */
+  get #wanted() {
+    return { set: $("set").value, ...this.#fields };
+  }
+
   #changed() {
     const set = $("set").value;
     $("set-file-field").hidden = set !== UPLOAD;
+    $("set-note").hidden = set !== EXAMPLES;
     $("set-eps").max = Math.floor(255 * this.limits.max_eps[$("set-norm").value] + 1e-6);
     const uploaded = $("set-file").files[0]?.name ?? "set.npz";
     const file = { [EXAMPLES]: "examples/photos.npz", [UPLOAD]: uploaded }[set];
-    const headers = { Prefer: "wait=60" };
-    $("evaluate-curl").textContent = line("evaluate", this.#fields, { file, headers });
+    const source = set === EXAMPLES ? "playground/examples/photos.npz" : null;
+    this.code.evaluate(this.#fields, { file, source });
+    this.#mark();
   }
 
-  async #start() {
+  /** Dims a result of other settings than the form's, and says which settings it is of. */
+  #mark() {
+    const { job } = this;
+    const shown = job !== null && !$("evaluate-result").hidden;
+    const stale = shown && this.asked !== JSON.stringify(this.#wanted);
+    $("evaluate-result").toggleAttribute("data-stale", stale);
+    if (!stale) return say($("evaluate-stale"));
+    const [{ norm, eps_text: eps }] = job.attacks;
+    const ball = `${normText(norm)}, eps ${eps}`;
+    say($("evaluate-stale"), `The dimmed result is for ${this.#set}, ${ball}, not for the settings above.`);
+  }
+
+  /** Sets the form as an evaluation was asked for. */
+  #adopt({ set, attack, norm, eps, limit }) {
+    if ([...$("set").options].some(({ value }) => value === set)) $("set").value = set;
+    $("set-norm").value = norm;
+    $("set-eps").value = eps.split("/")[0];
+    $("set-limit").value = limit;
+    for (const box of $("set-attacks").querySelectorAll("input")) box.checked = attack.includes(box.value);
+    this.asked = JSON.stringify(this.#wanted);
+    this.#changed();
+  }
+
+  async #start(fields) {
     this.stopper?.abort();
     const stopper = (this.stopper = new AbortController());
     this.#begin("Sending…");
     try {
-      const fields = this.#fields;
-      if (!fields.attack.length) throw new Failure("Choose at least one attack.");
-      fields.file = await this.#file(stopper.signal);
+      this.asked = JSON.stringify(fields);
+      this.#mark();
+      this.#check(fields);
+      const file = await this.#file(fields.set, stopper.signal);
       const wait = { Prefer: "respond-async" };
-      const job = await post("evaluate", fields, { signal: stopper.signal, headers: wait });
-      remember(job.id);
+      const { set, ...sent } = fields;
+      const job = await post("evaluate", { ...sent, file }, { signal: stopper.signal, headers: wait });
+      remember({ id: job.id, fields });
       this.#show(job);
       if (!ENDED.includes(job.state)) await this.#follow(job.id, stopper.signal);
-      else $("evaluate-text").textContent += " Evaluated before, with the same settings.";
+      else $("evaluate-text").textContent += " This is the result of an earlier evaluation with the same settings.";
     } catch (error) {
-      if (this.stopper === stopper) this.#failed(error);
+      if (this.stopper !== stopper) return;
+      this.#failed(error);
+      if (isAway(error)) this.awaiting = () => this.#start(fields);
     } finally {
       if (this.stopper === stopper) this.#end();
     }
   }
 
-  async #file(signal) {
-    const set = $("set").value;
+  /** Throws Failure for what the service would refuse. */
+  #check({ attack, norm, eps }) {
+    if (!attack.length) throw new Failure("Choose at least one attack.");
+    const max = Math.floor(255 * this.limits.max_eps[norm] + 1e-6);
+    if (Number(eps.split("/")[0]) > max) {
+      throw new Failure(`Choose an eps of at most ${max}/255 under ${normText(norm)}, not ${eps}.`);
+    }
+  }
+
+  /** Does what was clicked while there was no connection. */
+  back() {
+    const { awaiting } = this;
+    this.awaiting = null;
+    awaiting?.();
+  }
+
+  async #file(set, signal) {
     if (set === EXAMPLES) {
       const response = await open("playground/examples/photos.npz", { signal });
       return response.blob();
@@ -123,19 +168,46 @@ export class Evaluate {
 
   /** An evaluation begun before the page was loaded anew. */
   async #remembered() {
-    const id = remember();
-    if (!id) return;
+    const found = remember();
+    if (!found) return;
     const stopper = (this.stopper = new AbortController());
+    this.#begin("Looking for the previous evaluation…");
+    this.#adopt(found.fields);
     try {
-      const job = await ask(`evaluate/${id}`, { signal: stopper.signal });
-      this.#begin("");
+      const job = await this.#again(found.id, stopper.signal);
       this.#show(job);
-      if (!ENDED.includes(job.state)) await this.#follow(id, stopper.signal);
-    } catch {
-      if (this.stopper === stopper) remember(null);
+      if (!ENDED.includes(job.state)) await this.#follow(job.id, stopper.signal);
+    } catch (error) {
+      if (this.stopper === stopper) this.#failed(error);
     } finally {
       if (this.stopper === stopper) this.#end();
     }
+  }
+
+  /** The evaluation of that id, once the service answers. */
+  async #again(id, signal) {
+    for (;;) {
+      try {
+        return await ask(`evaluate/${id}`, { signal });
+      } catch (error) {
+        if (error.status === 404) throw this.#died();
+        if (!isAway(error) && error.status !== 429 && error.status !== 401) throw error;
+        await sleep(2000, signal);
+      }
+    }
+  }
+
+  /** The failure of an evaluation that the service no longer has; offers to run it again. */
+  #died() {
+    const found = remember();
+    remember(null);
+    if (found) this.#adopt(found.fields);
+    $("evaluate-again").hidden = false;
+    const last = this.job ? " The numbers below are the last ones it sent." : "";
+    return new Failure(
+      `The service no longer has this evaluation: the service restarted, or the result expired.${last}`,
+      { status: 404 }, // not to be waited for: whether to run it again is asked
+    );
   }
 
   /** Takes each event as it comes; goes on after a broken connection. */
@@ -146,19 +218,17 @@ export class Evaluate {
         for await (const { data } of events(response.body)) {
           const job = JSON.parse(data);
           wait = 500;
+          this.lost = false;
           say($("evaluate-error"));
           this.#show(job);
           if (ENDED.includes(job.state)) return;
         }
       } catch (error) {
         if (isStopped(error)) throw error;
-        if (error.status === 404) {
-          remember(null);
-          throw new Failure(
-            "The service no longer knows this evaluation: it was started anew, or the result has expired. What is shown is the last that came.",
-          );
-        }
+        if (error.status === 404) throw this.#died();
         if (error.status && error.status < 500 && error.status !== 429) throw error;
+        this.lost = true;
+        this.#elapsed();
         say($("evaluate-error"), "The connection was lost. Trying again…");
       }
       await sleep(wait, signal);
@@ -170,7 +240,7 @@ export class Evaluate {
     if (!this.job || ENDED.includes(this.job.state)) {
       this.stopper?.abort();
       this.stopper = null;
-      say($("evaluate-text"), "Cancelled before it began.");
+      say($("evaluate-text"), "Cancelled before it started.");
       this.#end();
       return;
     }
@@ -179,12 +249,19 @@ export class Evaluate {
     } catch (error) {
       say($("evaluate-error"), error.message);
       $("cancel").disabled = false;
+      if (isAway(error)) this.awaiting = () => this.#cancel();
     }
   }
 
   #begin(text) {
     this.lines = [];
     this.job = null;
+    this.awaiting = null;
+    this.began = null;
+    this.lost = false; // whether nothing is heard of it
+    this.moved = { at: 0, digits: 1 }; // the share told last
+    this.report.of(null);
+    $("evaluate-again").hidden = true;
     say($("evaluate-error"));
     say($("evaluate-text"), text);
     $("evaluate-result").hidden = true;
@@ -203,24 +280,37 @@ export class Evaluate {
   #failed(error) {
     if (!isStopped(error)) say($("evaluate-error"), error.message);
     if (!this.job) say($("evaluate-text"));
+    say($("evaluate-time"));
+  }
+
+  /** The set of the evaluation shown, in words. */
+  get #set() {
+    const { dataset } = this.job;
+    if (dataset !== "upload") return dataset;
+    const { set } = JSON.parse(this.asked);
+    return set === EXAMPLES ? "the five photographs" : "the uploaded set";
   }
 
   #show(job) {
     this.job = job;
-    const { evaluation, dataset, state } = job;
+    const { evaluation, state } = job;
+    const dataset = this.#set;
     const total = evaluation?.total ?? job.images;
     if (evaluation) $("evaluate-bar").value = evaluation.done ?? evaluation.n / total;
     say(
       $("evaluate-text"),
       {
-        queued: `${total} images of ${dataset}: waiting for the evaluations before it.`,
+        queued: `Queued: ${total} images of ${dataset}.`,
         running: `${underWay(evaluation)} of ${total} images of ${dataset}.`,
         done: `Done: ${total} images of ${dataset}.`,
         cancelled: `Cancelled at ${underWay(evaluation)} of ${total} images of ${dataset}.`,
         failed: "",
       }[state],
     );
-    $("reports").hidden = state !== "done";
+    this.report.of(state === "done" ? job : null);
+    if (state === "running") this.began ??= performance.now();
+    else this.began = null;
+    this.#elapsed();
     if (state === "failed") say($("evaluate-error"), job.error ?? "The evaluation failed.");
     if (evaluation?.results[0].n) this.#result(evaluation);
   }
@@ -235,24 +325,30 @@ export class Evaluate {
     const rows = results.map((row, place) => accuracyRow(row, place));
     if (results.length > 2) rows.push(accuracyRow({ ...worst, attack: "Worst case" }, null));
     $("evaluate-result").hidden = false;
-    $("accuracies").tBodies[0].replaceChildren(...rows);
+    $("accuracy-title").textContent = this.job.state === "done" ? "Accuracy" : "Accuracy so far";
+    this.#mark();
+    update($("accuracies").tBodies[0], rows);
     const found = flags(evaluation.flags, evaluation.notes);
     $("flags").replaceChildren(...found);
     this.#draw();
   }
 
-  /** Saves the report; a link would not send the key along. */
-  async #report(kind, name) {
-    say($("evaluate-error"));
-    try {
-      const headers = { Accept: kind };
-      const response = await open(`evaluate/${this.job.id}/report`, { headers });
-      const address = URL.createObjectURL(await response.blob());
-      el("a", { href: address, download: name }).click();
-      setTimeout(() => URL.revokeObjectURL(address), 60_000);
-    } catch (error) {
-      this.#failed(error);
-    }
+  /** Tells how long it has run, and how far it is. */
+  #elapsed() {
+    const { began } = this;
+    if (began === null || this.lost) return say($("evaluate-time"));
+    const whole = Math.floor((performance.now() - began) / 1000);
+    say($("evaluate-time"), `${whole} s, ${this.#share($("evaluate-bar").value)} of the work done.`);
+  }
+
+  /** A share in percent, with as many digits as it takes to see it move. */
+  #share(done) {
+    const { at, digits } = this.moved;
+    const same = (places) => (100 * at).toFixed(places) === (100 * done).toFixed(places);
+    let places = digits;
+    while (done !== at && same(places) && places < 6) places += 1;
+    this.moved = { at: done, digits: places };
+    return `${(100 * done).toFixed(places)}%`;
   }
 
   #draw() {
@@ -260,12 +356,30 @@ export class Evaluate {
   }
 }
 
-/** What is being scored: the first that is not through with all images. */
+/** A box to check with the attack's name, which is explained on hover and focus. */
+function choice(name, summary, checked) {
+  const id = `about-${name}`;
+  const box = el("input", { type: "checkbox", name: "attack", value: name, checked, "aria-describedby": id });
+  return term(el("label", {}, box, ` ${attackText(name)}`), summary, { id, control: true });
+}
+
+
+/** What is being scored: the first attack that has not finished. */
 function underWay(evaluation) {
   if (!evaluation) return "0";
   const { results, total } = evaluation;
   const row = results.find(({ n }) => n < total) ?? results.at(-1);
   return `${nameOf(row.attack)}: ${row.n}`;
+}
+
+/** Shows `rows`; a name that stays keeps its element, which may have focus or explain itself. */
+function update(body, rows) {
+  const same = body.rows.length === rows.length && rows.every((row, k) => row.cells[0].textContent === body.rows[k].cells[0].textContent);
+  if (!same) return body.replaceChildren(...rows);
+  rows.forEach((row, k) => {
+    const old = [...body.rows[k].cells];
+    [...row.cells].forEach((cell, place) => place && old[place].replaceWith(cell));
+  });
 }
 
 function accuracyRow(row, place) {
@@ -274,13 +388,13 @@ function accuracyRow(row, place) {
   return el(
     "tr",
     {},
-    el("th", { scope: "row" }, place === null ? null : swatch(place), nameOf(row.attack)),
+    el("th", { scope: "row" }, place === null ? null : swatch(place), attackTerm(row.attack)),
     el("td", {}, row.eps_text ? `${normText(row.norm)} ${row.eps_text}` : ""),
     el("td", {}, scored ? percent(row.accuracy) : "–"),
     el("td", {}, scored ? `${low} to ${high}` : ""),
     el("td", { class: "span" }, scored ? interval(row) : null),
     el("td", {}, scored ? `${row.correct} of ${row.n}` : ""),
-    el("td", {}, row.seconds ? seconds(row.seconds) : ""),
+    el("td", {}, row.seconds >= 0.001 ? seconds(row.seconds) : ""),
   );
 }
 
@@ -329,12 +443,12 @@ async function* events(body) {
   }
 }
 
-/** The id of the last evaluation of this tab: read, kept, or, with null, forgotten. */
-function remember(id) {
+/** The last evaluation of this tab, {id, fields}: read, kept, or, with null, forgotten. */
+function remember(found) {
   try {
-    if (id === undefined) return sessionStorage.getItem(REMEMBERED);
-    if (id === null) sessionStorage.removeItem(REMEMBERED);
-    else sessionStorage.setItem(REMEMBERED, id);
+    if (found === undefined) return JSON.parse(sessionStorage.getItem(REMEMBERED));
+    if (found === null) sessionStorage.removeItem(REMEMBERED);
+    else sessionStorage.setItem(REMEMBERED, JSON.stringify(found));
   } catch {
     // Storage may be forbidden; a reload then begins anew.
   }

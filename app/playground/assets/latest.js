@@ -8,6 +8,7 @@ export class Latest {
   #fail;
   #idle;
   #current = null;
+  #running = null;
   #next = null;
 
   /** `run(request, signal)` answers, `show(answer, request, more)` or `fail(error)` is told of it,
@@ -19,11 +20,11 @@ export class Latest {
     this.#idle = idle;
   }
 
-  /** Runs `request` next. One on its way is stopped, or, where `patient`, shown first. */
-  ask(request, { patient = false } = {}) {
+  /** Runs `request` next. One on its way is stopped, or, where `patient` of it, shown first. */
+  ask(request, { patient = () => false } = {}) {
     this.#next = request;
     if (!this.#current) this.#drain();
-    else if (!patient) this.#current.abort();
+    else if (!patient(this.#running)) this.#current.abort();
   }
 
   /** Forgets what is on its way. */
@@ -32,11 +33,17 @@ export class Latest {
     this.#current?.abort();
   }
 
+  /** Whether a request is on its way. */
+  get running() {
+    return this.#current !== null;
+  }
+
   async #drain() {
     while (this.#next) {
       const request = this.#next;
       const stopper = new AbortController();
       this.#next = null;
+      this.#running = request;
       this.#current = stopper;
       try {
         const answer = await this.#run(request, stopper.signal);

@@ -1,27 +1,48 @@
 // Puts the parts of the page together.
 
-import { ask, isStopped, on, post, useKey, watch } from "./api.js";
-import { Attack, blobOf, known, probabilities, tooLarge } from "./attack.js";
+import { ask, isStopped, keyed, on, open, post, useKey, watch } from "./api.js";
+import { followed, given, note } from "./address.js";
+import { blobOf, known, pngUrl, probabilities, tooLarge } from "./answers.js";
+import { Attack } from "./attack.js";
 import { Breaking } from "./breaking.js";
 import { showCard } from "./card.js";
 import { bars } from "./charts.js";
-import { $, say, sleep } from "./dom.js";
+import { Compare } from "./compare.js";
+import { $, nameAttacks, say, sleep } from "./dom.js";
 import { Evaluate } from "./evaluate.js";
 import { Latest } from "./latest.js";
 import { bringImages, example } from "./picture.js";
+import { explainAttacks, explainTerms } from "./terms.js";
+import { viewer } from "./viewer.js";
 
 const THEMES = ["system", "light", "dark"];
 const root = document.documentElement;
 
 const attack = new Attack({
-  busy: () => breaking.pause(),
-  idle: () => breaking.resume(),
+  busy: () => {
+    compare.pause();
+    breaking.pause();
+  },
+  idle: () => compare.resume(),
   changed: () => breaking.restart(),
+  asked: () => {
+    if (!configured) return;
+    const { attack: name, eps, norm, steps, target } = attack.request;
+    const without = $("compare").checked ? "" : "no";
+    note({ example: wanted ?? brought?.label, attack: name, eps, norm, steps, target, compare: without });
+  },
+  marked: () => compare?.mark(),
+  comparing: () => compare?.on,
 });
+const compare = new Compare(attack, { idle: () => attack.working || breaking.resume() });
 const breaking = new Breaking(attack);
 const evaluate = new Evaluate();
+let configured = false; // whether the settings of the address were taken over
 let model = null;
 let limits = null;
+let seen = null; // the picture that the model last read
+let wanted = null; // the example clicked, until its file has come
+let previewed = null; // the image being shown before the model has read it
 let brought = null; // the image last brought, to be sent again when the model has changed
 
 // What the model sees of an image comes with an attack of no size.
@@ -33,36 +54,114 @@ const looking = new Latest({
       answer.before.top.length < model.classes.length
         ? await probabilities(input, model.classes.length, signal)
         : known(model.classes, answer.before.top);
-    const url = `data:image/png;base64,${answer.input_png}`;
+    const url = pngUrl(answer.input_png);
     const stem = name.replace(/^.*\//, "").replace(/\.[^.]*$/, "") || "image";
-    return { input, url, before, predicted: answer.before.label, name, label, stem };
+    const source = label && `playground/${name}`; // where a copied command finds an example
+    return { input, url, before, predicted: answer.before.label, name, label, stem, source };
   },
   show: (picture) => {
+    previewed = null;
     const size = model.input_size;
     $("seen").src = picture.url;
     $("seen").alt = `${picture.name}, the ${size} × ${size} pixels that the model sees`;
     $("seen").hidden = false;
+    $("seen-caption").textContent = `The model’s prediction for ${picture.name}`;
+    $("seen-bars").setAttribute("aria-busy", "false");
+    seen = picture;
     $("seen-text").textContent = `${picture.name}: the ${size} × ${size} pixels that the model sees`;
     $("seen-bars").hidden = false;
     bars($("seen-bars"), model.classes, picture.before);
     say($("picture-error"));
     attack.take(picture);
   },
-  fail: (error) => {
+  fail: (error, request) => {
     say($("picture-error"), error.message);
-    if (attack.picture) attack.idle();
+    if (error.status === 0 || error.status === 503) return; // goes on by itself when it is back
+    if (error.status === 429) return again(request, error.retryAfter || 5);
+    if (seen) forget();
   },
 });
 
+/** Asks once more for an image when the service may be less busy, unless another was chosen. */
+async function again(request, seconds) {
+  await sleep(1000 * seconds);
+  if (brought === request) looking.ask(request);
+}
+
+/** Shows the chosen image at once, before the service has read it. */
+async function preview({ blob, url, name }) {
+  const mine = (previewed = {});
+  $("seen-text").textContent = `${name}: waiting for the model…`;
+  $("seen-bars").setAttribute("aria-busy", "true");
+  say($("picture-error"));
+  attack.expect({ name });
+  breaking.restart();
+  const local = url ?? URL.createObjectURL(blob);
+  // An example is decoded already; of a file it is not known yet whether it is an image.
+  if (!url && !(await decodes(local))) return; // the service says what is wrong with it
+  if (previewed !== mine) return;
+  $("seen").src = local;
+  $("seen").alt = `${name}, not read by the model yet`;
+  $("seen").hidden = false;
+  attack.expect({ url: local, name });
+}
+
+async function decodes(url) {
+  const image = new Image();
+  image.src = url;
+  return image.decode().then(
+    () => true,
+    () => false,
+  );
+}
+
+/** The chosen image cannot be used: shows the one before again. */
+function forget() {
+  previewed = null;
+  $("seen-bars").setAttribute("aria-busy", "false");
+  $("seen-text").textContent = seen.name;
+  $("seen").src = seen.url;
+  attack.forget();
+}
+
 function bring(blob, name, label) {
-  const fault = tooLarge(blob, limits);
+  const fault = limits && tooLarge(blob, limits);
   if (fault) return say($("picture-error"), fault.message);
   brought = { blob, name: name || "image.png", label };
-  for (const button of $("examples").querySelectorAll("button")) {
-    button.setAttribute("aria-pressed", String(button.dataset.example === label));
-  }
+  if (!label) preview(brought); // an example was shown at the click
+  wanted = null;
+  press(label);
+  compare.pause();
   breaking.pause();
-  looking.ask(brought);
+  if (model) looking.ask(brought); // else once it is known
+}
+
+/** Says which examples the model gets wrong without an attack, and which are of no class of it. */
+async function judgeExamples() {
+  const buttons = [...$("examples").querySelectorAll("button")];
+  if (buttons.length > limits.max_images) return;
+  const body = new FormData();
+  for (const { dataset } of buttons) {
+    const response = await open(`playground/examples/${dataset.example}.jpg`, { cache: "default" });
+    body.append("file", await response.blob());
+  }
+  const { results } = await ask("predict?top_k=1", { method: "POST", body });
+  const wrong = [];
+  const foreign = [];
+  buttons.forEach((button, place) => {
+    const name = button.dataset.example;
+    const none = !model.classes.includes(name);
+    const missed = !none && results[place].label !== name;
+    if (none) foreign.push(name);
+    if (missed) wrong.push(name);
+    button.classList.toggle("missed", missed);
+    const more = none ? ", not one of the classes" : missed ? ", which the model gets wrong" : "";
+    button.setAttribute("aria-label", `Example: ${name}${more}`);
+  });
+  const sentences = [];
+  if (wrong.length) sentences.push(`Wrong even without an attack: ${wrong.join(", ")}.`);
+  if (foreign.length) sentences.push(`Not among the model’s classes: ${foreign.join(", ")}.`);
+  say($("examples-note"), sentences.join(" "));
 }
 
 const failed = (error) => isStopped(error) || say($("picture-error"), error.message);
@@ -77,6 +176,27 @@ function ready() {
   status("up", `${arch ?? "model"} ${model.sha256.slice(0, 8)} on ${model.device}`);
 }
 
+function press(name) {
+  for (const button of $("examples").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button.dataset.example === name));
+  }
+}
+
+/** Shows the example clicked, then brings it. */
+function choose(name) {
+  wanted = name;
+  press(name);
+  const { src: url } = $("examples").querySelector(`[data-example="${name}"] img`);
+  preview({ url, name: `examples/${name}.jpg` });
+  return example(name, bring, failed);
+}
+
+/** The example that an address names, or the first. */
+function exampleOf(query) {
+  const names = [...$("examples").querySelectorAll("button")].map(({ dataset }) => dataset.example);
+  return names.find((name) => name === query.get("example")) ?? names[0];
+}
+
 /** Asks what the service is and takes; again when it has another model. */
 async function configure() {
   for (;;) {
@@ -85,13 +205,17 @@ async function configure() {
       break;
     } catch (error) {
       say($("model-error"), error.message);
+      status("down", error.message);
       if (error.status === 401) await keyGiven();
       else await sleep(2000);
     }
   }
   say($("model-error"));
+  nameAttacks(limits.attacks);
+  explainAttacks(limits.attacks);
   showCard($("card"), model);
-  attack.configure(limits, model.classes);
+  compare.configure(model);
+  attack.configure(limits, model);
   evaluate.configure(limits);
   ready();
 }
@@ -116,6 +240,7 @@ function themes() {
 }
 
 on("key", () => {
+  say($("key-text"), keyed() ? "The service refused this key. Check it and enter it again." : "");
   $("key-form").hidden = false;
   $("key").focus();
 });
@@ -124,6 +249,7 @@ $("key-form").addEventListener("submit", (event) => {
   useKey($("key").value.trim());
   $("key").value = "";
   $("key-form").hidden = true;
+  if (configured) resume(); // what was refused meanwhile
 });
 
 function keyGiven() {
@@ -132,20 +258,44 @@ function keyGiven() {
   );
 }
 
-on("lost", () => status("down", "The service does not answer; trying again…"));
-on("back", async () => {
+on("lost", ({ detail }) => status("down", detail));
+on("back", resume);
+
+/** Does what was clicked while the service did not answer. */
+async function resume() {
   await configure();
   for (const id of ["picture-error", "attack-error"]) say($(id));
-  if (brought) looking.ask(brought);
-});
+  if (wanted) choose(wanted);
+  else if (brought && (previewed || !seen)) looking.ask(brought);
+  else attack.ask({ curve: true });
+  evaluate.back();
+}
+
 on("model", async () => {
+  if (brought && !wanted) preview(brought); // what is shown is of the model before
   await configure();
-  if (brought) looking.ask(brought);
+  if (brought && !wanted) looking.ask(brought);
+  judgeExamples().catch(() => {}); // the examples can be used without it
 });
 
 themes();
+viewer();
+explainTerms();
+bringImages(bring, choose, failed);
+const opened = choose(exampleOf(given()));
 await configure();
-bringImages(bring, failed);
+compare.restore(given());
+attack.restore(given());
+configured = true;
+followed((query) => {
+  const name = exampleOf(query);
+  if (query.get("example") && name !== (wanted ?? brought?.label)) choose(name);
+  compare.restore(query);
+  attack.restore(query);
+});
 root.dataset.ready = "true";
+performance.mark("usable");
 watch();
-await example("horse", bring, failed);
+await opened;
+if (brought && !looking.running) looking.ask(brought);
+judgeExamples().catch(() => {}); // the examples can be used without it

@@ -3,23 +3,28 @@
 import { $ } from "./dom.js";
 import { Failure, open } from "./api.js";
 
-/** Calls `take(blob, name, label)` for each image someone brings, and `fail(error)` otherwise. */
-export function bringImages(take, fail) {
+/** Calls `take(blob, name, label)` for each image someone brings, `choose(name)` for an example,
+ * and `fail(error)` otherwise. */
+export function bringImages(take, choose, fail) {
+  const own = (blob, name) => {
+    newest = null; // an example still on its way comes too late
+    take(blob, name);
+  };
   const file = $("file");
   file.addEventListener("change", () => {
-    if (file.files[0]) take(file.files[0], file.files[0].name);
+    if (file.files[0]) own(file.files[0], file.files[0].name);
     file.value = ""; // so that the same file can be chosen again
   });
 
   for (const button of $("examples").querySelectorAll("button")) {
-    button.addEventListener("click", () => example(button.dataset.example, take, fail));
+    button.addEventListener("click", () => choose(button.dataset.example));
   }
 
   document.addEventListener("paste", (event) => {
     const pasted = [...(event.clipboardData?.files ?? [])];
     if (!pasted.length) return;
     event.preventDefault();
-    first(pasted, take, fail);
+    first(pasted, own, fail);
   });
 
   let depth = 0; // dragenter and dragleave come for every element passed
@@ -36,14 +41,18 @@ export function bringImages(take, fail) {
     mark(0);
     if (event.target.id === "set-file") return; // the browser puts it there
     event.preventDefault();
-    first([...event.dataTransfer.files], take, fail);
+    first([...event.dataTransfer.files], own, fail);
   });
 }
 
+let newest = null; // of the examples asked for
+
 export async function example(name, take, fail) {
+  newest = name;
   try {
     const response = await open(`playground/examples/${name}.jpg`, { cache: "default" });
-    take(await response.blob(), `examples/${name}.jpg`, name);
+    const blob = await response.blob();
+    if (newest === name) take(blob, `examples/${name}.jpg`, name);
   } catch (error) {
     fail(error);
   }
@@ -52,5 +61,5 @@ export async function example(name, take, fail) {
 function first(files, take, fail) {
   const image = files.find((file) => file.type.startsWith("image/")) ?? files[0];
   if (image) take(image, image.name);
-  else fail(new Failure("There was no image in that."));
+  else fail(new Failure("That was not an image."));
 }

@@ -1,0 +1,1 @@
+"""Decodes untrusted bytes in processes that can be killed."""

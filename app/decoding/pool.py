@@ -1,0 +1,251 @@
+"""Decode worker processes: started on demand, killed with the request they work for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal
+
+from app.decoding.frames import PREFIX, Header, header_length, pack, unpack
+from app.decoding.sharing import Budget, Places
+from app.errors import DeadlineExceeded
+
+logger = logging.getLogger(__name__)
+
+Reply = tuple[Header, list[bytearray]]
+
+_PIECE = 2**18
+
+NICENESS = 10  # large images: predictions have priority
+IDLE_SECONDS = 60.0  # after which an idle worker is killed
+
+
+class DecodeFailed(Exception):
+    """A file could not be decoded; what was expected and found, safe to return.
+
+    `reason` is `memory`, `seconds` (wall-clock), `cpu` (CPU seconds) or `crash`.
+    """
+
+    def __init__(
+        self, reason: Literal["memory", "seconds", "cpu", "crash"], *, expected: str, found: str
+    ) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.reason, self.expected, self.found = reason, expected, found
+
+
+class WorkerPool:
+    """Up to `size` decoding processes, each with one task at a time.
+
+    A task that exceeds `seconds`, the CPU time `cpu_seconds` or its memory
+    is killed with its worker, and so is a task that no client waits for. The memory of all tasks
+    comes from `budget`.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        budget: Budget,
+        seconds: float,
+        cpu_seconds: float | None = None,
+        niceness: int = NICENESS,
+    ) -> None:
+        self._places = Places(size, per_client=max(size - 1, 1))
+        self._budget, self._seconds = budget, seconds
+        # With a wall-clock limit this only matters for a worker that has lost its service.
+        self._cpu_seconds = cpu_seconds or seconds + 2
+        self._niceness = niceness
+        self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
+        self._ended: list[_Worker] = []  # killed, perhaps not reaped yet
+        self._closed = False
+
+    async def run(
+        self,
+        request: Header,
+        blobs: Sequence[bytes],
+        *,
+        client: Hashable,
+        memory: int,
+        most: int,
+        deadline: float | None = None,
+        trusted: bool = False,
+    ) -> Reply:
+        """A worker's reply to `request`, of at most `most` bytes.
+
+        The task may use `memory` bytes besides `blobs`; a `trusted` task more, and any time.
+        Raises DecodeFailed, or DeadlineExceeded past `deadline` on the monotonic clock. Cancelling
+        kills the worker immediately.
+        """
+        if memory > self._budget.total:
+            raise _takes_too_much(self._budget.total)
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                async with self._places.hold(client), self._budget.hold(memory):
+                    limits = {"memory": memory, "cpu_seconds": self._cpu_seconds}
+                    return await self._ask(request | ({} if trusted else limits), blobs, most)
+        except TimeoutError:
+            raise DeadlineExceeded("The image or data set was not decoded in time.") from None
+
+    async def _ask(self, header: Header, blobs: Sequence[bytes], most: int) -> Reply:
+        worker, seconds = self._take(), self._seconds if "memory" in header else None
+        try:
+            async with asyncio.timeout(seconds):
+                answer, parts = await worker.ask(header, blobs, most=most)
+        except TimeoutError:
+            raise _too_slow(seconds) from None
+        except (OSError, EOFError, ValueError) as error:
+            if worker.exit_code() == -signal.SIGPROF:
+                raise _too_slow(self._cpu_seconds, "cpu") from None
+            if not self._closed:
+                logger.warning("a decode worker failed and is replaced: %r", error)
+            raise _crashed() from None
+        finally:
+            self._put_back(worker)
+        if answer.get("error") == "memory":
+            raise _takes_too_much(header["memory"])
+        if answer.get("error") == "failed":
+            logger.warning("a decode worker met %s", answer.get("text"))
+            raise _crashed()
+        return answer, parts
+
+    def _take(self) -> _Worker:
+        self._reap()
+        while self._idle and self._idle[-1].gone():  # killed from outside, for lack of memory
+            self._end(self._idle.pop())
+        worker = self._idle.pop() if self._idle else _Worker(self._niceness)
+        worker.keep_alive()
+        self._busy.add(worker)
+        return worker
+
+    def _put_back(self, worker: _Worker) -> None:
+        """Keep a worker that has replied; kill one that was interrupted."""
+        self._busy.discard(worker)
+        if worker.answered and not self._closed:
+            self._idle.append(worker)
+            worker.retire_after(IDLE_SECONDS, self._retire)
+        else:
+            self._end(worker)
+
+    def _retire(self, worker: _Worker) -> None:
+        self._idle.remove(worker)
+        self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        worker.end()
+        self._ended.append(worker)
+        self._reap()
+
+    def _reap(self) -> None:
+        self._ended = [worker for worker in self._ended if not worker.gone()]
+
+    def close(self) -> None:
+        """Kill all workers, whatever they are doing."""
+        self._closed = True
+        while self._idle:
+            self._end(self._idle.pop())
+        for worker in self._busy:
+            worker.kill()  # closing its socket wakes the waiting task
+        for worker in self._ended:
+            worker.gone(wait=True)
+
+
+def _takes_too_much(most: int) -> DecodeFailed:
+    expected = f"one that is decoded in {most // 2**20} MiB of memory"
+    return DecodeFailed("memory", expected=expected, found="one that takes more")
+
+
+def _too_slow(seconds: float | None, reason: Literal["seconds", "cpu"] = "seconds") -> DecodeFailed:
+    expected = f"one that is decoded within {seconds} s"
+    return DecodeFailed(reason, expected=expected, found="one that takes longer")
+
+
+def _crashed() -> DecodeFailed:
+    return DecodeFailed("crash", expected="one that decodes", found="one that the decoder fails on")
+
+
+class _Worker:
+    """One process and the socket to it."""
+
+    def __init__(self, niceness: int = NICENESS) -> None:
+        self.answered = True  # whatever it was asked
+        self._timer: asyncio.TimerHandle | None = None
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        # Only what is needed to find the modules of this process, and one thread each.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "app.decoding.worker", str(theirs.fileno()), str(niceness)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+
+    async def ask(self, header: Header, blobs: Sequence[bytes], *, most: int) -> Reply:
+        """Its reply. Raises EOFError if the worker died, ValueError for an invalid reply."""
+        loop = asyncio.get_running_loop()
+        self.answered = False
+        await loop.sock_sendall(self._socket, pack(header, blobs))
+        for blob in blobs:
+            await loop.sock_sendall(self._socket, blob)
+        length = header_length(await self._exactly(PREFIX.size))
+        answer, lengths = unpack(await self._exactly(length), most=most)
+        parts = [await self._exactly(length) for length in lengths]
+        self.answered = True
+        return answer, parts
+
+    async def _exactly(self, length: int) -> bytearray:
+        loop, data = asyncio.get_running_loop(), bytearray()
+        while len(data) < length:
+            more = await loop.sock_recv(self._socket, min(length - len(data), _PIECE))
+            if not more:
+                raise EOFError("it ended before its answer")
+            data += more
+        return data
+
+    def retire_after(self, seconds: float, retire: Callable[[_Worker], None]) -> None:
+        """Call `retire` with this unless `keep_alive` is called before."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, retire, self)
+
+    def keep_alive(self) -> None:
+        """The worker is in use again."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def kill(self) -> None:
+        """Kill the process; it holds nothing that needs cleaning up."""
+        self._process.kill()
+
+    def end(self) -> None:
+        """Kill the process and close its socket, which no task waits for."""
+        self.keep_alive()
+        self.kill()
+        self._socket.close()
+
+    def exit_code(self) -> int:
+        """Its exit code, killing it if it still runs: the negative signal."""
+        self.kill()
+        return self._process.wait()
+
+    def gone(self, *, wait: bool = False) -> bool:
+        """Whether the process, once killed, has ended."""
+        if wait:
+            self._process.wait()
+        return self._process.poll() is not None

@@ -1,0 +1,164 @@
+"""A process that decodes one task after another, until its socket is closed.
+
+Run as `python -m app.decoding.worker FD NICENESS`. Images don't need torch, so a new worker starts
+quickly; the first data set imports it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from app.decoding.frames import PREFIX, Header, header_length, pack, unpack
+
+SPARE_BYTES = 64 * 2**20  # on top of a task's memory, for the allocator
+MAX_REQUEST = 2**40  # the service trusts nobody; its workers trust the service
+
+Answer = tuple[Header, list[bytes]]
+
+
+def main(descriptor: int, niceness: int) -> None:
+    """Serve the socket of that descriptor."""
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to the whole terminal; the service ends the worker
+        signal.signal(name, signal.SIG_IGN)
+    os.nice(niceness)
+    with socket.socket(fileno=descriptor) as connection:
+        connection.setblocking(True)
+        while request := _receive(connection):
+            header, blobs = _answer(*request)
+            connection.sendall(pack(header, blobs))
+            for blob in blobs:
+                connection.sendall(blob)
+
+
+def _answer(header: Header, blobs: list[bytes]) -> Answer:
+    task = TASKS[header["task"]]
+    try:
+        task.prepare()
+        if "memory" in header:
+            _limit(header["memory"])
+            # Kills this process.
+            signal.setitimer(signal.ITIMER_PROF, header["cpu_seconds"])
+        return task.run(header, blobs)
+    except MemoryError:
+        return {"error": "memory"}, []
+    except Exception as error:
+        return {"error": "failed", "text": type(error).__name__}, []
+    finally:
+        _unlimit()
+
+
+def _limit(memory: int) -> None:
+    """Limit the process to `memory` bytes more than now."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = _address_space() + memory + SPARE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (_within(most, hard), hard))
+
+
+def _unlimit() -> None:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
+def _within(value: int, hard: int) -> int:
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
+
+
+def _address_space() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # not Linux: the peak so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * resource.getpagesize()
+
+
+def _receive(connection: socket.socket) -> tuple[Header, list[bytes]] | None:
+    prefix = _exactly(connection, PREFIX.size)
+    if not prefix:
+        return None
+    header, lengths = unpack(_exactly(connection, header_length(prefix)), most=MAX_REQUEST)
+    return header, [_exactly(connection, length) for length in lengths]
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes:
+    data = bytearray(length)
+    view, got = memoryview(data), 0
+    while got < length:
+        more = connection.recv_into(view[got:])
+        if not more:
+            return b""
+        got += more
+    return bytes(data)
+
+
+class _Images:
+    """An image to the pixels of the model's input."""
+
+    @staticmethod
+    def prepare() -> None:
+        import robust.image_decoding  # noqa: F401  # before the limits hold
+
+    @staticmethod
+    def run(header: Header, blobs: list[bytes]) -> Answer:
+        from robust.image_decoding import read_pixels
+        from robust.image_headers import ImageError
+
+        try:
+            pixels = read_pixels(blobs[0], header["size"], max_pixels=header["max_pixels"])
+        except ImageError as error:
+            return {"error": error.kind, "expected": error.expected, "found": error.found}, []
+        return {}, [pixels.tobytes()]
+
+
+class _Sets:
+    """An uploaded data set, or one by its path, at the model's size."""
+
+    @staticmethod
+    def prepare() -> None:
+        import torch
+
+        import robust.datasets  # noqa: F401
+
+        torch.set_num_threads(1)
+
+    @staticmethod
+    def run(header: Header, blobs: list[bytes]) -> Answer:
+        from robust.datasets import DatasetError, load_dataset, load_upload
+
+        size = header["size"]
+        try:
+            if header["path"] is not None:
+                dataset = load_dataset(Path(header["path"]), size=size, train=False)
+            else:
+                dataset = load_upload(
+                    blobs[0],
+                    None,
+                    size=size,
+                    max_images=header["max_images"],
+                    max_pixels=header["max_pixels"],
+                )
+        except DatasetError as error:
+            texts = {"source": error.source, "expected": error.expected, "found": error.found}
+            return {"error": "set", **texts}, []
+        about = {
+            "name": dataset.name,
+            "classes": list(dataset.classes),
+            "changes": list(dataset.changes),
+            "dtype": dataset.dtype,
+            "images": len(dataset),
+        }
+        return about, [dataset.images.numpy().tobytes(), dataset.labels.numpy().tobytes()]
+
+
+TASKS: dict[str, type[_Images] | type[_Sets]] = {"image": _Images, "set": _Sets}
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

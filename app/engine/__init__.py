@@ -1,0 +1,1 @@
+"""The device: one thread that computes, its queue, and the model it serves."""

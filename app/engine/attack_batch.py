@@ -1,0 +1,182 @@
+"""Attacks on images from several requests, which share their passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from app.engine.engine import MAX_SHARED, Engine, Session
+from app.engine.queue import Kind, Work
+from app.engine.served_model import ServedModel
+from app.errors import FieldError, InvalidParameters
+from robust.attacks import AttackSettings
+from robust.images import to_float
+from robust.prediction import AttackOutcome, attack_images, predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackItem:
+    """A uint8 image (3, H, W), its label (None: the prediction) and its target class, if any."""
+
+    image: Tensor
+    label: int | None = None
+    target: int | None = None
+
+
+async def attack_in_batch(
+    engine: Engine,
+    model: ServedModel,
+    item: AttackItem,
+    attacks: Sequence[AttackSettings],
+    *,
+    deadline: float | None = None,
+) -> list[AttackOutcome]:
+    """Run each of `attacks` on one image, batched with matching requests from others.
+
+    Raises InvalidParameters when target and label are the same, and what `Engine.run_shared` does.
+    """
+    works = [
+        Work(
+            kind=Kind.ATTACK,
+            model=model,
+            cost=cost([settings]),
+            deadline=deadline,
+            function=_function(settings),
+            share=(settings, item.target is not None),
+            item=item,
+        )
+        for settings in attacks
+    ]
+    return await engine.run_shared(works)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Another model's predictions for an adversarial image."""
+
+    label: int  # the given class of the image, or that model's prediction
+    target: int | None
+    before: Tensor  # its probabilities float32 (K,) of the original image
+    after: Tensor  # and of the adversarial one
+
+
+async def compare_in_batch(
+    engine: Engine,
+    pairs: Sequence[tuple[ServedModel, ServedModel]],
+    item: AttackItem,
+    attacks: Sequence[AttackSettings],
+    *,
+    deadline: float | None = None,
+) -> list[list[tuple[AttackOutcome, Transfer]]]:
+    """Run each of `attacks` on the first model of each pair, and classify with the second.
+
+    Returns a list per pair, by attack. All are admitted together; raises like `attack_in_batch`.
+    """
+    works = [
+        Work(
+            kind=Kind.ATTACK,
+            model=model,
+            cost=compare_cost([settings]),
+            deadline=deadline,
+            function=_function_with_transfer(settings, other),
+            share=(settings, item.target is not None, other),
+            item=item,
+        )
+        for model, other in pairs
+        for settings in attacks
+    ]
+    results = await engine.run_shared(works)
+    return [results[at : at + len(attacks)] for at in range(0, len(results), len(attacks))]
+
+
+def compare_cost(attacks: Sequence[AttackSettings]) -> int:
+    """Like `cost`, plus two passes of the other model for each attack."""
+    return cost(attacks) + 2 * len(attacks)
+
+
+def cost(attacks: Sequence[AttackSettings]) -> int:
+    """Most forward and backward passes for an image, including those before and after."""
+    return sum(settings.cost + 2 for settings in attacks)
+
+
+def _function(
+    settings: AttackSettings,
+) -> Callable[[Session, list[AttackItem]], list[AttackOutcome | Exception]]:
+    def run(session: Session, items: list[AttackItem]) -> list[AttackOutcome | Exception]:
+        start = session.seconds()
+        x = torch.stack([item.image for item in items]).to(session.device)
+        before = predict(session, to_float(x))
+        labels = [
+            int(row.argmax()) if item.label is None else item.label
+            for item, row in zip(items, before, strict=True)
+        ]
+        good = torch.tensor(
+            [label != item.target for label, item in zip(labels, items, strict=True)]
+        )
+        results: list[AttackOutcome | Exception] = [_same_class() for _ in items]
+        at = good.nonzero().flatten().tolist()
+        if at:
+            targets = [items[place].target for place in at]
+            outcomes = attack_images(
+                session,
+                x[good.to(x.device)],
+                [labels[place] for place in at],
+                settings=settings,
+                targets=None if None in targets else targets,  # all have one, or none has
+                before=before[good],
+                cancelled=lambda: session.cancelled()[good],
+                batch_size=MAX_SHARED,
+                bf16=session.bf16,
+            )
+            for place, outcome in zip(at, outcomes, strict=True):
+                results[place] = replace(outcome, seconds=session.seconds() - start)
+        return results
+
+    return run
+
+
+def _function_with_transfer(
+    settings: AttackSettings, other: ServedModel
+) -> Callable[[Session, list[AttackItem]], list[tuple[AttackOutcome, Transfer] | Exception]]:
+    attack = _function(settings)
+
+    def run(
+        session: Session, items: list[AttackItem]
+    ) -> list[tuple[AttackOutcome, Transfer] | Exception]:
+        outcomes = attack(session, items)
+        images = [
+            item.image if isinstance(outcome, Exception) else outcome.image
+            for outcome, item in zip(outcomes, items, strict=True)
+        ]
+        session.pause()
+        x = torch.stack([*(item.image for item in items), *images]).to(session.device)
+        before, after = predict(other.logits, to_float(x)).chunk(2)
+        return [
+            outcome
+            if isinstance(outcome, Exception)
+            else (
+                outcome,
+                Transfer(
+                    label=int(before[place].argmax()) if item.label is None else item.label,
+                    target=item.target,
+                    before=before[place],
+                    after=after[place],
+                ),
+            )
+            for place, (outcome, item) in enumerate(zip(outcomes, items, strict=True))
+        ]
+
+    return run
+
+
+def _same_class() -> InvalidParameters:
+    return InvalidParameters(
+        [
+            FieldError(
+                field="target", expected="another class than the label", got="the label itself"
+            )
+        ]
+    )

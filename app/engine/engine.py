@@ -1,0 +1,446 @@
+"""The engine: one thread that owns the device and keeps it busy while there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from app import logs
+from app.engine.cpu_limits import device_threads
+from app.engine.gc_tuning import release_memory
+from app.engine.numpy_ops import concatenate
+from app.engine.queue import Kind, Work, WorkQueue
+from app.engine.served_model import ServedModel
+from app.errors import DeadlineExceeded, EngineStopped, OutOfMemory, ServiceError
+from app.metrics import Metrics
+from app.tracing import Tracing
+from robust.attacks import Model
+from robust.classifier import Classifier
+from robust.evaluation.precision import full_float32
+from robust.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_SHARED = 8  # attacks from several requests in one pass: more would delay predictions too long
+_STOPPED = EngineStopped("The device thread has stopped.")
+MAX_NESTED_ATTACKS = 4  # each waits for the one that it yielded to
+_FITTED_OFTEN = 100  # successful full passes after which the batch size is doubled
+
+
+class _DeviceLost(BaseException):
+    """The device is unusable in this process; not an Exception, so that it ends the thread."""
+
+
+class Session:
+    """Model handle of a task on the device; yields to more urgent work.
+
+    Calling it maps images to logits. Before each call it runs more urgent work, and raises
+    Cancelled or DeadlineExceeded once no client waits for any of the results.
+    """
+
+    def __init__(self, engine: Engine, batch: list[Work]) -> None:
+        self._engine, self._batch = engine, batch
+        self.errors: list[ServiceError | None] = [None] * len(batch)
+        self.model = batch[0].model
+        self.device = batch[0].model.device
+        self._exact: Classifier | None = None
+        self.bf16: Model | None = None if self.model.bf16 is None else self._in_bf16
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.pause()
+        return self.model.logits(x)
+
+    def _in_bf16(self, x: Tensor) -> Tensor:
+        """The same from the bfloat16 copy, for searches; `bf16` is this or None."""
+        assert self.model.bf16 is not None
+        self.pause()
+        return self.model.bf16(x)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The same from the classifier itself instead of its faster copy."""
+        self.pause()
+        if self._exact is None:
+            self._exact = self.model.exact()
+        logits: Tensor = self._exact(x)
+        return logits
+
+    def cancelled(self) -> Tensor:
+        """Which of the works that share this session are cancelled, bool (n,)."""
+        return torch.tensor([error is not None for error in self.errors])
+
+    def pause(self) -> None:
+        """Run more urgent work; raise once no client waits for any of the results."""
+        self._engine.serve(below=self._batch[0].kind)
+        self._engine.serve_sooner(self._batch)
+        for place, work in enumerate(self._batch):
+            try:
+                work.check()
+            except ServiceError as error:
+                self.errors[place] = self.errors[place] or error
+        first = self.errors[0]
+        if first is not None and all(self.errors):
+            raise first
+
+    def seconds(self) -> float:
+        """Time on the device so far, without the work that ran in between."""
+        return self._engine.own_seconds()
+
+
+class Engine:
+    """Runs predictions in shared batches, and attacks and evaluations one after another.
+
+    The thread takes queued work as soon as the device is free. On a CPU, predictions first wait
+    briefly for images that are still being decoded. Predictions and attacks run between the steps
+    of an evaluation; predictions and small attacks of other clients between those of an attack.
+    Works with equal `share` run as one batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue_limit: int,
+        max_batch: int,
+        client_share: float = 1.0,
+        threads: int = 0,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        self._tracing = tracing or Tracing()
+        self._queue = WorkQueue(queue_limit, self._metrics, client_share=client_share)
+        self._max_batch, self._threads = max_batch, threads
+        self._fitting = max_batch  # images known to fit in memory in one forward pass
+        self._fitted = 0  # successful passes in a row
+        self._thread = threading.Thread(target=self._main, name="device", daemon=True)
+        self._started, self._nested = 0.0, 0.0  # of the work on top of the stack
+        self._depths: list[Kind] = []  # kinds of the nested running work, innermost last
+
+    @property
+    def max_batch(self) -> int:
+        """Most images of a prediction's pass."""
+        return self._max_batch
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that owns the device runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Refuse further work, stop running work at its next step, and wait for the thread."""
+        self._queue.close(EngineStopped("The service is shutting down."))
+        for work in list(self._queue.running):
+            work.abandoned = True
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def retry_after(self, kind: Kind, *, ahead: int = 0) -> int:
+        """Whole seconds until there should be room for work of that kind.
+
+        `ahead` counts forward passes that wait elsewhere.
+        """
+        return self._queue.retry_after(kind, ahead=ahead)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Context manager to enter while the images of a prediction are decoded.
+
+        On a CPU the device then waits for them, because decoding needs the same cores: one batch
+        of all images takes less CPU time than two, and doesn't compete with decoding. The device
+        doesn't wait when a larger batch would save nothing.
+        """
+        return self._queue.decoding()
+
+    async def predict(
+        self, model: ServedModel, images: Tensor, *, deadline: float | None = None
+    ) -> Tensor:
+        """Probabilities float32 (n, K) of images (n, 3, H, W) of the model's size.
+
+        The images are uint8, or float32 in [0, 1]. Raises Overloaded, DeadlineExceeded,
+        OutOfMemory or EngineStopped.
+        """
+        work = Work(
+            kind=Kind.PREDICT, model=model, cost=len(images), deadline=deadline, images=images
+        )
+        probabilities: Tensor = await self._result(work)
+        return probabilities
+
+    async def run(
+        self,
+        kind: Kind,
+        model: ServedModel,
+        function: Callable[[Session], T],
+        *,
+        cost: int,
+        deadline: float | None = None,
+    ) -> T:
+        """Run `function` on the device thread; cancelling the call stops it between two steps.
+
+        Raises the function's exceptions, Overloaded, DeadlineExceeded or EngineStopped.
+        """
+        work = Work(kind=kind, model=model, cost=cost, deadline=deadline, function=function)
+        result: T = await self._result(work)
+        return result
+
+    async def run_shared(self, works: Sequence[Work]) -> list[Any]:
+        """The results of works of one kind, admitted together; each may share passes with others.
+
+        A result that is an exception fails only that work. Raises the first failure, Overloaded,
+        DeadlineExceeded or EngineStopped; then, or if this call is cancelled, all are cancelled.
+        """
+        try:
+            works[0].check()
+            self._queue.put(*works)
+            return [await self._finished(work) for work in works]
+        finally:
+            for work in works:
+                work.abandon()
+
+    async def _result(self, work: Work) -> Any:
+        work.check()
+        self._queue.put(work)
+        return await self._finished(work)
+
+    async def _finished(self, work: Work) -> Any:
+        left = None if work.deadline is None else work.deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                return await asyncio.wrap_future(work.future)
+        except TimeoutError:
+            raise DeadlineExceeded("The work did not finish before its deadline.") from None
+        finally:
+            work.abandon()
+            self._tracing.work(work.kind.label, admitted=work.admitted, began=work.began)
+
+    # The following methods run on the device thread.
+
+    def serve(self, *, below: Kind) -> None:
+        """Run the queued work that is more urgent than `below`."""
+        now = time.monotonic()
+        while work := self._queue.take(below=below, admitted_before=now):
+            self._do(work)
+
+    def serve_sooner(self, batch: Sequence[Work]) -> None:
+        """Run attacks of other clients whose turn ends before that of the running `batch`."""
+        if batch[0].kind is not Kind.ATTACK or self._attacks_at_work() >= MAX_NESTED_ATTACKS:
+            return
+        while work := self._queue.take_sooner(batch):
+            self._do(work)
+
+    def _attacks_at_work(self) -> int:
+        return self._depths.count(Kind.ATTACK)
+
+    def own_seconds(self) -> float:
+        """Time since the work on top of the stack began, without nested work."""
+        return time.perf_counter() - self._started - self._nested
+
+    def _main(self) -> None:
+        try:
+            torch.set_num_threads(device_threads(self._threads))
+            with full_float32():
+                while self._queue.wait():
+                    if work := self._queue.take():
+                        self._do(work)
+                    work = None  # otherwise it keeps its model alive until the next work comes
+        except BaseException:
+            logger.critical("the device thread died", exc_info=True)
+        finally:
+            self._queue.close(_STOPPED)
+
+    def _do(self, work: Work) -> None:
+        if work.kind is not Kind.PREDICT:
+            sharing = [] if work.share is None else self._queue.take_sharing(work, MAX_SHARED - 1)
+            batch = [item for item in (work, *sharing) if self._begin(item)]
+            if work.share is not None and batch:
+                self._metrics.attack_images.observe(len(batch))
+            if batch:
+                self._run(batch)
+            if work.kind is Kind.EVALUATE:
+                release_memory()
+            return
+        batch = [work, *self._queue.take_compatible(work, self._max_batch - work.cost)]
+        batch = [item for item in batch if self._begin(item)]
+        if batch:
+            self._predict(batch)
+
+    def _begin(self, work: Work) -> bool:
+        """Whether to run this work: not if its client disconnected or its deadline has passed."""
+        if not work.future.set_running_or_notify_cancel():
+            self._metrics.rejected.labels("cancelled").inc()
+            return False
+        work.began = time.monotonic()
+        self._metrics.queue_wait.labels(work.kind.label).observe(work.began - work.admitted)
+        try:
+            work.check()
+        except ServiceError as error:
+            self._metrics.rejected.labels("deadline").inc()
+            work.future.set_exception(error)
+            return False
+        return True
+
+    def _predict(self, batch: list[Work]) -> None:
+        model = batch[0].model
+        images = concatenate([work.images for work in batch if work.images is not None])
+        probabilities = self._attempt(
+            batch, lambda: self._classify(model, images), each=self._predict
+        )
+        if probabilities is None:
+            return
+        begin, rows = 0, probabilities.numpy()
+        for work in batch:
+            work.future.set_result(torch.from_numpy(rows[begin : begin + work.cost]))
+            begin += work.cost
+
+    def _classify(self, model: ServedModel, images: Tensor) -> Tensor:
+        """Probabilities float32 (n, K), in as many parts as memory requires.
+
+        Running out of memory halves the batch size, and many successful full batches double it.
+        Raises OutOfMemory if a single image does not fit.
+        """
+        done: list[Tensor] = []
+        while len(images):
+            size = min(self._fitting, len(images))
+            some = images if size == len(images) else images[:size]
+            part = _without_memory(lambda: self._forward(model, some))  # noqa: B023
+            if part is None:
+                self._metrics.out_of_memory.inc()
+                _empty_cache(model)
+                if size == 1:
+                    raise OutOfMemory("There is not enough memory for this now.")
+                self._fitting, self._fitted = size // 2, 0
+                logger.warning("out of memory with %d images; trying %d", size, self._fitting)
+                continue
+            done.append(part)
+            images = images[size:]
+            self._fitted += size == self._fitting < self._max_batch
+            if self._fitted >= _FITTED_OFTEN:
+                self._fitting, self._fitted = min(2 * self._fitting, self._max_batch), 0
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _forward(self, model: ServedModel, images: Tensor) -> Tensor:
+        self._metrics.batch_images.observe(len(images))
+        return model.classify(images)
+
+    def _run(self, batch: list[Work]) -> None:
+        """Run the function of the first work for all; after a failure, run each work alone."""
+        session = Session(self, batch)
+        results = self._attempt(batch, lambda: _call(batch, session), each=self._run)
+        if results is None:
+            return
+        for work, result, error in zip(batch, results, session.errors, strict=True):
+            if error is not None or isinstance(result, Exception):
+                work.future.set_exception(error or result)
+            else:
+                work.future.set_result(result)
+
+    def _attempt(
+        self, batch: list[Work], function: Callable[[], T], *, each: Callable[[list[Work]], None]
+    ) -> T | None:
+        """The result of `function` for the batch; None if it failed, with the errors set.
+
+        Several works that fail together are tried again, `each` alone, after the exception and
+        its frames have released their memory on the device.
+        """
+        try:
+            with self._on_device(batch):
+                return function()
+        except Exception as error:
+            if _is_lost(error):
+                _fail(batch)
+                raise _DeviceLost from error
+            if len(batch) == 1:
+                batch[0].future.set_exception(_client_error(error))
+                return None
+            if not isinstance(error, ServiceError):
+                logger.warning("work for %d requests failed; trying each alone", len(batch))
+        except BaseException:
+            _fail(batch)
+            raise
+        _empty_cache(batch[0].model)
+        for work in batch:
+            each([work])
+        return None
+
+    @contextmanager
+    def _on_device(self, batch: list[Work]) -> Iterator[None]:
+        """Charge the time to `batch`, not to the interrupted work.
+
+        Also resets the interrupted work's precision and gradient mode.
+        """
+        kind, cost = batch[0].kind, sum(work.cost for work in batch)
+        outer = self._started, self._nested
+        self._started, self._nested = time.perf_counter(), 0.0
+        self._queue.running += batch
+        self._depths.append(kind)
+        token = logs.request_id.set(",".join(dict.fromkeys(work.request_id for work in batch)))
+        try:
+            with (
+                torch.autocast(batch[0].model.device.type, enabled=False),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                yield
+            self._queue.measure(kind, cost, self.own_seconds())
+        finally:
+            own, total = self.own_seconds(), time.perf_counter() - self._started
+            self._metrics.device_seconds.labels(kind.label).inc(own)
+            self._started, self._nested = outer[0], outer[1] + total
+            del self._queue.running[-len(batch) :]
+            self._depths.pop()
+            logs.request_id.reset(token)
+
+
+def _call(batch: list[Work], session: Session) -> list[Any]:
+    function = batch[0].function
+    assert function is not None
+    if batch[0].share is None:
+        return [function(session)]
+    results: list[Any] = function(session, [work.item for work in batch])
+    return results
+
+
+def _fail(batch: list[Work]) -> None:
+    for work in batch:
+        if not work.future.done():
+            work.future.set_exception(_STOPPED)
+
+
+def _without_memory(function: Callable[[], T]) -> T | None:
+    """The result of `function`; None if memory ran out.
+
+    The exception ends here, so its frames release the tensors of the failed call.
+    """
+    try:
+        return function()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether every later call to the device will fail too, as after an illegal memory access."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def _empty_cache(model: ServedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _client_error(error: Exception) -> Exception:
+    """The error for the client; running out of memory may be temporary."""
+    if is_out_of_memory(error):
+        return OutOfMemory("There is not enough memory for this now.")
+    return error

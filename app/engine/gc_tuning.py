@@ -1,0 +1,39 @@
+"""Returns free memory to the system, and freezes objects out of garbage collection."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+import torch
+
+
+def release_memory() -> None:
+    """Return freed memory to the system: loading a model frees several times its size.
+
+    Collects cycles first, which keep the classifier of a finished evaluation alive.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library than glibc
+        return
+
+
+def freeze_objects() -> None:
+    """Freeze all live objects, so that garbage collection skips them.
+
+    Torch alone creates some 300,000: a full collection pauses every request for 90 ms. Reference
+    counting still frees frozen objects.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def refreeze_objects() -> None:
+    """Freeze again, if it was done before, after a new model has replaced the old one."""
+    if gc.get_freeze_count():
+        freeze_objects()

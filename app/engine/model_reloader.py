@@ -1,0 +1,270 @@
+"""Holds the served model, and loads a new checkpoint without dropping a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from app.engine.cpu_limits import device_threads
+from app.engine.engine import Engine, Session
+from app.engine.gc_tuning import refreeze_objects, release_memory
+from app.engine.queue import Kind
+from app.engine.runtime import Dtype
+from app.engine.runtime_plan import examples, make_plan
+from app.engine.served_model import ServedModel, bucket, load_model
+from app.errors import NotReady
+from app.metrics import Metrics
+from robust.attacks import Model
+from robust.checkpoint import CheckpointError, sidecar_path
+from robust.device import DeviceDisagrees
+from robust.environment import device_in_words
+from robust.evaluation.precision import (
+    WORTHWHILE,
+    Precision,
+    SearchPrecision,
+    choose_precision,
+)
+from robust.loading import ModelOptions
+from robust.memory import is_out_of_memory
+from robust.prediction import predict
+
+logger = logging.getLogger(__name__)
+
+PROBED = 4  # images on which the bfloat16 search is compared: each pass delays predictions
+
+Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class ModelReloader:
+    """Holds the model for new work; admitted work keeps the model it started with."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: torch.device,
+        metrics: Metrics,
+        options: ModelOptions | None = None,
+        fall_back: bool = False,
+        threads: int = 0,
+        precision: Precision = "fp32",
+    ) -> None:
+        self._path, self._device, self._metrics = path, device, metrics
+        self._options, self._fall_back = options, fall_back
+        self._threads, self._precision = threads, precision
+        self._current: ServedModel | None = None
+        self._seen: Signature = ()
+        self._asked = asyncio.Event()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a model."""
+        return self._current is not None
+
+    @property
+    def current(self) -> ServedModel:
+        """The served model. Raises NotReady if none is loaded yet."""
+        if self._current is None:
+            raise NotReady("The model is loading.")
+        return self._current
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the served model, if there is one."""
+        return self._current.sha256 if self._current else None
+
+    @property
+    def precision(self) -> Dtype:
+        """The precision of predictions."""
+        return self._current.precision if self._current else "fp32"
+
+    @property
+    def device_in_words(self) -> str:
+        """The device and its number of threads, in words."""
+        device = self._current.device if self._current else self._device
+        return device_in_words(device, device_threads(self._threads))
+
+    def load(self) -> None:
+        """Load the first model. Raises CheckpointError and DeviceDisagrees."""
+        self._seen = self._signature()
+        self._take(self._load())
+
+    def drop(self) -> None:
+        """Release the model, so that anything that outlives the service holds little memory."""
+        self._current = None
+
+    async def warm(self, engine: Engine) -> None:
+        """Warm up the first model. Raises ValueError if it returns NaN."""
+        self._take(await warm(engine, self.current, self._metrics, self._precision))
+
+    def ask(self) -> None:
+        """Check the files now, whether or not they changed."""
+        self._asked.set()
+
+    async def watch(self, engine: Engine, seconds: float) -> None:
+        """Load every new checkpoint, until cancelled. A broken one is refused and logged."""
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            asked = self._asked.is_set()
+            self._asked.clear()
+            signature = await asyncio.to_thread(self._signature)
+            if signature == self._seen and not asked:
+                continue
+            self._seen = signature
+            try:
+                model = await asyncio.to_thread(self._load)
+                if not asked and self._serves(model):
+                    continue  # seen between its two renames: taken over already
+                model = await warm(engine, model, self._metrics, self._precision)
+            except Exception as error:
+                self._metrics.reloads.labels("failed").inc()
+                known = isinstance(error, CheckpointError | DeviceDisagrees)
+                logger.error(
+                    "refused the new checkpoint; still serving the old one: %s",
+                    error,
+                    exc_info=None if known else error,
+                )
+            else:
+                self._take(model)
+                refreeze_objects()
+                self._metrics.reloads.labels("ok").inc()
+                logger.info("loaded the new checkpoint %s", model.sha256)
+
+    def _load(self) -> ServedModel:
+        return load_model(
+            self._path,
+            self._device,
+            options=self._options,
+            fall_back=self._fall_back,
+            threads=self._threads,
+            metrics=self._metrics,
+            precision=self._precision,
+        )
+
+    def _serves(self, model: ServedModel) -> bool:
+        current = self._current
+        return (
+            current is not None
+            and current.sha256 == model.sha256
+            and current.sidecar == model.sidecar
+        )
+
+    def _take(self, model: ServedModel) -> None:
+        self._current = model
+        self._metrics.model.info(
+            {
+                "sha256": model.sha256,
+                "arch": model.sidecar.architecture.arch,
+                "device": self.device_in_words,
+                "precision": model.precision,
+            }
+        )
+        release_memory()  # of the runtimes that were not chosen, and of the model before
+        self._metrics.runtime_rate.clear()
+        for choice in model.plan.choices if model.plan else ():
+            labels = choice.runtime.name, str(choice.images)
+            self._metrics.runtime_rate.labels(*labels).set(choice.rate)
+
+    def _signature(self) -> Signature:
+        return tuple(map(_stamp, (self._path, sidecar_path(self._path))))
+
+
+async def warm(
+    engine: Engine, model: ServedModel, metrics: Metrics, precision: Precision = "fp32"
+) -> ServedModel:
+    """Run `model` on the device thread, and return it with its runtimes and precisions chosen.
+
+    If bfloat16 is set but disagrees, predictions stay in float32 and the log says so: the answers
+    are no worse, and a new checkpoint must not be refused because of its rounding.
+
+    Other work continues in between. Raises ValueError if the model returns NaN.
+    """
+
+    def choose(session: Session) -> ServedModel:
+        size, device = model.input_size, session.device
+        predict(session, torch.full((1, 3, size, size), 0.5, device=device))
+        plan = None
+        if model.runtimes and (device.type == "cpu" or model.bf16 is not None):
+            plan = make_plan(
+                model.runtimes,
+                side=size,
+                metrics=metrics,
+                precision=precision,
+                why_not_bf16=model.search.reason,
+                device=device,
+                pause=session.pause,
+            )
+        search = choose_search(model, precision, pause=session.pause)
+        if device.type != "cpu":
+            warm_kernels(session, size, device=device, most=engine.max_batch)
+            if model.bf16 is not None:
+                warm_kernels(model.bf16, size, device=device, most=engine.max_batch)
+            plan = plan if plan is not None and plan.precision == "bf16" else None
+        return replace(
+            model, plan=plan, search=search, runtimes=(), bf16=model.bf16 if search.bf16 else None
+        )
+
+    model = await engine.run(Kind.ATTACK, model, choose, cost=0)
+    refused = precision == "bf16" and model.precision == "fp32"
+    logger.log(
+        logging.WARNING if refused else logging.INFO,
+        "%s: predictions in %s (%s); attacks search in %s (%s)",
+        *(model.name, model.precision, model.precision_reason),
+        *("bf16" if model.search.bf16 else "fp32", model.search.reason),
+    )
+    return model
+
+
+def choose_search(
+    model: ServedModel, precision: Precision, *, pause: Callable[[], None]
+) -> SearchPrecision:
+    """The precision of searches by attacks and evaluations; successes are verified in float32."""
+    fast, bf16 = model.fast, model.bf16
+    if fast is None or bf16 is None:
+        return model.search
+    x = examples(PROBED, model.input_size).to(model.device)
+    try:
+        pause()
+        with torch.no_grad():
+            y = bf16(x).argmax(dim=1)
+        pause()
+        return choose_precision(precision, fast, x, y, passes=WORTHWHILE, bf16=bf16)[0]
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return SearchPrecision(bf16=False, reason=f"bfloat16 failed with {error}")
+
+
+def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) -> None:
+    """Run every batch size up to `most` images, and a gradient, as far as memory allows.
+
+    A device selects its kernels at the first pass of a batch size.
+    """
+    sizes = [2**power for power in range(bucket(most).bit_length())]
+    x = examples(1, side).to(device).requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+    for n in sizes:
+        try:
+            predict(model, examples(n, side).to(device))
+        except RuntimeError as error:
+            if n == 1 or not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory with %d images; larger batches are not warmed up", n)
+            return
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

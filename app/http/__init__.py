@@ -1,0 +1,1 @@
+"""The HTTP layer: routes, middleware, uploads, schemas and the OpenAPI document."""

@@ -1,0 +1,49 @@
+"""Decompresses request bodies piece by piece."""
+
+from __future__ import annotations
+
+import zlib
+
+from app.errors import BadRequest, UnsupportedEncoding
+
+PIECE_BYTES = 256 * 2**10
+ENCODINGS = ("gzip", "x-gzip", "deflate")
+
+
+class Inflater:
+    """Decompresses one body in pieces. Raises UnsupportedEncoding for other Content-Encodings."""
+
+    def __init__(self, encoding: str) -> None:
+        if encoding not in ENCODINGS:
+            raise UnsupportedEncoding("Content-Encoding: expected gzip or deflate, or none")
+        self._gzip = encoding != "deflate"
+        self._stream: zlib._Decompress | None = None
+        self.waiting = b""
+        """Compressed bytes that the next call goes on with, before any others are read."""
+
+    def inflate(self, data: bytes) -> bytes:
+        """Decompress at most PIECE_BYTES from `waiting` and `data`. Raises BadRequest."""
+        data = self.waiting + data
+        if self._stream is None:
+            if not data:
+                return b""
+            self._stream = zlib.decompressobj(self._window(data))
+        if self._stream.eof and data:
+            raise BadRequest("The compressed body goes on after its end.")
+        try:
+            piece = self._stream.decompress(data, PIECE_BYTES)
+        except zlib.error:
+            raise BadRequest("The body is not compressed as its Content-Encoding says.") from None
+        self.waiting = self._stream.unconsumed_tail or self._stream.unused_data
+        return piece
+
+    def _window(self, data: bytes) -> int:
+        if self._gzip:
+            return 16 + zlib.MAX_WBITS
+        wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+        return zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS  # both are sent as deflate
+
+    @property
+    def complete(self) -> bool:
+        """Whether the end of the compressed data was seen, or there was no data at all."""
+        return self._stream is None or self._stream.eof

@@ -1,0 +1,38 @@
+"""A shortcut to the most frequent route."""
+
+from __future__ import annotations
+
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import ServiceError
+from app.http.problem import answer_to
+
+
+class FastPathMiddleware:
+    """Calls the handler of one route directly; it takes a Request and returns a Response.
+
+    Routing and dependency resolution do nothing for such a handler, but take a seventh of the
+    event loop's time per prediction. The route stays registered for the OpenAPI document and for
+    requests under a path prefix.
+    """
+
+    def __init__(self, app: ASGIApp, *, route: APIRoute) -> None:
+        self._app, self._route, self._methods = app, route, route.methods or set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._route
+        if (
+            scope["type"] != "http"
+            or scope["path"] != route.path
+            or scope["method"] not in self._methods
+        ):
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        try:
+            response = await route.endpoint(Request(scope, receive, send))
+        except ServiceError as error:
+            response = answer_to(scope, error)
+        await response(scope, receive, send)

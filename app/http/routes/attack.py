@@ -1,0 +1,187 @@
+"""POST /attack: adversarial examples for one image."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request, Response
+from torch import Tensor
+
+from app.engine.attack_batch import (
+    AttackItem,
+    Transfer,
+    attack_in_batch,
+    compare_cost,
+    compare_in_batch,
+    cost,
+)
+from app.engine.served_model import ServedModel
+from app.errors import FieldError, InvalidParameters
+from app.http.dependencies import service_of
+from app.http.images import decode
+from app.http.openapi import PNG_ANSWER, body
+from app.http.parameters import (
+    AttackImageParameters,
+    check_gradients,
+    parse,
+    resolve_attacks,
+    resolve_class,
+)
+from app.http.problem import documented
+from app.http.schemas import AttackResponse, CompareResponse
+from app.http.uploads import read_upload
+from app.http.views import attack_result, base64_png, class_name, outcome_of, seen
+from app.service import Service, unless_gone
+from robust.images import encode_png
+from robust.prediction import AttackOutcome
+from robust.threat_model import TOLERANCE, ThreatModel
+
+LEVEL = 1 / 255  # smallest distance between two 8-bit images, under any norm
+
+router = APIRouter(tags=["attack"])
+
+
+@router.post(
+    "/attack",
+    summary="Attack an image",
+    response_model=AttackResponse,
+    responses={200: PNG_ANSWER, **documented(400, 408, 413, 415, 422, 429, 503, 504)},
+    openapi_extra=body(AttackImageParameters, files="image"),
+)
+async def attack(request: Request) -> AttackResponse | Response:
+    """Run each attack on the image and return its result.
+
+    Every result is measured on the returned 8-bit image. With `Accept: image/png` and one attack
+    the response is that image itself, and headers give the result. With `compare` a second model
+    is attacked too, and each adversarial image also goes through the other model.
+    """
+    service = service_of(request)
+    upload = await read_upload(request, max_files=1)
+    parameters = parse(AttackImageParameters, upload.parameters)
+    model = service.model_for(request)
+    request.state.precision = model.attack_precision
+    attacks = resolve_attacks(parameters, service.settings)
+    check_gradients(attacks, model)
+    label = resolve_class(parameters.label, "label", model.classes)
+    target = resolve_class(parameters.target, "target", model.classes)
+    for item in attacks:
+        if target is not None and not item.takes_target:
+            raise _fault("target", "an attack that takes a target", item.name)
+    _check_ball(attacks[0].threat_model)
+    as_png = _wants_png(request)
+    if as_png and len(attacks) != 1:
+        raise _fault("attack", "exactly one for Accept: image/png", f"{len(attacks)}")
+    pairs = _pairs(service, model, parameters.compare)
+    if as_png and pairs:
+        raise _fault("compare", "no comparison for Accept: image/png", parameters.compare)
+    total = len(pairs) * compare_cost(attacks) if pairs else cost(attacks)
+    if total > service.settings.max_cost:
+        expected = f"at most {service.settings.max_cost} forward passes in all"
+        raise _fault("steps", expected, f"{total}")
+
+    async def work() -> AttackResponse | Response:
+        image = (await decode(service, request, model, upload.files))[0]
+        item = AttackItem(image=image, label=label, target=target)
+        engine, deadline = service.engine, service.deadline(request)
+        if pairs:
+            found = await compare_in_batch(engine, pairs, item, attacks, deadline=deadline)
+            return await service.run_in_thread(_compared, found, image, pairs)
+        outcomes = await attack_in_batch(engine, model, item, attacks, deadline=deadline)
+        if as_png:
+            return await service.run_in_thread(_png_answer, outcomes[0], model)
+        return await service.run_in_thread(_answer, outcomes, image, model)
+
+    return await unless_gone(request, work())
+
+
+def _pairs(
+    service: Service, model: ServedModel, compare: str
+) -> list[tuple[ServedModel, ServedModel]]:
+    """The models to attack, each with the model that classifies the result; comparison model last.
+
+    Raises InvalidParameters if there is no comparison model.
+    """
+    if compare == "false":
+        return []
+    other = service.compare_with(model)
+    if other is None:
+        raise _fault("compare", "false: ROBUST_COMPARE names no model that fits", compare)
+    return [(other, model)] if compare == "only" else [(model, other), (other, model)]
+
+
+def _compared(
+    found: list[list[tuple[AttackOutcome, Transfer]]],
+    image: Tensor,
+    pairs: list[tuple[ServedModel, ServedModel]],
+) -> AttackResponse:
+    other, model = pairs[-1]
+    classes = model.classes
+    results = [
+        [attack_result(outcome, classes, transfer) for outcome, transfer in results]
+        for results in found
+    ]
+    of_other, of_model = found[-1][0]
+    return AttackResponse(
+        model_sha256=model.sha256,
+        label=class_name(of_model.label, classes),
+        target=None if of_model.target is None else class_name(of_model.target, classes),
+        before=seen(of_model.before, classes),
+        already_wrong=int(of_model.before.argmax()) != of_model.label,
+        input_png=base64_png(image),
+        results=results[0] if len(pairs) == 2 else [],
+        compare=CompareResponse(
+            model=other.name,
+            model_sha256=other.sha256,
+            label=class_name(of_other.label, classes),
+            before=seen(of_other.before, classes),
+            already_wrong=of_other.already_wrong,
+            results=results[-1],
+        ),
+    )
+
+
+def _answer(outcomes: list[AttackOutcome], image: Tensor, model: ServedModel) -> AttackResponse:
+    first, classes = outcomes[0], model.classes
+    return AttackResponse(
+        model_sha256=model.sha256,
+        label=class_name(first.label, classes),
+        target=None if first.target is None else class_name(first.target, classes),
+        before=seen(first.before, classes),
+        already_wrong=first.already_wrong,
+        input_png=base64_png(image),
+        results=[attack_result(outcome, classes) for outcome in outcomes],
+    )
+
+
+def _png_answer(outcome: AttackOutcome, model: ServedModel) -> Response:
+    before, after = (seen(row, model.classes) for row in (outcome.before, outcome.after))
+    headers = {
+        "X-Attack": outcome.settings.label,
+        "X-Success": str(outcome_of(outcome) == "broken").lower(),
+        "X-Outcome": outcome_of(outcome),
+        "X-Label": quote(model.classes[outcome.label]),
+        "X-Before": quote(before.label),
+        "X-After": quote(after.label),
+        "X-After-Probability": f"{after.probability:.6f}",
+        "X-Linf": f"{outcome.linf:.6f}",
+        "X-L2": f"{outcome.l2:.6f}",
+        "Vary": "Accept",
+    }
+    return Response(encode_png(outcome.image), media_type="image/png", headers=headers)
+
+
+def _check_ball(threat_model: ThreatModel) -> None:
+    """Raise InvalidParameters if the ball around an 8-bit image contains no other one."""
+    if 0 < threat_model.eps < LEVEL - TOLERANCE:
+        expected = "0, or at least 1/255: no other 8-bit image lies nearer than that"
+        raise _fault("eps", expected, f"{threat_model.eps:g}")
+
+
+def _wants_png(request: Request) -> bool:
+    """Whether the client accepts PNG and does not mention JSON."""
+    accept = request.headers.get("accept", "").lower()
+    return "image/png" in accept and "json" not in accept
+
+
+def _fault(field: str, expected: str, got: str) -> InvalidParameters:
+    return InvalidParameters([FieldError(field=field, expected=expected, got=got)])

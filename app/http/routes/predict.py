@@ -1,0 +1,50 @@
+"""POST /predict: classify one or more images."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from app.http.dependencies import service_of
+from app.http.images import decode
+from app.http.openapi import body
+from app.http.parameters import PredictParameters, parse
+from app.http.problem import documented
+from app.http.schemas import ImagePrediction, PredictResponse
+from app.http.uploads import read_upload
+from app.http.views import seen
+from app.service import unless_gone
+
+router = APIRouter(tags=["predict"])
+
+
+@router.post(
+    "/predict",
+    summary="Classify images",
+    response_model=PredictResponse,
+    responses=documented(400, 408, 413, 415, 422, 429, 503, 504),
+    openapi_extra=body(PredictParameters, files="images"),
+)
+async def predict(request: Request) -> Response:
+    """Return the likeliest classes of each image (JPEG, PNG or WebP).
+
+    Send one or several files in the form field `file`, or one image as the body.
+    """
+    service = service_of(request)
+    upload = await read_upload(request, max_files=service.settings.max_images)
+    parameters = parse(PredictParameters, upload.parameters)
+    model = service.model_for(request)
+
+    async def work() -> PredictResponse:
+        images = await decode(service, request, model, upload.files)
+        probabilities = await service.engine.predict(
+            model, images, deadline=service.deadline(request)
+        )
+        results = [
+            ImagePrediction(image=index, **dict(seen(row, model.classes, parameters.top_k)))
+            for index, row in enumerate(probabilities.tolist())
+        ]
+        return PredictResponse(model_sha256=model.sha256, results=results)
+
+    answer = await unless_gone(request, work())
+    return Response(answer.model_dump_json(), media_type="application/json")

@@ -1,0 +1,181 @@
+"""Labeled sets for evaluation: uploaded, or registered by the operator."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from starlette.requests import Request
+
+from app.decoding.pool import DecodeFailed
+from app.engine.served_model import ServedModel
+from app.errors import FieldError, InvalidParameters
+from app.http.parameters import describe
+from app.service import Service
+from app.settings import Settings
+from robust.datasets import Dataset, DatasetError, load_dataset, load_upload
+from robust.datasets.errors import TooManyToFit
+from robust.matching import first_images, match_classes
+
+# Up to these limits a set is read in a thread, which can't be stopped: at most some 200 ms.
+FAST_BYTES = 32 * 2**20  # of all members, decompressed
+FAST_FITTED = 1000  # images to resize
+FAST_OTHER_BYTES = 2**20  # of a member without images
+FAST_PICKLE_BYTES = 64 * 2**10  # each may be an operation
+FAST_DIRECTORY_BYTES = 16 * 2**10  # of the zip file, which has some 60 for each member
+DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+_IMAGES = re.compile(r"images\.npy|.*/data/\d+")
+
+
+def registered(settings: Settings) -> dict[str, Path]:
+    """The sets in the operator's folder by name; for a file, without its suffix."""
+    folder = settings.datasets
+    if folder is None or not folder.is_dir():
+        return {}
+    return {
+        path.name if path.is_dir() else path.stem: path.absolute()
+        for path in sorted(folder.iterdir())
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.name)
+    }
+
+
+async def load_set(
+    service: Service,
+    request: Request,
+    model: ServedModel,
+    *,
+    files: Sequence[bytes],
+    name: str | None,
+    limit: int | None,
+) -> Dataset:
+    """Load the set named or uploaded by a request, at the model's size, up to `limit` images.
+
+    A name is looked up, never used as a path. A cheap set is read in a thread, any other in a
+    worker process that is killed with the request; one of each kind at a time. Raises
+    InvalidParameters, DatasetError or DeadlineExceeded.
+    """
+    if bool(files) == (name is not None):
+        expected = 'either a set in the field "file" or the name of one in "dataset"'
+        raise _fault("file", expected, "both" if files else "neither")
+    source = files[0] if name is None else await asyncio.to_thread(_find, service.settings, name)
+    client, size, dataset = request.state.caller.client, model.input_size, None
+    if await asyncio.to_thread(is_cheap, source):
+        async with service.cheap_set_places.hold(client):
+            dataset = await asyncio.to_thread(_read_if_cheap, source, size, service.settings)
+    if dataset is None:
+        async with service.set_places.hold(client):
+            dataset = await _read_in_worker(service, request, source, size)
+    dataset = match_classes(dataset, model.classes)
+    return dataset if limit is None else first_images(dataset, limit)
+
+
+def is_cheap(source: bytes | Path) -> bool:
+    """Whether a set is likely cheap to read, from its size and directory, in milliseconds."""
+    if isinstance(source, Path):
+        if not source.is_file() or source.stat().st_size > FAST_BYTES:
+            return False
+        source = source.read_bytes()
+    if not source.startswith(b"PK\3\4"):
+        return len(source) <= FAST_PICKLE_BYTES
+    # The directory's size is checked first: reading a million members takes seconds.
+    if _directory_bytes(source) > FAST_DIRECTORY_BYTES:
+        return False
+    try:
+        with zipfile.ZipFile(io.BytesIO(source)) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
+        return True  # refused at the same place
+    if sum(member.file_size for member in members) > FAST_BYTES:
+        return False
+    return all(
+        member.file_size <= _most(member.filename) for member in members if not member.is_dir()
+    )
+
+
+def _directory_bytes(source: bytes) -> int:
+    """The declared size of a zip file's directory, in either place that it may be declared."""
+    end = source.rfind(b"PK\5\6")
+    if end < 0:  # truncated, and refused for that reason
+        return 0
+    length = int.from_bytes(source[end + 12 : end + 16], "little")
+    locator = end - 20
+    if source[locator : locator + 4] != b"PK\6\7":
+        return length
+    records = locator - 56, int.from_bytes(source[locator + 8 : locator + 16], "little")
+    lengths = [int.from_bytes(source[at + 40 : at + 48], "little") for at in records if at >= 0]
+    return max([0 if length == 2**32 - 1 else length, *lengths])
+
+
+def _most(name: str) -> int:
+    if _IMAGES.fullmatch(name):
+        return FAST_BYTES
+    return FAST_PICKLE_BYTES if name.endswith(".pkl") else FAST_OTHER_BYTES
+
+
+def _find(settings: Settings, name: str) -> Path:
+    known = registered(settings)
+    if name not in known:
+        names = ", ".join(known) or "none is registered"
+        raise _fault("dataset", f"the name of a registered set ({names})", describe(name))
+    return known[name]
+
+
+def _read_if_cheap(source: bytes | Path, size: int, settings: Settings) -> Dataset | None:
+    """The set, or None if it has too many images to resize here."""
+    if isinstance(source, Path):
+        return load_dataset(source, size=size, train=False)
+    try:
+        return load_upload(
+            source,
+            None,
+            size=size,
+            max_images=settings.max_upload_images,
+            max_pixels=settings.max_pixels,
+            max_fitted=FAST_FITTED,
+        )
+    except TooManyToFit:
+        return None
+
+
+async def _read_in_worker(
+    service: Service, request: Request, source: bytes | Path, size: int
+) -> Dataset:
+    settings = service.settings
+    path = isinstance(source, Path)
+    try:
+        answer, parts = await service.set_workers.run(
+            {
+                "task": "set",
+                "path": str(source) if path else None,
+                "size": size,
+                "max_images": settings.max_upload_images,
+                "max_pixels": settings.max_pixels,
+            },
+            [] if isinstance(source, Path) else [source],
+            client=request.state.caller.client,
+            memory=service.set_memory,
+            most=2**40 if path else settings.max_upload_images * (4 * 3 * size * size + 8),
+            deadline=None if path else service.deadline(request),
+            trusted=path,
+        )
+    except DecodeFailed as error:
+        raise DatasetError("upload", expected=error.expected, found=error.found) from None
+    if "error" in answer:
+        raise DatasetError(answer["source"], expected=answer["expected"], found=answer["found"])
+    images, labels = parts
+    return Dataset(
+        images=torch.frombuffer(images, dtype=DTYPES[answer["dtype"]]).view(-1, 3, size, size),
+        labels=torch.frombuffer(labels, dtype=torch.int64),
+        classes=tuple(answer["classes"]),
+        name=answer["name"],
+        changes=tuple(answer["changes"]),
+    )
+
+
+def _fault(field: str, expected: str, got: str) -> InvalidParameters:
+    return InvalidParameters([FieldError(field=field, expected=expected, got=got)])

@@ -1,0 +1,1 @@
+"""Evaluation jobs: the records, where they are stored, and who runs them."""

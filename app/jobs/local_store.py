@@ -1,0 +1,301 @@
+"""The jobs of a single service: in memory, and on disk where a folder is set."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from app.jobs.disk import JobFolder, Kept
+from app.jobs.job import Job, JobState
+from app.jobs.store import (
+    MAX_FINISHED,
+    Changes,
+    Damaged,
+    Full,
+    KeyUsed,
+    Lost,
+    Run,
+    StoreError,
+    TooLarge,
+)
+from app.settings import Settings
+from robust.datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+SAVE_SECONDS = 1.0  # between writes of the result so far, which the next service shows
+
+
+class LocalStore:
+    """A `JobStore` for one service. Jobs expire by the monotonic clock, even if clocks are set."""
+
+    alone = True
+    show_seconds = 0.0
+    journal_seconds: float | None = None
+
+    def __init__(self, settings: Settings) -> None:
+        self.changes = Changes()
+        self._settings = settings
+        self._folder = None if settings.jobs is None else JobFolder(settings.jobs)
+        self._jobs: dict[str, Job] = {}
+        self._expires: dict[str, float] = {}  # on the monotonic clock
+        self._saved = 0.0  # when a result so far was kept last, on the same clock
+        self._images: dict[str, Dataset] = {}  # where there is no folder
+        self._queue: deque[Job] = deque()
+        self._queued = asyncio.Event()
+        self._current: tuple[Job, asyncio.Task[None]] | None = None
+        self._worker: asyncio.Task[None] | None = None
+
+    def count(self, state: JobState) -> int:
+        """See `JobStore`."""
+        self._expire()
+        return sum(job.state == state for job in self._jobs.values())
+
+    async def start(self, run: Run) -> None:
+        """Restore the jobs of the folder, finished and unfinished."""
+        if self._folder is not None:
+            self._folder.sweep()
+            for kept in self._folder.all():
+                self._restore(self._folder, kept)
+        self._worker = asyncio.create_task(self._work(run))
+
+    def _restore(self, folder: JobFolder, kept: Kept) -> None:
+        try:
+            job = _from_kept(kept)
+        except (KeyError, TypeError, ValueError) as error:
+            logger.error("evaluation %s can't be read and is dropped: %r", kept.id, error)
+            folder.forget(kept.id)
+            return
+        self._jobs[job.id] = job
+        if job.active:
+            job.state = "queued"
+            self._enqueue(job)
+        else:
+            self._expires[job.id] = self._expiry(job)
+
+    async def add(self, job: Job, dataset: Dataset) -> Job:
+        """See `JobStore`."""
+        self._expire()
+        if same := self._same(job):
+            return same
+        self._check_room(job)
+        self._jobs[job.id] = job  # counted from here on, while its images are written
+        try:
+            if self._folder is None:
+                self._images[job.id] = dataset
+            else:
+                await asyncio.to_thread(self._folder.put, job.id, dataset)
+                self._save(job)
+        except BaseException:
+            del self._jobs[job.id]
+            if self._folder is not None:
+                self._folder.release(job.id)
+            raise
+        self._enqueue(job)
+        return job
+
+    def _same(self, job: Job) -> Job | None:
+        for other in self._jobs.values():
+            if other.state in ("failed", "cancelled") or other.key != job.key:
+                continue
+            if other.digest == job.digest:
+                return other
+            if job.key is not None:
+                raise KeyUsed("the key names another evaluation")
+        return None
+
+    def _check_room(self, job: Job) -> None:
+        check_room(
+            job,
+            active=sum(other.active for other in self._jobs.values()),
+            held=sum(other.bytes for other in self._jobs.values()),
+            settings=self._settings,
+        )
+
+    def _enqueue(self, job: Job) -> None:
+        self._queue.append(job)
+        self._queued.set()
+
+    async def get(self, id: str) -> Job | None:
+        """See `JobStore`."""
+        self._expire()
+        return self._jobs.get(id)
+
+    async def all(self, owner: str | None = None) -> list[Job]:
+        """See `JobStore`."""
+        self._expire()
+        found = [job for job in self._jobs.values() if owner is None or job.owner == owner]
+        return sorted(found, key=lambda job: job.created, reverse=True)
+
+    async def cancel(self, id: str) -> None:
+        """See `JobStore`."""
+        job = self._jobs.get(id)
+        if job is None or not job.active:
+            return
+        self._end(job, "cancelled")
+        if job in self._queue:
+            self._queue.remove(job)
+        if self._current is not None and self._current[0] is job:
+            self._current[1].cancel()
+
+    async def forget(self, id: str) -> None:
+        """See `JobStore`."""
+        job = self._jobs.get(id)
+        if job is not None and not job.active:
+            self._forget(job)
+
+    async def images(self, job: Job) -> Dataset:
+        """See `JobStore`."""
+        if self._folder is None:
+            return self._images[job.id]
+        try:
+            return await asyncio.to_thread(self._folder.get, job.id)
+        except StoreError as error:
+            raise Damaged(str(error)) from error
+
+    @asynccontextmanager
+    async def journal(self, job: Job) -> AsyncIterator[Path | None]:
+        """See `JobStore`."""
+        yield None if self._folder is None else self._folder.journal(job.id)
+
+    async def show(self, job: Job, result: dict[str, Any] | None, journal: bytes | None) -> None:
+        """See `JobStore`."""
+        if not job.active:
+            raise Lost("the evaluation was cancelled")
+        job.state = "running"
+        job.result = result or job.result
+        self._tell(job)
+        if self._folder is not None and time.monotonic() - self._saved >= SAVE_SECONDS:
+            self._saved = time.monotonic()
+            self._save(job)
+
+    async def finish(
+        self,
+        job: Job,
+        state: JobState,
+        result: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> None:
+        """See `JobStore`."""
+        if not job.active:
+            raise Lost("the evaluation was cancelled")
+        job.result, job.error = result or job.result, error
+        self._end(job, state)
+
+    async def put_back(self, job: Job, journal: bytes | None) -> None:
+        """See `JobStore`. The next service continues it from disk, where there is a folder."""
+
+    async def hand_over(self) -> None:
+        """There is no other process."""
+
+    async def stop(self) -> None:
+        """See `JobStore`."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.wait({self._worker})
+        if self._folder is None:
+            for job in self._jobs.values():
+                if job.active:
+                    self._end(job, "cancelled")
+
+    async def close(self) -> None:
+        """See `JobStore`."""
+        if self._folder is not None:
+            self._folder.close()
+
+    async def _work(self, run: Run) -> None:
+        while True:
+            while not self._queue:
+                self._queued.clear()
+                await self._queued.wait()
+            job = self._queue.popleft()
+            task = asyncio.ensure_future(run(job))
+            self._current = job, task
+            try:
+                await asyncio.wait({task})
+            finally:
+                self._current = None
+                if not task.done():
+                    task.cancel()
+                    await asyncio.wait({task})
+                if not task.cancelled() and (error := task.exception()):
+                    logger.error("evaluation %s was left: %r", job.id, error)
+
+    def _end(self, job: Job, state: JobState) -> None:
+        job.state, job.finished = state, datetime.now(UTC)
+        job.bytes = len(str(job.result))
+        self._images.pop(job.id, None)
+        self._expires[job.id] = self._expiry(job)
+        self._tell(job)
+        if self._folder is not None:
+            try:
+                self._save(job)
+            except StoreError as error:
+                # Not lost: the journal has every image, and the next service ends the job anew.
+                logger.error("%s", error)
+            else:
+                self._folder.release(job.id)
+
+    def _save(self, job: Job) -> None:
+        assert self._folder is not None
+        self._folder.save(job.id, job.created.timestamp(), _to_keep(job))
+
+    def _tell(self, job: Job) -> None:
+        job.version += 1
+        self.changes.tell(job.id)
+
+    def _expiry(self, job: Job) -> float:
+        """When a finished job expires: at most the full time from now, even if clocks are set."""
+        assert job.finished is not None
+        whole = self._settings.job_expiry_seconds
+        passed = (datetime.now(UTC) - job.finished).total_seconds()
+        return time.monotonic() + min(max(whole - passed, 0.0), whole)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        ended = [job for job in self._jobs.values() if not job.active]
+        surplus = {job.id for job in ended[: max(len(ended) - MAX_FINISHED, 0)]}
+        for job in ended:
+            if self._expires[job.id] <= now or job.id in surplus:
+                self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.id], self._expires[job.id]
+        if self._folder is not None:
+            self._folder.forget(job.id)
+
+
+def check_room(job: Job, *, active: int, held: int, settings: Settings) -> None:
+    """Raise Full or TooLarge if there is no room for `job`."""
+    if job.bytes > settings.jobs_bytes:
+        raise TooLarge(settings.jobs_bytes)
+    if active >= settings.max_jobs:
+        raise Full(f"{settings.max_jobs} evaluations are queued or running.", reason="jobs")
+    if held + job.bytes > settings.jobs_bytes:
+        raise Full("The evaluations there are leave no room for this one.", reason="bytes")
+
+
+def _to_keep(job: Job) -> dict[str, Any]:
+    return {
+        **job.about(),
+        "state": job.state,
+        "result": job.result,
+        "error": job.error,
+        "finished": None if job.finished is None else job.finished.isoformat(),
+    }
+
+
+def _from_kept(kept: Kept) -> Job:
+    about = {name: value for name, value in kept.about.items() if name != "version"}
+    state, result, error, finished = map(about.pop, ("state", "result", "error", "finished"))
+    job = Job.from_about(kept.id, about)
+    job.state, job.result, job.error = state, result, error
+    job.finished = None if finished is None else datetime.fromisoformat(finished)
+    return job

@@ -1,0 +1,92 @@
+"""The result so far of an evaluation, passed from the device thread to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from app.engine.engine import Session
+from robust.evaluation import Evaluation
+
+
+class Progress:
+    """The latest result of one run, and its journal at intervals.
+
+    Created on the event loop. Results that come faster than they are asked for are skipped, and
+    so are those that know less than `shown`, which an earlier run of the same job has shown: a
+    run that continues reads its journal stage by stage.
+    """
+
+    def __init__(
+        self, journal: Path | None, *, every: float | None, shown: dict[str, Any] | None = None
+    ) -> None:
+        self.result = shown  # as JSON values
+        self._path = journal if every is not None else None
+        self._every = every or 0.0
+        self._kept = time.monotonic()
+        self._journal: bytes | None = None
+        self._loop = asyncio.get_running_loop()
+        self._changed, self._stopped = asyncio.Event(), asyncio.Event()
+        self._begun = False
+
+    def framed(self, work: Callable[[Session], Evaluation]) -> Callable[[Session], Evaluation]:
+        """`work` for the device, noting when it starts and ends."""
+
+        def run(session: Session) -> Evaluation:
+            self._begun = True
+            self._tell(self._changed.set)
+            try:
+                return work(session)
+            finally:
+                self._tell(self._stopped.set)
+
+        return run
+
+    def show(self, evaluation: Evaluation) -> None:
+        """Pass on the result so far. Called on the device thread, which writes the journal."""
+        journal = None
+        if self._path is not None and time.monotonic() - self._kept >= self._every:
+            journal, self._kept = self._path.read_bytes(), time.monotonic()
+        self._tell(self._take, as_json(evaluation), journal)
+
+    def _take(self, result: dict[str, Any], journal: bytes | None) -> None:
+        self._journal = journal or self._journal
+        if self.result is None or result["done"] >= self.result["done"]:
+            self.result = result
+        self._changed.set()
+
+    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop has been closed
+            pass
+
+    async def changed(self) -> None:
+        """Wait until there is something new."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def take_journal(self) -> bytes | None:
+        """The journal, if it is newer than the one taken last."""
+        journal, self._journal = self._journal, None
+        return journal
+
+    async def last_journal(self, seconds: float) -> bytes | None:
+        """The journal, once the device thread has closed it; None if that takes too long."""
+        if self._begun:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._stopped.wait()
+            except TimeoutError:
+                return None
+        if self._path is None or not self._path.exists():
+            return None
+        return await asyncio.to_thread(self._path.read_bytes)
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The result of an evaluation as JSON values, with the fraction of the work done."""
+    return {**evaluation.to_dict(), "done": evaluation.done}

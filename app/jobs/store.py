@@ -1,0 +1,142 @@
+"""The interface of a job store: it stores evaluation jobs and has them run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from app.jobs.job import Job, JobState
+from robust.datasets import Dataset
+
+MAX_FINISHED = 1000  # finished jobs that are stored at most
+
+Run = Callable[[Job], Awaitable[None]]
+
+
+class StoreError(ValueError):
+    """Jobs can't be stored or looked up; the message says why."""
+
+
+class Unreachable(StoreError):
+    """The database of the jobs does not answer."""
+
+
+class Full(StoreError):
+    """There is no room for another job now. `reason` is for the metrics."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TooLarge(StoreError):
+    """A job that would not fit into an empty store."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"expected at most {limit} bytes of images and journal")
+        self.limit = limit
+
+
+class KeyUsed(StoreError):
+    """An idempotency key that belongs to another job."""
+
+
+class Damaged(StoreError):
+    """The images of a job are missing or have changed."""
+
+
+class Lost(StoreError):
+    """The job no longer belongs to this run: it was cancelled, or another replica runs it."""
+
+
+class JobStore(Protocol):
+    """Jobs and their images, journals and results.
+
+    `add` queues a job, the function given to `start` runs it, and `finish` ends it, or `cancel`,
+    which cancels that function. The same model, images and settings are one job, unless a key
+    says otherwise. Finished jobs expire. Every method raises StoreError where the store can't be
+    reached or written to.
+    """
+
+    changes: Changes
+    alone: bool
+    """Whether this process runs every job that is added here."""
+    show_seconds: float
+    """Least time between two calls of `show`."""
+    journal_seconds: float | None
+    """How often `show` needs the journal; None where the journal itself is kept."""
+
+    def count(self, state: JobState) -> int:
+        """Number of jobs in that state, as last seen."""
+
+    async def start(self, run: Run) -> None:
+        """Run the queued jobs with `run`, one at a time. Cancelled, it calls `put_back`."""
+
+    async def add(self, job: Job, dataset: Dataset) -> Job:
+        """Queue `job`, or return the job it repeats. Raises Full, TooLarge or KeyUsed."""
+
+    async def get(self, id: str) -> Job | None:
+        """The job of that id, unless it has expired."""
+
+    async def all(self, owner: str | None = None) -> list[Job]:
+        """Every job, or those of `owner`, the newest first."""
+
+    async def cancel(self, id: str) -> None:
+        """Stop a job and keep its result so far."""
+
+    async def forget(self, id: str) -> None:
+        """Remove a finished job."""
+
+    async def images(self, job: Job) -> Dataset:
+        """The labeled images to evaluate on. Raises Damaged."""
+
+    def journal(self, job: Job) -> AbstractAsyncContextManager[Path | None]:
+        """The file of the evaluation's journal, None where there is none."""
+
+    async def show(self, job: Job, result: dict[str, Any] | None, journal: bytes | None) -> None:
+        """Record that `job` is running, and its result so far. Raises Lost."""
+
+    async def finish(
+        self,
+        job: Job,
+        state: JobState,
+        result: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End `job`. Raises Lost."""
+
+    async def put_back(self, job: Job, journal: bytes | None) -> None:
+        """Queue the interrupted `job` again, for this process or another."""
+
+    async def hand_over(self) -> None:
+        """Run nothing more where another process can; it continues what runs here."""
+
+    async def stop(self) -> None:
+        """Run nothing more. The next service continues stored jobs; others are cancelled."""
+
+    async def close(self) -> None:
+        """Close the store. Call after `stop`."""
+
+
+class Changes:
+    """Events that are set when a job changes. For the event loop only."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, asyncio.Event] = {}
+
+    def next(self, id: str) -> asyncio.Event:
+        """The event of the job's next change; get it before reading the job."""
+        return self._events.setdefault(id, asyncio.Event())
+
+    def tell(self, id: str) -> None:
+        """The job has changed."""
+        if event := self._events.pop(id, None):
+            event.set()
+
+    def tell_all(self) -> None:
+        """Any job may have changed."""
+        for id in list(self._events):
+            self.tell(id)

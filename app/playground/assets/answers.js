@@ -1,0 +1,60 @@
+// What the service answers, as the page uses it.
+
+import { ask, Failure } from "./api.js";
+import { percent } from "./dom.js";
+
+/** The probabilities of all classes of an image. */
+export async function probabilities(image, count, signal) {
+  const body = new FormData();
+  body.append("file", image);
+  const { results } = await ask(`predict?top_k=${Math.min(count, 1000)}`, { method: "POST", body, signal });
+  return known(Array(count).fill(), results[0].top);
+}
+
+/** A list by class of the probabilities told of, undefined for the others. */
+export function known(classes, top) {
+  const values = Array(classes.length).fill(undefined);
+  for (const { index, probability } of top) values[index] = probability;
+  return values;
+}
+
+export const pngUrl = (base64) => `data:image/png;base64,${base64}`;
+
+export function blobOf(base64) {
+  return new Blob([Uint8Array.from(atob(base64), (char) => char.charCodeAt(0))], { type: "image/png" });
+}
+
+export function tooLarge(blob, limits) {
+  if (blob.size <= limits.max_body_bytes - 2048) return null;
+  const most = Math.floor(limits.max_body_bytes / 2 ** 20);
+  return new Failure(`This file is too large: the service takes at most ${most} MiB.`, { status: 413 });
+}
+
+export const named = ({ label, probability }) => `${label} ${percent(probability)}`;
+
+/** Whether a model was trained on adversarial images, as far as its card says. */
+export function hardened({ threat_model: threat, recipe }) {
+  const parts = (recipe?.phases ?? []).flatMap((phase) => phase.parts ?? []);
+  return parts.length ? parts.some(({ kind }) => kind !== "clean") : Boolean(threat);
+}
+
+/** One of the three outcomes of an attack, in words. */
+export const outcomeText = (outcome) =>
+  ({ broken: "broken", withstood: "withstood", already_wrong: "wrong before any attack" })[outcome];
+
+/** Writes what an attack did to a model's prediction into the paragraph `node`. */
+export function showVerdict(node, { before, label, target = null }, { after, outcome }) {
+  node.dataset.state = { already_wrong: "wrong", broken: "lost", withstood: "held" }[outcome];
+  node.textContent = verdict({ before, label, target }, { after, outcome });
+}
+
+function verdict({ before, label, target }, { after, outcome }) {
+  if (target && before.index === target.index) return `Already ${target.label} before any attack.`;
+  if (outcome === "already_wrong") {
+    const more = after.label === before.label ? "." : `; after the attack, ${after.label}.`;
+    return `Wrong before any attack: the model predicts ${before.label}, not ${label.label}${more}`;
+  }
+  if (outcome === "broken") return `Fooled: ${before.label} became ${after.label}.`;
+  if (target && after.label !== label.label) return `Changed to ${after.label}, but not to ${target.label}.`;
+  return `Withstood: still ${after.label}.`;
+}

@@ -1,0 +1,61 @@
+// The report on an evaluation: shown in the page, and saved as page or PDF.
+
+import { open } from "./api.js";
+import { $, el } from "./dom.js";
+
+export class Report {
+  #job = null;
+  #page = null; // the text of the report that is shown
+
+  /** `fail(error)` is told of what goes wrong. */
+  constructor({ fail }) {
+    const safely = (act) => () => act().catch(fail);
+    $("report-show").addEventListener("click", safely(() => this.#toggle()));
+    $("report-html").addEventListener("click", safely(() => this.#save("text/html", "report.html")));
+    $("report-pdf").addEventListener("click", safely(() => this.#save("application/pdf", "report.pdf")));
+    addEventListener("message", ({ source, origin, data }) => {
+      const frame = $("report-frame").contentWindow;
+      if (source === frame && origin === location.origin && data === "ready") this.#fill();
+    });
+  }
+
+  /** Takes the evaluation to report on; null for none. */
+  of(job) {
+    $("reports").hidden = job === null;
+    if (job?.id === this.#job?.id) return;
+    this.#job = job;
+    this.#close();
+  }
+
+  /** Fetched, as a link would not send the key along. */
+  async #get(kind) {
+    return open(`evaluate/${this.#job.id}/report`, { headers: { Accept: kind } });
+  }
+
+  async #toggle() {
+    if (!$("report-frame").hidden) return this.#close();
+    this.#page = await (await this.#get("text/html")).text();
+    $("report-frame").hidden = false;
+    $("report-frame").src = "playground/report.html"; // says when it is ready
+    $("report-show").textContent = "Close";
+    $("report-show").setAttribute("aria-expanded", "true");
+  }
+
+  #fill() {
+    $("report-frame").contentWindow.postMessage(this.#page, location.origin);
+  }
+
+  #close() {
+    $("report-frame").hidden = true;
+    $("report-frame").removeAttribute("src");
+    $("report-show").textContent = "Open";
+    $("report-show").setAttribute("aria-expanded", "false");
+  }
+
+  async #save(kind, name) {
+    const response = await this.#get(kind);
+    const address = URL.createObjectURL(await response.blob());
+    el("a", { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
+  }
+}

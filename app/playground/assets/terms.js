@@ -1,0 +1,56 @@
+// Terms that explain themselves on hover and focus.
+
+import { attackText, el } from "./dom.js";
+
+const TERMS = {
+  wilson: "The Wilson interval: a range that contains the true accuracy for 95 of 100 such sets of images",
+};
+const summaries = new Map();
+let count = 0;
+
+/** Takes over what /limits says of the attacks. */
+export const explainAttacks = (attacks) => attacks.forEach(({ name, summary }) => summaries.set(name, summary));
+
+/** `content` with an explanation; where it is no control itself, Tab stops at it. */
+export function term(content, about, { id = `term-${(count += 1)}`, control = false } = {}) {
+  const tip = el("span", { role: "tooltip", id, class: "about" }, `${about}.`);
+  const given = control ? { class: "term" } : { class: "term dotted", tabindex: 0, "aria-describedby": id };
+  const node = el("span", given, content, tip);
+  node.addEventListener("pointerenter", () => place(node, tip));
+  node.addEventListener("focusin", () => place(node, tip));
+  node.addEventListener("pointerleave", () => node.classList.remove("dismissed"));
+  node.addEventListener("focusout", () => node.classList.remove("dismissed"));
+  return node;
+}
+
+/** A row's name in words: an attack with its budget, explained, or what is no attack. */
+export function attackTerm(row) {
+  if (row === "clean") return "Clean";
+  const match = /^([a-z-]*[a-z])(-\d.*)?$/.exec(row);
+  if (!match) return row;
+  const text = attackText(match[1]) + (match[2] ?? "");
+  return summaries.has(match[1]) ? term(text, summaries.get(match[1])) : text;
+}
+
+/** Makes terms of the elements that name one in `data-term`. */
+export function explainTerms() {
+  for (const node of document.querySelectorAll("[data-term]")) {
+    const text = node.textContent;
+    node.replaceChildren(term(text, TERMS[node.dataset.term]));
+  }
+  addEventListener("keydown", ({ key }) => {
+    if (key !== "Escape") return;
+    for (const node of document.querySelectorAll(".term:is(:hover, :focus-within)")) node.classList.add("dismissed");
+  });
+}
+
+/** Under its term, within the window: boxes that scroll would cut it off. */
+function place(node, tip) {
+  const { left, bottom, top } = node.getBoundingClientRect();
+  const width = Math.min(260, innerWidth - 16);
+  tip.style.setProperty("--width", `${width}px`);
+  tip.style.setProperty("--left", `${Math.max(8, Math.min(left, innerWidth - width - 8))}px`);
+  const above = bottom + 90 > innerHeight && top > 120;
+  tip.style.setProperty("--top", above ? "auto" : `${bottom}px`);
+  tip.style.setProperty("--bottom", above ? `${innerHeight - top}px` : "auto");
+}
