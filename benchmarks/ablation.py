@@ -5,9 +5,9 @@
 
 Each run goes through `training.run.train` with the recipe `base` and one thing changed: ResNet-18,
 10,000 of the training images, 3 clean and then 5 adversarial epochs. It is scored on 2,000 further
-training images that no run sees, the same for all; test images are never touched. A finished run
-is one line of the JSON file, and a run that is in it is not run again: stop at any moment, and the
-same command goes on with the rest (take out the lines of what you changed). The first seed of
+training images that no run sees, the same for all; test images are never touched. Each
+finished run is one line of the JSON file and is not repeated: stop at any moment, and the same
+command goes on with the rest (delete the lines of what you changed). The first seed of
 every run comes before the second of any.
 
 Seconds are those of training without its scoring: of the processor on the CPU (one thread:
@@ -40,9 +40,10 @@ from robust.datasets import Dataset, load_dataset, stratified_split
 from robust.environment import device_in_words, versions
 from robust.evaluation import evaluate, wilson_interval
 from robust.threat_model import ThreatModel
+from training.monitor import Progress
 from training.recipe import AdversarialPart, Augmentation, Phase, Recipe
 from training.recipes import classic
-from training.run import Progress, train
+from training.run import train
 
 CLEAN_EPOCHS, ADVERSARIAL_EPOCHS = 3, 5
 ATTACKS = ("fgsm", "pgd-20")
@@ -174,13 +175,13 @@ LINES: dict[str, Line] = {
         what="no crop and no flip", recipe=lambda: augmented(crop_padding=0, flip=0.0)
     ),
     "rotation": Line(what="rotation by 10 degrees", recipe=lambda: augmented(rotation=10.0)),
-    "jitter": Line(what="colour jitter 0.1", recipe=lambda: augmented(jitter=0.1)),
+    "jitter": Line(what="color jitter 0.1", recipe=lambda: augmented(jitter=0.1)),
     "teacher": Line(
         what="averaged model as teacher, 0.5", recipe=lambda: adversarial_phase(teacher=0.5)
     ),
     "silu": Line(what="SiLU instead of ReLU", recipe=lambda: replace(base(), activation="silu")),
     "no-zero-init": Line(
-        what="residual branches not begun at zero",
+        what="residual branches not initialized to zero",
         recipe=lambda: replace(base(), zero_init_residual=False),
     ),
 }

@@ -1,9 +1,9 @@
-"""Compare robust.attacks with the reference implementation of AutoAttack, on one model.
+"""Compare robust.attacks with the reference implementation of AutoAttack on one model.
 
     python benchmarks/autoattack.py --reference /path/to/auto-attack
 
 The reference (https://github.com/fra31/auto-attack) is not on the package index: clone it. Without
-`--checkpoint` a small network is trained here, in seconds. `docs/autoattack.md` has what this gave.
+`--checkpoint` a small network is trained first, in seconds. `docs/autoattack.md` has the results.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust.attacks import AUTOATTACK, fgsm, resolve_attack
-from robust.attacks.apgd import APGD
+from robust.attack_registry import REGISTRY
+from robust.attacks import fgsm, resolve_attack
+from robust.attacks.algorithm import Algorithm
+from robust.attacks.apgd import APGD, TargetedAPGD, random_surface
 from robust.attacks.fab import FAB, to_hyperplane
 from robust.attacks.frozen import frozen
 from robust.attacks.noise import image_keys
-from robust.attacks.search import Algorithm, Rows, search
+from robust.attacks.rows import Rows
+from robust.attacks.search import search
 from robust.attacks.square import Square
 from robust.datasets import Dataset, load_dataset
 from robust.geometry import Norm, distance, lengths
@@ -38,7 +41,7 @@ from robust.threat_model import ThreatModel, format_eps, parse_eps
 REFERENCE_COMMIT = "a39220048b3c9f2cca9a4d3a54604793c68eca7e"
 NAMES: dict[Norm, str] = {"linf": "Linf", "l2": "L2"}
 SHOWN_STEPS = (1, 2, 10, 22, 41, 70, 100)
-SAME = 1e-5  # pixel units: iterates nearer than this are taken for the same
+SAME = 1e-5  # pixel units: iterates closer than this count as the same
 PARTS = ("projections", "squares", "apgd", "fab", "chance", "square", "autoattack")
 
 Table = list[dict[str, Any]]
@@ -67,7 +70,7 @@ class SmallNet(nn.Module):
 
 
 def train(x: Tensor, y: Tensor, threat_model: ThreatModel, epochs: int) -> SmallNet:
-    """A network hardened with single steps, half of each batch clean."""
+    """A network trained against single steps, half of each batch clean."""
     torch.manual_seed(0)
     model = SmallNet(int(y.max()) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -89,7 +92,7 @@ def train(x: Tensor, y: Tensor, threat_model: ThreatModel, epochs: int) -> Small
 
 
 def projections(reference: Any) -> Table:
-    """Steps to a hyperplane within the box: ours, the reference's, and what both fall short of."""
+    """Steps to a hyperplane in the pixel range: ours, the reference's, and how far both miss."""
     generator = torch.Generator().manual_seed(0)
     table = []
     for norm, project in (("linf", reference.projection_linf), ("l2", reference.projection_l2)):
@@ -119,16 +122,16 @@ def projections(reference: Any) -> Table:
 
 
 def _lacking(w: Tensor, step: Tensor, gap: Tensor, reach: float) -> float:
-    """By what share of the gap the step misses the hyperplane, or the end of the box."""
+    """The fraction of the gap by which a step misses the hyperplane, or the end of the range."""
     want = gap.double() / max(reach, 1)
     reached = (w.double() * step.double()).flatten(1).sum(dim=1)
     return float(((want - reached).abs() / want).max())
 
 
 def square_sides(reference: Any) -> Table:
-    """Sides of the squares over 5000 queries, read off what a model that never gives in is shown.
+    """Sides of the squares over 5000 queries, measured on what a never-fooled model is shown.
 
-    The tallest change within each of the intervals: a square may fall where it changes nothing.
+    The tallest change within each interval: a square may fall where it changes nothing.
     """
     table = []
     bounds = (0, 10, 50, 200, 500, 1000, 2000, 4000, 5000)
@@ -147,7 +150,7 @@ def square_sides(reference: Any) -> Table:
                 return torch.tensor([[1.0, 0.0]]).expand(len(images), 2).clone()
 
             if who == "ours":
-                algorithm = Square(norm="linf", queries=5000)
+                algorithm = Square(norm="linf", steps=5000)
                 list(search(model, algorithm, x, y, eps=torch.tensor([0.1])))
             else:
                 attack = reference.SquareAttack(
@@ -166,24 +169,27 @@ def square_sides(reference: Any) -> Table:
 
 
 class Recorder:
-    """An algorithm that notes what it is asked to score next, image by image."""
+    """An algorithm that records what it has scored, image by image."""
 
-    def __init__(self, algorithm: Any) -> None:
+    def __init__(self, algorithm: Algorithm[Any]) -> None:
         self._algorithm = algorithm
-        self.seen: list[Rows] = []
+        self.seen: list[dict[str, Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._algorithm, name)
 
-    def advance(self, rows: Rows, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> Tensor:
-        names = ("image", "step", "x_adv", "landed")
-        self.seen.append({name: rows[name].clone() for name in names if name in rows})
-        self.seen[-1]["loss"] = loss
-        spent: Tensor = self._algorithm.advance(rows, logits, loss, gradient)
-        return spent
+    def advance(
+        self, rows: Rows[Any], logits: Tensor, loss: Tensor, gradient: Tensor | None
+    ) -> Tensor:
+        columns = {"image": rows.image, "x_adv": rows.x_adv, "loss": loss} | vars(rows.state)
+        names = ("image", "iteration", "x_adv", "landed", "loss")
+        self.seen.append({name: columns[name].clone() for name in names if name in columns})
+        return self._algorithm.advance(rows, logits, loss, gradient)
 
 
-def run_recorded(model: nn.Module, algorithm: Algorithm, x: Tensor, y: Tensor, eps: float) -> Any:
+def run_recorded(
+    model: nn.Module, algorithm: Algorithm[Any], x: Tensor, y: Tensor, eps: float
+) -> Any:
     """The rows an algorithm scored, and its results in the order of the images."""
     recorder = Recorder(algorithm)
     sizes = torch.full((len(x),), eps)
@@ -198,18 +204,14 @@ def apgd_trajectories(
 ) -> Table:
     """Iterates from the same start, step by step.
 
-    The control is the reference against itself with the start moved by a rounding error: float32
-    makes trajectories part wherever a gradient is about to change its sign.
+    The control is the reference against itself with the start moved by a rounding error: in
+    float32, trajectories diverge wherever a gradient is about to change its sign.
     """
     table = []
     for loss in ("ce", "dlr", "dlr-targeted"):
         targeted = loss == "dlr-targeted"
-        algorithm = APGD(
-            norm=norm,
-            loss_name="ce" if loss == "ce" else "dlr",
-            to_likeliest=targeted,
-            early_stop=False,
-        )
+        settings: dict[str, Any] = {"norm": norm, "steps": 100, "early_stop": False}
+        algorithm = TargetedAPGD(**settings) if targeted else APGD(loss_name=loss, **settings)
         seen, _ = run_recorded(model, algorithm, x, y, eps)
         ours = [rows["x_adv"][rows["image"].argsort()] for rows in seen]
         best = torch.stack([rows["loss"] for rows in seen]).amax(dim=0)
@@ -267,13 +269,13 @@ def reference_apgd(
 def fab_trajectories(
     reference: Any, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, eps: float
 ) -> Table:
-    """Where each step lands, and the nearest adversarial image of the run for the first target."""
+    """Where each step ends, and the closest adversarial image of the run for the first target."""
     huge = 1.0 if norm == "linf" else 1e3
-    seen, nearest = run_recorded(model, FAB(norm=norm, runs=1, early_stop=False), x, y, huge)
+    seen, nearest = run_recorded(model, FAB(norm=norm, steps=100, early_stop=False), x, y, huge)
     ours = torch.zeros(101, *x.shape)
     for rows in seen:
         landed = rows["landed"]
-        ours[rows["step"][landed], rows["image"][landed]] = rows["x_adv"][landed]
+        ours[rows["iteration"][landed], rows["image"][landed]] = rows["x_adv"][landed]
     theirs, their_nearest = reference_fab(reference, model, x, y, norm)
     nudged = (x + (torch.rand_like(x) - 0.5) * 1.2e-7).clamp(0, 1)
     control, control_nearest = reference_fab(reference, model, nudged, y, norm)
@@ -330,7 +332,7 @@ def square_success(
     queries: int,
     seeds: int,
 ) -> Table:
-    """Images fooled within so many queries, for each seed."""
+    """Images fooled within a number of queries, for each seed."""
     marks = [mark for mark in (10, 50, 200, 500, 1000, 2000, 5000) if mark <= queries]
     counts: dict[str, list[list[int]]] = {"ours": [], "theirs": []}
     for seed in range(seeds):
@@ -393,7 +395,7 @@ def whole_protocol(
 ) -> Table:
     """Images that stand after each stage of AutoAttack, with the seconds it took.
 
-    The reference's APGD starts where ours does, so that all but Square has no chance in it.
+    The reference's APGD starts where ours does, so that only Square is random.
     """
     threat_model = ThreatModel(norm=norm, eps=eps)
     ours, theirs = _predictions(model, x, batch_size) == y, _predictions(model, x, batch_size) == y
@@ -404,7 +406,7 @@ def whole_protocol(
     auto.square.n_queries = queries
     for attack in (auto.apgd, auto.apgd_targeted):
         start_as_we_do(attack, norm, eps, seed)
-    for stage in AUTOATTACK:
+    for stage in REGISTRY["autoattack"].stages:
         steps = queries if stage == "square" else None
         settings = resolve_attack(stage, threat_model, steps=steps, seed=seed)
         begin = time.perf_counter()
@@ -413,7 +415,7 @@ def whole_protocol(
             result = settings.run(
                 model, x[left], y[left], early_stop=True, batch_size=min(batch_size, len(left))
             )
-            # Asked again, and no further than allowed.
+            # Verified: fooled when queried again, and within eps.
             holds = _predictions(model, result.x_adv, batch_size) != y[left]
             holds &= distance(result.x_adv, x[left], norm) <= eps + 1e-6
             ours[left] = ~holds
@@ -432,7 +434,7 @@ def whole_protocol(
 
 
 def start_as_we_do(attack: Any, norm: Norm, eps: float, seed: int) -> None:
-    """Have the reference's APGD begin each run where ours begins it."""
+    """Make each run of the reference's APGD start where ours does."""
     perturb, single, runs = attack.perturb, attack.attack_single_run, [0]
 
     def perturb_anew(*args: Any, **kwargs: Any) -> Any:
@@ -440,14 +442,10 @@ def start_as_we_do(attack: Any, norm: Norm, eps: float, seed: int) -> None:
         return perturb(*args, **kwargs)
 
     def run_from_our_start(x: Tensor, y: Tensor) -> Any:
-        rows = {
-            "x": x,
-            "eps": torch.full((len(x), 1, 1, 1), eps),
-            "key": image_keys(x, seed),
-            "run": torch.full_like(y, runs[0]),
-        }
+        sizes = torch.full((len(x), 1, 1, 1), eps)
+        keys, stream = image_keys(x, seed), torch.full_like(y, runs[0])
         runs[0] += 1
-        return single(x, y, x_init=APGD(norm=norm).start(rows))
+        return single(x, y, x_init=random_surface(x, keys, stream, norm=norm, eps=sizes))
 
     attack.perturb, attack.attack_single_run = perturb_anew, run_from_our_start
 
@@ -455,7 +453,7 @@ def start_as_we_do(attack: Any, norm: Norm, eps: float, seed: int) -> None:
 def chance(
     reference: Any, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, eps: float, *, seeds: int
 ) -> Table:
-    """Images that stand after each kind of APGD, both from starts of their own, over seeds."""
+    """Images that stand after each kind of APGD, with random starts of their own, over seeds."""
     table = []
     for stage in ("apgd-ce", "apgd-t"):
         counts: dict[str, list[int]] = {"ours": [], "theirs": []}
@@ -533,16 +531,20 @@ def _cell(value: Any) -> str:
 @click.option("--data", default="digits", show_default=True, help="Images, as for robust train.")
 @click.option("--size", default=16, show_default=True, help="Side of the images.")
 @click.option("--limit", default=500, show_default=True, help="Images attacked.")
-@click.option("--traced", default=200, show_default=True, help="Images whose way is compared.")
+@click.option(
+    "--traced", default=200, show_default=True, help="Images whose iterates are compared."
+)
 @click.option("--norm", "norms", type=click.Choice(list(NAMES)), multiple=True,
               default=tuple(NAMES), show_default=True)  # fmt: skip
 @click.option("--eps-linf", default="0.15", show_default=True, help="Pixel units, or 8/255.")
 @click.option("--eps-l2", default="2", show_default=True, help="Pixel units.")
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS,
               show_default=True, help="What to compare; repeat for several.")  # fmt: skip
-@click.option("--epochs", default=20, show_default=True, help="Of training the small network.")
-@click.option("--queries", default=5000, show_default=True, help="Of Square.")
-@click.option("--seeds", default=5, show_default=True, help="Of what is left to chance.")
+@click.option(
+    "--epochs", default=20, show_default=True, help="Epochs of training the small network."
+)
+@click.option("--queries", default=5000, show_default=True, help="Queries of Square.")
+@click.option("--seeds", default=5, show_default=True, help="Seeds of what is random.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", default=250, show_default=True)
 @click.option("--threads", default=1, show_default=True)

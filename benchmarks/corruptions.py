@@ -1,10 +1,12 @@
-"""How does a checkpoint do on images nobody attacked but weather, lenses and files have changed?
+"""How accurate is a checkpoint on images that weather, lenses and files have changed?
 
     python benchmarks/corruptions.py --data test.npz [--checkpoint PATH] [--json FILE]
+    python benchmarks/corruptions.py --data CIFAR-10-C
 
-Prints accuracy for each corruption at three severities, in the manner of Hendrycks & Dietterich
-2019 (arXiv:1903.12261) but not their files: these are a few of their kinds, made here, so the
-figures compare checkpoints with one another and not with published ones.
+Given a folder of CIFAR-10-C (Hendrycks & Dietterich 2019, arXiv:1903.12261), prints the accuracy
+for each corruption at its five severities, and their mean, which compares with published figures.
+Given other images, makes a few corruptions of the same kinds at three severities each; those
+compare checkpoints with one another and not with published figures.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -25,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is
 
 from robust.checkpoint import load_checkpoint
 from robust.classifier import resolve_device
-from robust.datasets import load_dataset
+from robust.datasets import Dataset, load_dataset
 from robust.evaluation import wilson_interval
 from robust.images import to_float
 from robust.inference import for_inference
+from robust.matching import match_classes
 
 Corruption = Callable[[Tensor, float], Tensor]  # images uint8 (N, 3, H, W) and a strength
 
@@ -71,6 +75,7 @@ def rotation(images: Tensor, degrees: float) -> Tensor:
     return transforms.rotate(images, degrees, transforms.InterpolationMode.BILINEAR)
 
 
+SEVERITIES = 5
 CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, float, float], str]] = {
     "Gaussian noise": (gaussian_noise, (0.04, 0.08, 0.12), "deviation"),
     "Gaussian blur": (blur, (0.5, 1.0, 1.5), "sigma in pixels"),
@@ -97,6 +102,52 @@ def count_correct(
     return correct
 
 
+@dataclass(frozen=True)
+class Row:
+    corruption: str
+    strength: str
+    correct: int
+    n: int
+
+
+def made_here(
+    model: Callable[[Tensor], Tensor], data: Dataset, device: torch.device
+) -> Iterator[Row]:
+    images, labels, n = data.images, data.labels, len(data)
+    yield Row("none", "", count_correct(model, images, labels, device), n)
+    for name, (corrupt, strengths, unit) in CORRUPTIONS.items():
+        for strength in strengths:
+            correct = count_correct(model, corrupt(images, strength), labels, device)
+            yield Row(name, f"{unit} {strength:g}", correct, n)
+
+
+def published(
+    model: Callable[[Tensor], Tensor],
+    files: Sequence[Path],
+    device: torch.device,
+    *,
+    size: int,
+    classes: Sequence[str],
+    limit: int | None,
+) -> Iterator[Row]:
+    """One file per corruption: a fifth of its images for each severity, mildest first."""
+    for file in files:
+        data = match_classes(load_dataset(file, size=size), classes)
+        if len(data) % SEVERITIES:
+            raise click.UsageError(
+                f"{file}: expected {SEVERITIES} severities, got {len(data)} images"
+            )
+        for severity, part in enumerate(data.images.chunk(SEVERITIES)):
+            labels = data.labels.chunk(SEVERITIES)[severity]
+            order = picked(len(part), limit)
+            correct = count_correct(model, part[order], labels[order], device)
+            yield Row(file.stem, f"severity {severity + 1}", correct, len(order))
+
+
+def picked(n: int, limit: int | None) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit]
+
+
 @click.command(help=__doc__)
 @click.option("--data", required=True, metavar="PATH")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default="models/robust_model.pt")
@@ -108,32 +159,32 @@ def main(
 ) -> None:
     device = resolve_device(device_name)
     loaded = load_checkpoint(checkpoint, device=device)
-    dataset = load_dataset(data, size=loaded.sidecar.architecture.input_size)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit]
-    images, labels = dataset.images[order], dataset.labels[order]
+    size, classes = loaded.sidecar.architecture.input_size, loaded.sidecar.classes
     model = for_inference(loaded.classifier, device)
-    n = len(images)
-    rows = [{"corruption": "none", "strength": None, "correct": None}]
-    rows[0]["correct"] = count_correct(model, images, labels, device)
-    for name, (corrupt, strengths, unit) in CORRUPTIONS.items():
-        for strength in strengths:
-            correct = count_correct(model, corrupt(images, strength), labels, device)
-            rows.append(
-                {"corruption": name, "strength": strength, "unit": unit, "correct": correct}
-            )
-    click.echo(f"{checkpoint} ({loaded.sha256[:12]}), {dataset.name}, n={n}; accuracy in percent\n")
-    click.echo("| corruption | strength | accuracy % | 95% interval |\n|---|---|---|---|")
+    files = sorted(file for file in Path(data).glob("*.npy") if file.name != "labels.npy")
+    if files:
+        rows = published(model, files, device, size=size, classes=classes, limit=limit)
+    else:
+        dataset = match_classes(load_dataset(data, size=size, train=False), classes).in_8_bits()
+        for change in dataset.changes:
+            click.echo(f"note: {change}", err=True)
+        rows = made_here(model, dataset.subset(picked(len(dataset), limit)), device)
+    click.echo(f"{checkpoint} ({loaded.sha256[:12]}), {Path(data).name}; accuracy in percent\n")
+    click.echo("| corruption | strength | n | accuracy % | 95% interval |\n|---|---|---|---|---|")
+    done = []
     for row in rows:
-        low, high = wilson_interval(row["correct"], n)
-        strength = "" if row["strength"] is None else f"{row['unit']} {row['strength']:g}"
+        low, high = wilson_interval(row.correct, row.n)
         click.echo(
-            f"| {row['corruption']} | {strength} | {100 * row['correct'] / n:.2f} "
+            f"| {row.corruption} | {row.strength} | {row.n} | {100 * row.correct / row.n:.2f} "
             f"| {100 * low:.1f} to {100 * high:.1f} |"
         )
+        done.append(row)
+    corrupted = [row.correct / row.n for row in done if row.corruption != "none"]
+    mean = sum(corrupted) / len(corrupted)
+    click.echo(f"\nmean over {len(corrupted)} corruptions: {100 * mean:.2f}")
     if json_path is not None:
-        json_path.write_text(
-            json.dumps({"n": n, "sha256": loaded.sha256, "rows": rows}, indent=1) + "\n"
-        )
+        report = {"sha256": loaded.sha256, "mean": mean, "rows": [asdict(row) for row in done]}
+        json_path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -40,7 +41,52 @@ from robust.files import write_json
 from robust.threat_model import parse_eps
 
 HERE = Path(__file__).resolve().parent
+QUIET = 0.05  # share of a core that other work may take before it disturbs the times
 PEERS = ("torchattacks", "foolbox", "art")
+
+
+class OtherWork:
+    """How many cores processes other than this one and its children have kept busy since."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._busy, self._own = _busy_seconds(), _own_seconds()
+
+    def cores(self) -> float | None:
+        """Over the time so far; None where the system does not say."""
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        spent = busy - self._busy - (_own_seconds() - self._own)
+        return max(0.0, spent / max(time.monotonic() - self._begin, 1e-9))
+
+    def __str__(self) -> str:
+        cores = self.cores()
+        if cores is None:
+            return "this system does not say what other work ran"
+        return f"other work took {cores:.2f} cores"
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of all processes since boot, and those that the machine's host took away."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, words)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of its children, the running ones too."""
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == os.getpid():
+                own += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own
 
 
 @dataclass
@@ -163,7 +209,7 @@ def parts_of(n: int, size: int) -> list[tuple[int, int]]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="labelled images, as robust evaluate takes")
+    parser.add_argument("--data", required=True, help="labeled images, as robust evaluate takes")
     parser.add_argument("--checkpoint", type=Path, default=Path("models/robust_model.pt"))
     parser.add_argument("--weak", type=Path, help="a checkpoint without defence, for its cost")
     parser.add_argument(
@@ -177,6 +223,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-autoattack", type=int, default=100)
     parser.add_argument("--part-autoattack", type=int, default=50)
     parser.add_argument("--scaling", type=int, nargs="*", default=[128, 256, 512, 1024])
+    parser.add_argument("--limit", type=int, nargs="*", default=[1, 8, 64], help="n by the limit")
+    parser.add_argument("--attack-limit", default="pgd-20", help="attack of the limit")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -190,7 +238,7 @@ def main() -> None:
     data = load_dataset(arguments.data, size=loaded.classifier.architecture.input_size)
     # Spread over the set, which may be sorted by class, and in another order than it.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    most = max([arguments.n, arguments.n_autoattack, *arguments.scaling])
+    most = max([arguments.n, arguments.n_autoattack, *arguments.scaling, *arguments.limit])
     images, labels = data.images[order[:most]], data.labels[order[:most]]
     eps = parse_eps(arguments.eps)
     judge = Judge(arguments.checkpoint, images, labels)
@@ -204,7 +252,10 @@ def main() -> None:
         "reference": arguments.reference,
     }
     report: dict[str, Any] = {"versions": versions(), "device": device_in_words(device)}
-    peers = environment_of_peers(arguments.peers, HERE / "peers.txt")
+    others = OtherWork()
+    peers = Path()
+    if arguments.n or (arguments.reference and arguments.n_autoattack):
+        peers = environment_of_peers(arguments.peers, HERE / "peers.txt")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "images.npz"
         np.savez(file, images=images.numpy(), labels=labels.numpy())
@@ -226,6 +277,7 @@ def main() -> None:
             show(f"PGD-20, {data.name}, Linf {arguments.eps}", report["pgd-20"])
             for tool in tools[1:]:
                 tool.process.kill()
+        report["limit"] = limits(ours, arguments.limit, {**what, "attack": arguments.attack_limit})
         report["scaling"] = scaling(ours, arguments.scaling, "the checkpoint", what)
         if arguments.weak:
             weak = start("robust", arguments.weak)
@@ -239,8 +291,36 @@ def main() -> None:
             report["autoattack_stages"] = [answer["stages"] for answer in ours.answers]
             show(f"AutoAttack standard, {data.name}, Linf {arguments.eps}", report["autoattack"])
     click.echo(f"\n{report['device']}, batches of {arguments.batch}, {report['versions']}")
+    report["other_work"] = others.cores()
+    report["undisturbed"] = report["other_work"] is not None and report["other_work"] < QUIET
+    if not report["undisturbed"]:
+        click.echo(f"Not undisturbed: {others}. Compare the ratios only.")
     if arguments.json:
         write_json(arguments.json.resolve(), report)
+
+
+def limits(tool: Tool, sizes: list[int], what: dict[str, Any]) -> list[dict[str, Any]]:
+    """Seconds of an evaluation beside those of its passes alone, at a batch that n images fill."""
+    found = []
+    for n in sizes:
+        answer = tool.ask(rows=(0, n), **what)
+        alone = {"attack": "rates", "batch": min(n, what["batch"])}
+        rates = tool.ask(**what | alone | {"precision": answer["precision"]})
+        plain = n + answer["forwards"] - answer["backwards"]  # n of the images as they are
+        limit = answer["backwards"] * rates["gradient"] + plain * rates["forward"]
+        passes = n + answer["passes"]
+        row = {"n": n, "seconds": answer["seconds"], "limit": limit, "passes": passes}
+        found.append(row | {"ratio": answer["seconds"] / limit, "precision": answer["precision"]})
+    if found:
+        click.echo(f"\n{what['attack']} beside its passes alone\n")
+        click.echo("| n | seconds | passes | passes alone | ratio | precision |")
+        click.echo("| --- | --- | --- | --- | --- | --- |")
+    for row in found:
+        click.echo(
+            f"| {row['n']} | {row['seconds']:.2f} | {row['passes']} | {row['limit']:.2f} | "
+            f"{row['ratio']:.2f} | {row['precision']} |"
+        )
+    return found
 
 
 def scaling(tool: Tool, sizes: list[int], name: str, what: dict[str, Any]) -> list[dict[str, Any]]:

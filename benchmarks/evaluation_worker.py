@@ -8,6 +8,7 @@ is a line of JSON with the seconds it took, and for peers a file with the advers
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,18 +20,27 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+RATED = 7  # passes of a size, of whose seconds the median counts
+
 Attack = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-class Normalised(nn.Module):
-    """torchvision's network with the normalisation of the sidecar before it."""
+class Normalized(nn.Module):
+    """torchvision's network with the sidecar's stem and activation, and its normalization first."""
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
         about = json.loads(weights.with_suffix(".json").read_text())["architecture"]
-        if about["stem"] != "imagenet" or about["activation"] != "relu":
-            raise SystemExit("expected a checkpoint with torchvision's own stem and relu")
+        if not hasattr(torchvision.models, about["arch"]):
+            raise SystemExit(f"expected an architecture of torchvision, got {about['arch']}")
         self.net = getattr(torchvision.models, about["arch"])(num_classes=about["num_classes"])
+        if about["stem"] == "cifar":
+            self.net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+            self.net.maxpool = nn.Identity()
+        if about["activation"] == "silu":
+            for module in list(self.net.modules()):
+                if hasattr(module, "relu"):
+                    module.relu = nn.SiLU(inplace=True)
         self.net.load_state_dict(torch.load(weights, weights_only=True))
         self.register_buffer("mean", torch.tensor(about["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(about["std"]).view(1, 3, 1, 1))
@@ -107,8 +117,11 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
     """Ours, as `robust evaluate` runs it: clean pass, probes and last exact pass included."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from robust.attacks import resolve_attack
+    from robust.attacks.passes import Passes
     from robust.checkpoint import load_checkpoint
     from robust.evaluation import evaluate
+    from robust.evaluation.precision import in_bf16
+    from robust.inference import for_inference
     from robust.threat_model import ThreatModel
 
     model = load_checkpoint(weights, device=x.device).classifier
@@ -138,16 +151,42 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
             "clean": result.clean.correct,
             "stages": stages,
             "passes": passes,
+            "forwards": item.forwards,
+            "backwards": item.backwards,
             "precision": result.precision,
         }
 
-    return run
+    def rates(ask: dict[str, Any]) -> dict[str, Any]:
+        """Seconds of a pass and of a gradient, an image each, in the precision asked for."""
+        images, labels = x[: ask["batch"]], y[: ask["batch"]]
+        search = for_inference(model, x.device)
+        if ask["precision"].startswith("bf16"):
+            search = in_bf16(search, x.device)
+        passes = Passes(search)
+
+        def loss(logits: Tensor, part: slice) -> Tensor:
+            return nn.functional.cross_entropy(logits, labels[part], reduction="none")
+
+        spent: dict[str, list[float]] = {"forward": [], "gradient": []}
+        for _ in range(RATED):
+            for name, call in (
+                ("forward", lambda: passes.logits(images)),
+                ("gradient", lambda: passes.gradient(images, loss)),
+            ):
+                begin = time.perf_counter()
+                call()
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                spent[name].append((time.perf_counter() - begin) / len(images))
+        return {name: statistics.median(seconds) for name, seconds in spent.items()}
+
+    return lambda ask: rates(ask) if ask["attack"] == "rates" else run(ask)
 
 
 def peer_worker(
     name: str, weights: Path, x: Tensor, y: Tensor, folder: Path
 ) -> Callable[[dict[str, Any]], Any]:
-    model = Normalised(weights).to(x.device).eval()
+    model = Normalized(weights).to(x.device).eval()
 
     def run(ask: dict[str, Any]) -> dict[str, Any]:
         rows = slice(*ask["rows"])

@@ -25,10 +25,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
-from app.runtime import examples, onnx_runtime
+from app.engine.runtime import onnx_runtime
+from app.engine.runtime_plan import examples
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
 from robust.environment import device_in_words, versions
-from robust.inference import InferenceClassifier, for_inference
+from robust.graph import build_onnx
+from robust.inference import for_inference
 
 Model = Callable[[Tensor], Tensor]
 
@@ -120,15 +122,13 @@ def models_of(classifier: Classifier) -> dict[str, Model]:
     threads = torch.get_num_threads()
     for name, build in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
         with contextlib.suppress(ImportError):
-            models[name] = build(fast, threads)
+            models[name] = build(build_onnx(fast).SerializeToString(), threads)
     return models
 
 
-def openvino(fast: InferenceClassifier, threads: int) -> Model:
+def openvino(graph: bytes, threads: int) -> Model:
     """The graph in OpenVINO. Raises ImportError where it is not installed."""
     from openvino import Core
-
-    from robust.graph import build_onnx
 
     core = Core()
     config = {
@@ -136,8 +136,7 @@ def openvino(fast: InferenceClassifier, threads: int) -> Model:
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    graph = core.read_model(build_onnx(fast).SerializeToString())
-    request = core.compile_model(graph, "CPU", config).create_infer_request()
+    request = core.compile_model(core.read_model(graph), "CPU", config).create_infer_request()
 
     def logits(x: Tensor) -> Tensor:
         request.infer([x.numpy()], share_inputs=True)

@@ -3,7 +3,8 @@
     python benchmarks/priority.py --checkpoint models/robust_model.pt --seconds 20
 
 One client asks for one image at a time over HTTP. Printed beside is a step, the longest pass of
-an evaluation: the gradient of as many images as the service lets into one. The goal is a p50
+an evaluation: the gradient of as many images as the service lets into one, in the precision that
+the service searches in. The goal is a p50
 during an evaluation of at most twice the idle one plus a step.
 """
 
@@ -26,9 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
-from app.model import load_model
-from app.processors import available_processors
-from app.settings import Settings
+from app.engine.cpu_limits import available_processors
+from app.engine.served_model import ServedModel, load_model
+from robust.evaluation.precision import Precision
 from robust.images import encode_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,20 +50,20 @@ def shown(name: str, values: list[float]) -> str:
     return f"{name:18} p50 {median(values):7.1f} ms, p99 {p99:7.1f} ms, {len(values)} predictions"
 
 
-def step(checkpoint: Path, images: int, repeats: int = 7) -> float:
+def step(model: ServedModel, images: int, repeats: int = 7) -> float:
     """Milliseconds for a gradient of so many images, the median of some."""
     torch.set_num_threads(min(torch.get_num_threads(), available_processors()))
-    model = load_model(checkpoint, torch.device("cpu"))
+    search = model.bf16 or model.logits
     x = torch.rand(images, 3, model.input_size, model.input_size, requires_grad=True)
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        torch.autograd.grad(model.logits(x)[:, 0].sum(), x)
+        torch.autograd.grad(search(x)[:, 0].sum(), x)
         times.append(1000 * (time.perf_counter() - began))
     return median(times[1:])
 
 
-def labelled(n: int, size: int, classes: int) -> bytes:
+def labeled(n: int, size: int, classes: int) -> bytes:
     """An upload of random images: a set that keeps an evaluation at work."""
     generator, buffer = np.random.default_rng(0), io.BytesIO()
     images = generator.integers(0, 256, (n, 3, size, size), dtype=np.uint8)
@@ -88,11 +89,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models" / "robust_model.pt")
     parser.add_argument("--seconds", type=float, default=20, help="of predictions, each time")
     parser.add_argument("--images", type=int, default=5000, help="to evaluate")
-    parser.add_argument("--batch", type=int, default=Settings().evaluation_batch)
+    parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
 
-    model = load_model(args.checkpoint, torch.device("cpu"))
-    upload = labelled(args.images, model.input_size, len(model.classes))
+    cpu = torch.device("cpu")
+    model = load_model(args.checkpoint, cpu, attacks_only=True)
+    upload = labeled(args.images, model.input_size, len(model.classes))
     photo = torch.randint(0, 256, (3, model.input_size, model.input_size), dtype=torch.uint8)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -110,6 +112,7 @@ def main() -> None:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             started(client, process)
+            searched = client.get("/model").json()["search_precision"]
             data = encode_png(photo)
             waits(client, data, 1)  # warm up
             idle = waits(client, data, args.seconds)
@@ -127,11 +130,13 @@ def main() -> None:
         process.wait(60)
     if state != "running":
         raise SystemExit(f"the evaluation is {state}: take more --images or fewer --seconds")
-    longest = step(args.checkpoint, args.batch)
+    precision: Precision = "bf16" if searched.startswith("bf16") else "fp32"
+    model = load_model(args.checkpoint, cpu, attacks_only=True, precision=precision)
+    longest = step(model, args.batch)
     goal = 2 * median(idle) + longest
     click.echo(shown("idle", idle))
     click.echo(shown("during evaluation", busy))
-    click.echo(f"{'step':18} {longest:11.1f} ms, a gradient of {args.batch} images")
+    click.echo(f"{'step':18} {longest:11.1f} ms, a gradient of {args.batch} images in {searched}")
     click.echo(f"{'goal':18} {goal:11.1f} ms: {'met' if median(busy) <= goal else 'missed'}")
 
 

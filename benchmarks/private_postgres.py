@@ -1,12 +1,15 @@
-"""A PostgreSQL of one's own in a temporary folder, reached through a socket in it."""
+"""A private PostgreSQL server in a temporary folder, reached through a socket in it."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 OPTIONS = "-c listen_addresses='' -c fsync=off -c max_connections=200"
@@ -21,7 +24,7 @@ def find_programs() -> Path | None:
 
 
 def why_not() -> str | None:
-    """Why there can be none here, in words."""
+    """Why there can't be one here, or None."""
     if find_programs() is None:
         return "PostgreSQL is not installed"
     if os.geteuid() == 0 and _owner() is None:
@@ -59,6 +62,29 @@ class PrivatePostgres:
         """Stop the server at once, as a crash would."""
         self._do("pg_ctl", "-D", "data", "-m", "immediate", "-w", "stop")
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All its processes are stopped by SIGSTOP while the block runs: it is up, and silent."""
+        processes = self._processes()
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
+
+    def _processes(self) -> list[int]:
+        """The server, and those that it has started."""
+        server = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        return [server, *map(int, children)]
+
+    def log(self) -> str:
+        """What it has logged since it was made."""
+        return (self.folder / "log").read_text()
+
     def database(self) -> str:
         """The address of a new, empty database."""
         self._databases += 1
@@ -81,7 +107,7 @@ class PrivatePostgres:
 
 
 def _owner() -> str | None:
-    """Whom it has to run as: it refuses to be root."""
+    """The user it has to run as: PostgreSQL refuses to be root."""
     if os.geteuid() != 0:
         return None
     try:

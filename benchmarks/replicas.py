@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
 
 def show(url: str, replicas: list[Replica], folder: Path, options: argparse.Namespace) -> int:
     """Evaluate twice, the second time with a kill; compare."""
-    data = labelled(options.checkpoint, options.images)
+    data = labeled(options.checkpoint, options.images)
     with httpx.Client(base_url=url, timeout=120) as client:
         begun = time.monotonic()
         expected = finished(client, submit(client, data, options, "undisturbed"))
@@ -107,13 +107,13 @@ def show(url: str, replicas: list[Replica], folder: Path, options: argparse.Name
             victim, heir = kill(client, id, replicas, options)
             found = finished(client, id)
             tell(f"disturbed: {accuracies(found)}, {time.monotonic() - begun:.1f} s")
-    same = without_seconds(found) == without_seconds(expected)
-    tell(f"the same result: {'yes' if same else 'NO'}")
+    different = differences(without_seconds(expected), without_seconds(found))
+    tell(f"the same result: {'NO: ' + '; '.join(different[:10]) if different else 'yes'}")
     lost = {status: count for status, count in answers.items() if status != "200"}
     tell(f"predictions: {answers['200']} answered, {sum(lost.values())} not {lost or ''}")
     tell(f"{repeats(folder / 'access.log')} of them were with {victim.name}, or sent to it when it "
          f"was dead, and answered by {heir.name}")  # fmt: skip
-    return 0 if same and not lost else 1
+    return 1 if different or lost else 0
 
 
 def kill(
@@ -138,7 +138,7 @@ def tell(line: str) -> None:
     click.echo(line)
 
 
-def labelled(checkpoint: Path, n: int) -> bytes:
+def labeled(checkpoint: Path, n: int) -> bytes:
     """An npz of random images with the labels that the model itself gives them."""
     classifier = load_checkpoint(checkpoint).classifier
     size = classifier.architecture.input_size
@@ -299,10 +299,24 @@ def accuracies(result: dict[str, Any]) -> str:
 
 
 def without_seconds(value: Any) -> Any:
-    """A result without what differs from run to run."""
+    """A result without the times, which differ from run to run."""
     if isinstance(value, dict):
-        return {name: without_seconds(v) for name, v in value.items() if name != "seconds"}
+        return {n: without_seconds(v) for n, v in value.items() if n not in ("seconds", "times")}
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    """Where two results differ, and the values there."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        names = dict.fromkeys([*expected, *found])
+        pairs = [(f"{where}.{name}", expected.get(name), found.get(name)) for name in names]
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = [
+            (f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))
+        ]
+    else:
+        return [] if expected == found else [f"{where} {expected} and {found}"]
+    return [line for place, a, b in pairs for line in differences(a, b, place)]
 
 
 def wait(condition: Callable[[], bool]) -> None:

@@ -2,6 +2,12 @@
 
     python -m benchmarks.training --recipe cpu
     python -m benchmarks.training --recipe gpu --device cuda --json training.json
+    python -m benchmarks.training --recipe gpu --device cuda --profile
+    python -m benchmarks.training --recipe cpu --compare-folding
+
+With `--profile` it names instead the kernels of the attack and of the loss, their calls and their
+share of the time, and how often the host waits for the GPU. With `--compare-folding` it times the
+attack through folded weights and through the model itself, in turns.
 
 The limit is the best rate of matrix products of the device in the precision of the run. What a
 pass has to compute is counted on the model, an addition and a multiplication as two operations; a
@@ -20,13 +26,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -36,90 +41,86 @@ from benchmarks.inference import hardware
 from robust.attacks import frozen
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
 from robust.datasets import Dataset
-from robust.threat_model import ThreatModel
-from training.adversary import make_adversarial
-from training.augment import augment, mixup
-from training.awp import perturbed
-from training.compiled import compiled, compiles
-from training.ema import AveragedModel
-from training.objective import attacked, objective
-from training.optimise import autocast, make_optimizer, uses_bf16
-from training.recipe import CLEAN, Augmentation, Phase, Recipe
+from training.monitor import Progress
+from training.optimise import autocast
+from training.recipe import Phase, Recipe
 from training.recipes import named_recipe
-from training.run import Progress, Stopped, train
+from training.run import Stopped, train
+from training.step import Trainer
 
 CLASSES = 10
 
 
 class Steps:
-    """A model in training on random images, and the parts of its steps."""
+    """A `Trainer` on random images, and the parts of its steps."""
 
-    def __init__(self, recipe: Recipe, phase: Phase, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, phase: Phase, device: torch.device, *, fold: bool = True
+    ) -> None:
         self.recipe, self.phase, self.device = recipe, phase, device
-        self.threat_model = ThreatModel(norm=recipe.norm, eps=recipe.eps)
-        self.bf16 = uses_bf16(recipe, device)
         self.generator = torch.Generator(device).manual_seed(0)
         torch.manual_seed(0)
-        model = Classifier(
-            Architecture(
-                arch=recipe.arch,
-                stem=recipe.stem,
-                activation=recipe.activation,
-                num_classes=CLASSES,
-                input_size=recipe.input_size,
-            )
+        architecture = Architecture(
+            arch=recipe.arch,
+            stem=recipe.stem,
+            activation=recipe.activation,
+            num_classes=CLASSES,
+            input_size=recipe.input_size,
         )
-        self.model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.averaged = AveragedModel(self.model, recipe.ema_decay)
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.batch(recipe.batch_size)
-        self.passes: nn.Module = self.model
-        if compiles(recipe, device):
-            self.passes = compiled(self.model, self.x, bf16=self.bf16, awp=phase.awp > 0)
-
-    def batch(self, n: int) -> None:
-        """Take n images from now on."""
-        shape = n, 3, self.recipe.input_size, self.recipe.input_size
-        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-        labels = torch.arange(n, device=self.device) % CLASSES
-        self.targets = F.one_hot(labels, CLASSES).float()
-        self.x = (self.images.float() / 255).contiguous(memory_format=torch.channels_last)
-        self.batches = [self.x] * (1 if self.phase.split else max(1, len(self.phase.parts)))
-        if self.phase.loss == "trades":
+        self.trainer = Trainer(Classifier(architecture), recipe, device=device, fold=fold)
+        self.trainer.model.train()
+        n, side = recipe.batch_size, recipe.input_size
+        self.images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, device=device)
+        self.labels = torch.arange(n, device=device) % CLASSES
+        self.x, self.targets, _ = self.trainer.prepare(
+            self.images, self.labels, self.clean_phase(), self.generator
+        )
+        self.batches = [self.x] * (1 if phase.split else max(1, len(phase.parts)))
+        if phase.loss == "trades":
             self.batches = [self.x, (self.x + 0.01).clamp(0, 1)]
 
-    def augment(self, settings: Augmentation | None = None) -> Tensor:
-        """Bytes to augmented images."""
-        settings = settings or self.phase.augmentation
-        x = augment(self.images.float() / 255, settings, self.generator)
-        if settings.mixup:
-            x, _ = mixup(x, self.targets, settings.mixup, self.generator)
-        return x.contiguous(memory_format=torch.channels_last)
+    def clean_phase(self) -> Phase:
+        """A clean phase with the default augmentation."""
+        return Phase(name="clean", epochs=1)
 
-    def attack(self, x: Tensor | None = None) -> list[Tensor]:
-        """All that the attack does: passes, noise, steps and projections."""
-        with autocast(self.bf16, self.device):
-            return attacked(
-                self.passes,
-                self.x if x is None else x,
-                self.targets,
-                phase=self.phase,
-                threat_model=self.threat_model,
-                generator=self.generator,
-            )
+    def step(self, phase: Phase, *, read: bool = True) -> None:
+        """A whole step of training; `read` waits for its loss."""
+        loss = self.trainer.step(
+            self.images,
+            self.labels,
+            phase=phase,
+            learning_rate=0.0,
+            awp=phase.awp,
+            generator=self.generator,
+        )
+        if read:
+            loss.item()
+
+    def clean_step(self) -> None:
+        """A whole step of a clean phase."""
+        self.step(self.clean_phase())
+
+    def adversarial_step(self) -> None:
+        """A whole step of the phase."""
+        self.step(self.phase)
+
+    def unread_step(self) -> None:
+        """A whole step of the phase that does not wait for its loss."""
+        self.step(self.phase, read=False)
+
+    def augment(self) -> None:
+        """Bytes to augmented images."""
+        self.trainer.prepare(self.images, self.labels, self.phase, self.generator)
+
+    def attack(self, phase: Phase | None = None) -> None:
+        """The whole attack: passes, noise, steps and projections."""
+        self.trainer.attack(self.x, self.targets, phase or self.phase, self.generator)
 
     def attack_step(self) -> None:
         """One gradient step of the attack on every image."""
         attack = next(part for part in self.phase.parts if part.kind != "clean")
-        with autocast(self.bf16, self.device):
-            make_adversarial(
-                self.passes,
-                self.x,
-                self.targets,
-                part=replace(attack, kind="pgd", steps=1),
-                threat_model=self.threat_model,
-                generator=self.generator,
-            )
+        parts = (replace(attack, kind="pgd", steps=1, share=1.0),)
+        self.attack(Phase(name="attack", epochs=1, parts=parts))
 
     def attack_passes(self) -> None:
         """The passes of the attack alone."""
@@ -127,67 +128,27 @@ class Steps:
             n = round(part.share * len(self.x)) if self.phase.split else len(self.x)
             for _ in range(part.attack_steps):
                 self._image_gradient(self.x[:n])
+        model = self.trainer.attack_model
         if self.phase.loss == "trades":
-            with torch.no_grad(), frozen(self.passes, self.device), self._cast():
-                self.passes(self.x)
+            with torch.no_grad(), frozen(model, self.device), self._autocast():
+                model(self.x)
 
     def _image_gradient(self, x: Tensor) -> None:
-        with frozen(self.passes, self.device), self._cast():
+        model = self.trainer.attack_model
+        with frozen(model, self.device), self._autocast():
             x = x.detach().requires_grad_(True)
-            torch.autograd.grad(self.passes(x).sum(), x)
+            torch.autograd.grad(model(x).sum(), x)
 
-    def _cast(self) -> Any:
-        return autocast(self.bf16, self.device)
+    def _autocast(self) -> Any:
+        return autocast(self.trainer.attack_bf16, self.device)
 
-    def loss(self, batches: list[Tensor] | None = None, phase: Phase | None = None) -> Tensor:
-        """Passes forward and backward for the gradient of the weights."""
-        phase, batches = phase or self.phase, batches or self.batches
-
-        def loss_of() -> Tensor:
-            with self._cast():
-                return objective(
-                    self.passes,
-                    batches,
-                    self.targets,
-                    phase=phase,
-                    label_smoothing=self.recipe.label_smoothing,
-                )
-
-        self.optimizer.zero_grad(set_to_none=True)
-        with perturbed(self.model, loss_of, gamma=phase.awp):
-            loss = loss_of()
-            loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+    def loss(self) -> None:
+        """Forward and backward passes for the gradient of the weights."""
+        self.trainer.backward(self.batches, self.targets, self.phase, awp=self.phase.awp)
 
     def update(self) -> None:
-        """Clip the gradient, and step."""
-        if self.recipe.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
-        self.optimizer.step()
-
-    def average(self) -> None:
-        """Follow the weights with their average."""
-        self.averaged.update(self.model)
-
-    def clean_step(self) -> None:
-        """A whole step of a clean phase."""
-        phase = Phase(name="clean", epochs=1, parts=CLEAN, augmentation=Augmentation())
-        x = self.augment(phase.augmentation)
-        self._finish(self.loss([x], phase))
-
-    def adversarial_step(self, *, read: bool = True) -> None:
-        """A whole step of the phase; `read` waits for its loss, as training does."""
-        self._finish(self.loss(self.attack(self.augment())), read=read)
-
-    def _finish(self, loss: Tensor, *, read: bool = True) -> None:
-        if read:
-            loss.item()
-        self.update()
-        self.average()
-
-    def unread_step(self) -> None:
-        """The same without reading the loss."""
-        self.adversarial_step(read=False)
+        """Clip the gradients and step along them."""
+        self.trainer.update(0.0)
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -249,7 +210,7 @@ def operations(recipe: Recipe, phase: Phase, n: int = 8) -> dict[str, float]:
     steps = Steps(recipe, phase, torch.device("cpu"))
     counted = {}
     for name, run in {
-        "forward": lambda: steps.model(steps.x),
+        "forward": lambda: steps.trainer.model(steps.x),
         "attack_step": steps.attack_step,
         "clean_step": steps.clean_step,
         "adversarial_step": steps.adversarial_step,
@@ -311,10 +272,10 @@ def measure(
         "attack": steps.attack,
         "loss": steps.loss,
         "update": steps.update,
-        "average": steps.average,
+        "average": steps.trainer.averaged.update,
     }
     times = in_turns({**whole, **parts}, device, repeats)
-    flop, rate = operations(recipe, phase), matrix_rate(device, steps.bf16, repeats)
+    flop, rate = operations(recipe, phase), matrix_rate(device, steps.trainer.bf16, repeats)
     rows = {
         name: {
             "seconds": median(times[name]),
@@ -332,8 +293,8 @@ def measure(
         "hardware": hardware(device),
         "recipe": recipe.to_dict(),
         "phase": phase.name,
-        "precision": "bf16" if steps.bf16 else "fp32",
-        "compiled": steps.passes is not steps.model,
+        "precision": "bf16" if steps.trainer.bf16 else "fp32",
+        "compiled": steps.trainer.loss_model is not steps.trainer.model,
         "matrix_flop_per_second": rate,
         "forward_flop_per_image": flop["forward"],
         "rows": rows,
@@ -395,12 +356,70 @@ def _parts(rows: dict[str, Any]) -> list[tuple[str, float, float | None]]:
         ("passes of the loss", at["loss"], rows["loss"]["share"]),
         ("attack: noise, steps, projection", at["attack"] - at["attack_passes"], None),
         ("augmentation", at["augment"], None),
-        ("clipping and optimizer", at["update"], None),
+        ("clipping and optimizer", at["update"] - at["average"], None),
         ("averaged weights", at["average"], None),
         ("waiting for the loss", at["adversarial_step"] - at["unread_step"], None),
     ]
     rest = at["adversarial_step"] - sum(value for _, value, _ in parts)
     return [*parts, ("all else, and what overlaps", rest, None)]
+
+
+def profile(steps: Steps, repeats: int, rows: int = 15) -> str:
+    """Markdown: the kernels that the attack, the loss and the whole step spend their time in."""
+    on_cuda = steps.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    lines = []
+    parts = {"attack": steps.attack, "loss": steps.loss, "whole step": steps.unread_step}
+    for name, part in parts.items():
+        seconds(part, steps.device, 2)  # warm up
+        with torch.profiler.profile(activities=activities) as found:
+            seconds(part, steps.device, repeats)
+        events = found.key_averages()
+        kind = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+        kernels = [event for event in events if event.device_type == kind]
+        field = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+        kernels.sort(key=lambda event: getattr(event, field), reverse=True)
+        total = sum(getattr(event, field) for event in kernels)
+        waits = sum(event.count for event in events if "Synchronize" in event.key)
+        lines += [f"{name}: {total / 1000 / repeats:.1f} ms in kernels", ""]
+        if on_cuda:
+            lines[-1:] = [f"The host waits {(waits - 1) / repeats:.1f} times.", ""]
+        lines += ["| kernel | calls | ms | share |", "|---|---|---|---|"]
+        for event in kernels[:rows]:
+            time_us = getattr(event, field)
+            lines.append(
+                f"| `{event.key[:80]}` | {event.count / repeats:.0f} "
+                f"| {time_us / 1000 / repeats:.2f} | {100 * time_us / total:.1f}% |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def compare_folding(recipe: Recipe, phase: Phase, device: torch.device, repeats: int) -> str:
+    """How many times faster the attack and the step are through folded weights, in turns.
+
+    On the CPU by processor time, which other processes disturb less.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    plain, folded = (Steps(recipe, phase, device, fold=fold) for fold in (False, True))
+    lines = []
+    for name in ("attack", "unread_step"):
+        ratios = []
+        for k in range(repeats + 1):
+            times = {}
+            for steps in (plain, folded) if k % 2 else (folded, plain):
+                began = clock()
+                seconds(getattr(steps, name), device)
+                times[steps is folded] = clock() - began
+            ratios.append(times[False] / times[True])
+        low, middle, high = quantiles(ratios[1:], n=4)  # the first warms up
+        lines.append(
+            f"{name.replace('unread_', '')}: {middle:.3f} times as fast (quartiles {low:.3f} to "
+            f"{high:.3f}, n={repeats})"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -417,6 +436,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of the pipeline itself")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--profile", action="store_true", help="name the kernels instead")
+    parser.add_argument("--compare-folding", action="store_true", help="see above")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = resolve_device(args.device)
@@ -424,12 +446,18 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     recipe = named_recipe(args.recipe or ("gpu" if device.type == "cuda" else "cpu"))
     given = {"arch": args.arch, "stem": args.stem, "compile": args.compile}
-    given["batch_size"] = args.batch
+    given |= {"batch_size": args.batch, "precision": args.precision}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value})
     attacked_phases = {phase.name: phase for phase in recipe.phases if phase.is_adversarial}
     if args.phase and args.phase not in attacked_phases:
         parser.error(f"expected --phase out of {', '.join(attacked_phases)}, got {args.phase}")
     phase = attacked_phases[args.phase or next(iter(attacked_phases))]
+    if args.profile:
+        click.echo(profile(Steps(recipe, phase, device), args.repeats))
+        return
+    if args.compare_folding:
+        click.echo(compare_folding(recipe, phase, device, args.repeats))
+        return
     found = measure(recipe, phase, device, args.repeats, args.steps)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

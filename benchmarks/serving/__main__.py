@@ -1,10 +1,12 @@
 """How close to the limit of the machine does the service come, and how far are the peers?
 
     python benchmarks/serving --json serving.json
+    python benchmarks/serving --precision bf16 --json serving-bf16.json
     python benchmarks/serving --soak 300
 
-The same network behind `robust serve` as shipped and behind the peers, and as the limit the forward
-alone at its best batch, by the fastest runtime, in a process of its own. They take turns, each turn
+The same network behind `robust serve` in one precision and behind the peers, and as the limit the
+forward alone in that precision at its best batch, by the fastest runtime, in a process of its own.
+They take turns, each turn
 in another order. Each server is started fresh, warmed, loaded by wrk with one small PNG and ended
 before the next one starts. The peers run torch, and first each setting of theirs is tried at each
 number of clients and the best kept. Given are medians over the turns and, in brackets, the least
@@ -27,10 +29,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where it is not installed
 
-from app.processors import available_processors
+from app.engine.cpu_limits import available_processors
 from benchmarks.environments import environment_of_peers
 from benchmarks.inference import hardware
 from benchmarks.serving.bench import Bench
+from benchmarks.serving.limit import PRECISIONS
 from benchmarks.serving.load import version_of_wrk
 from benchmarks.serving.servers import KINDS
 from benchmarks.serving.soak import soak
@@ -70,6 +73,7 @@ def header(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_generator": version_of_wrk(),
         "runtimes": installed(Path(sys.executable), ("onnxruntime", "openvino")),
         "versions_of_peers": peers,
+        "precision": arguments.precision,
         "seconds": arguments.seconds,
         "turns": arguments.turns,
         "clients": arguments.clients,
@@ -95,6 +99,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=HERE.parents[1] / "build" / "serving-peers")
     parser.add_argument("--servers", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--stem", nargs="+", choices=STEMS, default=list(STEMS))
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of ours and of the limit"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=10, help="of each load")
     parser.add_argument("--turns", type=int, default=5)

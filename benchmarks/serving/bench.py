@@ -48,6 +48,8 @@ class Bench:
 
     def started(self, kind: Kind, settings: Settings) -> AbstractContextManager[Server]:
         python = self.arguments.peers / "bin" / "python"
+        if kind.name == "robust":
+            settings = settings | {"ROBUST_PRECISION": self.arguments.precision}
         return started(kind, python, self.weights, self.image, settings)
 
     def tune(self, kind: Kind) -> None:
@@ -108,7 +110,8 @@ class Bench:
 
     def measure_limit(self, turn: int) -> None:
         """The forward alone, in a process of its own."""
-        given = [str(self.weights), str(self.folder), str(self.arguments.limit)]
+        arguments = self.arguments
+        given = [str(self.weights), str(self.folder), arguments.precision, str(arguments.limit)]
         done = subprocess.run(
             [sys.executable, str(HERE / "limit.py"), *given, *map(str, BATCHES)],
             check=True,

@@ -1,8 +1,9 @@
 """How many images a second can this machine classify, without any server?
 
-    python benchmarks/serving/limit.py WEIGHTS FOLDER SECONDS BATCH...
+    python benchmarks/serving/limit.py WEIGHTS FOLDER PRECISION SECONDS BATCH...
 
-The forward alone, by each runtime that is installed, at each batch size, for so many seconds each.
+The forward alone in fp32 or bf16, by each runtime that is installed and has it, at each batch size,
+for so many seconds each.
 Prints JSON: for each runtime and batch the images a second and the median of a batch in ms, and
 which runtimes are missing. The graph as ONNX, the service's own, is kept in the folder for the
 next time.
@@ -20,22 +21,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where it is not installed
 
-from app.processors import available_processors
+from app.engine.cpu_limits import available_processors
+from app.engine.numpy_ops import softmax
 from robust.checkpoint import Checkpoint, load_checkpoint
+from robust.evaluation.precision import in_bf16
 from robust.graph import build_onnx
 from robust.inference import for_inference
 
 Forward = Callable[[np.ndarray], np.ndarray]
-TOLERANCE = 1e-4
+PRECISIONS = ("fp32", "bf16")
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.01}  # most that a probability may be off
 WARM_UP = 3  # passes of each shape
 
 
-def torch_copy(checkpoint: Checkpoint, _: Path) -> Forward:
+def torch_copy(checkpoint: Checkpoint, _: Path, precision: str) -> Forward:
     """torch, with batch norm folded and channels last: what attacks and evaluations run."""
-    model = for_inference(checkpoint.classifier)
+    model: Callable[[Tensor], Tensor] = for_inference(checkpoint.classifier)
+    if precision == "bf16":
+        model = in_bf16(model, torch.device("cpu"))
 
     def forward(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -45,20 +52,22 @@ def torch_copy(checkpoint: Checkpoint, _: Path) -> Forward:
     return forward
 
 
-def onnx_runtime(_: Checkpoint, onnx: Path) -> Forward:
+def onnx_runtime(_: Checkpoint, onnx: Path, precision: str) -> Forward:
     import onnxruntime
 
+    if precision != "fp32":
+        raise ImportError("ONNX Runtime has no convolutions in bfloat16 on a CPU")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_processors()
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"images": x})[0]
 
 
-def openvino(_: Checkpoint, onnx: Path) -> Forward:
+def openvino(_: Checkpoint, onnx: Path, precision: str) -> Forward:
     import openvino
 
     config = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": available_processors(),
     }
@@ -76,7 +85,7 @@ def openvino(_: Checkpoint, onnx: Path) -> Forward:
     return forward
 
 
-RUNTIMES: dict[str, Callable[[Checkpoint, Path], Forward]] = {
+RUNTIMES: dict[str, Callable[[Checkpoint, Path, str], Forward]] = {
     "torch": torch_copy,
     "onnxruntime": onnx_runtime,
     "openvino": openvino,
@@ -97,8 +106,8 @@ def measure(forward: Forward, x: np.ndarray, seconds: float) -> dict[str, float]
 
 
 def main() -> None:
-    weights, folder, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-    batches = [int(batch) for batch in sys.argv[4:]]
+    weights, folder, precision = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    seconds, batches = float(sys.argv[4]), [int(batch) for batch in sys.argv[5:]]
     checkpoint = load_checkpoint(weights)
     torch.set_num_threads(available_processors())
     onnx = folder / f"{checkpoint.sha256}.onnx"
@@ -107,17 +116,18 @@ def main() -> None:
     size = checkpoint.classifier.architecture.input_size
     x = np.random.default_rng(0).random((max(batches), 3, size, size), dtype=np.float32)
     with torch.inference_mode():
-        expected = checkpoint.classifier(torch.from_numpy(x)).numpy()
+        expected = checkpoint.classifier(torch.from_numpy(x)).softmax(dim=1).numpy()
     found: dict[str, Any] = {"runtimes": {}, "missing": []}
     for name, build in RUNTIMES.items():
         try:
-            forward = build(checkpoint, onnx)
-            gap = float(np.abs(forward(x) - expected).max())
+            forward = build(checkpoint, onnx, precision)
+            gap = float(np.abs(softmax(forward(x)) - expected).max())
         except ImportError:
             found["missing"].append(name)
             continue
-        if gap > TOLERANCE:
-            raise SystemExit(f"expected {name} within {TOLERANCE} of the classifier, got {gap:g}")
+        limit = TOLERANCE[precision]
+        if gap > limit:
+            raise SystemExit(f"expected {name} within {limit} of the classifier, got {gap:g}")
         found["runtimes"][name] = {n: measure(forward, x[:n], seconds) for n in batches}
     sys.stdout.write(json.dumps(found) + "\n")
 
