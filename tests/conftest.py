@@ -1,16 +1,22 @@
 """What tests of every package share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Tests run side by side: a thread each. Also in the processes they start, read as torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+from hypothesis import settings
 
 from robust.checkpoint import save_checkpoint
 from robust.classifier import Architecture, Classifier
 from robust.sidecar import Sidecar
 
-torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+settings.register_profile("any machine", deadline=None)  # no test depends on speed
+settings.load_profile("any machine")
 
 CLASSES = ("cat", "dog", "frog", "ship")
 

@@ -108,7 +108,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory, checkpoint_path: Path) -> Pa
     sets = {
         "good": (images, labels),
         "none": (images[:0], labels[:0]),
-        "one_class": (images, labels * 0),
         "unequal": (images, labels[:3]),
         "nan": (np.full((4, 32, 32, 3), np.nan, np.float32), labels),
         "more": (images, labels + 5),
@@ -166,8 +165,7 @@ EVALUATE = "evaluate --checkpoint good.pt"
         ("predict --checkpoint good.pt --device banana good.png", ["expected a device", "banana"]),
         # images
         ("predict --checkpoint good.pt missing.png", ["missing.png: no such file"]),
-        ("predict --checkpoint good.pt .", [".: is a directory"]),
-        ("predict --checkpoint good.pt good.png empty.png", ["empty.png", "found no bytes"]),
+        ("predict --checkpoint good.pt empty.png", ["empty.png", "found no bytes"]),
         (
             "predict --checkpoint good.pt cut.png",
             ["cut.png", "expected a complete", "do not decode"],
@@ -192,11 +190,11 @@ EVALUATE = "evaluate --checkpoint good.pt"
         (f"{ATTACK} --steps 1000000000", ["--steps", "1000000000 is not in the range"]),
         (f"{ATTACK} --steps 0", ["--steps", "0 is not in the range"]),
         (f"{ATTACK} --attack pgd-999999", ["at most 10000 steps", "999999"]),
-        (f"{ATTACK} --attack cw", ["an attack out of fgsm, pgd", "cw"]),
+        (f"{ATTACK} --attack cw", ["attack to be one of fgsm, pgd", "cw"]),
         (f"{ATTACK} --attack fgsm --steps 5", ["--steps", "fgsm only"]),
-        (f"{ATTACK} --norm l7", ["a norm out of linf, l2", "l7"]),
+        (f"{ATTACK} --norm l7", ["norm to be one of linf, l2", "l7"]),
         (f"{ATTACK} --seed -1", ["--seed", "-1 is not in the range"]),
-        (f"{ATTACK} --label wolf", ["a class out of cat, dog, frog, ship", "wolf"]),
+        (f"{ATTACK} --label wolf", ["class to be one of cat, dog, frog, ship", "wolf"]),
         (f"{ATTACK} --label 4", ["an index from 0 to 3", "4"]),
         (f"{ATTACK} --label cat --target 0", ["a target other than the label"]),
         (f"{ATTACK} --out good.png", ["good.png", "is a file"]),
@@ -205,7 +203,6 @@ EVALUATE = "evaluate --checkpoint good.pt"
         (EVALUATE, ["Missing option '--data'"]),
         (f"{EVALUATE} --data missing.npz", ["missing.npz"]),
         (f"{EVALUATE} --data none.npz", ["none.npz"]),
-        (f"{EVALUATE} --data one_class.npz", ["one_class.npz", "two classes"]),
         (f"{EVALUATE} --data unequal.npz", ["unequal.npz"]),
         (f"{EVALUATE} --data nan.npz", ["nan.npz"]),
         (f"{EVALUATE} --data more.npz", ["more.npz", "labels from 0 to 3", "5 to 8"]),
@@ -321,9 +318,12 @@ def test_ctrl_c_in_a_real_process(folder: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where these tests run in a shell's background, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("evaluate: ")
+    while not process.stderr.readline().startswith("evaluate: "):
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from app.settings import Settings
-from tests.app.serving import serving
+from robust.sidecar import parse_sidecar
+from tests.app.conftest import write_checkpoint
+from tests.support.serving import serving
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "http.md").read_text()
@@ -28,8 +30,13 @@ LINES = [line for block in blocks("sh") for line in block.strip().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    settings = Settings(checkpoint=ROOT / "models" / "robust_model.pt", threads=1, device="cpu")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    checkpoint, compare = ROOT / "models" / "robust_model.pt", tmp_path_factory.mktemp("plain")
+    classes = parse_sidecar(checkpoint.with_suffix(".json").read_bytes()).classes
+    write_checkpoint(compare / "plain_model.pt", classes=classes)
+    settings = Settings(
+        checkpoint=checkpoint, compare=str(compare / "plain_model.pt"), threads=1, device="cpu"
+    )
     with serving(settings) as running:
         yield running.url
 
@@ -69,6 +76,8 @@ def test_the_curl_lines(address: str, folder: Path) -> None:
             assert answer["results"][0]["label"] == "horse"
         if "wait=30" in line:
             assert answer["state"] == "done"
+        if "compare=true" in line:
+            assert answer["compare"]["model"] == "plain_model.pt"
         if "DELETE" in line:
             assert answer["attacks"][0]["steps"] == 5
         if "infer" in line:
@@ -86,6 +95,9 @@ def test_the_python_blocks(address: str, folder: Path) -> None:
         r"\w+ 0\.\d+ \['\w+', '\w+'\]",
         r"fgsm horse \w+ (True|False) 8",
         r"pgd-5 horse \w+ (True|False) 8",
+        r"served:   horse -> \w+ \w+",
+        r"ordinary: \w+ -> \w+",
+        r"its image, shown to the served model: \w+",
         r"((queued|running)\n)*done",
         r"\{'clean': [\d.]+, 'fgsm': [\d.]+, 'pgd-5': [\d.]+\}",
         r"422 eps \w+",

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from robust import files
 from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint
 from robust.datasets import load_dataset
 from robust.evaluation import evaluate
+from training.recipes import gpu
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "models" / "robust_model.pt"
@@ -25,7 +27,9 @@ def test_the_card_s_figures_hold() -> None:
         pytest.skip(f"needs the 5,000 test images: {path}, or where CIFAR10_TEST says")
     checkpoint = load_checkpoint(CHECKPOINT)
     recorded = {
-        row["attack"]: row for row in checkpoint.sidecar.evaluation if row["data"] == "test.npz"
+        row["attack"]: row
+        for row in checkpoint.sidecar.evaluation
+        if row["data"] == "test.npz" and row["n"] == 5000
     }
     dataset = load_dataset(str(path), size=checkpoint.sidecar.architecture.input_size)
     assert checkpoint.sidecar.threat_model is not None
@@ -43,3 +47,12 @@ def test_the_card_s_figures_hold() -> None:
         assert measured[attack]["accuracy"] == pytest.approx(
             recorded[attack]["accuracy"], abs=TOLERANCE
         )
+
+
+def test_the_shipped_model_was_trained_by_the_recipe_it_is_said_to() -> None:
+    recorded = load_checkpoint(CHECKPOINT).sidecar.recipe
+    recipe = files.from_json(files.to_json(gpu().to_dict()))
+    assert {name: recorded[name] for name in recipe if name in recorded and name != "name"} == {
+        name: value for name, value in recipe.items() if name in recorded and name != "name"
+    }
+    assert {name for name in recorded if name not in recipe} == {"kept_epoch", "init"}

@@ -217,18 +217,18 @@ def test_an_example_is_a_small_photograph_that_says_nothing_of_its_owner(path: P
         assert not image.getexif(), "camera, owner or place in a file that is given away"
 
 
-def test_the_table_of_sources_names_each_photograph_with_author_and_licence() -> None:
+def test_the_table_of_sources_names_each_photograph_with_author_and_license() -> None:
     lines = (EXAMPLES / "README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line][2:]
     assert len(rows) >= 4
     assert sorted(row[0].strip("`") for row in rows) == [path.name for path in PHOTOGRAPHS]
-    for _, _, author, licence, source in rows:
+    for _, _, author, license, source in rows:
         assert author
         assert source
-        assert licence in {"CC0 1.0", "public domain"}
+        assert license in {"CC0 1.0", "public domain"}
 
 
-def test_the_labelled_examples_are_what_the_model_sees_of_the_photographs() -> None:
+def test_the_labeled_examples_are_what_the_model_sees_of_the_photographs() -> None:
     with np.load(EXAMPLES / "photos.npz", allow_pickle=False) as arrays:
         images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"]
     names = [str(classes[label]) for label in labels]

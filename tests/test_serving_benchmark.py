@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from app.images import _decode
+from app.http.images import CHEAP
 from benchmarks.serving import limit, load, servers, table
+from robust.image_decoding import read_cheap_pixels
 
 ANSWERS = """Running 1s test @ http://127.0.0.1:1/predict
 {"seconds": 2.0, "p50_ms": 4.5, "p99_ms": 9.0, "broken": 1, "timeouts": 0, "statuses": {"200": 30, "429": 10}}
@@ -31,7 +32,7 @@ def test_throughput_counts_what_was_answered_with_200() -> None:
 def test_the_image_is_as_small_as_it_is_said_to_be() -> None:
     image = load.small_png(32)
     assert 2000 < len(image) < 3000
-    assert _decode(image, 32, 1024).shape == (3, 32, 32)
+    assert read_cheap_pixels(image, 32, most=CHEAP, max_pixels=1024).shape == (3, 32, 32)
 
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="needs the load generator wrk")
@@ -70,7 +71,7 @@ def test_wrk_sends_the_form_and_counts_statuses(tmp_path: Path) -> None:
 
 
 def test_ratios_are_taken_within_a_turn() -> None:
-    rates = {("robust", 0): 80.0, ("litserve", 0): 40.0, ("robust", 1): 30.0, ("litserve", 1): 10.0}
+    rates = {("robust", 0): 80.0, ("litserve", 0): 20.0, ("robust", 1): 30.0, ("litserve", 1): 10.0}
     loads = [
         {"stem": "cifar", "turn": turn, "clients": 16, "server": server, "throughput": rate}
         | {"p50_ms": 20.0, "p99_ms": 30.0, "cpu_ms": 1.0, "memory_bytes": 10, "errors": ""}
@@ -83,10 +84,10 @@ def test_ratios_are_taken_within_a_turn() -> None:
     ours, theirs = table.summarise(loads, limits)
     assert ours["throughput"] == {"median": 55, "least": 30, "most": 80}
     assert ours["to_limit"] == {"median": pytest.approx(0.7), "least": 0.6, "most": 0.8}
-    assert ours["to_litserve"] == {"median": 2.5, "least": 2, "most": 3}
+    assert ours["to_litserve"] == {"median": 3.5, "least": 3, "most": 4}
     assert theirs["to_litserve"]["median"] == 1
     met = {target["figure"]: target["met"] for target in table.check_targets([ours, theirs])}
-    assert met == {"to_limit": False, "to_litserve": True}
+    assert met == {"throughput": False, "to_limit": False, "to_litserve": True}
 
 
 def test_the_limit_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:

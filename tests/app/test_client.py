@@ -14,7 +14,7 @@ from PIL import Image
 from app.settings import Settings
 from robust import client as module
 from robust.client import Client, ServiceError
-from tests.app.serving import CLASSES, Running, labelled, pixels, png, serving
+from tests.support.serving import CLASSES, Running, labeled, pixels, png, serving
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_attacks(client: Client) -> None:
 
 
 def test_evaluations(client: Client, tmp_path: Path) -> None:
-    (tmp_path / "set.npz").write_bytes(labelled(8))
+    (tmp_path / "set.npz").write_bytes(labeled(8))
     job = client.evaluate(tmp_path / "set.npz", ["fgsm"], limit=6, wait=30)
     assert (job.state, job.images, job.active) == ("done", 6, False)
     assert job.evaluation is not None
@@ -75,7 +75,7 @@ def test_evaluations(client: Client, tmp_path: Path) -> None:
 
 
 def test_a_registered_set_is_asked_for_by_name(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.npz").write_bytes(labelled(4))
+    (tmp_path / "mine.npz").write_bytes(labeled(4))
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", datasets=tmp_path, api_keys="right"
     )
@@ -142,3 +142,10 @@ def test_other_errors_are_not_offered_again(monkeypatch: pytest.MonkeyPatch) -> 
     with Client("http://x", transport=page) as client, pytest.raises(ServiceError) as caught:
         client.predict(pixels().numpy().tobytes())
     assert (caught.value.status, caught.value.title) == (502, "Bad Gateway")
+
+
+def test_one_attack_by_its_name(running: Running) -> None:
+    with Client(running.url) as client:
+        (attack,) = client.attack(png(), "fgsm")
+        assert attack.name == "fgsm"
+        assert attack.outcome in ("broken", "withstood")

@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 
 from app.settings import Settings
-from tests.app.faults import Peak, unharmed
-from tests.app.serving import Running, labelled, png, serving
 from tests.robust.test_images import chunk
+from tests.support.faults import Peak, unharmed
+from tests.support.serving import Running, labeled, serving
 
 MANY = 512 << 20
 
 
 @pytest.fixture(scope="module")
 def default(checkpoint: Path) -> Iterator[Running]:
-    with serving(Settings(checkpoint=checkpoint, threads=1, device="cpu")) as running:
+    # No answer here may depend on how fast the machine is.
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", deadline_seconds=300)
+    with serving(settings) as running:
         yield running
 
 
@@ -83,8 +85,8 @@ def bombs() -> dict[str, tuple[str, dict[str, Any], set[int]]]:
         },
         "an encoded body": (
             "/predict",
-            {"content": gzip.compress(png()), "headers": {"Content-Encoding": "gzip"}},
-            {415},
+            {"content": gzip.compress(bytes(100_000_000)), "headers": {"Content-Encoding": "gzip"}},
+            {413},
         ),
         "a set": ("/evaluate", {"content": honest}, {422}),
         "a set that lies": ("/evaluate", {"content": lying}, {422}),
@@ -118,7 +120,9 @@ def test_bombs_are_refused_without_the_memory_they_ask_for(default: Running) -> 
             response = default.client.post(path, **request)
             assert response.status_code in expected, (name, response.text)
             grown = peak.grown() / 2**20
-            assert grown < 64, (name, grown)
+            # An encoded body is held until it is larger than any body may be.
+            held = default.service.settings.max_body_bytes / 2**20 if "encoded" in name else 0
+            assert grown < max(64, held + 8), (name, grown)
             assert time.process_time() - began < 2, name
 
 
@@ -133,4 +137,4 @@ def test_sets_at_their_largest_are_read_one_after_the_other(default: Running) ->
         answers = pool.map(send, range(3))
         assert {response.status_code for response in answers} == {422}
         assert peak.grown() < 3.5 * size
-        assert default.client.post("/evaluate?attack=fgsm", content=labelled(5)).status_code == 202
+        assert default.client.post("/evaluate?attack=fgsm", content=labeled(5)).status_code == 202

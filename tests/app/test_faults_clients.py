@@ -13,15 +13,15 @@ from random import Random
 import pytest
 
 from app.settings import Settings
-from tests.app.faults import connect, prediction, statuses, unharmed, vanish
-from tests.app.serving import Running, gated, labelled, png, serving, until
+from tests.support.faults import connect, prediction, statuses, unharmed, vanish
+from tests.support.serving import Running, gated, labeled, png, serving, until
 
 AT_ONCE = 50
 UPLOAD_SECONDS = 1.0
 HEAD = b"%s HTTP/1.1\r\nHost: x\r\n"
 BUNDLE = b"GET /docs/assets/swagger-ui-bundle.js"  # larger than what sockets hold
 PREDICT, ATTACK = b"POST /predict", b"POST /attack?attack=pgd"
-SET = labelled(100)
+SET = labeled(100)
 
 
 @pytest.fixture(scope="module")

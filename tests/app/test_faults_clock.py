@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from app.queue import Kind
+from app.engine.queue import Kind
 from app.settings import Settings
 from tests.app.conftest import write_checkpoint
-from tests.app.faults import connect, prediction, unharmed, waiting
-from tests.app.serving import Running, gated, labelled, png, serving, until
-from tests.app.test_errors import assert_problem
+from tests.app.http.test_errors import assert_problem
+from tests.support.faults import connect, prediction, unharmed, waiting
+from tests.support.serving import Running, gated, labeled, png, serving, until
 
 YEAR = 365 * 86400.0
 SECONDS = 3.0  # until a deadline, or until a slow sender is cut off
@@ -47,7 +47,7 @@ def work_while_it_is_set(running: Running, monkeypatch: pytest.MonkeyPatch, jump
     slow = connect(running)
     slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
     with gated(running.service) as gate:
-        job = client.post("/evaluate?attack=fgsm", content=labelled(5)).json()["id"]
+        job = client.post("/evaluate?attack=fgsm", content=labeled(5)).json()["id"]
         until(lambda: gate.waiting)
 
         # From here on the clock is wrong, with work in hand and timers running.

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.settings import Settings
-from tests.app.faults import prediction, unharmed
-from tests.app.serving import gated, labelled, serving, until
-from tests.app.test_errors import assert_problem
-from tests.app.test_jobs import finish, submit
+from tests.app.http.test_errors import assert_problem
+from tests.app.jobs.test_service import finish, submit
+from tests.support.faults import prediction, unharmed
+from tests.support.serving import gated, labeled, serving, until
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def test_a_full_disk_loses_no_evaluation_and_leaves_nothing_half_done(
             until(lambda: gate.waiting)
             with full_disk():
                 for n in (5, 6):
-                    refused = running.client.post("/evaluate", content=labelled(n))
+                    refused = running.client.post("/evaluate", content=labeled(n))
                     assert "no room" in assert_problem(refused, 503)["detail"]
                     assert int(refused.headers["Retry-After"]) >= 1
                 assert [job["id"] for job in running.client.get("/evaluate").json()] == [taken]

@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
 
 from app.application import create_app
 from app.settings import Settings
-from tests.app.faults import unharmed
-from tests.app.serving import Running, jpeg, labelled, png, serving
+from tests.support.faults import unharmed
+from tests.support.serving import Running, jpeg, labeled, png, serving
 
 CHECKS = [
     not_a_server_error,
@@ -31,7 +31,7 @@ CHECKS = [
 ]
 DOCUMENT = schemathesis.openapi.from_dict(create_app(Settings(device="cpu")).openapi())
 # Files are drawn from whole ones too: of random bytes hardly anything gets past the first look.
-FILES = [png(), jpeg(), labelled(3), png()[:200], b""]
+FILES = [png(), jpeg(), labeled(3), png()[:200], b""]
 schemathesis.openapi.format("binary", st.sampled_from(FILES) | st.binary(max_size=64))
 
 

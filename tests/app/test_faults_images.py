@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 
 from robust.images import ImageError, decode_image, fit_image
-from tests.app.broken_images import broken_images
-from tests.app.faults import Peak, unharmed
-from tests.app.serving import Running
-from tests.app.test_errors import assert_problem
+from tests.app.http.test_errors import assert_problem
+from tests.support.broken_images import broken_images
+from tests.support.faults import Peak, unharmed
+from tests.support.serving import Running
 
 MAX_PIXELS = 1_000_000
 OUTCOMES = {"decoded", "empty", "broken", "unsupported", "too_large"}

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from app.service import Service
 from app.settings import Settings
-from tests.app.faults import Peak, unharmed
-from tests.app.serving import Running, png, serving
-from tests.app.test_errors import assert_problem
+from tests.app.http.test_errors import assert_problem
+from tests.support.faults import Peak, unharmed
+from tests.support.serving import Running, png, serving
 
 SECONDS_PER_IMAGE = 0.25  # of a device slow enough for any machine to ask ten times as much of it
 QUEUE_LIMIT = 8

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
-from tests.app.broken_requests import broken_requests
-from tests.app.faults import unharmed
-from tests.app.serving import Running, serving
+from tests.support.broken_requests import broken_requests
+from tests.support.faults import unharmed
+from tests.support.serving import Running, serving
 
 AT_ONCE = 32
 

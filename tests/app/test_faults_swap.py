@@ -20,8 +20,8 @@ from robust.checkpoint import load_checkpoint
 from robust.images import decode_png, to_float
 from robust.prediction import predict
 from tests.app.conftest import write_checkpoint
-from tests.app.faults import prediction
-from tests.app.serving import png, serving, until
+from tests.support.faults import prediction
+from tests.support.serving import png, serving, until
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (1, 2)

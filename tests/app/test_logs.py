@@ -10,7 +10,7 @@ from torch import Tensor
 
 from app import logs
 from app.settings import Settings
-from tests.app.serving import Running, png
+from tests.support.serving import Running, png
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_lines_from_every_thread_name_their_request(
 
     root.addHandler(Handler())
     root.setLevel("INFO")
-    from app import images
+    from app.http import images
 
-    def decode_image(*arguments: object, **more: object) -> object:
+    def decode(*arguments: object, **more: object) -> object:
         logging.getLogger("x").info("decoding")
         return original(*arguments, **more)  # type: ignore[arg-type]
 
@@ -65,8 +65,8 @@ def test_lines_from_every_thread_name_their_request(
             logging.getLogger("x").info("computing")
             return torch.zeros(len(x), 10)
 
-    original = images.decode_image
-    monkeypatch.setattr(images, "decode_image", decode_image)
+    original = images._decode_if_cheap
+    monkeypatch.setattr(images, "_decode_if_cheap", decode)
     models = running.service.models
     current = models.current
     from dataclasses import replace

@@ -15,7 +15,7 @@ import pytest
 
 from robust.checkpoint import sidecar_path
 from tests.app.conftest import write_checkpoint
-from tests.app.serving import labelled, png, until
+from tests.support.serving import labeled, png, until
 
 ROOT = Path(__file__).parents[2]
 SERVE = "from app.commands import serve; serve(prog_name='robust serve')"
@@ -42,15 +42,9 @@ def fails(*arguments: str, **environment: str) -> str:
 
 
 class Server:
-    def __init__(self, path: Path) -> None:
-        self.process = start(
-            "--port",
-            "0",
-            "--checkpoint",
-            str(path),
-            ROBUST_RELOAD_SECONDS="60",
-            ROBUST_GRACE_SECONDS="90",
-        )
+    def __init__(self, path: Path, **environment: str) -> None:
+        settings = {"ROBUST_RELOAD_SECONDS": "60", "ROBUST_GRACE_SECONDS": "90", **environment}
+        self.process = start("--port", "0", "--checkpoint", str(path), **settings)
         assert self.process.stdout is not None
         self.lines = [self.process.stdout.readline() for _ in range(2)]
         self.url = re.findall(r"http://127\.0\.0\.1:\d+", self.lines[0])[0]
@@ -82,7 +76,7 @@ def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path
     until(lambda: httpx.get(f"{server.url}/model", timeout=120).json()["sha256"] == new)
     assert new != old
 
-    job = httpx.post(f"{server.url}/evaluate?attack=pgd-200", content=labelled(500), timeout=120)
+    job = httpx.post(f"{server.url}/evaluate?attack=pgd-200", content=labeled(500), timeout=120)
     assert job.status_code == 202
     events = f"{server.url}{job.headers['Location']}/events"
     with httpx.stream("GET", events, timeout=120) as stream:
@@ -100,7 +94,7 @@ def test_a_request_in_hand_is_finished(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     data = png()
     with socket.create_connection((host, int(port)), timeout=120) as connection:
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data[:10])
         in_flight = "robust_requests_in_flight 2.0"  # that one and this
         until(lambda: in_flight in httpx.get(f"{server.url}/metrics", timeout=120).text)
@@ -115,7 +109,9 @@ def test_a_request_in_hand_is_finished(server: Server) -> None:
 def test_asked_twice_it_waits_for_nobody(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=120) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n.")
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n."
+        )
         begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{server.url}/readyz", timeout=120).status_code == 503)
@@ -132,7 +128,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
 
 
 def test_what_is_wrong_at_the_start_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
-    assert "no address of this machine" in fails("--host", "192.0.2.1", "--port", "0")
+    assert "not an address of this machine" in fails("--host", "192.0.2.1", "--port", "0")
     line = fails("--port", "0", "--checkpoint", str(checkpoint), ROBUST_MAX_STEPS="0")
     assert "ROBUST_MAX_STEPS" in line
     assert "greater than or equal to 1" in line

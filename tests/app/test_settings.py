@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from app.configuration import page
+from app.engine.attack_batch import cost
+from app.errors import ServeError
+from app.server import read_settings
 from app.settings import Settings
+from robust.attacks import resolve_attack
+from robust.commands.options import DESCRIBED
+from robust.loading import ModelOptions
+from robust.threat_model import ThreatModel
 
 
 def test_every_setting_has_one_line_of_description() -> None:
@@ -36,7 +44,40 @@ def test_settings_that_make_no_sense(given: dict[str, object]) -> None:
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.setenv(f"ROBUST_{name.upper()}", "")
-    assert Settings() == Settings.model_construct()
+    assert Settings() == Settings.model_construct(compare="")  # where it means none
+
+
+def test_the_model_to_compare_with_lies_beside_the_checkpoint_unless_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint, plain = tmp_path / "robust_model.pt", tmp_path / "plain_model.pt"
+    assert Settings(checkpoint=checkpoint).compare_path is None
+    plain.touch()
+    assert Settings(checkpoint=checkpoint).compare_path == plain
+    assert Settings(checkpoint=plain).compare_path is None  # a model beside itself
+    monkeypatch.setenv("ROBUST_COMPARE", "")
+    assert Settings(checkpoint=checkpoint).compare_path is None
+    monkeypatch.setenv("ROBUST_COMPARE", "/nowhere/other.pt")
+    assert Settings(checkpoint=checkpoint).compare_path == Path("/nowhere/other.pt")
+
+
+def test_what_a_bare_file_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"ARCH": "timm:x", "MEAN": "imagenet", "STD": "0.2,0.2,0.2", "CLASSES": "cat, dog"}
+    for name, value in {**said, "INPUT_SIZE": "64"}.items():
+        monkeypatch.setenv(f"ROBUST_{name}", value)
+    assert Settings().model_options() == ModelOptions(
+        arch="timm:x",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.2, 0.2, 0.2),
+        classes=("cat", "dog"),
+        input_size=64,
+    )
+    assert set(DESCRIBED) < set(Settings.model_fields)
+    monkeypatch.setenv("ROBUST_MEAN", "1,2")
+    with pytest.raises(
+        ServeError, match=r"^ROBUST_MEAN: expected 3 numbers or one of none, .*, got"
+    ):
+        read_settings()
 
 
 def test_largest_eps_as_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +89,23 @@ def test_largest_eps_as_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_MAX_EPS_LINF", "much")
     with pytest.raises(ValueError, match="a fraction such as 8/255"):
         Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MAX_STEPS", "2_0"), ("MAX_IMAGES", "٣"), ("GRACE_SECONDS", "1_0.5")]
+)
+def test_numbers_have_ascii_digits(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"ROBUST_{name}", value)
+    with pytest.raises(ValidationError, match="digits 0 to 9"):
+        Settings()
+
+
+def test_the_page_on_the_settings_is_up_to_date() -> None:
+    path = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert path.read_text() == page(), "run python -m app.configuration > docs/configuration.md"
+
+
+def test_square_at_its_defaults_passes_the_default_limits() -> None:
+    square = resolve_attack("square", ThreatModel(eps=8 / 255))
+    assert square.steps <= Settings().max_queries
+    assert cost([square]) <= Settings().max_cost

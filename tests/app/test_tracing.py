@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from app.settings import Settings
 from app.tracing import Tracing, tracing_for
-from tests.app.serving import Running, gated, labelled, png, serving, until
+from tests.support.serving import Running, gated, labeled, png, serving, until
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -99,7 +99,7 @@ def test_work_that_never_began_has_only_waited(
         checkpoint=checkpoint, threads=1, device="cpu", traces=endpoint, deadline_seconds=0.3
     )
     with serving(settings) as running, gated(running.service) as gate:
-        job = running.client.post("/evaluate?attack=fgsm", files={"file": labelled(3)}).json()
+        job = running.client.post("/evaluate?attack=fgsm", files={"file": labeled(3)}).json()
         until(lambda: gate.waiting)
         assert running.client.post("/predict", content=png()).status_code == 504
         running.client.delete(f"/evaluate/{job['id']}")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.training import Steps, measure, operations, tables
+from benchmarks.training import Steps, compare_folding, measure, operations, profile, tables
 from training.recipe import Recipe
 from training.recipes import gpu
 
@@ -17,25 +17,29 @@ def small(recipe: Recipe) -> Recipe:
 def test_the_operations_counted_are_those_of_the_passes() -> None:
     """A backward pass is two forward ones, less the first layer's gradient to the image."""
     recipe = small(gpu())
-    counted = operations(recipe, recipe.phases[1], n=2)
+    pgd = recipe.phases[1]  # PGD-2
+    counted = operations(recipe, pgd, n=2)
     forward = counted["forward"]
-    first = 2 * 64 * 3 * 49 * 16 * 16  # of the first convolution
-    assert counted["clean_step"] == 3 * forward - first
+    loss = 3 * forward - 2 * 64 * 3 * 49 * 16 * 16  # without the first convolution's
+    assert counted["clean_step"] == loss
     assert counted["attack_step"] == 2 * forward
-    assert counted["loss"] == 2 * (3 * forward - first)
-    assert counted["attack_passes"] == 5 * forward  # clean, and two steps of two
-    assert counted["adversarial_step"] == counted["attack_passes"] + counted["loss"]
-    strong = operations(recipe, recipe.phases[2], n=2)
-    assert strong["loss"] == 2 * counted["loss"]  # AWP takes it twice
+    assert counted["attack_passes"] == 2 * 2 * forward
+    assert counted["loss"] == loss
+    assert counted["adversarial_step"] == counted["attack_passes"] + loss
+    costly = replace(pgd, loss="trades", awp=0.01)  # a clean prediction more, two losses twice
+    counted = operations(recipe, costly, n=2)
+    assert counted["attack_passes"] == 5 * forward
+    assert counted["loss"] == 2 * 2 * loss
 
 
 def test_a_step_moves_weights_and_average() -> None:
     steps = Steps(small(gpu()), gpu().phases[1], torch.device("cpu"))
-    steps.optimizer.param_groups[0]["lr"] = 0.1
-    before = [steps.model.net.fc.weight.clone(), steps.averaged.module.net.fc.weight.clone()]  # type: ignore[union-attr]
-    steps.adversarial_step()
-    after = [steps.model.net.fc.weight, steps.averaged.module.net.fc.weight]  # type: ignore[union-attr]
-    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    trainer = steps.trainer
+    weights = trainer.model.net.fc.weight, trainer.averaged.module.net.fc.weight  # type: ignore[union-attr]
+    before = [weight.clone() for weight in weights]
+    steps.loss()
+    trainer.update(0.1)
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
 
 
 @pytest.mark.slow
@@ -52,3 +56,26 @@ def test_the_parts_add_up_to_the_step() -> None:
     assert row["share"] == pytest.approx(
         row["flop_per_image"] * row["images_per_second"] / found["matrix_flop_per_second"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of a profiler that looks for GPUs
+def test_the_profile_names_the_kernels_of_each_part() -> None:
+    recipe = small(gpu())
+    text = profile(Steps(recipe, recipe.phases[1], torch.device("cpu")), repeats=1)
+    assert [line.split(":")[0] for line in text.splitlines() if " ms in kernels" in line] == [
+        "attack",
+        "loss",
+        "whole step",
+    ]
+    attack, loss, _ = text.split(" ms in kernels")[1:]
+    assert "convolution" in attack
+    assert "batch_norm" not in attack  # folded
+    assert "batch_norm" in loss
+
+
+@pytest.mark.slow
+def test_folding_is_compared_in_turns() -> None:
+    recipe = small(gpu())
+    lines = compare_folding(recipe, recipe.phases[1], torch.device("cpu"), repeats=2).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["attack", "step"]

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from robust.checkpoint import load_checkpoint, save_checkpoint, sidecar_path
+from robust.commands.evaluate import default_batch_size
 from robust.commands.output import Progress, write_report
 from robust.datasets import load_dataset
+from robust.device import DeviceDisagrees
 from robust.files import sha256_file
 from robust.images import decode_png, encode_png, to_float
 from robust.matching import match_classes
@@ -91,6 +94,101 @@ def test_predict_as_json(robust: Robust, checkpoint_path: Path, photo: Path) -> 
     assert sum(item["probability"] for item in one["top"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_crop_and_a_resize_are_told(
+    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = load_checkpoint(checkpoint_path).classifier.architecture.input_size
+    names = [tmp_path / name for name in ("a.bmp", "b.tif", "exact.png")]
+    for name in names[:2]:
+        Image.new("RGB", (64, 48), "gray").save(name)
+    Image.new("RGB", (size, size), "gray").save(names[2])
+    note = f"resized 1 image from 64x48 to {size}x{size}, cropped to the square in the center"
+    command = ["--model", str(checkpoint_path), *map(str, names)]
+    assert run(["predict", "--json", *command]) == 0
+    output = capsys.readouterr()
+    assert output.err == f"note: {names[0]} and 1 more, each: {note}\n"
+    report = json.loads(output.out)["predictions"]
+    assert [item["changes"] for item in report] == [[note], [note], []]
+    command = ["attack", "--json", "-", "--attack", "fgsm", "--out", str(tmp_path), *command]
+    assert run(command) == 0
+    output = capsys.readouterr()
+    assert output.err == f"note: {names[0]} and 1 more, each: {note}\n"
+    report = json.loads(output.out)["images"]
+    assert [item["changes"] for item in report] == [[note], [note], []]
+
+
+def test_a_broken_image_is_named_and_the_others_answered(
+    checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, absent = tmp_path / "broken.jpg", tmp_path / "absent.jpg"
+    broken.write_bytes(photo.read_bytes()[:50])
+    other = tmp_path / "other.png"
+    other.write_bytes(photo.read_bytes())
+    arguments = ["predict", "--model", str(checkpoint_path)]
+    arguments += [str(photo), str(broken), str(absent), str(other)]
+    assert run(arguments) == 1
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()[1:]] == [str(photo), str(other)]
+    assert len(output.err.splitlines()) == 2
+    assert f"in {broken}, found " in output.err
+    assert f"robust: {absent}: no such file or directory\n" in output.err
+    assert run([*arguments, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [item["image"] for item in report["predictions"]] == [str(photo), str(other)]
+    assert [item["image"] for item in report["broken"]] == [str(broken), str(absent)]
+
+
+def test_folders_and_patterns(
+    robust: Robust, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.png", "a.jfif", ".hidden"):
+        (folder / name).write_bytes(photo.read_bytes())
+    expected = [str(folder / "a.jfif"), str(folder / "b.png")]
+    for argument in (folder, f"{folder}/*"):
+        report = json.loads(robust("predict", argument, "--json"))
+        assert [item["image"] for item in report["predictions"]] == expected
+    assert run(["predict", f"{folder}/*.gif"]) == 2
+    assert f"expected images in {folder}/*.gif, found none" in capsys.readouterr().err
+
+
+def test_what_is_guessed_stands_in_the_json(
+    checkpoint_path: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bare = tmp_path / "bare.pt"
+    torch.save({"model": torch.load(checkpoint_path, weights_only=True)}, bare)
+    said = ["--classes", "a,b,c,d", "--mean", "cifar10"]
+    assert run(["predict", "--model", str(bare), *said, "--json", str(photo)]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert model["architecture"]["mean"] == [0.4914, 0.4822, 0.4465]
+    assert set(model["guessed"]) == {"arch", "stem", "activation", "input_size", "std"}
+    assert "read from its entry 'model'" in model["notes"][0]
+    assert f"{bare}: read off the keys: resnet18, stem imagenet; assumed: " in caplog.text
+
+
+def test_a_device_that_disagrees_is_told_and_left(
+    checkpoint_path: Path,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def compare(classifier: object, device: torch.device, size: int) -> None:
+        if device.type == "mps":
+            raise DeviceDisagrees("mps disagrees with the CPU")
+
+    monkeypatch.setattr("robust.device.resolve_device", lambda name: torch.device("mps"))
+    monkeypatch.setattr("robust.checkpoint.compare_with_cpu", compare)
+    command = ["predict", "--model", str(checkpoint_path), str(photo)]
+    assert run(command) == 0
+    assert "warning: mps disagrees with the CPU: using the CPU" in capsys.readouterr().err
+    assert run([*command, "--device", "mps"]) == 2
+
+
 def test_names_from_a_sidecar_cannot_reach_the_terminal(
     checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +241,28 @@ def test_attack_reports_what_the_files_decode_to(
         *("attack", "norm", "eps", "before", "after", "success", "linf", "l2", "seconds")
     ]
     assert re.search(r"^pgd-20 +linf +4/255 .* (yes|no) +4/255 ", printed, re.MULTILINE)
+
+
+def test_attack_of_a_folder(
+    checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "c.png").write_bytes(b"no image")
+    out, path = tmp_path / "out", tmp_path / "report.json"
+    arguments = ["attack", str(folder), "--model", str(checkpoint_path), "--attack", "fgsm"]
+    assert run([*arguments, "--out", str(out), "--json", str(path)]) == 1
+    output = capsys.readouterr()
+    assert f"{folder / 'a.png'} away from " in output.out
+    assert f"in {folder / 'c.png'}, found" in output.err
+    report = json.loads(path.read_text())
+    assert [item["image"] for item in report["images"]] == [str(folder / f"{k}.png") for k in "ab"]
+    assert report["broken"][0]["image"] == str(folder / "c.png")
+    assert len(list(out.iterdir())) == 6
+    assert run([*arguments, str(photo), str(tmp_path / "photo.jpg")]) == 2
+    assert "expected images with different names" in capsys.readouterr().err
 
 
 def test_attack_with_everything_set(robust: Robust, photo: Path, tmp_path: Path) -> None:
@@ -212,6 +332,25 @@ def test_evaluate_reports(
     assert "linf  1/255" in lines[3]
 
 
+def test_evaluate_tells_what_changed_on_reading(
+    checkpoint_path: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "large.npz"
+    archive = np.load(data)
+    large = np.kron(archive["images"], np.ones((1, 2, 2, 1), np.uint8))
+    np.savez(path, images=large, labels=archive["labels"])
+    arguments = ["--data", str(path), "--attack", "fgsm", "--curve", "0", "--json", "-"]
+    assert run(["evaluate", "--checkpoint", str(checkpoint_path), *arguments]) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    size = load_checkpoint(checkpoint_path).classifier.architecture.input_size
+    given = f"{large.shape[2]}x{large.shape[1]}"
+    resized = f"resized 30 images from {given} to {size}x{size}"
+    assert report["data"]["changes"][0] == resized
+    assert report["data"]["dtype"] == "uint8"
+    assert f"note: large.npz: {resized}" in err
+
+
 def test_evaluate_records_in_the_sidecar(checkpoint_path: Path, data: Path, tmp_path: Path) -> None:
     for path in (checkpoint_path, sidecar_path(checkpoint_path)):
         shutil.copy(path, tmp_path)
@@ -245,8 +384,10 @@ def test_evaluate_shows_progress_in_plain_lines(
 
 def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
     arguments = ("--attack", "pgd-2", "--seed", 3, "--batch-size", 8, "--curve", 5)
+    arguments += ("--precision", "fp32")
     report = json.loads(robust("evaluate", "--data", data, *arguments, "--json", "-"))
     assert (report["seed"], report["batch_size"], report["precision"]) == (3, 8, "fp32")
+    assert report["precision_reason"] == "as asked"
     assert re.fullmatch("[0-9a-f]{64}", report["data"]["scored_sha256"])
     assert report["data"]["indices"] == "all"
     assert report["curve"][-1]["eps_text"] == "128/255"
@@ -262,6 +403,11 @@ def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
     assert [flag.keys() for flag in report["flags"]] == [
         {"name", "text", "advice"} for _ in report["flags"]
     ]
+
+
+@pytest.mark.parametrize(("size", "n"), [(32, 100), (64, 100), (224, 8), (1024, 1)])
+def test_large_images_go_in_smaller_passes(size: int, n: int) -> None:
+    assert default_batch_size(size) == n
 
 
 @pytest.mark.parametrize("table_format", ["text", "markdown", "latex"])
@@ -291,7 +437,7 @@ def test_evaluate_warns_beside_the_table(
     arguments = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--curve", "0"]
     assert run(["evaluate", *arguments, "--attack", "apgd-t-2"]) == 0
     output = capsys.readouterr()
-    assert "note: apgd-t: 3 other classes are there to lead to, not 9" in output.err
+    assert "note: apgd-t: tries 3 target classes, not 9" in output.err
     (warning,) = [line for line in output.err.splitlines() if line.startswith("warning: ")]
     assert warning.startswith("warning: chance: ")
     assert "no more than chance; check labels" in warning

@@ -11,7 +11,10 @@ CPU = torch.device("cpu")
 
 
 def test_the_cpu_is_named_with_its_threads() -> None:
-    assert device_in_words(CPU) == f"cpu ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    assert device_in_words(CPU) == device_in_words(CPU, threads)
+    assert device_in_words(CPU, 1) == "cpu (1 thread)"
+    assert device_in_words(CPU, 12) == "cpu (12 threads)"
 
 
 @pytest.mark.gpu

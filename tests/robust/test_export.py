@@ -24,7 +24,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "odd": {"stem": "cifar", "activation": "silu"},
-    "normalising": {"activation": "silu", "mean": MEAN, "std": STD, "input_size": 40},
+    "normalizing": {"activation": "silu", "mean": MEAN, "std": STD, "input_size": 40},
 }
 
 
@@ -45,9 +45,9 @@ def checkpoints(
 def onnx_file(
     checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The normalising model as ONNX, exported once, and how to load it."""
+    """The normalizing model as ONNX, exported once, and how to load it."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    return path, export_checkpoint(checkpoints["normalising"], path, "onnx")
+    return path, export_checkpoint(checkpoints["normalizing"], path, "onnx")
 
 
 def images(checkpoint: Checkpoint) -> Tensor:
@@ -74,7 +74,7 @@ for name, usage in json.load(open("usages.json")).items():
     if "logits" not in scope:
         x = torch.from_numpy(images)
         with torch.inference_mode():
-            scope["logits"] = scope["model"](scope.get("normalise", lambda x: x)(x)).numpy()
+            scope["logits"] = scope["model"](scope.get("normalize", lambda x: x)(x)).numpy()
     np.save(name + "-logits.npy", scope["logits"])
 """
 
@@ -87,17 +87,17 @@ def test_exports_load_without_this_project(
         ("plain", "torchvision"),
         ("odd", "torchvision"),
         ("odd", "safetensors"),
-        ("normalising", "safetensors"),
+        ("normalizing", "safetensors"),
     ]:
         name = f"{variant}-{kind}"
         checkpoint = checkpoints[variant]
         usages[name] = export_checkpoint(checkpoint, tmp_path / name, kind)  # type: ignore[arg-type]
         np.save(tmp_path / f"{name}-images.npy", images(checkpoint).numpy())
         expected[name] = logits(checkpoint)
-    onnx_path, usages["normalising-onnx"] = onnx_file
+    onnx_path, usages["normalizing-onnx"] = onnx_file
     shutil.copy(onnx_path, tmp_path)
-    np.save(tmp_path / "normalising-onnx-images.npy", images(checkpoints["normalising"]).numpy())
-    expected["normalising-onnx"] = logits(checkpoints["normalising"])
+    np.save(tmp_path / "normalizing-onnx-images.npy", images(checkpoints["normalizing"]).numpy())
+    expected["normalizing-onnx"] = logits(checkpoints["normalizing"])
     (tmp_path / "usages.json").write_text(json.dumps(usages))
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER], cwd=tmp_path, capture_output=True, text=True
@@ -123,24 +123,24 @@ def test_torchvision_file_is_a_strict_float32_state_dict(
         assert torch.equal(model.eval()(images(checkpoints["plain"])), logits(checkpoints["plain"]))
 
 
-def test_normalisation_is_refused_where_it_would_be_lost(
+def test_normalization_is_refused_where_it_would_be_lost(
     checkpoints: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="use onnx or safetensors"):
-        export_checkpoint(checkpoints["normalising"], tmp_path / "model.pth", "torchvision")
+        export_checkpoint(checkpoints["normalizing"], tmp_path / "model.pth", "torchvision")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_safetensors_metadata(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    export_checkpoint(checkpoints["normalising"], path, "safetensors")
+    export_checkpoint(checkpoints["normalizing"], path, "safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["classes"]) == list(CLASSES)
     assert json.loads(metadata["mean"]) == list(MEAN)
     assert json.loads(metadata["std"]) == list(STD)
     assert (metadata["architecture"], metadata["input_size"]) == ("resnet18", "40")
-    assert metadata["source_sha256"] == checkpoints["normalising"].sha256
+    assert metadata["source_sha256"] == checkpoints["normalizing"].sha256
 
 
 def test_onnx_takes_any_batch_and_names_its_classes(
@@ -155,7 +155,7 @@ def test_onnx_takes_any_batch_and_names_its_classes(
     (entry,), (exit_,) = session.get_inputs(), session.get_outputs()
     assert (entry.name, entry.type, entry.shape[1:]) == ("images", "tensor(float)", [3, 40, 40])
     assert exit_.name == "logits"
-    x, expected = images(checkpoints["normalising"]), logits(checkpoints["normalising"])
+    x, expected = images(checkpoints["normalizing"]), logits(checkpoints["normalizing"])
     for n in (1, 5):
         (found,) = session.run(None, {"images": x[:n].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[:n], rtol=0, atol=1e-4)
@@ -173,7 +173,7 @@ def test_onnx_is_checked_against_torch(
     if not runtime:
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
     data = onnx_file[0].read_bytes()
-    classifier = checkpoints["normalising"].classifier
+    classifier = checkpoints["normalizing"].classifier
     _check_onnx(data, classifier)
     other = copy.deepcopy(classifier)
     other.net.fc.bias[0] += 0.001
@@ -202,7 +202,7 @@ def test_the_checkpoint_is_never_overwritten(checkpoints: dict[str, Checkpoint])
 
 
 def test_unknown_format(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a format out of torchvision, safetensors, onnx"):
+    with pytest.raises(ValueError, match="format to be one of torchvision, safetensors, onnx, hub"):
         export_checkpoint(checkpoints["plain"], tmp_path / "model", "keras")  # type: ignore[arg-type]
 
 

@@ -3,6 +3,8 @@ import hashlib
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import IO
 import pytest
 
 from robust import files
+
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -84,10 +88,67 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+STAGE = """
+import sys, time
+from pathlib import Path
+from robust import files
+
+def write(file):
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+
+path = Path(sys.argv[1])
+if sys.argv[2] == "staged":
+    files.stage(path, lambda file: file.write(b"whole"))
+    print("staged", flush=True)
+    time.sleep(60)
+files.write_atomic(path, write)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "staged"])
+def test_what_a_killed_process_left_is_removed_by_the_next_write(
+    tmp_path: Path, moment: str
+) -> None:
+    path = tmp_path / "model [1].pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAGE, path, moment], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == f"{moment}\n"
+        (tmp_path / ".other.pt.abcdefgh.tmp").write_bytes(b"of another file")
+        files.write_atomic(path, lambda file: file.write(b"mine"))
+        left = names(tmp_path) - {path.name, ".other.pt.abcdefgh.tmp"}
+        assert len(left) == 1  # the living process may still need it
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    files.write_atomic(path, lambda file: file.write(b"mine"))
+    assert names(tmp_path) == {path.name, ".other.pt.abcdefgh.tmp"}
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_staged_file_is_kept_beside_other_writes_until_it_is_discarded(tmp_path: Path) -> None:
+    path, open_files = tmp_path / "a.bin", len(os.listdir("/dev/fd"))
+    staged = files.stage(path, lambda file: file.write(b"first"))
+    files.write_atomic(path, lambda file: file.write(b"second"))
+    files.commit(staged, path)
+    assert path.read_bytes() == b"first"
+    files.discard(files.stage(path, lambda file: file.write(b"third")))
+    assert names(tmp_path) == {"a.bin"}
+    assert len(os.listdir("/dev/fd")) == open_files
+
+
 def test_json_is_read_back(tmp_path: Path) -> None:
     value = {"name": "Katze, ü", "numbers": [1, 2.5, None]}
     files.write_json(tmp_path / "a.json", value)
     assert files.read_json(tmp_path / "a.json") == value
+    with pytest.raises(ValueError, match="nested too deep"):
+        files.from_json(b"[" * 200_000)
     assert files.to_json(value).endswith(b"\n")
     assert "ü".encode() in files.to_json(value)
 

@@ -40,8 +40,8 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png(width: int, height: int, bits: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
-    header = struct.pack(">2I5B", width, height, bits, colour, 0, 0, 0)
+def png(width: int, height: int, bits: int, color: int, rows: bytes, *extra: bytes) -> bytes:
+    header = struct.pack(">2I5B", width, height, bits, color, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         [chunk(b"IHDR", header), *extra, pixels, chunk(b"IEND", b"")]
@@ -170,13 +170,13 @@ def test_broken_exif_is_ignored() -> None:
 
 
 def test_alpha_is_composited_on_white() -> None:
-    for colour, expected in {
+    for color, expected in {
         (255, 0, 0, 0): (255, 255, 255),
         (255, 0, 0, 255): (255, 0, 0),
         (0, 0, 0, 51): (204, 204, 204),
     }.items():
-        assert pixel(encoded(Image.new("RGBA", (2, 2), colour), "PNG")) == expected
-        lossless = encoded(Image.new("RGBA", (2, 2), colour), "WEBP", lossless=True, exact=True)
+        assert pixel(encoded(Image.new("RGBA", (2, 2), color), "PNG")) == expected
+        lossless = encoded(Image.new("RGBA", (2, 2), color), "WEBP", lossless=True, exact=True)
         assert pixel(lossless) == expected
     assert pixel(encoded(Image.new("LA", (2, 2), (0, 51)), "PNG")) == (204, 204, 204)
 
@@ -210,7 +210,7 @@ def test_a_transparent_grey_of_any_depth(
     assert [pixel(data, (x, 0))[0] for x in (0, 1)] == expected
 
 
-def test_a_transparent_colour_of_16_bits() -> None:
+def test_a_transparent_color_of_16_bits() -> None:
     rows = b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 0, 65535)
     data = png(2, 1, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 65535, 0, 0)))
     assert [pixel(data, (x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
@@ -248,7 +248,7 @@ def test_modes_without_a_range_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_the_first_frame_of_an_animation(kind: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert pixel(data) == (255, 0, 0)
 
@@ -305,7 +305,7 @@ def test_fitting_the_right_size_is_exact() -> None:
     assert torch.equal(fit_image(image, 32), expected)
 
 
-def test_fitting_crops_the_centre() -> None:
+def test_fitting_crops_the_center() -> None:
     values = np.zeros((4, 10, 3), np.uint8)
     values[:, 3:7] = 200
     assert (fit_image(Image.fromarray(values), 4) == 200).all()

@@ -32,6 +32,16 @@ def test_numbers_are_taken_as_they_are() -> None:
     assert match_classes(dataset(CLASSES, [3, 1]), ("0", "1", "2", "3")).labels.tolist() == [3, 1]
 
 
+def test_labels_that_are_taken_as_numbers_are_told() -> None:
+    told = match_classes(dataset(("0", "1"), [1, 0]), CLASSES).changes
+    assert told == ("read labels as numbers of the model's classes: 0 is cat, 1 is dog",)
+    told = match_classes(dataset(CLASSES, [3, 1]), ("0", "1", "2", "3")).changes
+    assert told == (
+        "read labels as numbers of the model's classes: cat is 0, dog is 1, frog is 2, ship is 3",
+    )
+    assert match_classes(dataset(("ship", "cat"), [0, 1]), CLASSES).changes == ()
+
+
 def test_names_that_are_numbers_are_names() -> None:
     digits = tuple(str(k) for k in range(10))
     assert match_classes(dataset(("3", "5"), [0, 1, 1]), digits).labels.tolist() == [3, 5, 5]

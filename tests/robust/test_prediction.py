@@ -7,7 +7,15 @@ from torch import Tensor, nn
 from robust.attacks import resolve_attack
 from robust.classifier import Classifier
 from robust.images import decode_png, encode_png, to_float
-from robust.prediction import amplify, attack_image, find_class, predict, top_classes
+from robust.prediction import (
+    AttackOutcome,
+    amplify,
+    attack_image,
+    attack_images,
+    find_class,
+    predict,
+    top_classes,
+)
 from robust.threat_model import ThreatModel
 
 CLASSES = ("cat", "dog", "frog", "ship")
@@ -68,7 +76,7 @@ def test_find_class(name: str | int, classes: tuple[str, ...], index: int) -> No
 
 @pytest.mark.parametrize("name", ["bird", "4", "-1", "1.0", "", "9" * 30, "²"])
 def test_find_class_refuses(name: str) -> None:
-    with pytest.raises(ValueError, match="expected a class out of cat, dog, frog, ship"):
+    with pytest.raises(ValueError, match="expected class to be one of cat, dog, frog, ship"):
         find_class(name, CLASSES)
 
 
@@ -157,3 +165,62 @@ def test_amplify() -> None:
     assert amplify(x, x_adv)[0, 0].tolist() == [128, 1, 64]
     assert amplify(x, x).unique().tolist() == [128]
     assert amplify(torch.full_like(x, 255), torch.zeros_like(x)).unique().tolist() == [255]
+
+
+class Counted:
+    """A model that counts the images it was asked about."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
+        self.inner, self.images = inner, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return self.inner(x)
+
+
+def test_a_search_in_bfloat16_is_scored_on_the_model_itself(
+    model: Classifier, photo: Tensor
+) -> None:
+    settings = resolve_attack("pgd-3", ThreatModel())
+    before = predict(model, to_float(photo)[None])
+    exact, rough = Counted(model), Counted(lambda x: model(x) * 1.001)
+    (found,) = attack_images(
+        exact, photo[None], [int(before.argmax())], settings=settings, before=before, bf16=rough
+    )
+    assert (rough.images, exact.images) == (4, 1)  # the search, and what came of it
+    expected = predict(model, to_float(found.image)[None])[0]
+    torch.testing.assert_close(found.after, expected, rtol=0, atol=1e-6)
+    assert found.success == (int(expected.argmax()) != found.label)
+
+
+def sure(x: Tensor) -> Tensor:
+    """Logits that say class 0 of every image, with a gradient."""
+    mean = x.flatten(1).mean(dim=1)
+    return torch.stack([10 + mean, mean.square()], dim=1)
+
+
+def test_a_success_that_is_none_in_float32_is_searched_for_again(photo: Tensor) -> None:
+    settings = resolve_attack("pgd-3", ThreatModel())
+    x = torch.stack([photo, photo.flip(2)])
+    before = predict(sure, to_float(x))
+
+    def run(bf16: Callable[[Tensor], Tensor] | None) -> list[AttackOutcome]:
+        return attack_images(sure, x, [0, 0], settings=settings, before=before, bf16=bf16)
+
+    rough = Counted(lambda x: -sure(x))  # fooled by every image, it says
+    for found, exact in zip(run(rough), run(None), strict=True):
+        assert not found.success
+        assert torch.equal(found.image, exact.image)
+        torch.testing.assert_close(found.after, exact.after)
+        assert (found.backwards, found.forwards) == (6, 2 * exact.forwards - 1)
+    assert rough.images == 8
+
+
+def test_an_attack_that_ends_at_the_boundary_is_searched_for_in_float32(
+    model: Classifier, photo: Tensor
+) -> None:
+    rough = Counted(model)
+    before = predict(model, to_float(photo)[None])
+    settings = resolve_attack("minimal", ThreatModel(), steps=1)
+    attack_images(model, photo[None], [0], settings=settings, before=before, bf16=rough)
+    assert rough.images == 0

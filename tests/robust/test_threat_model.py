@@ -142,7 +142,12 @@ def test_parse_eps(text: str | float, size: float) -> None:
     assert parse_eps(text) == size
 
 
-@pytest.mark.parametrize("text", ["banana", "", "1/0", "1/2/3", "/", "-1", "nan", "inf", "-8/255"])
+@pytest.mark.parametrize(
+    "text",
+    "banana||1/0|1/2/3|/|-1|nan|inf|-8/255|1e999|0x8/255|8/|8/255\n|1_0/255|0_1|٨/255|٠.٥".split(
+        "|"
+    ),
+)
 def test_parse_eps_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="expected a"):
         parse_eps(text)
@@ -162,7 +167,7 @@ def test_format_eps_of_a_number() -> None:
 @pytest.mark.parametrize(
     ("norm", "eps", "message"),
     [
-        ("l7", 0.1, "expected a norm out of linf, l2"),
+        ("l7", 0.1, "expected norm to be one of linf, l2"),
         ("linf", 8.0, "expected an linf eps in"),
         ("linf", -1.0, "at least 0"),
         ("l2", math.nan, "at least 0"),

@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from robust.datasets import Dataset
-from tests.training import small
+from tests.support import small
 from training.recipe import Recipe
 
 
 @pytest.fixture(scope="session")
-def colours() -> Dataset:
-    return small.colours()
+def colors() -> Dataset:
+    return small.colors()
 
 
 @pytest.fixture(scope="session")

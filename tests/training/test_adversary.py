@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from robust.threat_model import ThreatModel
 from training.adversary import default_alpha, make_adversarial
-from training.objective import attacked, objective, taught
+from training.objective import adversarial_batches, distilled_targets, objective
 from training.recipe import AdversarialPart, Phase
 
 EPS = 8 / 255
@@ -100,7 +100,7 @@ def test_default_steps_cross_the_ball() -> None:
 
 
 def loss_of(phase: Phase, model: nn.Module, x: Tensor, targets: Tensor, eps: float = EPS) -> Tensor:
-    batches = attacked(
+    batches = adversarial_batches(
         model,
         x,
         targets,
@@ -149,10 +149,40 @@ def test_trades_adds_the_divergence(model: nn.Module, x: Tensor, targets: Tensor
     )
 
 
+@pytest.mark.parametrize("loss", ["cross-entropy", "trades"])
+def test_class_weights_count_each_image_by_its_class(
+    loss: str, model: nn.Module, x: Tensor, targets: Tensor
+) -> None:
+    """The weighted loss is the weighted mean of the losses of single images."""
+    phase = Phase(name="a", epochs=1, parts=(AdversarialPart(kind="pgd"),), loss=loss)  # type: ignore[arg-type]
+    weights = torch.tensor([2.0, 0.5, 0.0])
+    batches = [x, x + 0.05] if loss == "trades" else [x]
+    whole = objective(
+        model, batches, targets, phase=phase, label_smoothing=0.1, class_weights=weights
+    )
+    each = torch.stack(
+        [
+            objective(
+                model,
+                [batch[i : i + 1] for batch in batches],
+                targets[i : i + 1],
+                phase=phase,
+                label_smoothing=0.1,
+            )
+            for i in range(len(x))
+        ]
+    )
+    torch.testing.assert_close(whole, (each * weights[torch.arange(10) % 3]).mean())
+    even = objective(
+        model, batches, targets, phase=phase, label_smoothing=0.1, class_weights=torch.ones(3)
+    )
+    torch.testing.assert_close(even, each.mean())
+
+
 def test_a_teacher_has_its_share_of_the_targets(
     model: nn.Module, x: Tensor, targets: Tensor
 ) -> None:
-    mixed = taught(targets, model, x, share=0.25)
+    mixed = distilled_targets(targets, model, x, weight=0.25)
     assert torch.allclose(mixed, 0.75 * targets + 0.25 * model(x).softmax(dim=1))
     assert not mixed.requires_grad
-    assert taught(targets, model, x, share=0.0) is targets
+    assert distilled_targets(targets, model, x, weight=0.0) is targets

@@ -74,9 +74,9 @@ def test_jitter_scales_brightness_then_contrast_then_saturation(
     assert jitter(x, 1.0, seeded()).abs().max() < 1e-6  # no brightness: black
 
 
-def test_jitter_keeps_a_flat_grey_image_flat_and_grey() -> None:
-    grey = torch.full((8, 3, 4, 4), 0.5)
-    changed = jitter(grey, 0.2, seeded())
+def test_jitter_keeps_a_flat_gray_image_flat_and_gray() -> None:
+    gray = torch.full((8, 3, 4, 4), 0.5)
+    changed = jitter(gray, 0.2, seeded())
     assert changed.flatten(1).std(dim=1).max() < 1e-6
     assert changed[:, 0, 0, 0].std() > 0.01
 

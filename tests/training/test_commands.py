@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from robust.checkpoint import load_checkpoint
 from robust.datasets import Dataset
 from robust_cli import run
-from tests.training import small
-from training.commands import Display, time_left
+from tests.support import small
+from training.display import Display, time_left
+from training.recipe_sources import load_recipe
 from training.recipes import RECIPES
 from training.state import RunFolder
 
@@ -25,14 +27,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def data(here: Path, colours: Dataset) -> None:
-    torch.save({"images": colours.images, "labels": colours.labels}, here / "train.pt")
+def data(here: Path, colors: Dataset) -> None:
+    torch.save({"images": colors.images, "labels": colors.labels}, here / "train.pt")
+    validation = {"images": colors.images[:20] ^ 1, "labels": colors.labels[:20]}
+    torch.save(validation, here / "val.pt")
 
 
 def test_without_data_the_forms_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train"]) == 2
     message = capsys.readouterr().err
-    for form in ("train.pt", ".npz", "FOLDER", "cifar10", "--data digits"):
+    for form in ("train.pt", ".npz", "a folder", "cifar10", "--data digits"):
         assert form in message
 
 
@@ -40,10 +44,16 @@ def test_without_data_the_forms_are_listed(here: Path, capsys: pytest.CaptureFix
     ("arguments", "expected"),
     [
         (["--data", "none.npz"], "none.npz: expected"),
-        (["--data", "digits", "--recipe", "slow"], "expected a recipe out of classic, classic-cpu"),
+        (["--data", "digits", "--recipe", "slow"], "expected recipe to be one of quick, cpu, "),
+        (["--data", "digits", "--recipe", "none.toml"], "none.toml: no such file"),
+        (
+            ["--data", "digits", "--recipe", "tiny", "--set", "adversarial.epochs=ten"],
+            "adversarial.epochs: expected a whole number of at least 0, got 'ten'",
+        ),
         (["--data", "digits", "--recipe", "tiny", "--out", "m.txt"], "expected --out to end in"),
         (["--data", "digits", "--recipe", "tiny", "--device", "toaster"], "expected a device"),
         (["--data", "digits", "--seed", "-1"], "seed"),
+        (["--data", "digits", "--recipe", "tiny", "--val", "none.npz"], "none.npz: expected"),
         (["--data", "digits", "--recipe", "tiny", "--init", "none.pt"], "none.pt: expected"),
     ],
 )
@@ -62,7 +72,8 @@ def test_train_pt_in_this_folder_is_taken(here: Path, capsys: pytest.CaptureFixt
     assert run(["train", "--recipe", "tiny", "--out", "model.pt", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("train.pt: 80 images, 4 classes; recipe tiny, 3 epochs on cpu")
-    assert [line.split(":")[0] for line in lines[1:4]] == [
+    assert lines[1].startswith("12 steps of 16 images, about ")
+    assert [line.split(":")[0] for line in lines[2:5]] == [
         "epoch 1/3 clean",
         "epoch 2/3 adversarial",
         "epoch 3/3 adversarial",
@@ -82,7 +93,7 @@ def test_sigterm_saves_and_resume_goes_on(
         with pytest.raises(SystemExit) as stopped:
             run(arguments)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     folder = RunFolder.of(here / "model.pt")
     assert folder.state.exists()
@@ -93,6 +104,44 @@ def test_sigterm_saves_and_resume_goes_on(
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert load_checkpoint(here / "model.pt").classifier.architecture.num_classes == 4
+
+
+def test_fields_are_set_and_a_run_is_repeated_from_its_record(
+    here: Path, data: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["train", "--device", "cpu", "--seed", "7", "--classes", "red,green,blue,yellow"]
+    common += ["--val", "val.pt"]
+    changes = ["--set", "adversarial.epochs=0", "--set", "batch_size=8", "--eps", "4/255"]
+    assert run([*common, "--recipe", "tiny", *changes, "--out", "a.pt"]) == 0
+    first = load_checkpoint(here / "a.pt").sidecar
+    assert (first.recipe["batch_size"], first.recipe["eps"]) == (8, 4 / 255)
+    assert [row["n"] for row in first.evaluation] == [20, 20, 20]
+    assert first.classes == ("red", "green", "blue", "yellow")
+    assert [phase["epochs"] for phase in first.recipe["phases"]] == [1, 0]
+    record = RunFolder.of(here / "a.pt").manifest
+    assert run([*common, "--recipe", str(record), "--out", "b.pt"]) == 0
+    assert (here / "b.pt").read_bytes() == (here / "a.pt").read_bytes()
+    capsys.readouterr()
+    again = ["train", "--recipe", str(record), "--device", "cpu", "--out", "a.pt", "--resume"]
+    assert run(again) == 2  # another seed
+    assert "run.json used --seed 7, this run uses 0" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_and_printed_as_they_are_read(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n{name} " in f"\n{listed}" for name in RECIPES)
+    assert "Has run: 535 s on one NVIDIA H200" in listed
+    for options in ([], ["--json"]):
+        assert run(["recipes", "gpu", "--set", "batch_size=512", *options]) == 0
+        path = here / ("mine.json" if options else "mine.toml")
+        path.write_text(capsys.readouterr().out)
+        assert load_recipe(str(path)) == replace(RECIPES["gpu"](), batch_size=512)
+    assert run(["recipes", "--json"]) == 2
+    assert run(["recipes", "gpu", "--set", "strong.awps=0"]) == 2
+    assert "strong.awps: expected field to be one of awp, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

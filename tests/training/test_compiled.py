@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.compiled import compiled, compiles
+from training.compiled import compiled_attack, compiled_loss, compiles
 from training.recipes import quick
 
 
@@ -41,21 +41,19 @@ def test_a_compiler_that_fails_is_told_and_done_without(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(nn.Module):
-        """Fails at the second graph, when the first has moved statistics and gradients."""
+        """Fails once statistics have moved."""
 
         def forward(self, x: Tensor) -> Tensor:
-            if x.requires_grad:
-                raise RuntimeError("no such instruction\nin line 7")
-            logits: Tensor = model(x)
-            return logits
+            model(x)
+            raise RuntimeError("no such instruction\nin line 7")
 
     monkeypatch.setattr(torch, "compile", lambda module, **settings: Broken())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
-        assert compiled(model, x, bf16=False) is model
-    assert caplog.messages == [
-        "torch.compile failed (RuntimeError: no such instruction); the run goes on without it"
-    ]
+        assert compiled_loss(model, x, bf16=False) is model
+        assert compiled_attack(model, x, bf16=False, predicts=False) is model
+    message = "torch.compile failed (RuntimeError: no such instruction); continuing without it"
+    assert caplog.messages == [message] * 2
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -63,7 +61,7 @@ def test_a_compiler_that_fails_is_told_and_done_without(
 def test_every_graph_of_a_step_is_tried(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[bool, bool, bool]] = []
+    asked: list[tuple[bool, bool]] = []
 
     class Seen(nn.Module):
         def __init__(self) -> None:
@@ -72,21 +70,16 @@ def test_every_graph_of_a_step_is_tried(
 
         def forward(self, x: Tensor) -> Tensor:
             norm = model[1]
-            asked.append((norm.training, norm.track_running_stats, torch.is_grad_enabled()))  # type: ignore[arg-type]
+            asked.append((norm.training, torch.is_grad_enabled()))  # type: ignore[arg-type]
             logits: Tensor = model(x)
             return logits
 
     monkeypatch.setattr(torch, "compile", lambda module, **settings: Seen())
-    assert isinstance(compiled(model, x, bf16=False, awp=True), Seen)
-    assert asked == [
-        (True, True, True),
-        (True, False, True),
-        (False, True, True),
-        (False, True, False),
-    ]
-    asked.clear()
-    compiled(model, x, bf16=False)
-    assert (True, False, True) not in asked
+    assert isinstance(compiled_loss(model, x, bf16=False), Seen)
+    assert isinstance(compiled_attack(model, x, bf16=False, predicts=False), Seen)
+    assert asked == [(True, True), (False, True)]
+    compiled_attack(model, x, bf16=False, predicts=True)
+    assert asked[2:] == [(False, True), (False, False)]
 
 
 @pytest.mark.slow
@@ -95,7 +88,7 @@ def test_every_graph_of_a_step_is_tried(
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled_passes_are_those_of_the_model(bf16: bool, model: nn.Module, x: Tensor) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    fast = compiled(model, x, bf16=bf16)
+    fast = compiled_loss(model, x, bf16=bf16)
     assert fast is not model
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.allclose(fast(x), model(x), atol=1e-5)  # in train mode, statistics moved twice

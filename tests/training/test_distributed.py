@@ -13,23 +13,23 @@ from torch import Tensor
 
 from robust.checkpoint import load_checkpoint
 from robust.datasets import Dataset
-from robust.ranks import Ranks
-from tests.processes import ROOT, environment, run_together
-from tests.training import small
-from training.distributed import Share, Team
+from robust.distributed import World
+from tests.support import small
+from tests.support.processes import ROOT, environment, run_together
+from training.distributed import Collectives, Shard
 from training.run import Stopped, train
 from training.state import RunFolder, TrainingError, load_state
 
 CPU = torch.device("cpu")
-SCRIPT = Path(__file__).with_name("together.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "training_worker.py"
 # Of the network that gradients.py takes.
 PARAMETERS, CHANNELS, NORMS, CLASSES = 432 + 4_608 + 132 + 2 * 48, 48, 2, 4
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, colours: Dataset) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, colors: Dataset) -> Path:
     path = tmp_path_factory.mktemp("data") / "train.pt"
-    torch.save({"images": colours.images, "labels": colours.labels}, path)
+    torch.save({"images": colors.images, "labels": colors.labels}, path)
     return path
 
 
@@ -50,7 +50,7 @@ def arguments(data: Path, out: Path) -> list[str]:
 
 def test_shares_are_all_images_each_once() -> None:
     rows, whole = torch.arange(11), torch.arange(11)[3:8]
-    shares = [Share(n=11, first=rank, step=3) for rank in range(3)]
+    shares = [Shard(n=11, first=rank, step=3) for rank in range(3)]
     assert sorted(torch.cat([share.of(rows) for share in shares]).tolist()) == list(range(11))
     assert sum(share.weight for share in shares) == pytest.approx(1)
     for share in shares:
@@ -63,15 +63,17 @@ def test_a_share_draws_what_its_images_draw_in_the_whole() -> None:
         return torch.rand(x.shape, generator=generator)
 
     x = torch.zeros(7, 2)
-    whole = Share(n=7).draw(noise, x, torch.Generator().manual_seed(0))
+    whole = Shard(n=7).draw(noise, x, torch.Generator().manual_seed(0))
     for rank in range(3):
-        share = Share(n=7, first=rank, step=3)
+        share = Shard(n=7, first=rank, step=3)
         drawn = share.draw(noise, share.of(x), torch.Generator().manual_seed(0))
         assert torch.equal(drawn, whole[rank::3])
 
 
 def test_a_shared_batch_has_the_gradient_of_the_whole() -> None:
-    first, second = map(json.loads, run_together(Path(__file__).with_name("gradients.py")))
+    first, second = map(
+        json.loads, run_together(Path(__file__).parents[1] / "support" / "gradient_worker.py")
+    )
     assert first == second
     assert first.pop("stop") == {"asked": True, "not asked": False}
     local = first.pop("local")
@@ -105,11 +107,11 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def test_two_processes_stopped_at_a_step_stand_where_one_stands(
-    stopped: Path, colours: Dataset, out: Path
+    stopped: Path, colors: Dataset, out: Path
 ) -> None:
     steps = iter(range(1, 6))
     with pytest.raises(Stopped):
-        train(small.shared(), colours, out=out, device=CPU, should_stop=lambda: next(steps) == 5)
+        train(small.shared(), colors, out=out, device=CPU, should_stop=lambda: next(steps) == 5)
     one, two = (load_state(RunFolder.of(path).state) for path in (out, stopped))
     assert (one.epoch, one.step, one.phase) == (two.epoch, two.step, two.phase) == (0, 1, 1)
     for ours, theirs in zip(two.history, one.history, strict=True):
@@ -140,23 +142,23 @@ def test_a_lost_worker_is_started_again_and_the_run_ends_the_same(
 
 
 def test_what_does_not_go_together_is_refused(
-    colours: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
+    colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small.tiny()
-    monkeypatch.setattr(Ranks, "from_first", lambda self, make: make())
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value] * self.size)
+    monkeypatch.setattr(World, "on_rank0", lambda self, make: make())
+    monkeypatch.setattr(World, "gather", lambda self, value: [value] * self.size)
     with pytest.raises(TrainingError, match="at least 2 images of a batch for each process"):
-        train(recipe, colours, out=out, device=CPU, ranks=Ranks(size=9))
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, {**value, "seed": 1}])
+        train(recipe, colors, out=out, device=CPU, world=World(size=9))
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, {**value, "seed": 1}])
     with pytest.raises(TrainingError, match="another seed for process 2 of 2"):
-        train(recipe, colours, out=out, device=CPU, ranks=Ranks(size=2))
+        train(recipe, colors, out=out, device=CPU, world=World(size=2))
 
 
 def test_alone_nothing_is_said() -> None:
-    team = Team()
-    team.add_up([torch.ones(2)])
-    assert team.any(True)
-    assert team.bytes == 0
+    collectives = Collectives()
+    collectives.all_reduce_sum([torch.ones(2)])
+    assert collectives.any(True)
+    assert collectives.bytes == 0
 
 
 def test_the_module_is_the_command() -> None:
@@ -168,4 +170,4 @@ def test_the_module_is_the_command() -> None:
         text=True,
     )
     assert finished.returncode == 2
-    assert finished.stderr.startswith("training: expected a recipe out of classic")
+    assert finished.stderr.startswith("training: expected recipe to be one of quick")

@@ -6,7 +6,8 @@ from training.monitor import warnings_for
 
 
 def row(pgd: float, fgsm: float | None = None, adversarial: bool = True) -> dict[str, Any]:
-    return {"pgd": pgd, "fgsm": pgd + 0.05 if fgsm is None else fgsm, "adversarial": adversarial}
+    fgsm = pgd + 0.05 if fgsm is None else fgsm
+    return {"pgd": pgd, "fgsm": fgsm, "adversarial": adversarial, "n": 100}
 
 
 def test_a_healthy_run_warns_of_nothing() -> None:
@@ -32,3 +33,10 @@ def test_the_clean_phase_is_no_collapse() -> None:
 @pytest.mark.parametrize("gap", [0.149, 0.151])
 def test_the_threshold_is_fifteen_points(gap: float) -> None:
     assert bool(warnings_for([row(0.3, fgsm=0.3 + gap)])) == (gap > 0.15)
+
+
+def test_epochs_without_a_score_warn_of_nothing() -> None:
+    unscored = {"pgd": None, "fgsm": None, "adversarial": True, "n": 0}
+    falling = [row(0.40), row(0.36), unscored, row(0.35), unscored, row(0.34)]
+    assert len(warnings_for(falling)) == 1
+    assert warnings_for([*falling, unscored]) == []

@@ -2,11 +2,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
-from robust.attacks.apgd import APGD, checks
-from robust.attacks.search import Rows
-from robust.geometry import distance
+from robust.attacks.apgd import APGD, APGDState, checks, random_surface
+from robust.attacks.rows import Rows
+from robust.geometry import Norm, distance
+from tests.robust.attacks.conftest import make_rows
 
 
 def test_checks_of_the_paper() -> None:
@@ -15,31 +15,26 @@ def test_checks_of_the_paper() -> None:
     assert list(checks(1)) == [1]
 
 
-def begun(algorithm: APGD, n: int = 1) -> Rows:
-    """Rows at grey images, with no noise: so the start is where the images are."""
-    x = torch.full((n, 1, 2, 2), 0.5)
-    rows: Rows = {
-        "x": x,
-        "y": torch.zeros(n, dtype=torch.int64),
-        "eps": torch.full((n, 1, 1, 1), 0.1),
-        "key": torch.arange(n),
-        "run": torch.zeros(n, dtype=torch.int64),
-        "fooled": torch.zeros(n, dtype=torch.bool),
-    }
-    algorithm.begin(rows)
-    rows["x_adv"] = rows["x_old"] = rows["x_top"] = x
+def begun(algorithm: APGD) -> Rows[APGDState]:
+    """A row at a gray image, with no noise: so the start is where the image is."""
+    x = torch.full((1, 1, 2, 2), 0.5)
+    rows: Rows[APGDState] = make_rows(x)
+    rows.state = algorithm.begin(rows)
+    rows.x_adv = rows.state.x_old = rows.state.x_top = x
     return rows
 
 
-def go(algorithm: APGD, rows: Rows, losses: Sequence[float], gradient: float = 1.0) -> None:
-    logits = torch.zeros(len(rows["x"]), 2)
+def go(
+    algorithm: APGD, rows: Rows[APGDState], losses: Sequence[float], gradient: float = 1.0
+) -> None:
+    logits = torch.zeros(len(rows.x), 2)
     for loss in losses:
-        values = torch.full((len(rows["x"]),), loss)
-        algorithm.advance(rows, logits, values, torch.full_like(rows["x"], gradient))
+        values = torch.full((len(rows.x),), loss)
+        algorithm.advance(rows, logits, values, torch.full_like(rows.x, gradient))
 
 
-def size(rows: Rows) -> float:
-    return float(rows["size"].flatten()[0])
+def size(rows: Rows[APGDState]) -> float:
+    return float(rows.state.step_size.flatten()[0])
 
 
 def climbing(rises: int, *, of: int) -> list[float]:
@@ -79,40 +74,40 @@ def test_step_is_halved_where_the_best_stands_still_though_the_loss_rises() -> N
 def test_halving_goes_back_to_the_best_point() -> None:
     algorithm = APGD(norm="linf", steps=100)
     rows = begun(algorithm)
-    best = torch.full_like(rows["x"], 0.45)
+    best = torch.full_like(rows.x, 0.45)
     go(algorithm, rows, [0.0])
-    rows["x_adv"] = best
+    rows.x_adv = best
     go(algorithm, rows, [9.0], gradient=-1.0)
     go(algorithm, rows, [1.0] * 20)
-    rows["x_old"] = rows["x_adv"] = torch.full_like(best, 0.55)
+    rows.state.x_old = rows.x_adv = torch.full_like(best, 0.55)
     go(algorithm, rows, [1.0])
     # From 0.45 against the gradient found there, by 0.05 to the edge; momentum from 0.55.
     assert size(rows) == pytest.approx(0.1)
-    torch.testing.assert_close(rows["x_adv"], (best - 0.75 * 0.05 - 0.25 * 0.1).clamp_min(0.4))
-    assert torch.equal(rows["x_old"], best)
+    torch.testing.assert_close(rows.x_adv, (best - 0.75 * 0.05 - 0.25 * 0.1).clamp_min(0.4))
+    assert torch.equal(rows.state.x_old, best)
 
 
 def test_momentum_is_1_then_three_quarters() -> None:
     algorithm = APGD(norm="linf", steps=100)
     rows = begun(algorithm)
-    rows["size"] = torch.full_like(rows["size"], 0.04)
+    rows.state.step_size = torch.full_like(rows.state.step_size, 0.04)
     go(algorithm, rows, [0.0])
-    torch.testing.assert_close(rows["x_adv"], torch.full_like(rows["x"], 0.54))
+    torch.testing.assert_close(rows.x_adv, torch.full_like(rows.x, 0.54))
     go(algorithm, rows, [0.0])
-    torch.testing.assert_close(rows["x_adv"], torch.full_like(rows["x"], 0.54 + 0.03 + 0.01))
+    torch.testing.assert_close(rows.x_adv, torch.full_like(rows.x, 0.54 + 0.03 + 0.01))
     go(algorithm, rows, [0.0], gradient=-1.0)
-    torch.testing.assert_close(rows["x_adv"], torch.full_like(rows["x"], 0.58 - 0.03 + 0.01))
+    torch.testing.assert_close(rows.x_adv, torch.full_like(rows.x, 0.58 - 0.03 + 0.01))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_starts_on_the_surface_of_the_ball(norm: str) -> None:
-    algorithm = APGD(norm=norm)  # type: ignore[arg-type]
-    rows = begun(algorithm, n=50)
-    start = algorithm.start(rows)
-    away = distance(start, rows["x"], algorithm.norm)
-    torch.testing.assert_close(away, torch.full((50,), 0.1))
-    other = algorithm.start(rows | {"run": rows["run"] + 1})
-    assert bool((start != other).flatten(1).any(dim=1).all())
+def test_starts_on_the_surface_of_the_ball(norm: Norm) -> None:
+    x, eps = torch.full((50, 1, 2, 2), 0.5), torch.full((50, 1, 1, 1), 0.1)
+    starts = [
+        random_surface(x, torch.arange(50), torch.full((50,), run), norm=norm, eps=eps)
+        for run in range(2)
+    ]
+    torch.testing.assert_close(distance(starts[0], x, norm), torch.full((50,), 0.1))
+    assert bool((starts[0] != starts[1]).flatten(1).any(dim=1).all())
 
 
 def test_rows_at_different_steps_do_not_meet() -> None:
@@ -121,7 +116,7 @@ def test_rows_at_different_steps_do_not_meet() -> None:
     losses = torch.randn(40, generator=generator)
     gradients = torch.randn(40, 1, 1, 2, 2, generator=generator)
 
-    def advance(rows: Rows, at: list[int]) -> None:
+    def advance(rows: Rows[APGDState], at: list[int]) -> None:
         algorithm.advance(
             rows, torch.zeros(len(at), 2), losses[at], torch.cat([gradients[step] for step in at])
         )
@@ -132,20 +127,11 @@ def test_rows_at_different_steps_do_not_meet() -> None:
     early, late = begun(algorithm), begun(algorithm)
     for step in range(3):
         advance(early, [step])
-    both = {name: torch.cat([early[name], late[name]]) for name in early}
+    both = early.join(late)
     for step in range(24):
         advance(both, [step + 3, step])
-    assert torch.equal(both["x_adv"][:1], alone["x_adv"])
-    assert torch.equal(both["size"][:1], alone["size"])
+    assert torch.equal(both.x_adv[:1], alone.x_adv)
+    assert torch.equal(both.state.step_size[:1], alone.state.step_size)
     for step in range(24, 27):
         advance(both, [step + 3, step])
-    assert torch.equal(both["x_adv"][1:], alone["x_adv"])
-
-
-def test_targets_are_the_likeliest_others_in_their_order() -> None:
-    from robust.attacks.apgd import nth_likeliest
-
-    clean = torch.tensor([[5.0, 1.0, 3.0, 2.0]]).expand(3, 4)
-    rows: dict[str, Tensor] = {"clean": clean, "y": torch.tensor([0, 0, 2])}
-    found = [nth_likeliest(rows | {"run": torch.full((3,), run)}).tolist() for run in range(3)]
-    assert found == [[2, 2, 0], [3, 3, 3], [1, 1, 1]]
+    assert torch.equal(both.x_adv[1:], alone.x_adv)

@@ -53,7 +53,8 @@ def test_in_a_caller_s_inference_mode_the_result_is_the_same(
 
 
 def test_autoattack_in_a_caller_s_inference_mode(curved: nn.Module, images: Tensor) -> None:
-    small = resolve_attack("autoattack", ThreatModel(eps=0.05))
+    stages = ("apgd-ce-3", "apgd-t-3", "fab-t-3", "square-20")
+    small = resolve_attack("autoattack", ThreatModel(eps=0.05), stages=stages)
     x = images[:2]
     outside = small.run(curved, x, curved(x).argmax(dim=1))
     with torch.inference_mode():
@@ -86,7 +87,7 @@ def test_what_does_not_fit_is_refused(
         (minimal, {"steps": 0}, "expected steps as a whole number of at least 1, got 0"),
         (minimal, {"rounds": -1}, "expected rounds as a whole number of at least 0, got -1"),
         (apgd, {"steps": 2.5}, "expected steps as a whole number of at least 1, got 2.5"),
-        (apgd, {"loss": "cw"}, "expected a loss out of ce, margin, dlr, got 'cw'"),
+        (apgd, {"loss": "cw"}, "expected loss to be one of ce, margin, dlr, pm, got 'cw'"),
         (apgd_t, {"targets": 0}, "expected targets as a whole number"),
         (fab_t, {"targets": True}, "expected targets as a whole number"),
         (square, {"queries": "9"}, "expected queries as a whole number of at least 1, got '9'"),

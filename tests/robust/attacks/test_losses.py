@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from robust.attacks.losses import classes_needed, cross_entropy, dlr, margin
+from robust.attacks.losses import (
+    classes_needed,
+    cross_entropy,
+    dlr,
+    logit_gap,
+    margin,
+    probability_margin,
+    targeted_dlr,
+)
 
 LOGITS = torch.tensor([[1.0, 4.0, 2.0, 0.5]])
 
@@ -29,6 +37,20 @@ def test_margin_is_above_0_just_where_the_attack_has_succeeded() -> None:
     assert margin(LOGITS, at(0)).item() == 3
     assert margin(LOGITS, at(0), at(1)).item() == 2
     assert margin(LOGITS, at(1), at(2)).item() == -2
+
+
+def test_probability_margin_is_that_of_the_softmax() -> None:
+    p = LOGITS.softmax(dim=1)[0]
+    assert probability_margin(LOGITS, at(1)).item() == pytest.approx(float(p[2] - p[1]))
+    assert probability_margin(LOGITS, at(0), at(3)).item() == pytest.approx(float(p[3] - p[1]))
+    assert classes_needed("pm", targeted=True) == 2
+
+
+def test_losses_of_a_target_class() -> None:
+    assert logit_gap(LOGITS, at(1), at(2)).item() == -2
+    assert torch.equal(targeted_dlr(LOGITS, at(1), at(2)), dlr(LOGITS, at(1), at(2)))
+    few = LOGITS[:, :3]  # the ratio needs 4
+    assert torch.equal(targeted_dlr(few, at(1), at(2)), margin(few, at(1), at(2)))
 
 
 def test_cross_entropy_of_a_target_is_climbed_towards_it() -> None:

@@ -206,7 +206,7 @@ def test_same_seed_same_result(x: Tensor, linear: nn.Module) -> None:
         ({"target": torch.tensor([0, 1])}, "target other than the label"),
         ({"steps": 0}, "steps as a whole number of at least 1, got 0"),
         ({"restarts": 0}, "restarts as a whole number of at least 1, got 0"),
-        ({"loss": "cw"}, "a loss out of ce, margin, dlr, got 'cw'"),
+        ({"loss": "cw"}, "loss to be one of ce, margin, dlr, pm, got 'cw'"),
         ({"alpha": -0.1}, "alpha of at least 0"),
         ({"alpha": float("nan")}, "alpha of at least 0"),
     ],
@@ -228,7 +228,7 @@ def test_fgsm_takes_the_eps_of_each_image(linear: nn.Module, eps: float) -> None
 
 def test_pgd_refuses_sizes_of_its_own_where_alpha_has_no_proportion(linear: nn.Module) -> None:
     x, y = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="in proportion to, got 0"):
+    with pytest.raises(ValueError, match="eps above 0, as alpha scales with it, got 0"):
         pgd(
             linear,
             x,

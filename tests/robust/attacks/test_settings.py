@@ -46,7 +46,7 @@ def test_labels_and_costs() -> None:
 
 @pytest.mark.parametrize("name", ["", "PGD", "pgd-", "pgd-x", "fgsm-3", "cw", "pgd-1234567", "a b"])
 def test_unknown_attacks_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="expected an attack out of fgsm, pgd"):
+    with pytest.raises(ValueError, match="expected attack to be one of fgsm, pgd"):
         resolve_attack(name, LINF)
 
 

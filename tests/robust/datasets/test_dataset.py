@@ -51,7 +51,7 @@ def test_the_hash_is_of_content() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"images": torch.zeros(5, 3, 2, 2)},
+        {"images": torch.zeros(5, 3, 2, 2, dtype=torch.float64)},
         {"images": torch.zeros(5, 1, 2, 2, dtype=torch.uint8)},
         {"images": torch.zeros(4, 3, 2, 2, dtype=torch.uint8)},
         {"labels": torch.zeros(5)},

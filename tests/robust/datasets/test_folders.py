@@ -1,4 +1,4 @@
-import logging
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from robust.datasets import DatasetError, load_dataset
+from robust.datasets import DatasetError, check_trainable, load_dataset
 from robust.datasets.archive import open_archive
 
-COLOURS = {"cat/1.png": 10, "cat/2.PNG": 20, "dog/1.png": 30, "eel/x.webp": 40}
+COLORS = {"cat/1.png": 10, "cat/2.PNG": 20, "dog/1.png": 30, "eel/x.webp": 40}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, value in COLOURS.items():
+    for name, value in COLORS.items():
         path = tmp_path / "animals" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (value,) * 3).save(path, lossless=True)
@@ -57,18 +57,58 @@ def test_classes_that_are_numbers_are_in_number_order(tmp_path: Path) -> None:
         assert (image == label).all()
 
 
-def test_other_files_are_skipped_with_a_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_files_are_skipped_and_noted(folder: Path) -> None:
     (folder / "cat" / ".DS_Store").write_text("")
     (folder / ".git").mkdir()
     (folder / "cat" / "notes.txt").write_text("")
-    assert len(load_dataset(folder)) == 4
-    assert "skipped 1 files" in caplog.text
+    (folder / "cat" / "gone.png").symlink_to(folder / "nowhere.png")
+    dataset = load_dataset(folder)
+    assert len(dataset) == 4
+    assert dataset.changes == (
+        "skipped 1 hidden file: cat/.DS_Store",
+        "skipped 1 file that is no image: cat/notes.txt",
+        "skipped 1 link to nowhere: cat/gone.png",
+    )
+    (folder / "cat" / "gone.png").unlink()
     (folder / "__MACOSX").mkdir()
     (folder / "__MACOSX" / "a.png").write_text("")
-    caplog.set_level(logging.WARNING)
-    assert len(load_dataset(zipped(folder, "top/"))) == 4
+    dataset = load_dataset(zipped(folder, "top/"))
+    assert len(dataset) == 4
+    assert dataset.changes[0] == ("skipped 2 hidden files: top/__MACOSX/a.png, top/cat/.DS_Store")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jfif", "a.bmp", "a.tif", "a.gif", "a.ppm", "a.dat", "without", "b.PNG"]
+)
+def test_images_are_told_by_content(folder: Path, name: str) -> None:
+    kinds = {".jfif": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".gif": "GIF", ".ppm": "PPM"}
+    path = folder / "dog" / name
+    Image.new("RGB", (32, 32), (30, 30, 30)).save(path, kinds.get(path.suffix, "BMP"))
+    for source in (folder, zipped(folder)):
+        dataset = load_dataset(source)
+        assert dataset.labels.tolist() == [0, 0, 1, 1, 2]
+        assert (dataset.images[2:4] == 30).all()
+        assert dataset.changes == ()
+
+
+def test_what_is_called_an_image_must_be_one_that_is_read(folder: Path) -> None:
+    (folder / "dog" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    refusal(folder, "animals/dog/phone.heic")
+
+
+def test_a_tiff_of_16_bits_upside_down_and_an_animation(folder: Path) -> None:
+    values = np.full((32, 32), 257 * 7, np.uint16)
+    values[:16] = 257 * 9
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(values).save(folder / "dog" / "a.tif", exif=exif)
+    red, blue = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+    red.save(folder / "dog" / "b.gif", save_all=True, append_images=[blue])
+    dataset = load_dataset(folder)
+    assert dataset.images[3, :, 0, 0].tolist() == [7, 7, 7]
+    assert dataset.images[3, :, 31, 31].tolist() == [9, 9, 9]
+    assert dataset.images[4, :, 0, 0].tolist() == [255, 0, 0]
+    assert dataset.changes == ("used the first frame of 1 files with several",)
 
 
 def test_a_broken_image_is_named(folder: Path) -> None:
@@ -87,6 +127,18 @@ def test_the_tree_must_be_two_levels_deep(folder: Path, tmp_path: Path) -> None:
     assert refusal(folder).found == "cat/young/1.png"
 
 
+def test_the_part_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    for part, classes in (("train", ("cat", "dog")), ("val", ("dog", "eel"))):
+        for name in classes:
+            shutil.copytree(folder / name, tmp_path / "parts" / part / name)
+    for train, classes, part in ((True, ("cat", "dog"), "train"), (False, ("dog", "eel"), "val")):
+        dataset = load_dataset(tmp_path / "parts", train=train)
+        assert dataset.classes == classes
+        assert dataset.changes == (f"read its folder {part}",)
+    shutil.rmtree(tmp_path / "parts" / "train")
+    assert refusal(tmp_path / "parts").expected == "a folder train"
+
+
 def test_nothing_and_one_class(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty").found == "no images"
@@ -95,7 +147,10 @@ def test_nothing_and_one_class(folder: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)
     Image.new("L", (4, 4)).save(one / "cat" / "1.png")
-    assert refusal(one).found == "1 of class 0 only"
+    dataset = load_dataset(one)
+    assert (dataset.classes, len(dataset)) == (("cat",), 1)
+    with pytest.raises(DatasetError, match="two classes or more, found 1 of class 0 only"):
+        check_trainable(dataset)
     with zipfile.ZipFile(tmp_path / "none.zip", "w"):
         pass
     assert refusal(tmp_path / "none.zip").found == "no images"
@@ -141,6 +196,21 @@ def test_a_member_that_is_larger_than_it_says(folder: Path) -> None:
     refusal(path)
 
 
+def test_a_member_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", "")
+    data = path.read_bytes()
+    at = data.index(b"PK\x01\x02")
+    data = (
+        data[:at]
+        + data[at : at + 46].replace(b"\1\0\0\0\0\0", b"\0\0\0\0\0\0", 1)
+        + data[at + 47 :]
+    )
+    path.write_bytes(data[:-10] + (46).to_bytes(4, "little") + data[-6:])
+    assert refusal(path).found == "a member without a name"
+
+
 def test_a_zip_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 not really")
     assert "damaged" in refusal(tmp_path / "a.zip").found
@@ -148,8 +218,19 @@ def test_a_zip_that_is_none(tmp_path: Path) -> None:
 
 def test_sizes_are_fitted(folder: Path) -> None:
     Image.new("RGB", (100, 60), (7, 7, 7)).save(folder / "dog" / "1.png")
-    image = load_dataset(folder, size=24).images[2]
-    assert torch.equal(image, torch.full((3, 24, 24), 7, dtype=torch.uint8))
+    dataset = load_dataset(folder, size=24)
+    assert torch.equal(dataset.images[2], torch.full((3, 24, 24), 7, dtype=torch.uint8))
+    assert dataset.changes == (
+        "resized 3 images from 32x32 to 24x24",
+        "resized 1 image from 100x60 to 24x24, cropped to the square in the center",
+    )
+    for side in (50, 51):
+        Image.new("RGB", (side, side)).save(folder / "dog" / f"{side}.png")
+    assert (
+        load_dataset(folder, size=24)
+        .changes[0]
+        .startswith("resized 6 images of 4 sizes, 32x32 to 100x60, to 24x24")
+    )
 
 
 @pytest.mark.parametrize("readme", ["README.txt", "top/README.txt"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from robust.datasets import DatasetError, load_dataset
 
@@ -79,6 +79,25 @@ def test_a_cifar10_folder_or_the_one_above(cifar: Path) -> None:
         assert train.classes[3] == "class 3"
         assert train.class_counts() == (2,) * 10
         assert train.name == "cifar10"
+
+
+def test_cifar100_has_the_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    names = [f"class {label}" for label in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    for name, value in (("train", 1), ("test", 2)):
+        data = np.full((200, 3072), value, np.uint8)
+        fields = {"data": data, "fine_labels": [*range(100)] * 2, "coarse_labels": [0] * 200}
+        (folder / name).write_bytes(pickle.dumps(fields))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(folder / "train")]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(folder / "test")]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5(folder / "meta")})
+    for source in (folder, tmp_path):
+        dataset = load_dataset(source, train=False)
+        assert (dataset.images == 2).all()
+        assert dataset.class_counts() == (2,) * 100
+        assert (dataset.classes[99], dataset.name) == ("class 99", "cifar100")
 
 
 def test_cifar10_from_the_cache(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:

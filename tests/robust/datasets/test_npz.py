@@ -1,5 +1,5 @@
 import io
-import logging
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from robust.datasets import DatasetError, load_dataset
+from robust.datasets import DatasetError, load_dataset, load_upload
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
@@ -43,9 +43,9 @@ def test_uint8_arrays_pass_bit_exactly(tmp_path: Path) -> None:
         np.asfortranarray(IMAGES),
         (IMAGES / 255).astype(np.float32),
         (IMAGES / 255).astype(">f8"),
-        (IMAGES / 255).astype(np.float16),
+        IMAGES.reshape(6, -1),
     ],
-    ids=["NHWC", "fortran", "float32", "big-endian", "float16"],
+    ids=["NHWC", "fortran", "float32", "big-endian", "rows"],
 )
 def test_layouts_and_floats_give_the_same_images(tmp_path: Path, images: object) -> None:
     dataset = load_dataset(save(tmp_path, images=images))
@@ -59,14 +59,11 @@ def test_grey_becomes_three_equal_channels(tmp_path: Path, shape: tuple[int, ...
     assert torch.equal(dataset.images, torch.from_numpy(IMAGES[:, :1]).expand(-1, 3, -1, -1))
 
 
-def test_other_sizes_are_resized_and_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_sizes_are_resized_and_noted(tmp_path: Path) -> None:
     images = np.repeat(IMAGES, 2, axis=2).repeat(2, axis=3)
-    with caplog.at_level(logging.INFO):
-        dataset = load_dataset(save(tmp_path, images=images))
+    dataset = load_dataset(save(tmp_path, images=images))
     assert dataset.images.shape == (6, 3, 32, 32)
-    assert "resizing 6 images from 64x64 to 32" in caplog.text
+    assert dataset.changes == ("resized 6 images from 64x64 to 32x32",)
     flat = np.full((6, 3, 48, 48), 9, np.uint8)
     assert (load_dataset(save(tmp_path, images=flat), size=20).images == 9).all()
 
@@ -84,9 +81,10 @@ def test_whole_labels_of_any_type(tmp_path: Path, labels: object) -> None:
         (np.array([0, 1, 2, 0, 1, np.nan]), "fractions or NaN"),
         (LABELS - 1, "labels from -1 to 1"),
         (LABELS * 10**6, "labels from 0 to 2000000"),
-        (LABELS > 0, "torch.bool"),
-        (LABELS * 0 + 2, "6 of class 2 only"),
-        (np.eye(6), "shape (6, 6)"),
+        (np.eye(7)[:, :6], "shape (7, 6)"),
+        (np.eye(6) * 0.9, "other values (6, 6)"),
+        (np.ones((6, 6)), "rows without a single 1"),
+        (np.eye(6) * np.nan, "other values (6, 6)"),
         (np.array(3), "a single number"),
         (LABELS.astype(object), "an object array"),
         (LABELS.astype(str), "dtype <U21"),
@@ -114,8 +112,9 @@ def with_one(value: float) -> object:
         (IMAGES.astype(np.int64), "torch.int64"),
         (with_one(np.nan), "NaN or infinity"),
         (with_one(np.inf), "NaN or infinity"),
-        (with_one(1.01), "values from 0 to 1.01"),
-        (with_one(-0.01), "values from -0.01 to 1"),
+        (with_one(1.01), "values from 0.0 to 1.01"),
+        (with_one(1.0000021), "values from 0.0 to 1.0000021"),
+        (with_one(-0.01), "values from -0.01 to 1.0"),
         (IMAGES.astype(object), "an object array"),
         (
             IMAGES.astype([("r", "u1")]),
@@ -134,7 +133,12 @@ def test_bad_classes(tmp_path: Path) -> None:
 
 def test_missing_arrays_files_and_unknown_names(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=IMAGES)
-    assert refusal(tmp_path / "x.npz") == "none named labels"
+    assert refusal(tmp_path / "x.npz") == "images"
+    np.savez(tmp_path / "x.npz", images=IMAGES, adv=IMAGES, labels=LABELS)
+    assert refusal(tmp_path / "x.npz") == "both, among images, adv, labels"
+    np.savez(tmp_path / "x.npz", pictures=IMAGES, Labels=LABELS)
+    with pytest.raises(DatasetError, match=r"images named images, imgs, .*found pictures, Labels"):
+        load_dataset(tmp_path / "x.npz")
     (tmp_path / "x.csv").write_text("1,2")
     assert refusal(tmp_path / "x.csv") == ".csv"
     with pytest.raises(DatasetError, match="nowhere: expected a file, a folder, 'cifar10'"):
@@ -205,3 +209,141 @@ def test_members_named_twice(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("labels.npy", buffer.getvalue())
     assert refusal(path) == "a member named twice"
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("x_test", "y_test"),
+        ("data", "targets"),
+        ("adv_complete", "labels"),
+        ("X", "Y"),
+        ("test_images", "test_labels"),
+        ("x_adv", "y_true"),
+    ],
+)
+def test_the_usual_names(tmp_path: Path, images: str, labels: str) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, **{images: IMAGES, labels: LABELS})
+    dataset = load_dataset(path)
+    assert torch.equal(dataset.images, torch.from_numpy(IMAGES))
+    assert dataset.changes == ()
+
+
+def test_the_part_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "mnist.npz"
+    parts = {"x_train": IMAGES[:4], "y_train": LABELS[:4], "x_test": IMAGES[4:]}
+    np.savez(path, **parts, y_test=LABELS[4:])
+    assert torch.equal(load_dataset(path).images, torch.from_numpy(IMAGES[:4]))
+    assert load_dataset(path, train=False).labels.tolist() == [1, 2]
+
+
+def test_labels_beside(tmp_path: Path) -> None:
+    path = tmp_path / "aa.npz"
+    np.savez(path, adv_complete=IMAGES)
+    np.save(tmp_path / "labels.npy", LABELS)
+    dataset = load_dataset(path)
+    assert dataset.labels.tolist() == LABELS.tolist()
+    assert dataset.changes == ("read the labels from labels.npy",)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.eye(4)[LABELS], np.eye(4, dtype=bool)[LABELS], np.eye(4, dtype=np.uint8)[LABELS]],
+)
+def test_one_hot_labels(tmp_path: Path, labels: object) -> None:
+    assert load_dataset(save(tmp_path, labels=labels)).labels.tolist() == LABELS.tolist()
+
+
+def test_boolean_labels_one_class_and_one_image(tmp_path: Path) -> None:
+    dataset = load_dataset(save(tmp_path, labels=LABELS > 0))
+    assert (dataset.labels.tolist(), dataset.classes) == ([0, 1, 1, 0, 1, 1], ("0", "1"))
+    dataset = load_dataset(save(tmp_path, labels=LABELS * 0 + 2))
+    assert dataset.classes == ("0", "1", "2")
+    for one in (np.array([2]), np.array(2)):
+        dataset = load_dataset(save(tmp_path, images=IMAGES[:1], labels=one))
+        assert (dataset.labels.tolist(), len(dataset.images)) == ([2], 1)
+
+
+FLOATS = RNG.random((6, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f4", "f8", "f2"])
+def test_floats_stay_floats(tmp_path: Path, dtype: str) -> None:
+    dataset = load_dataset(save(tmp_path, images=FLOATS.astype(dtype)))
+    assert (dataset.dtype, dataset.images.dtype) == ("float32", torch.float32)
+    assert np.array_equal(dataset.images.numpy(), FLOATS.astype(dtype).astype(np.float32))
+    assert dataset.changes == ()
+    turned = load_dataset(save(tmp_path, images=FLOATS.astype(dtype).transpose(0, 2, 3, 1)))
+    assert turned.sha256 == dataset.sha256
+
+
+def test_the_hash_covers_what_8_bits_would_lose(tmp_path: Path) -> None:
+    near = FLOATS.copy()
+    near[3, 1, 4, 4] = np.nextafter(near[3, 1, 4, 4], np.float32(0))
+    dataset, other = (load_dataset(save(tmp_path, images=x)) for x in (FLOATS, near))
+    assert dataset.sha256 != other.sha256
+    rounded, also = dataset.in_8_bits(), other.in_8_bits()
+    assert rounded.sha256 == also.sha256 != dataset.sha256
+    assert rounded.changes == ("rounded 6 images from float32 to 8 bits",)
+    assert rounded.in_8_bits() is rounded
+    assert (rounded.images.numpy() == np.round(FLOATS * 255)).all()
+
+
+def test_floats_beyond_the_range_by_rounding_are_clipped_and_counted(tmp_path: Path) -> None:
+    images = FLOATS.copy()
+    images[0, 0, 0, :3] = (-5e-7, 1 + 5e-7, 0)
+    dataset = load_dataset(save(tmp_path, images=images))
+    assert dataset.images[0, 0, 0, :3].tolist() == [0, 1, 0]
+    assert dataset.changes == ("clipped 2 values outside [0, 1] by less than 1e-06",)
+    levels = (IMAGES / 255).astype(np.float32)
+    levels[0, 0, 0, 0] = 1 + 5e-7
+    dataset = load_dataset(save(tmp_path, images=levels))
+    assert (dataset.dtype, dataset.images[0, 0, 0, 0].item()) == ("uint8", 255)
+    assert len(dataset.changes) == 1
+
+
+def test_doubles_that_float32_rounds_are_counted(tmp_path: Path) -> None:
+    images = FLOATS.astype(np.float64)
+    images[0, 0, 0, :2] += 1e-12
+    dataset = load_dataset(save(tmp_path, images=images))
+    assert dataset.changes == ("rounded 2 values from float64 to float32",)
+
+
+def test_floats_are_resized_as_floats(tmp_path: Path) -> None:
+    flat = np.full((6, 3, 48, 64), 0.3333, np.float32)
+    dataset = load_dataset(save(tmp_path, images=flat))
+    assert dataset.images.shape == (6, 3, 32, 32)
+    assert (dataset.images - 0.3333).abs().max() < 1e-6
+    assert dataset.changes == (
+        "resized 6 images from 64x48 to 32x32, cropped to the square in the center",
+    )
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    path = tmp_path / "large.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("images", (1, 9000, 9000, 3)), ("labels", (1,))):
+            size = int(np.prod(shape))
+            header = np.lib.format.header_data_from_array_1_0(np.zeros(1, np.uint8))
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array_header_1_0(member, {**header, "shape": shape})
+                for _ in range(0, size, 9000):
+                    member.write(bytes(min(9000, size)))
+    assert path.stat().st_size < 300_000
+    data = path.read_bytes()
+    tracemalloc.start()
+    for refuse in (
+        lambda: load_dataset(path),
+        lambda: load_upload(data, "x.npz", size=32, max_images=10),
+    ):
+        with pytest.raises(DatasetError, match="at most 50000000 pixels, found 9000x9000"):
+            refuse()
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_images_that_come_out_are_bounded_too(tmp_path: Path) -> None:
+    path = save(tmp_path, images=IMAGES[:, :, :1, :1])
+    with pytest.raises(DatasetError, match="at most 1000000 bytes of images, found 4078368"):
+        load_upload(path.read_bytes(), "x", size=476, max_images=9, max_bytes=1_000_000)

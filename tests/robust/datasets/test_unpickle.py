@@ -8,6 +8,8 @@ import re
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,8 +124,11 @@ RAW: dict[str, tuple[bytes, str]] = {
     "OBJ": (b"(" + glob("__main__", "Foo") + b"o.", "operation 0x6f"),
     "PERSID": (b"Pstorage\n.", "operation 0x50"),
     "NEXT_BUFFER": (b"\x97.", "operation 0x97"),
-    "calling a string": (text("os.system") + text("id") + b"\x85R.", "a call of what is no name"),
-    "calling an object": (FOO + b")\x81)R.", "a call of what is no name"),
+    "calling a string": (
+        text("os.system") + text("id") + b"\x85R.",
+        "a call of something that is not a name",
+    ),
+    "calling an object": (FOO + b")\x81)R.", "a call of something that is not a name"),
     "attributes for a class": (FOO + b"}" + text("__setstate__") + b"Nsb.", "attributes for"),
     "attributes for a dict": (b"}}b.", "attributes for a dict"),
     "attributes twice": (FOO + b")\x81}b}b.", "attributes for a Record"),
@@ -212,12 +217,12 @@ def test_a_handmade_tensor_inside_its_storage_loads() -> None:
     data = torch_zip(pair(tensor(SIZE, STRIDE)), _0=bytes(range(12)))
     dataset = load_upload(data, None, size=2, max_images=2)
     assert dataset.name == "upload"
-    # Of each image 1 pixel wide and 2 high the centre is taken, here the upper one.
+    # Of each image 1 pixel wide and 2 high the center is taken, here the upper one.
     assert dataset.images[1, :, 0, 0].tolist() == [6, 8, 10]
 
 
 SIZE, STRIDE = b"(K\x02K\x03K\x02K\x01t", b"(K\x06K\x02K\x01K\x01t"
-BEYOND, SENSELESS = "one beyond its 12 elements", "a senseless shape"
+BEYOND, INVALID = "one beyond its 12 elements", "an invalid shape"
 
 
 @pytest.mark.parametrize(
@@ -227,10 +232,10 @@ BEYOND, SENSELESS = "one beyond its 12 elements", "a senseless shape"
         (SIZE, b"(K\x07K\x02K\x01K\x01t", b"K\0", BEYOND),
         (b"(J\0\0\0\x7fK\x03K\x02K\x02t", b"(K\0K\0K\0K\0t", b"K\0", BEYOND),
         (SIZE, STRIDE, b"J\xff\xff\xff\xff", "one without a storage"),
-        (SIZE, b"(J\xff\xff\xff\xffK\x02K\x01K\x01t", b"K\x0b", SENSELESS),
-        (b"(\x8a\x09" + b"\xff" * 8 + b"\0K\x03t", b"(K\0K\0t", b"K\0", SENSELESS),
-        (b"(K\x02NK\x02K\x01t", STRIDE, b"K\0", SENSELESS),
-        (b"(" + b"K\x01" * 60 + b"t", b"(" + b"K\x01" * 60 + b"t", b"K\0", SENSELESS),
+        (SIZE, b"(J\xff\xff\xff\xffK\x02K\x01K\x01t", b"K\x0b", INVALID),
+        (b"(\x8a\x09" + b"\xff" * 8 + b"\0K\x03t", b"(K\0K\0t", b"K\0", INVALID),
+        (b"(K\x02NK\x02K\x01t", STRIDE, b"K\0", INVALID),
+        (b"(" + b"K\x01" * 60 + b"t", b"(" + b"K\x01" * 60 + b"t", b"K\0", INVALID),
         (b"(K\x02K\x03t", b"(K\x01t", b"K\0", "a damaged one"),
     ],
 )
@@ -274,8 +279,8 @@ def image_pickle(state: list[object], copies: int = 2) -> bytes:
         ([{}, "L", (9, 9), None, bytes(80)], "80 bytes for 9x9, mode L"),
         ([{}, "L", (10**6, 10**6), None, b""], "another size"),
         ([{}, "L", (0, 9), None, b""], "another size"),
-        ([{}, "L", (-9, -9), None, bytes(81)], "a senseless shape"),
-        ([{}, "L", 9, None, b""], "a senseless shape"),
+        ([{}, "L", (-9, -9), None, bytes(81)], "an invalid shape"),
+        ([{}, "L", 9, None, b""], "an invalid shape"),
         ([{}, "1;I", (8, 1), None, b"1"], "mode '1;I'"),
         ([{}, 3, (8, 1), None, b"1"], "another size"),
         ([{}, "P", (1, 1), [300], b"1"], "another"),
@@ -296,8 +301,21 @@ def test_one_image_under_many_names_is_no_amplifier() -> None:
     assert "more" in refusal(torch_zip(data))
 
 
-def test_uploads_have_a_bounded_number_of_operations() -> None:
-    assert "more than 30000 operations" in refusal(torch_zip(b"\x80\x02" + b"]" * 40_000 + b"."))
+def test_operations_are_bounded_by_the_bytes_in_the_file(tmp_path: Path) -> None:
+    assert "more than 20000 operations" in refusal(torch_zip(b"\x80\x02" + b"]" * 40_000 + b"."))
+    # A file of 2,190 bytes that unfolds to two million operations.
+    buffer, path = io.BytesIO(), tmp_path / "a.pt"
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]0" * 1_000_000 + b".")
+    data = buffer.getvalue()
+    assert len(data) < 2500
+    assert re.search("more than 10[0-9]{3} operations", refusal(data, max_images=10_000))
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=r"more than 10[0-9]{3} operations"):
+        load_dataset(path)
+
+
+def test_uploads_have_a_bounded_number_of_images() -> None:
     buffer = io.BytesIO()
     torch.save(([Image.new("L", (1, 1))] * 101, [0, 1]), buffer)
     assert refusal(buffer.getvalue()) == "101"
@@ -366,3 +384,38 @@ def test_damaged_pickles_load_or_are_refused(changes: list[tuple[float, int]]) -
 )
 def test_any_operations_load_or_are_refused(data: list[bytes]) -> None:
     refusal(torch_zip(b"".join([*data, b"."])))
+
+
+def test_members_are_counted_before_the_directory_is_parsed() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", "")
+    data = buffer.getvalue()
+    at, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    entry = data[at:end]
+    size = (len(entry) * 170_000).to_bytes(4, "little")
+    bomb = data[:at] + entry * 170_000 + data[end : end + 12] + size + data[end + 16 :]
+    tracemalloc.start()
+    assert refusal(bomb) == "more"
+    assert tracemalloc.get_traced_memory()[1] < 2**20  # parsed, it is 80 MB
+    tracemalloc.stop()
+
+
+SQUARES = b"]q\x00" + b"".join(
+    b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(200)
+)
+
+
+@pytest.mark.parametrize(
+    ("operations", "found"),
+    [
+        (b"]0" * 2_000_000 + b".", "more than 30000 operations"),  # stored, 4 MB
+        (b")" + b"\x85" * 300_000 + b".", "more than 30000 operations"),  # tuples in tuples
+        (SQUARES + b".", "a list of 2"),  # 2 to the power of 200 lists, if one walked them all
+    ],
+    ids=["many", "deep", "shared"],
+)
+def test_the_worst_pickles_cost_milliseconds(operations: bytes, found: str) -> None:
+    start = time.thread_time()
+    assert found in refusal(torch_zip(b"\x80\x02" + operations))
+    assert time.thread_time() - start < 1  # some 0.02 s

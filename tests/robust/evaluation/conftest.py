@@ -17,21 +17,13 @@ Data = tuple[Tensor, Tensor]
 Network = Callable[[], nn.Module]
 
 
-class ShortAutoAttack(AttackSettings):
-    """AutoAttack with a small budget."""
-
-    @property
-    def stages(self) -> tuple[AttackSettings, ...]:
-        steps = {"apgd-ce": 5, "apgd-t": 5, "fab-t": 5, "square": 30}
-        return tuple(
-            resolve_attack(name, self.threat_model, steps=count) for name, count in steps.items()
-        )
+STAGES = ("apgd-ce-5", "apgd-t-5", "fab-t-5", "square-30")
 
 
 @pytest.fixture(scope="session")
 def short() -> Callable[[ThreatModel], AttackSettings]:
     """Makes AutoAttack with a small budget."""
-    return lambda ball: ShortAutoAttack(**vars(resolve_attack("autoattack", ball)))
+    return lambda ball: resolve_attack("autoattack", ball, stages=STAGES)
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from robust.attacks import AttackSettings, resolve_attack
-from robust.evaluation import Evaluation, evaluate, evaluate_batches
+from robust.evaluation import Evaluation, evaluate, evaluate_batches, find_flags
 from robust.threat_model import Norm, ThreatModel
 
 CPU = torch.device("cpu")
@@ -96,12 +98,12 @@ def test_autoattack_on_a_sound_model_raises_none(
 
 def test_random_answers(undefended: nn.Module, test_digits: Data) -> None:
     result = run(lambda x: undefended(x + 0.02 * torch.randn_like(x)), test_digits, attacks("pgd"))
-    assert "randomised" in names(result)
+    assert "randomized" in names(result)
 
 
 def test_answers_that_depend_on_the_batch(undefended: nn.Module, test_digits: Data) -> None:
     result = run(lambda x: undefended(x - x.mean() + 0.3), test_digits, attacks("pgd"))
-    assert "randomised" in names(result)
+    assert "randomized" in names(result)
 
 
 def test_probabilities(undefended: nn.Module, test_digits: Data) -> None:
@@ -129,7 +131,7 @@ def test_gradients_that_are_zero(undefended: nn.Module, test_digits: Data) -> No
     result = run(lambda x: undefended(Rounded.apply(x * 8) / 8), test_digits, used)
     assert {"gradients", "no effect"} <= names(result)
     assert result.probes is not None
-    assert result.probes.zero_gradients == result.probes.n
+    assert result.probes.zero_gradients == result.probes.differentiated == 8
 
 
 def test_gradients_that_are_nan(undefended: nn.Module, test_digits: Data) -> None:
@@ -139,7 +141,7 @@ def test_gradients_that_are_nan(undefended: nn.Module, test_digits: Data) -> Non
     result = run(model, test_digits, attacks("fgsm"))
     assert "gradients" in names(result)
     assert result.probes is not None
-    assert result.probes.nan_gradients == result.probes.n
+    assert result.probes.nan_gradients == result.probes.differentiated == 8
 
 
 def test_normalisation_left_out(undefended: nn.Module, test_digits: Data) -> None:
@@ -150,14 +152,38 @@ def test_normalisation_left_out(undefended: nn.Module, test_digits: Data) -> Non
         return undefended(x * std.view(3, 1, 1) + mean.view(3, 1, 1))
 
     result = run(model, test_digits, attacks("fgsm"))
-    (flag,) = [flag for flag in result.flags if flag.name == "normalisation"]
-    assert flag.text.startswith("96 of 100 images are right once they are normalised as for")
+    (flag,) = [flag for flag in result.flags if flag.name == "normalization"]
+    assert flag.text.startswith("49 of 50 images are right once they are normalized as for")
+
+
+def test_a_model_without_gradients_is_not_blamed_for_it(
+    defended: nn.Module, test_digits: Data
+) -> None:
+    result = run(lambda x: defended(x).detach(), test_digits, attacks("square"))
+    assert result.flags == ()
 
 
 def test_chance(undefended: nn.Module, test_digits: Data) -> None:
     images, labels = test_digits
     result = run(undefended, (images, (labels + 1) % 10), attacks("fgsm"))
     assert names(result) == {"chance"}
+
+
+def test_adversarial_images_are_not_taken_for_ones_to_normalize(
+    undefended: nn.Module, test_digits: Data
+) -> None:
+    """None is right as it comes, and any change, a normalization too, brings many back."""
+    images, labels = test_digits
+    result = run(undefended, (images, (labels + 1) % 10), attacks("fgsm"))
+    assert result.probes is not None
+    probes = replace(result.probes, right=0, right_normalized=30, normalization="CIFAR")
+    none_right = replace(result, clean=replace(result.clean, correct=0), probes=probes)
+    (flag,) = find_flags(none_right)
+    assert flag.name == "chance"
+    assert str(flag).startswith("0 of 100 images are right as they come, less than chance")
+    assert "adversarial already" in str(flag)
+    some = replace(none_right, probes=replace(probes, right=10))
+    assert {flag.name for flag in find_flags(some)} == {"chance", "normalization"}
 
 
 # The attacks.
@@ -275,9 +301,9 @@ def test_successes_that_do_not_hold(undefended: nn.Module, test_digits: Data) ->
         device=CPU,
         fast=lambda x: undefended(x).roll(1, dims=1),
     )
-    assert names(result) >= {"unheld"}
-    assert result.attacks[0].unheld > 50
-    assert result.attacks[0].correct == result.clean.correct  # an unheld success is none
+    assert names(result) >= {"unconfirmed"}
+    assert result.attacks[0].unconfirmed > 50
+    assert result.attacks[0].correct == result.clean.correct  # an unconfirmed success is none
 
 
 def test_nothing_is_concluded_from_little(undefended: nn.Module, test_digits: Data) -> None:
@@ -287,3 +313,12 @@ def test_nothing_is_concluded_from_little(undefended: nn.Module, test_digits: Da
     assert run(undefended, (images[:10], labels[:10]), [nothing]).flags == ()
     tiny = attacks("fgsm", eps=0.1 / 255)
     assert run(undefended, test_digits, tiny).flags == ()
+
+
+def test_every_flag_is_documented() -> None:
+    root = Path(__file__).parents[3]
+    source = (root / "robust/evaluation/flags.py").read_text()
+    page = (root / "docs/evaluation.md").read_text()
+    names = set(re.findall(r'name="([^"]+)"', source))
+    assert {"randomized", "square stronger"} < names
+    assert names == set(re.findall(r"`([^`]+)`", page.split("| flag | seen |")[1].split("\n\n")[0]))

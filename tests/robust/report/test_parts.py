@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from robust.classifier import Architecture
 from robust.commands.report import find_run
 from robust.report import words
-from robust.report.document import Document, Notice, Section, Table, Text
+from robust.report.document import INK, Document, Notice, Plot, Section, Table, Text
 from robust.report.evaluations import Measurement, parse_evaluation
 from robust.report.examples import SIDE, Surface, measure_surface
 from robust.report.html import render_html
 from robust.report.pdf import render_pdf
-from robust.report.result_sections import accuracies, by_class
+from robust.report.result_sections import accuracies, by_class, cost, differences
 from robust.report.run import ReportError, TrainingRun, check_belongs
 from robust.report.trust import trust
 from robust.sidecar import Sidecar
 from robust.threat_model import ThreatModel
+from tests.support.browser import chromium
 
 Values = dict[str, Any]
 
@@ -56,6 +57,29 @@ def test_stages_of_an_attack_are_told_one_by_one(evaluation: Values, sidecar: Si
     assert "No AutoAttack" not in titles(trust([found], None))
 
 
+def test_what_only_one_of_two_attacks_fooled_is_told(evaluation: Values, sidecar: Sidecar) -> None:
+    stages = [{"attack": "pgd-1", "attacked": 83, "correct": 42, "seconds": 1.0}]
+    base = evaluation["results"][1] | {"stages": stages}
+    one = evaluation | {
+        "results": [evaluation["results"][0], base | {"attack": "audit", "fooled": [1, 5, 7]}],
+        "times": {"evaluation": 12.0, "passes": 11.0, "limit": 10.5},
+    }
+    other = evaluation | {
+        "results": [evaluation["results"][0], base | {"attack": "autoattack", "fooled": [1, 8]}]
+    }
+    found = [parsed(one, sidecar), parsed(other, sidecar)]
+    (table,) = differences(found)
+    assert [row[:2] + row[3:] for row in table.rows] == [
+        ("audit", "autoattack", "2 of 120", "5, 7"),
+        ("autoattack", "audit", "1 of 120", "8"),
+    ]
+    elsewhere = other | {"data": other["data"] | {"scored_sha256": "0" * 64}}
+    assert differences([found[0], parsed(elsewhere, sidecar)]) == []  # other images
+    told = [block.text for block in cost(found, []).blocks if isinstance(block, Text)]
+    assert "12.0 s in all, of which passes took 11.0 s" in told[-1]
+    assert told[-1].endswith("as many passes take 10.5 s.")
+
+
 def test_of_several_attacks_the_worst_case_counts(
     evaluation: Values, sidecar: Sidecar, make_result: Callable[..., Values]
 ) -> None:
@@ -72,7 +96,7 @@ def test_of_several_attacks_the_worst_case_counts(
 def test_clean_checks_are_told_as_such(evaluation: Values, sidecar: Sidecar) -> None:
     evaluation |= {"flags": [], "notes": []}
     assert titles(trust([parsed(evaluation, sidecar)], None)) == [
-        *("No reason for doubt was found", "No AutoAttack", "Few images")
+        *("No sign of a problem", "No AutoAttack", "Few images")
     ]
 
 
@@ -277,3 +301,57 @@ def test_what_a_run_adds_to_its_recipe_does_not_make_it_another(tmp_path: Path) 
     check_belongs(run, sidecar, tmp_path / "a.pt")
     with pytest.raises(ReportError, match="another recipe"):
         check_belongs(run, replace(sidecar, recipe={"name": "cpu"}), tmp_path / "a.pt")
+
+
+def test_by_class_shows_the_attack_beside_clean_also_where_it_fools_nothing(
+    evaluation: Values, sidecar: Sidecar
+) -> None:
+    whole = parsed(evaluation, sidecar)
+    clean, attack = whole.results[:2]
+    unharmed = replace(attack, correct=clean.correct, per_class=clean.per_class)
+    measurement = replace(whole, results=(clean, unharmed))
+    plot = next(b for b in by_class([measurement], sidecar.classes).blocks if isinstance(b, Plot))
+    assert plot.caption == "Accuracy by class: clean and pgd-20, linf 8/255"
+
+
+@pytest.mark.parametrize("lines", [32, 36])
+@pytest.mark.parametrize("words", [60, 300])
+def test_a_heading_is_on_the_page_of_its_table(lines: int, words: int) -> None:
+    rows = tuple((f"row{k}", "word " * words, "x " * 40) for k in range(3))
+    table = Table(caption="Caption", header=("what", "value", "more"), rows=rows)
+    filler = Section(title="Filler", blocks=(Text(text="filler"),) * lines)
+    sections = (filler, Section(title="Heading", blocks=(table,)))
+    printed = render_pdf(Document(title="t", subtitle="s", sections=sections))
+    pages = [page.extract_text() for page in PdfReader(BytesIO(printed)).pages]
+    places = [next(k for k, page in enumerate(pages) if word in page)
+              for word in ("Heading", "Caption", "row0")]  # fmt: skip
+    assert len(set(places)) == 1
+    assert len(pages) > 1
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("media", [{"media": "print"}, {"forced_colors": "active"}], ids=str)
+def test_print_and_forced_colors_keep_bars_and_verdicts(media: dict[str, Any]) -> None:
+    svg = f'<svg width="9pt" height="9pt"><rect width="9" height="9" fill="#0072B2"/><text>{INK}'
+    blocks = (
+        Notice(kind="warning", title="Flag", text="text"),
+        Notice(kind="good", title="Fine", text="text"),
+        Plot(caption="Bars", alt="bars", svg=f"{svg}</text></svg>"),
+    )
+    section = Section(title="One", blocks=blocks)
+    page = render_html(Document(title="t", subtitle="s", sections=(section,)))
+    with chromium() as browser:
+        tab = browser.new_page()
+        tab.emulate_media(**media)
+        tab.set_content(page)
+
+        def style(selector: str, name: str) -> str:
+            found: str = tab.locator(selector).evaluate(f"e => getComputedStyle(e)['{name}']")
+            return found
+
+        assert style("rect", "fill") == "rgb(0, 114, 178)"
+        assert style("figure svg", "color") == style("body", "color")  # axes can be read
+        borders = {style(f".notice.{kind}", "border-left-style") for kind in ("warning", "good")}
+        assert borders == {"double", "solid"}  # told apart without color
+        if "media" in media:
+            assert style("nav", "display") == "none"

@@ -173,7 +173,7 @@ def test_method_in_words(page: Page) -> None:
         "random crop, 4 pixels of padding, mirrored with probability 0.5",
     ]
     assert phases[2][2:4] == ["25% clean and 75% pgd with 3 steps", "trades, beta 6"]
-    assert ["optimiser", "adamw"] in table(page, "What both phases")
+    assert ["optimizer", "adamw"] in table(page, "Settings of all phases")
 
 
 def test_costs(page: Page) -> None:
@@ -189,8 +189,8 @@ def test_flags_notes_and_limits_are_told(page: Page) -> None:
     text = " ".join(page.words)
     assert "7 have no gradient" in text
     assert "look for rounding" in text
-    assert "fab-t: 3 other classes" in text
-    assert "No reason for doubt" not in text
+    assert "fab-t: tries 3 target classes" in text
+    assert "No sign of a problem" not in text
     assert "No AutoAttack" in text
     assert "Few images" in text
 
@@ -212,6 +212,8 @@ def test_manifest(page: Page, house: Path) -> None:
     assert rows["SHA-256 of the weights"] == sidecar["weights_sha256"]
     assert rows["SHA-256 of the data"] == "e" * 64
     assert rows["SHA-256 of the images scored"] == "f" * 64
+    assert rows["type of the images"] == "float32"
+    assert rows["changed on reading"] == "skipped 1 link to nowhere: cat/gone.png"
     assert rows["precision"] == "fp32"
     assert rows["seed"] == "5"
     assert "somebody" not in " ".join(page.words)
@@ -271,11 +273,11 @@ def test_without_evaluation_and_data(
 ) -> None:
     assert run(["report", "--checkpoint", str(house / "model.pt"), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "on record in the sidecar" in out
+    assert "recorded in the sidecar" in out
     page = Page((tmp_path / "report.html").read_text())
     text = " ".join(page.words)
     assert "Recorded figures" in text
-    assert "No data was given" in text
+    assert "no data was given" in text
     # The newest first, those of the hold-out last.
     assert [row[-2] for row in table(page, "All accuracies")[1:]] == [
         *("test.npz", "held out from training")

@@ -1,0 +1,160 @@
+"""A new checkpoint is taken over without dropping a request; a broken one is refused."""
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from weakref import ref
+
+import pytest
+
+from app.settings import Settings
+from robust.checkpoint import sidecar_path
+from tests.app.conftest import write_checkpoint
+from tests.support.serving import Running, gated, labeled, png, serving, until
+
+
+@pytest.fixture
+def reloading(tmp_path: Path) -> Iterator[Running]:
+    path = tmp_path / "robust_model.pt"
+    write_checkpoint(path, seed=1)
+    settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.05)
+    with serving(settings) as running:
+        yield running
+
+
+def reloads(running: Running, result: str) -> float:
+    value = running.service.metrics.registry.get_sample_value(
+        "robust_reloads_total", {"result": result}
+    )
+    assert value is not None
+    return value
+
+
+def served(running: Running) -> str:
+    sha256: str = running.client.get("/model").json()["sha256"]
+    return sha256
+
+
+def test_no_request_is_dropped_and_each_names_its_model(reloading: Running) -> None:
+    path = reloading.service.settings.checkpoint
+    known = {served(reloading): 1}
+    probabilities: dict[str, set[float]] = {}
+    with ThreadPoolExecutor(4) as pool:
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                response = reloading.client.post("/predict", content=png())
+                assert response.status_code == 200
+                body = response.json()
+                assert body["model_sha256"] == response.headers["X-Model-SHA256"]
+                probability = round(body["results"][0]["probability"], 4)
+                probabilities.setdefault(body["model_sha256"], set()).add(probability)
+
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            for seed in (2, 3):
+                sha256 = write_checkpoint(path, seed=seed)
+                known[sha256] = seed
+                until(lambda new=sha256: new in probabilities or any(a.done() for a in asking))
+        finally:
+            stop.set()
+        for future in asking:
+            future.result()
+    assert set(probabilities) == set(known)
+    # Each model has one answer to one image: no answer carries the name of another model.
+    assert all(len(values) == 1 for values in probabilities.values())
+    assert len(set.union(*probabilities.values())) == 3
+    assert (reloads(reloading, "ok"), reloads(reloading, "failed")) == (2, 0)
+
+
+def test_work_in_hand_finishes_on_the_model_it_began_with(reloading: Running) -> None:
+    old = served(reloading)
+    with gated(reloading.service) as gate:
+        job = reloading.client.post("/evaluate", files={"file": labeled(10)}).json()
+        until(lambda: gate.waiting)
+        new = write_checkpoint(reloading.service.settings.checkpoint, seed=2)
+        gate.open.set()
+        until(lambda: served(reloading) == new)
+        until(lambda: _job(reloading, job["id"])["state"] == "done")
+        assert _job(reloading, job["id"])["model_sha256"] == old != new
+        reloading.service.models.ask()  # the gate puts the old model back; look again
+
+
+def _job(running: Running, id: str) -> dict[str, str]:
+    found: dict[str, str] = running.client.get(f"/evaluate/{id}").json()
+    return found
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "other weights", "gone"])
+def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(
+    reloading: Running, how: str
+) -> None:
+    path, old = reloading.service.settings.checkpoint, served(reloading)
+    good = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "other weights":
+        write_checkpoint(path.with_name("other.pt"), seed=5)
+        path.write_bytes(path.with_name("other.pt").read_bytes())  # not those of the sidecar
+    else:
+        path.unlink()
+    until(lambda: reloads(reloading, "failed"))
+    assert served(reloading) == old
+    assert reloading.client.post("/predict", content=png()).status_code == 200
+    assert reloading.client.get("/readyz").status_code == 200
+    new = write_checkpoint(path, seed=2)
+    until(lambda: served(reloading) == new)
+    assert sidecar_path(path).is_file()
+
+
+def test_a_checkpoint_that_is_served_already_is_not_taken_over_again(reloading: Running) -> None:
+    path = reloading.service.settings.checkpoint
+    for kind in (path, sidecar_path(path)):
+        os.utime(kind)
+        time.sleep(0.3)  # six looks at the files
+    assert (reloads(reloading, "ok"), reloads(reloading, "failed")) == (0, 0)
+
+
+def test_asking_looks_again_at_files_that_did_not_change(reloading: Running) -> None:
+    reloading.service.models.ask()
+    until(lambda: reloads(reloading, "ok") == 1)
+
+
+def test_asking_while_it_looks_is_not_lost(
+    reloading: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = reloading.service.models
+    signature = models._signature
+    asked = False
+
+    def look() -> object:
+        nonlocal asked
+        if not asked:
+            models.ask()
+            asked = True
+        return signature()
+
+    monkeypatch.setattr(models, "_signature", look)
+    until(lambda: reloads(reloading, "ok") == 1)
+
+
+def test_no_model_outlives_what_served_it(tmp_path: Path) -> None:
+    path = tmp_path / "robust_model.pt"
+    write_checkpoint(path, seed=1)
+    settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.05)
+    with serving(settings) as running:
+        first = ref(running.service.models.current)
+        sha256 = write_checkpoint(path, seed=2)
+        until(lambda: served(running) == sha256)
+        second = ref(running.service.models.current)
+        assert running.client.post("/predict", content=png()).status_code == 200
+        until(lambda: gc.collect() >= 0 and first() is None)
+    gc.collect()
+    assert second() is None

@@ -1,0 +1,162 @@
+"""Predictions and attacks in bfloat16: taken where they agree, told everywhere, refused by name."""
+
+import base64
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.engine import runtime_plan, served_model
+from app.engine.runtime import Runtime
+from app.engine.runtime_plan import make_plan
+from app.metrics import Metrics
+from app.settings import Settings
+from robust.checkpoint import load_checkpoint
+from robust.evaluation.precision import SearchPrecision
+from robust.images import decode_png, to_float
+from robust.prediction import predict
+from tests.app.http.test_attack import attacked
+from tests.support.serving import Running, labeled, png, serving
+
+SIDE = 8
+
+
+class Timed:
+    """Logits of two classes by the mean pixel, at so many seconds for each image."""
+
+    def __init__(self, clock: list[float], seconds: float, off: float = 0.0) -> None:
+        self.clock, self.seconds, self.off = clock, seconds, off
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.clock[0] += self.seconds * len(x)
+        mean = x.flatten(1).mean(dim=1)
+        return torch.stack([5 + mean + self.off, torch.zeros_like(mean)], dim=1)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(runtime_plan.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds", "off", "taken", "reason"),
+    [
+        ("auto", 0.01, 0.0, "bf16", "bfloat16 answers 2.0 times as many images a second as float"),
+        ("auto", 0.018, 0.0, "fp32", "as many images a second as float32, below the limit of 1.2"),
+        ("auto", 0.01, -3.0, "fp32", "probabilities are off by 0.0"),
+        ("auto", 0.01, -9.0, "fp32", "above the limit of 0.01"),
+        ("bf16", 0.04, 0.0, "bf16", "as asked"),
+        ("bf16", 0.01, -9.0, "fp32", "torch in bfloat16: probabilities are off by"),
+        ("fp32", 0.01, 0.0, "fp32", "as asked"),
+    ],
+)
+def test_bfloat16_is_taken_where_it_agrees_and_is_faster(
+    clock: list[float], asked: str, seconds: float, off: float, taken: str, reason: str
+) -> None:
+    exact = Runtime(name="torch", logits=Timed(clock, 0.02))
+    rough = Runtime(name="torch", logits=Timed(clock, seconds, off), precision="bf16")
+    runtimes = [exact, rough] if asked != "fp32" else [exact]
+    plan = make_plan(runtimes, side=SIDE, metrics=Metrics(), precision=asked)  # type: ignore[arg-type]
+    assert plan.precision == taken
+    assert reason in plan.reason
+    assert {choice.runtime for choice in plan.choices} == {rough if taken == "bf16" else exact}
+
+
+def test_a_runtime_slower_for_one_image_is_not_taken(clock: list[float]) -> None:
+    def slow_alone(x: Tensor) -> Tensor:
+        clock[0] += 0.03 if len(x) == 1 else 0.0
+        return Timed(clock, 0.005)(x)
+
+    exact = Runtime(name="torch", logits=Timed(clock, 0.02))
+    rough = Runtime(name="torch", logits=slow_alone, precision="bf16")
+    plan = make_plan([exact, rough], side=SIDE, metrics=Metrics())
+    assert plan.precision == "fp32"
+    expected = "bfloat16 takes for 1 images 1.75 times as long as float32, above the limit of 1.05"
+    assert plan.reason == expected
+
+
+def test_a_label_that_changes_rules_bfloat16_out() -> None:
+    near, expected = torch.tensor([[0.5, 0.501]]), torch.tensor([[0.501, 0.5]])
+    assert runtime_plan._bf16_fault(near, expected) == "1 of 1 labels differ, above the limit of 0"
+    assert runtime_plan._bf16_fault(expected, expected) == ""
+
+
+@pytest.fixture(scope="module")
+def rounded(checkpoint: Path) -> Iterator[Running]:
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", precision="bf16")
+    with serving(settings) as running:
+        yield running
+
+
+def test_the_precision_is_told_with_each_answer(rounded: Running) -> None:
+    told = rounded.client.get("/model")
+    card = told.json()
+    assert (card["precision"], card["precision_reason"]) == ("bf16", "as asked")
+    assert card["search_precision"] == "bf16 search, fp32 verified"
+    assert told.headers["X-Model-Precision"] == "bf16"
+    response = rounded.client.post("/predict", content=png())
+    assert response.headers["X-Model-Precision"] == "bf16"
+    exact = load_checkpoint(rounded.service.settings.checkpoint).classifier
+    expected = predict(exact, to_float(decode_png(png()))[None])[0]
+    (found,) = response.json()["results"]
+    assert found["index"] == int(expected.argmax())
+    assert found["probability"] == pytest.approx(float(expected.max()), abs=0.01)
+
+
+def test_attacks_search_in_bfloat16_and_are_scored_in_float32(rounded: Running) -> None:
+    exact = load_checkpoint(rounded.service.settings.checkpoint).classifier
+    body = attacked(rounded, png(), attack="pgd", steps="3")
+    response = rounded.client.post("/attack", content=png(), params={"attack": "fgsm"})
+    assert response.headers["X-Model-Precision"] == "fp32; search=bf16"
+    (result,) = body["results"]
+    image = decode_png(base64.b64decode(result["adversarial_png"]))
+    after = predict(exact, to_float(image)[None])[0]
+    for row in result["after"]["top"]:
+        assert row["probability"] == pytest.approx(float(after[row["index"]]), abs=1e-5)
+    before = predict(exact, to_float(decode_png(png()))[None])[0]
+    assert body["before"]["probability"] == pytest.approx(float(before.max()), abs=1e-5)
+
+
+def test_evaluations_search_in_it_and_say_why(rounded: Running) -> None:
+    response = rounded.client.post(
+        "/evaluate",
+        files={"file": labeled(4)},
+        data={"attack": "fgsm", "curve": "0"},
+        headers={"Prefer": "wait=30"},
+    )
+    assert response.status_code == 200, response.text
+    evaluation = response.json()["evaluation"]
+    assert evaluation["precision"] == "bf16 search, fp32 verified"
+    assert evaluation["precision_reason"] == "as asked"
+
+
+def test_a_model_that_bfloat16_changes_is_served_in_float32(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact = load_checkpoint(checkpoint).classifier
+
+    def flipped(x: Tensor) -> Tensor:
+        return exact(x).flip(1)
+
+    monkeypatch.setattr(served_model, "in_bf16", lambda fast, device: flipped)
+    monkeypatch.setattr("app.engine.runtime.openvino_bf16", lambda graph, threads: flipped)
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", precision="bf16")
+    with caplog.at_level(logging.WARNING, "app"), serving(settings) as running:
+        card = running.client.get("/model").json()
+        assert card["precision"] == "fp32"
+        assert "in bfloat16: probabilities are off by " in card["precision_reason"]
+        assert running.client.post("/predict", content=png()).headers["X-Model-Precision"] == "fp32"
+    assert f"predictions in fp32 ({card['precision_reason']})" in caplog.text
+
+
+def test_in_float32_nothing_else_is_built(running: Running) -> None:
+    model = running.service.models.current
+    assert (model.precision, model.precision_reason, model.bf16) == ("fp32", "as asked", None)
+    assert model.search == SearchPrecision(bf16=False, reason="as asked")
+    response = running.client.post("/attack", content=png(), params={"attack": "fgsm"})
+    assert response.headers["X-Model-Precision"] == "fp32"

@@ -1,0 +1,222 @@
+"""POST /attack with `compare`: two models, each attacked, and each shown the other's image."""
+
+import base64
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.engine.compare import load_compare
+from app.engine.served_model import load_model
+from app.settings import Settings
+from robust.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from robust.client import Client
+from tests.app.conftest import write_checkpoint
+from tests.support.serving import CLASSES, Running, png, serving, until
+
+QUERY = "attack=fgsm&attack=pgd&steps=3"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one to compare with beside it."""
+    folder = tmp_path_factory.mktemp("compared")
+    write_checkpoint(folder / "robust_model.pt", seed=1)
+    write_checkpoint(folder / "plain_model.pt", seed=2)
+    return folder
+
+
+def settings(folder: Path, **given: Any) -> Settings:
+    return Settings(checkpoint=folder / "robust_model.pt", threads=1, device="cpu", **given)
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> Iterator[Running]:
+    with serving(settings(folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def turned(folder: Path) -> Iterator[Running]:
+    """The two models the other way round, the one to compare with by its path."""
+    robust, plain = folder / "robust_model.pt", folder / "plain_model.pt"
+    given = Settings(checkpoint=plain, compare=str(robust), threads=1, device="cpu")
+    with serving(given) as running:
+        yield running
+
+
+def attack(running: Running, query: str) -> dict[str, Any]:
+    response = running.client.post(f"/attack?{query}", content=png(1))
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def judged(running: Running, result: dict[str, Any]) -> Any:
+    body = base64.b64decode(result["adversarial_png"])
+    return running.client.post("/predict", content=body).json()["results"][0]
+
+
+def without_times(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [item | {"seconds": 0, "transfer": None} for item in results]
+
+
+@pytest.mark.parametrize("more", ["", "&label=frog", "&target=ship&eps=32/255"])
+def test_each_is_attacked_as_it_is_alone_and_shown_the_image_of_the_other(
+    compared: Running, turned: Running, more: str
+) -> None:
+    query = QUERY.replace("attack=fgsm&", "") + more if "target" in more else QUERY + more
+    both = attack(compared, f"{query}&compare=true")
+    alone, other = attack(compared, query), attack(turned, query)
+    compare = both["compare"]
+    for answer, single in ((both, alone), (compare, other)):
+        assert answer["model_sha256"] == single["model_sha256"]
+        assert without_times(answer["results"]) == without_times(single["results"])
+        for name in ("label", "before", "already_wrong"):
+            assert answer[name] == pytest.approx(single[name]) if name != "before" else True
+        assert answer["before"]["index"] == single["before"]["index"]
+    assert alone["compare"] is None
+    assert compare["model"] == "plain_model.pt"
+    for results, judge, answer in (
+        (compare["results"], compared, both),
+        (both["results"], turned, compare),
+    ):
+        for result in results:
+            transfer, seen = result["transfer"], judged(judge, result)
+            assert transfer["after"]["index"] == seen["index"]
+            assert transfer["after"]["probability"] == pytest.approx(seen["probability"], abs=1e-4)
+            wanted = both["target"]
+            if wanted:
+                led, before = (
+                    seen["index"] == wanted["index"],
+                    answer["before"]["index"] == wanted["index"],
+                )
+            else:
+                led, before = seen["index"] != answer["label"]["index"], answer["already_wrong"]
+            expected = "already_wrong" if before else "broken" if led else "withstood"
+            assert transfer["outcome"] == expected
+
+
+def test_only_the_compared_model_is_attacked_where_that_is_asked_for(compared: Running) -> None:
+    both = attack(compared, f"{QUERY}&compare=true")
+    only = attack(compared, f"{QUERY}&compare=only")
+    assert only["results"] == []
+    assert without_times(only["compare"]["results"]) == without_times(both["compare"]["results"])
+    for name in ("label", "already_wrong", "input_png", "model_sha256"):
+        assert only[name] == both[name]
+    assert only["before"]["index"] == both["before"]["index"]
+
+
+def test_the_card_names_both(compared: Running, running: Running) -> None:
+    card = compared.client.get("/model").json()
+    assert (card["name"], card["compare"]["name"]) == ("robust_model.pt", "plain_model.pt")
+    assert card["compare"]["sha256"] != card["sha256"]
+    assert card["compare"]["card"]["architecture"]["arch"] == "resnet18"
+    assert running.client.get("/model").json()["compare"] is None
+
+
+def test_without_a_model_to_compare_with_it_is_422(running: Running) -> None:
+    for compare in ("true", "only"):
+        response = running.client.post(f"/attack?attack=fgsm&compare={compare}", content=png())
+        assert response.status_code == 422
+        (error,) = response.json()["errors"]
+        assert error["field"] == "compare"
+        assert "ROBUST_COMPARE" in error["expected"]
+    assert running.client.post("/attack?compare=false", content=png()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "field"), [("compare=perhaps", "compare"), ("compare=true&compare=only", "compare")]
+)
+def test_compare_is_one_of_three_words(compared: Running, query: str, field: str) -> None:
+    response = compared.client.post(f"/attack?attack=fgsm&{query}", content=png())
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["field"] == field
+
+
+def test_json_takes_true(compared: Running) -> None:
+    body = {"image": base64.b64encode(png()).decode(), "attack": "fgsm", "compare": True}
+    assert compared.client.post("/attack", json=body).json()["compare"]["results"]
+
+
+def test_an_image_alone_has_no_comparison(compared: Running) -> None:
+    response = compared.client.post(
+        "/attack?attack=fgsm&compare=true", content=png(), headers={"Accept": "image/png"}
+    )
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["field"] == "compare"
+
+
+def test_the_limit_counts_both_models(folder: Path) -> None:
+    with serving(settings(folder, queue_limit=100, client_share=0.5)) as running:
+
+        def status(query: str) -> int:
+            return running.client.post(f"/attack?attack=pgd&{query}", content=png()).status_code
+
+        assert status("steps=20") == 200  # 43 passes of the 50
+        assert status("steps=20&compare=true") == 422
+        assert status("steps=20&compare=only") == 200  # 45
+        assert status("steps=9&compare=true") == 200  # 46
+
+
+def test_the_client_has_both(compared: Running) -> None:
+    with Client(compared.url) as client:
+        (attacked,) = client.attack(png(1), "fgsm", compare=True)
+        (alone,) = client.attack(png(1), "fgsm")
+    answer = attack(compared, "attack=fgsm&compare=true")
+    assert attacked.image == alone.image
+    assert alone.compare is alone.transfer is None
+    assert attacked.compare is not None
+    assert attacked.compare.transfer is not None
+    (other,) = answer["compare"]["results"]
+    assert attacked.compare.image == base64.b64decode(other["adversarial_png"])
+    assert attacked.compare.before.label == answer["compare"]["before"]["label"]
+    assert attacked.compare.transfer.outcome == other["transfer"]["outcome"]
+
+
+def test_a_new_checkpoint_is_compared_from_the_next_request_on(tmp_path: Path) -> None:
+    path = tmp_path / "robust_model.pt"
+    first = write_checkpoint(path, seed=1)
+    plain = write_checkpoint(tmp_path / "plain_model.pt", seed=2)
+    with serving(settings(tmp_path, reload_seconds=0.05)) as running:
+        assert attack(running, "attack=fgsm&compare=true")["model_sha256"] == first
+        second = write_checkpoint(path, seed=3)
+        until(lambda: running.service.models.sha256 == second)
+        answer = attack(running, "attack=fgsm&compare=true")
+        assert answer["model_sha256"] == second
+        assert answer["compare"]["model_sha256"] == plain
+        # One of other classes is served, and compared with nothing.
+        loaded = load_checkpoint(path)
+        sidecar = replace(loaded.sidecar, classes=CLASSES[::-1])
+        save_checkpoint(path, loaded.classifier, sidecar)
+        until(lambda: running.client.get("/model").json()["classes"][0] == "truck")
+        assert running.client.get("/model").json()["compare"] is None
+        response = running.client.post("/attack?compare=true", content=png())
+        assert response.status_code == 422
+
+
+def test_a_model_that_does_not_fit_is_told_at_the_start(folder: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(folder / "plain_model.pt")
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, loaded.classifier, replace(loaded.sidecar, classes=CLASSES[::-1]))
+    served = load_model(folder / "robust_model.pt", CPU, attacks_only=True)
+    with pytest.raises(
+        CheckpointError, match=r"other.pt.*found the classes truck.*beside airplane"
+    ):
+        load_compare(other, CPU, served=served, required=True)
+    with pytest.raises(CheckpointError, match=r"absent.pt: expected a checkpoint, found no such"):
+        load_compare(tmp_path / "absent.pt", CPU, served=served, required=True)
+
+
+def test_a_file_that_happens_to_lie_there_does_not_stop_the_service(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = load_model(folder / "robust_model.pt", CPU, attacks_only=True)
+    (tmp_path / "plain_model.pt").write_bytes(b"no weights")
+    found = load_compare(tmp_path / "plain_model.pt", CPU, served=served, required=False)
+    assert found is None
+    assert "no comparison model" in caplog.text

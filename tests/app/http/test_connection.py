@@ -1,0 +1,245 @@
+"""What comes over a bare connection that is no ordinary request."""
+
+import json
+import socket
+import time
+from contextlib import suppress
+
+import pytest
+
+from app.http.connection import MAX_HEAD_BYTES, MAX_PIPELINED, OpenConnections
+from app.http.doors import trusted_addresses
+from tests.support.faults import connect, unharmed
+from tests.support.serving import Running, gated, png, until
+
+HEAD = b"%s HTTP/1.1\r\nHost: x\r\n"
+FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n--b--'
+
+
+def exchange(running: Running, sent: bytes) -> bytes:
+    """All that the service answers before it ends the connection."""
+    with connect(running) as connection:
+        connection.sendall(sent)
+        return everything(connection)
+
+
+def everything(connection: socket.socket) -> bytes:
+    answer = b""
+    while piece := connection.recv(65536):
+        answer += piece
+    return answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"garbage\r\n\r\n",
+        b"BREW /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        HEAD % b"GET /livez" + b"Host: y\r\n\r\n",
+        HEAD % b"GET /livez" + b"A: " + MAX_HEAD_BYTES * b"a",
+        HEAD % b"GET /livez" + (MAX_HEAD_BYTES // 6 + 1) * b"A: b\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        HEAD % b"POST /predict" + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=[
+        "garbage",
+        "method",
+        "no host",
+        "two hosts",
+        "a long header",
+        "many headers",
+        "tunnel",
+        "two sizes",
+    ],
+)
+def test_what_is_no_request_gets_a_problem_and_an_end(running: Running, sent: bytes) -> None:
+    with unharmed(running):
+        head, _, body = exchange(running, sent).partition(b"\r\n\r\n")
+        lines = head.decode().splitlines()
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+        problem = json.loads(body)
+        assert (lines[0], problem["status"]) == ("HTTP/1.1 400 Bad Request", 400)
+        assert headers["content-type"] == "application/problem+json"
+        assert headers["x-request-id"] == problem["request_id"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["connection"] == "close"
+        assert int(headers["content-length"]) == len(body)
+
+
+def test_a_head_as_long_as_allowed_is_taken(running: Running) -> None:
+    head = HEAD % b"GET /livez" + b"Connection: close\r\n"
+    filled = head + b"A: " + (MAX_HEAD_BYTES - len(head) - 7) * b"a" + b"\r\n\r\n"
+    assert len(filled) == MAX_HEAD_BYTES
+    assert exchange(running, filled).startswith(b"HTTP/1.1 200")
+
+
+def test_garbage_behind_a_request_does_not_cost_it_its_answer(running: Running) -> None:
+    image = png()
+    request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    with unharmed(running), gated(running.service) as gate, connect(running) as connection:
+        connection.sendall(request + b"garbage\r\n\r\n")
+        gate.open.set()
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_requests_sent_in_one_go_are_answered_in_order(running: Running) -> None:
+    one = HEAD % b"GET /livez" + b"X-Request-ID: %s\r\n"
+    sent = b"".join(one % name + b"\r\n" for name in (b"a", b"b")) + one % b"c"
+    answer = exchange(running, sent + b"Connection: close\r\n\r\n")
+    ids = [line for line in answer.split(b"\r\n") if line.lower().startswith(b"x-request-id")]
+    assert [line[-1:] for line in ids] == [b"a", b"b", b"c"]
+
+
+def test_what_follows_the_chunks_is_no_header(running: Running) -> None:
+    image = png()
+    sent = HEAD % b"POST /predict" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    sent += b"%x\r\n%s\r\n0\r\nX-Request-ID: smuggled\r\n\r\n" % (len(image), image)
+    answer = exchange(running, sent)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"smuggled" not in answer
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_an_upgrade_nobody_offers_is_passed_over(
+    running: Running, protocol: bytes, pieces: int
+) -> None:
+    body = FORM % png()
+    head = HEAD % b"POST /predict" + b"Connection: Upgrade, Close\r\nUpgrade: %s\r\n" % protocol
+    head += b"Content-Type: multipart/form-data; boundary=b\r\n"
+    sent = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    step = -(-len(sent) // pieces)
+    with unharmed(running), connect(running) as connection:
+        for begin in range(0, len(sent), step):
+            connection.sendall(sent[begin : begin + step])
+        answer = everything(connection)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def chunked(path: bytes, sent: bytes) -> bytes:
+    return HEAD % (b"POST " + path) + b"Transfer-Encoding: chunked\r\n\r\n" + sent
+
+
+def test_requests_without_end_before_their_answers_are_refused(running: Running) -> None:
+    with unharmed(running), gated(running.service) as gate, connect(running) as connection:
+        image = png()
+        head = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image)
+        connection.sendall(head + image + 100 * (HEAD % b"GET /livez" + b"\r\n"))
+        gate.open.set()
+        assert everything(connection).count(b"HTTP/1.1 200") == 1 + MAX_PIPELINED
+
+
+@pytest.mark.parametrize("trailer", [b"A: ", b"A: b\r\n"])
+def test_what_follows_the_chunks_is_bounded(running: Running, trailer: bytes) -> None:
+    filled = trailer + 2 * MAX_HEAD_BYTES // len(trailer) * (
+        trailer if trailer.endswith(b"\n") else b"aaa"
+    )
+    sent = chunked(b"/predict", b"3\r\nabc\r\n0\r\n" + filled)
+    with unharmed(running), connect(running) as connection:
+        connection.sendall(sent)
+        assert connection.recv(12)[9:] == b"400"
+
+
+def test_a_broken_body_does_not_cost_the_request_before_it_its_answer(running: Running) -> None:
+    image = png()
+    request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    with unharmed(running), gated(running.service) as gate, connect(running) as connection:
+        connection.sendall(request + chunked(b"/predict", b"ZZ\r\n"))
+        gate.open.set()
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_request_answered_before_its_body_is_answered_once(running: Running) -> None:
+    with connect(running) as connection:
+        connection.sendall(chunked(b"/nowhere", b""))
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 404")
+        connection.sendall(b"ZZ\r\n")
+        assert b"HTTP/1.1" not in everything(connection)
+
+
+def test_a_body_before_the_next_head_is_not_part_of_it(running: Running) -> None:
+    body = 3 * MAX_HEAD_BYTES * b"a"
+    sent = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connect(running) as connection:
+        connection.sendall(sent + b"GET /livez HTTP/1.1\r\n")
+        time.sleep(0.3)
+        connection.sendall(b"Host: x\r\nConnection: close\r\n\r\n")
+        answer = everything(connection)
+        assert (answer.count(b"HTTP/1.1 200"), answer.count(b"HTTP/1.1")) == (1, 2)
+
+
+@pytest.mark.parametrize("before", [b"", HEAD % b"GET /livez" + b"\r\n"])
+def test_a_client_that_hangs_up_behind_requests_is_noticed(running: Running, before: bytes) -> None:
+    image = png()
+    request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
+    with gated(running.service) as gate:
+        with connect(running) as connection:
+            connection.sendall(before + 2 * request)
+            until(lambda: gate.waiting == 1)
+        in_flight = running.service.in_flight
+        # Though the gate is still closed, and well before the deadline would end it.
+        until(lambda: in_flight.posts == 0, seconds=30)
+
+
+@pytest.mark.parametrize(
+    ("target", "answered"), [(b"http://x/livez", True), (b"http://y/livez", False)]
+)
+def test_an_address_names_the_host_of_the_header(
+    running: Running, target: bytes, answered: bool
+) -> None:
+    with connect(running) as connection:
+        connection.sendall(HEAD % (b"GET " + target) + b"\r\n")
+        assert connection.recv(12)[9:] == (b"200" if answered else b"400")
+
+
+@pytest.mark.parametrize(("size", "refused"), [(1, True), (100, False)])
+def test_a_body_in_tiny_chunks_is_cut_off(running: Running, size: int, refused: bool) -> None:
+    sent = chunked(b"/predict", b"%x\r\n%s\r\n" % (size, size * b"a") * (500_000 // size))
+    with unharmed(running), connect(running) as connection:
+        try:
+            connection.sendall(sent + b"0\r\n\r\n")
+            answer = connection.recv(12)
+        except OSError:  # it is closed while we write
+            answer = b"HTTP/1.1 413"
+        assert answer == (b"HTTP/1.1 413" if refused else b"HTTP/1.1 415")
+
+
+def test_one_address_has_a_share_of_the_connections() -> None:
+    connections = OpenConnections(4, share=0.5, proxies=trusted_addresses(["10.0.0.0/8"]))
+    asked = ["a", "a", "a", "10.0.0.1", "10.0.0.1", "b"]
+    assert [connections.admit(address) for address in asked] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    connections.leave("a")
+    assert connections.admit("b")
+    for address in ("a", "b", "10.0.0.1", "10.0.0.1"):
+        connections.leave(address)
+    assert not connections._open
+
+
+def test_a_connection_too_many_is_closed_at_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unharmed(running):
+        with connect(running) as first:
+            first.sendall(HEAD % b"GET /livez" + b"\r\n")
+            assert first.recv(12)[9:] == b"200"
+            monkeypatch.setattr(OpenConnections, "admit", lambda *_: False)
+            with connect(running) as second, suppress(ConnectionResetError):
+                second.sendall(HEAD % b"GET /livez" + b"\r\n")
+                assert second.recv(12) == b""
+            first.sendall(HEAD % b"GET /livez" + b"\r\n")
+            assert first.recv(12)
+        monkeypatch.undo()

@@ -1,0 +1,64 @@
+"""The short way to POST /predict, and what still takes the long one."""
+
+import asyncio
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from app.application import create_app
+from app.errors import BadRequest
+from app.http.fast_path import FastPathMiddleware
+from app.settings import Settings
+
+
+async def predict(request: Request) -> Response:
+    if request.query_params:
+        raise BadRequest("told")
+    return PlainTextResponse(f"short {request.scope['route'].path}")
+
+
+async def long(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("long")(scope, receive, send)
+
+
+def ask(method: str, path: str) -> httpx.Response:
+    route = APIRoute("/predict", predict, methods=["POST"])
+    shortcut = FastPathMiddleware(long, route=route)
+
+    async def named(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"] = {"request_id": "1"}
+        await shortcut(scope, receive, send)
+
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(named)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.request(method, path)
+
+    return asyncio.run(asked())
+
+
+def test_its_requests_are_answered_by_the_route() -> None:
+    assert ask("POST", "/predict").text == "short /predict"
+
+
+def test_its_errors_are_problems() -> None:
+    answer = ask("POST", "/predict?a=b")
+    assert (answer.status_code, answer.json()["detail"]) == (400, "told")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/predict"), ("POST", "/predict/"), ("POST", "/root/predict")]
+)
+def test_others_take_the_long_way(method: str, path: str) -> None:
+    assert ask(method, path).text == "long"
+
+
+def test_predictions_take_it() -> None:
+    app = create_app(Settings())
+    (route,) = (item.kwargs["route"] for item in app.user_middleware if "route" in item.kwargs)
+    assert isinstance(route, APIRoute)
+    assert route.path == "/predict"

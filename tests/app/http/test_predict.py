@@ -1,0 +1,90 @@
+"""POST /predict answers what the library answers."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from robust.checkpoint import load_checkpoint
+from robust.images import decode_image, fit_image, to_float
+from robust.prediction import predict
+from tests.support.serving import CLASSES, Running, gated, jpeg, png, until
+
+
+def library_probabilities(checkpoint, data: bytes) -> torch.Tensor:
+    classifier = load_checkpoint(checkpoint).classifier
+    return predict(classifier, to_float(fit_image(decode_image(data), 32)).unsqueeze(0))[0]
+
+
+@pytest.mark.parametrize("data", [png(), jpeg()], ids=["png", "jpeg"])
+@pytest.mark.parametrize("way", ["form", "raw", "raw as curl says it"])
+def test_one_image(running: Running, checkpoint, data: bytes, way: str) -> None:
+    if way == "form":
+        response = running.client.post("/predict", files={"file": data}, data={"top_k": "10"})
+    else:
+        kind = "application/x-www-form-urlencoded" if "curl" in way else "image/whatever"
+        headers = {"Content-Type": kind}
+        response = running.client.post("/predict?top_k=10", content=data, headers=headers)
+    assert response.status_code == 200
+    body = response.json()
+    expected = library_probabilities(checkpoint, data)
+    (result,) = body["results"]
+    assert result["index"] == int(expected.argmax())
+    assert result["label"] == CLASSES[result["index"]]
+    assert [item["index"] for item in result["top"]] == expected.argsort(descending=True).tolist()
+    for item in result["top"]:
+        assert item["probability"] == pytest.approx(float(expected[item["index"]]), abs=1e-5)
+    assert sum(item["probability"] for item in result["top"]) == pytest.approx(1, abs=1e-5)
+    assert body["model_sha256"] == response.headers["X-Model-SHA256"]
+    assert body["model_sha256"] == load_checkpoint(checkpoint).sha256
+
+
+def test_several_images_answer_as_each_alone(running: Running) -> None:
+    images = [png(seed) for seed in range(5)]
+    together = running.client.post("/predict", files=[("file", data) for data in images]).json()
+    assert [result["image"] for result in together["results"]] == [0, 1, 2, 3, 4]
+    for data, result in zip(images, together["results"], strict=True):
+        (alone,) = running.client.post("/predict", files={"file": data}).json()["results"]
+        assert alone["index"] == result["index"]
+        assert alone["probability"] == pytest.approx(result["probability"], abs=1e-5)
+    assert len({result["probability"] for result in together["results"]}) == 5
+
+
+def test_fewer_classes_are_named_when_asked(running: Running) -> None:
+    response = running.client.post("/predict?top_k=2", content=png())
+    assert len(response.json()["results"][0]["top"]) == 2
+    response = running.client.post("/predict?top_k=1000", content=png())
+    assert len(response.json()["results"][0]["top"]) == len(CLASSES)
+
+
+def test_requests_that_wait_share_a_batch(running: Running) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with gated(running.service) as gate, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(running.client.post, "/predict", content=png())
+        until(lambda: gate.waiting)
+        rest = [pool.submit(running.client.post, "/predict", content=png(i)) for i in range(1, 7)]
+        until(lambda: queued(running) == 7)
+        gate.open.set()
+        answers = [future.result().json() for future in (first, *rest)]
+        assert gate.batches == [1, 6]
+    for seed, answer in enumerate(answers):
+        (alone,) = running.client.post("/predict", content=png(seed)).json()["results"]
+        assert alone["probability"] == pytest.approx(answer["results"][0]["probability"], abs=1e-5)
+
+
+def queued(running: Running) -> float:
+    value = running.service.metrics.registry.get_sample_value
+    return value("robust_queued_forwards", {"kind": "predict"}) or 0
+
+
+def test_orientation_of_a_photograph_is_applied(running: Running, checkpoint) -> None:
+    image = Image.open(io.BytesIO(jpeg(3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", exif=exif)
+    turned = running.client.post("/predict", content=buffer.getvalue()).json()["results"][0]
+    expected = library_probabilities(checkpoint, buffer.getvalue())
+    assert turned["probability"] == pytest.approx(float(expected.max()), abs=1e-5)

@@ -1,0 +1,87 @@
+"""What is shown of an evaluation never gets less, neither by a kill nor by reading a journal."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.jobs import local_store
+from app.jobs import progress as progress_module
+from app.jobs.job import Job
+from app.jobs.local_store import LocalStore
+from app.jobs.progress import Progress
+from app.settings import Settings
+from tests.app.jobs.test_owners import ATTACK, IMAGES
+
+
+def make_job() -> Job:
+    return Job(
+        id="a",
+        model="m",
+        dataset="black",
+        images=4,
+        attacks=(ATTACK,),
+        created=datetime.now(UTC),
+        digest="d",
+    )
+
+
+def test_a_killed_service_shows_at_once_what_was_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_store, "SAVE_SECONDS", 0.0)
+    settings = Settings(jobs=tmp_path / "jobs")
+    shown: list[dict[str, Any] | None] = []
+
+    async def killed() -> None:
+        store = LocalStore(settings)
+        job = await store.add(make_job(), IMAGES)
+        await store.show(job, {"n": 4, "done": 0.97}, None)
+        shutil.copytree(tmp_path / "jobs", tmp_path / "left")
+        await store.close()
+
+    async def restarted() -> None:
+        store = LocalStore(settings.model_copy(update={"jobs": tmp_path / "left"}))
+        begun = asyncio.Event()
+
+        async def run(job: Job) -> None:
+            shown.append(job.result)
+            begun.set()
+
+        await store.start(run)
+        (job,) = await store.all()
+        shown.append(job.result)
+        await begun.wait()
+        await store.stop()
+        await store.close()
+
+    asyncio.run(killed())
+    asyncio.run(restarted())
+    assert shown == [{"n": 4, "done": 0.97}] * 2
+
+
+def test_a_run_that_continues_shows_nothing_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "as_json", lambda done: {"done": done})
+
+    async def follow() -> list[float]:
+        progress = Progress(None, every=None, shown={"done": 0.5})
+        seen = []
+        for done in (0.1, 0.4, 0.5, 0.7):
+            progress.show(done)  # type: ignore[arg-type]
+            await progress.changed()
+            assert progress.result is not None
+            seen.append(progress.result["done"])
+        return seen
+
+    assert asyncio.run(follow()) == [0.5, 0.5, 0.5, 0.7]
+
+
+def test_a_job_comes_back_as_it_was_described() -> None:
+    job = dataclasses.replace(make_job(), owner="me", key="k")
+    assert Job.from_about("a", job.about()).about() == job.about()

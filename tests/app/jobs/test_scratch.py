@@ -1,0 +1,47 @@
+"""Scratch folders go with their process, at the latest when another one starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.jobs.scratch import remove_abandoned, scratch_folder
+
+HOLD = """
+import sys
+from app.jobs.scratch import scratch_folder
+with scratch_folder() as folder:
+    (folder / "journal").write_text("much")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_leaves_nothing_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "robust-mine").mkdir()  # no scratch folder of ours
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with scratch_folder() as own, process.stdin, process.stdout:
+        theirs = Path(process.stdout.readline().strip())
+        assert theirs.parent == own.parent == tmp_path
+        remove_abandoned()
+        assert own.is_dir()
+        assert theirs.is_dir()  # its process lives
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert theirs.is_dir()
+        remove_abandoned()
+        assert own.is_dir()
+        assert not theirs.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["robust-mine"]

@@ -1,0 +1,421 @@
+"""Evaluation jobs on disk: nothing is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from app.jobs import local_store as local
+from app.jobs.disk import JobFolder
+from app.jobs.job import Job, bytes_for, digest_of
+from app.jobs.store import StoreError
+from app.settings import Settings
+from robust import report
+from robust.attacks import resolve_attack
+from robust.datasets import Dataset
+from robust.evaluation.journal import Journal
+from robust.threat_model import ThreatModel
+from tests.app.conftest import write_checkpoint
+from tests.support.serving import Running, gated, labeled, serving, until
+
+TIMES = ("seconds", "times")
+ATTACKS = {"attack": ["fgsm", "pgd-3"], "eps": "2/255"}
+
+
+@pytest.fixture
+def settings(checkpoint: Path, tmp_path: Path) -> Settings:
+    return Settings(checkpoint=checkpoint, threads=1, device="cpu", jobs=tmp_path / "jobs")
+
+
+def submit(running: Running, n: int = 20, *, key: str | None = None, **more: Any) -> dict[str, Any]:
+    response = running.client.post(
+        "/evaluate",
+        files={"file": labeled(n)},
+        data=ATTACKS | more,
+        headers={} if key is None else {"Idempotency-Key": key},
+    )
+    assert response.status_code == 202, response.text
+    job: dict[str, Any] = response.json()
+    return job
+
+
+def finish(running: Running, id: str) -> dict[str, Any]:
+    def job() -> dict[str, Any]:
+        found: dict[str, Any] = running.client.get(f"/evaluate/{id}").json()
+        return found
+
+    until(lambda: job()["state"] not in ("queued", "running"))
+    return job()
+
+
+def without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_seconds(v) for name, v in value.items() if name not in TIMES}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_result_outlives_the_service(settings: Settings) -> None:
+    with serving(settings) as running:
+        done = finish(running, submit(running)["id"])
+        assert done["state"] == "done"
+    assert settings.jobs is not None
+    assert sorted(path.name for path in settings.jobs.glob(f"{done['id']}*")) == []
+    with serving(settings) as running:
+        assert running.client.get(f"/evaluate/{done['id']}").json() == done
+        assert running.client.get("/evaluate").json() == [done]
+        # Sent again it is the same job, which has long been done.
+        assert submit(running)["id"] == done["id"]
+        running.client.delete(f"/evaluate/{done['id']}")
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+
+
+def test_a_job_goes_on_with_the_next_service(settings: Settings) -> None:
+    with serving(settings) as running:
+        expected = finish(running, submit(running)["id"])["evaluation"]
+        running.client.delete(running.client.get("/evaluate").json()[0]["id"])
+    with serving(settings) as running, gated(running.service) as gate:
+        job = submit(running, key="anew")
+        until(lambda: gate.waiting)
+        running.stop_jobs(gate)
+    with serving(settings) as running:
+        found = finish(running, job["id"])
+    assert (found["id"], found["state"], found["created"]) == (job["id"], "done", job["created"])
+    assert without_seconds(found["evaluation"]) == without_seconds(expected)
+
+
+def test_a_job_keeps_its_precision_where_others_have_another(settings: Settings) -> None:
+    """As when a replica without a GPU goes on with what one with a GPU began."""
+    id = left_over(settings.model_copy(update={"precision": "bf16"}))
+    with serving(settings) as running:
+        done = finish(running, id)
+        assert done["state"] == "done"
+        assert done["evaluation"]["precision"] == "bf16 search, fp32 verified"
+        again = submit(running)
+        assert again["id"] != id  # not the same evaluation here
+        assert finish(running, again["id"])["evaluation"]["precision"] == "fp32"
+
+
+def test_a_watcher_is_told_when_the_service_ends(settings: Settings) -> None:
+    with serving(settings) as running, gated(running.service) as gate:
+        job = submit(running)
+        until(lambda: gate.waiting)
+        with running.client.stream("GET", f"/evaluate/{job['id']}/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "event: progress"
+            running.stop_jobs(gate)
+            events = [line for line in lines if line.startswith("event:")]
+    assert set(events) == {"event: progress"}
+
+
+def test_the_same_again_is_one_job(settings: Settings) -> None:
+    with serving(settings) as running, gated(running.service):
+        first = submit(running)
+        assert submit(running)["id"] == first["id"]
+        others = [
+            submit(running, 21),
+            submit(running, seed="1"),
+            submit(running, curve="5"),
+            submit(running, key="a"),
+        ]
+        assert len({first["id"], *(job["id"] for job in others)}) == 5
+        assert submit(running, key="a")["id"] == others[-1]["id"]
+        listed = [job["id"] for job in running.client.get("/evaluate").json()]
+        assert listed == [job["id"] for job in reversed([first, *others])]
+        response = running.client.post(
+            "/evaluate",
+            files={"file": labeled(22)},
+            data=ATTACKS,
+            headers={"Idempotency-Key": "a"},
+        )
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["field"] == "Idempotency-Key"
+        for job in (first, *others):
+            running.client.delete(f"/evaluate/{job['id']}")
+        # What was cancelled is not what somebody who asks again wants.
+        assert submit(running)["id"] != first["id"]
+
+
+def test_a_key_of_no_sense_is_refused(settings: Settings) -> None:
+    with serving(settings) as running:
+        response = running.client.post(
+            "/evaluate", files={"file": labeled(5)}, headers={"Idempotency-Key": "a b"}
+        )
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["field"] == "Idempotency-Key"
+
+
+def test_a_folder_belongs_to_one_service(settings: Settings, tmp_path: Path) -> None:
+    with serving(settings), pytest.raises(StoreError, match="another service"):
+        JobFolder(tmp_path / "jobs")
+    JobFolder(tmp_path / "jobs").close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="a folder to write to"):
+        JobFolder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b"no database at all", b"", b"SQLite format 3\0" + b"x" * 200])
+def test_a_broken_store_is_put_aside(settings: Settings, content: bytes) -> None:
+    assert settings.jobs is not None
+    settings.jobs.mkdir()
+    (settings.jobs / "jobs.sqlite").write_bytes(content)
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+        assert finish(running, submit(running)["id"])["state"] == "done"
+    aside = [path.read_bytes() for path in settings.jobs.glob("*.broken-*")]
+    assert aside == ([content] if content else [])  # an empty file is an empty database
+
+
+def test_files_without_a_job_are_swept(settings: Settings) -> None:
+    assert settings.jobs is not None
+    with serving(settings):
+        pass
+    for name in ("gone.npz", "gone.journal", "mine.txt"):
+        (settings.jobs / name).write_text("")
+    with serving(settings):
+        pass
+    names = {path.name for path in settings.jobs.iterdir()}
+    assert "mine.txt" in names
+    assert not names & {"gone.npz", "gone.journal"}
+
+
+def left_over(settings: Settings) -> str:
+    """A job that a service left unfinished."""
+    with serving(settings) as running, gated(running.service) as gate:
+        job = submit(running)
+        until(lambda: gate.waiting)
+        running.stop_jobs(gate)
+    id: str = job["id"]
+    return id
+
+
+def test_a_job_of_another_model_fails_and_says_so(settings: Settings, tmp_path: Path) -> None:
+    id = left_over(settings)
+    write_checkpoint(tmp_path / "other.pt", seed=9)
+    with serving(settings.model_copy(update={"checkpoint": tmp_path / "other.pt"})) as running:
+        job = running.client.get(f"/evaluate/{id}").json()
+    assert (job["state"], job["error"]) == (
+        "failed",
+        "The model it was started with is no longer served.",
+    )
+
+
+def test_a_job_without_its_images_fails_and_says_so(settings: Settings) -> None:
+    id = left_over(settings)
+    assert settings.jobs is not None
+    (settings.jobs / f"{id}.npz").write_bytes(b"PK broken")
+    with serving(settings) as running:
+        job = running.client.get(f"/evaluate/{id}").json()
+        assert job["error"] == "Its images were lost while the service was down."
+
+
+def test_a_job_that_can_not_be_read_is_forgotten(settings: Settings) -> None:
+    assert settings.jobs is not None
+    store = JobFolder(settings.jobs)
+    store.save("odd", 0.0, {"state": "queued"})
+    store.close()
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+
+
+def test_a_full_disk_refuses_the_job_and_leaves_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("no space left")
+
+    with serving(settings) as running:
+        with monkeypatch.context() as patched:
+            patched.setattr(JobFolder, "save", full)
+            response = running.client.post("/evaluate", files={"file": labeled(5)}, data=ATTACKS)
+            assert response.status_code == 503
+            assert "no room" in response.json()["detail"]
+        assert running.client.get("/evaluate").json() == []
+        assert settings.jobs is not None
+        assert not list(settings.jobs.glob("*.npz"))
+        assert finish(running, submit(running)["id"])["state"] == "done"
+
+
+def test_expired_jobs_are_gone_from_the_disk(settings: Settings) -> None:
+    short = settings.model_copy(update={"job_expiry_seconds": 0.2})
+    with serving(short) as running:
+        id = submit(running)["id"]
+        until(lambda: running.client.get(f"/evaluate/{id}").status_code == 404)
+    with serving(settings) as running:
+        assert running.client.get("/evaluate").json() == []
+
+
+class Earlier(local.datetime):  # type: ignore[name-defined,misc]
+    """A clock that somebody has set back."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return super().now(tz).replace(year=2001)
+
+
+def test_a_clock_set_back_keeps_no_job_for_longer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(settings) as running:
+        done = finish(running, submit(running)["id"])
+
+    monkeypatch.setattr(local, "datetime", Earlier)
+    with serving(settings) as running:
+        expires = running.service.jobs._store._expires[done["id"]]  # type: ignore[attr-defined]
+        assert expires <= time.monotonic() + settings.job_expiry_seconds
+
+
+def test_a_finished_evaluation_has_a_report(running: Running) -> None:
+    done = finish(running, submit(running, 12, curve="6")["id"])
+    page = running.client.get(f"/evaluate/{done['id']}/report")
+    assert page.status_code == 200
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert "script" not in page.headers["Content-Security-Policy"]
+    correct = done["evaluation"]["results"][0]["correct"]
+    assert f"{correct} of 12" in page.text or f"{correct}/12" in page.text
+    assert done["model_sha256"][:16] in page.text
+    headers = {"Accept": "application/pdf"}
+    printed = running.client.get(f"/evaluate/{done['id']}/report", headers=headers)
+    assert printed.headers["Content-Type"] == "application/pdf"
+    assert printed.content.startswith(b"%PDF")
+
+
+def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gated(running.service):
+        job = submit(running, 13)
+        response = running.client.get(f"/evaluate/{job['id']}/report")
+        assert response.status_code == 409
+        assert "report is made of one that is done" in response.json()["detail"]
+        running.client.delete(f"/evaluate/{job['id']}")
+    done = finish(running, submit(running, 12)["id"])
+    monkeypatch.setitem(report.PACKAGES, "matplotlib", "no_such_module")
+    response = running.client.get(f"/evaluate/{done['id']}/report")
+    assert (response.status_code, "without the extra" in response.text) == (409, True)
+    running.begin(running.service.jobs.get(done["id"])).result().model = "0"
+    response = running.client.get(f"/evaluate/{done['id']}/report")
+    assert "Another model" in response.json()["detail"]
+
+
+def test_a_killed_service_takes_its_job_up_again(checkpoint: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "ROBUST_CHECKPOINT": str(checkpoint),
+        "ROBUST_JOBS": str(tmp_path / "jobs"),
+        "ROBUST_THREADS": "1",
+        "ROBUST_DEVICE": "cpu",
+    }
+    command = [str(Path(sys.executable).with_name("robust")), "serve", "--port", str(port)]
+
+    def start() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        until(lambda: _ready(port))
+        return process
+
+    url = f"http://127.0.0.1:{port}/evaluate"
+    process = start()
+    try:
+        answer = httpx.post(
+            url, files={"file": labeled(300)}, data={"attack": ["pgd-40"], "eps": "1/255"}
+        )
+        id = answer.json()["id"]
+        until(lambda: (httpx.get(f"{url}/{id}").json()["evaluation"] or {"done": 0})["done"] > 0)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = start()
+        until(lambda: httpx.get(f"{url}/{id}").json()["state"] == "done", 120)
+        result = httpx.get(f"{url}/{id}").json()["evaluation"]
+        assert result["n"] == 300
+        assert json.dumps(result)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def _ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_bytes_are_bounded_and_nothing_is_half_written(settings: Settings) -> None:
+    room = settings.model_copy(update={"jobs_bytes": 400_000})
+    with serving(room) as running, gated(running.service) as gate:
+        first = submit(running, 20)
+        response = running.client.post("/evaluate", files={"file": labeled(90)}, data=ATTACKS)
+        assert response.status_code == 413  # never, however long one waits
+        assert "400000" in response.json()["detail"]
+        response = running.client.post("/evaluate", files={"file": labeled(70)}, data=ATTACKS)
+        assert (response.status_code, "no room" in response.text) == (429, True)
+        assert int(response.headers["Retry-After"]) >= 1
+        assert 'robust_rejected_total{reason="bytes"} 1.0' in running.client.get("/metrics").text
+        assert [job["id"] for job in running.client.get("/evaluate").json()] == [first["id"]]
+        assert settings.jobs is not None
+        assert {path.stem for path in settings.jobs.glob("*.npz")} == {first["id"]}
+        gate.open.set()
+        assert finish(running, first["id"])["state"] == "done"
+        assert finish(running, submit(running, 70)["id"])["state"] == "done"  # what was refused
+
+
+def test_no_journal_takes_more_than_was_set_aside_for_it(tmp_path: Path) -> None:
+    attacks = [resolve_attack("autoattack", ThreatModel(norm="linf", eps=8 / 255))]
+    dataset = Dataset(
+        images=torch.zeros(2000, 3, 1, 1, dtype=torch.uint8),
+        labels=torch.zeros(2000, dtype=torch.int64),
+        classes=("one",),
+        name="many",
+    )
+    journal = Journal(tmp_path / "journal", {})
+    for stage in ("clean", *attacks[0].stages):
+        rows = [(image, 1, 999, 1 / 3, 1, 10**6, 10**6) for image in range(len(dataset))]
+        journal.write(f"{attacks[0]} {getattr(stage, 'label', stage)}", rows, 1 / 3)
+    journal.close()
+    set_aside = bytes_for(dataset, attacks, 0) - dataset.images.nbytes - dataset.labels.nbytes
+    assert set_aside / 4 < (tmp_path / "journal").stat().st_size <= set_aside
+
+
+def test_a_job_with_an_attack_of_several_stages_is_kept_as_json() -> None:
+    attack = resolve_attack("autoattack", ThreatModel(eps=8 / 255), stages=["pgd-3", "square-5"])
+    job = Job(
+        id="1", model="a", dataset="b", images=1, attacks=(attack,), created=datetime.now(UTC)
+    )
+    again = Job.from_about("1", json.loads(json.dumps(job.about())))
+    assert again.attacks == (attack,)
+    dataset = Dataset(
+        images=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
+        labels=torch.zeros(1, dtype=torch.int64),
+        classes=("one",),
+        name="one",
+    )
+    other = resolve_attack("autoattack", attack.threat_model, stages=["pgd-3", "square-6"])
+    digests = {digest_of("a", dataset, [one], 0, "auto") for one in (attack, again.attacks[0])}
+    assert digests != {digest_of("a", dataset, [other], 0, "auto")}
+    assert len(digests) == 1
+
+
+def test_a_clock_set_back_during_a_job_loses_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(settings) as running:
+        with gated(running.service) as gate:
+            id = submit(running)["id"]
+            until(lambda: gate.waiting)
+            monkeypatch.setattr(local, "datetime", Earlier)
+        done = finish(running, id)
+        assert (done["state"], done["finished"][:4]) == ("done", "2001")
+        assert submit(running)["id"] == id
+    with serving(settings) as running:
+        assert running.client.get(f"/evaluate/{id}").json() == done

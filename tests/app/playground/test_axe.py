@@ -1,0 +1,80 @@
+"""What axe finds in the page, with one model and with two, and in the report."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from tests.support.browser import Visit, axe_faults
+from tests.support.serving import Running
+
+pytestmark = pytest.mark.browser
+
+WIDTHS = (375, 820, 1440)
+SCHEMES = ("light", "dark")
+
+
+def faults(visit: Visit) -> list[str]:
+    """What axe finds in the light and in the dark, and what sticks out to the right."""
+    found = []
+    for scheme in SCHEMES:
+        visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        visit.page.wait_for_timeout(300)  # the bars move to their place
+        found += [f"{scheme} {fault}" for fault in axe_faults(visit.page)]
+    too_wide = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    return found + [f"{too_wide} pixels stick out"] * (too_wide > 0)
+
+
+def evaluated(visit: Visit, eps: int) -> None:
+    visit.page.select_option("#set", label="few")
+    visit.page.fill("#set-eps", str(eps))
+    visit.page.click("#start")
+    expect(visit.find("#evaluate-text")).to_have_text(re.compile("^Done"))
+
+
+# The policy is lifted for axe alone, which runs as an inline script.
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page(browser: Browser, served: Running, width: int) -> None:
+    viewport = {"width": width, "height": 900}
+    visit = Visit(browser, served.url, viewport=viewport, bypass_csp=True)
+    page = visit.open()
+    expect(visit.find("#curve-text")).to_have_text(re.compile("^(Smallest|PGD-10|The model)"))
+    evaluated(visit, 4)
+    wrong = {"name": "x.png", "mimeType": "image/png", "buffer": b"no image"}
+    page.set_input_files("#file", wrong)  # type: ignore[arg-type]
+    expect(visit.find("#picture-error")).to_be_visible()
+    page.click("summary")
+    assert faults(visit) == []
+    visit.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_models_side_by_side(browser: Browser, compared: Running, width: int) -> None:
+    viewport = {"width": width, "height": 900}
+    visit = Visit(browser, compared.url, viewport=viewport, bypass_csp=True)
+    visit.open()
+    expect(visit.find("html")).to_have_attribute("data-compared", re.compile("."))
+    for column in ("#verdict", "#compared-verdict", "#adversarial", "#compared"):
+        expect(visit.find(column)).to_be_visible()
+    assert faults(visit) == []
+    visit.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report(browser: Browser, served: Running, width: int) -> None:
+    viewport = {"width": width, "height": 900}
+    visit = Visit(browser, served.url, viewport=viewport, bypass_csp=True)
+    page = visit.open()
+    with page.expect_response(re.compile("/evaluate$")) as answer:
+        evaluated(visit, 4)
+    page.click("#report-show")
+    expect(page.frame_locator("#report-frame").locator("h1")).to_be_visible()
+    assert faults(visit) == []  # of the page with the report in it
+    page.goto(f"{served.url}/evaluate/{answer.value.json()['id']}/report")
+    expect(visit.find("h1")).to_be_visible()
+    assert faults(visit) == []
+    visit.close()

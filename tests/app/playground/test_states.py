@@ -1,0 +1,284 @@
+"""The playground says what it shows: of which model, which settings, and with what outcome."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Route, expect
+
+from tests.support.browser import Visit
+from tests.support.serving import CLASSES, Running, until
+
+pytestmark = pytest.mark.browser
+
+EXAMPLES = Path(__file__).parents[3] / "app" / "playground" / "assets" / "examples"
+
+
+# What the page is
+
+
+def test_the_page_says_what_it_is_and_what_eps_means(visit: Visit) -> None:
+    visit.open()
+    text = visit.find(".intro").inner_text()
+    assert "fool an image classifier" in text
+    assert "8/255 means 8 of 255 brightness levels" in text
+    assert text.count(".") == 1  # one sentence
+
+
+def test_examples_that_the_model_gets_wrong_are_marked(visit: Visit, served: Running) -> None:
+    visit.open()
+    wrong = []
+    for button in visit.find("#examples button").all():
+        name = button.get_attribute("data-example") or ""
+        body = (EXAMPLES / f"{name}.jpg").read_bytes()
+        predicted = served.client.post("/predict", content=body).json()["results"][0]["label"]
+        if name in CLASSES and predicted != name:
+            wrong.append(name)
+    assert wrong  # the weights of this model are random
+    sentence = f"Wrong even without an attack: {', '.join(wrong)}."
+    expect(visit.find("#examples-note")).to_have_text(
+        f"{sentence} Not among the model’s classes: coffee."
+    )
+    marked = visit.find("#examples .missed").evaluate_all("all => all.map(b => b.dataset.example)")
+    assert marked == wrong
+    expect(visit.find("#examples .missed").first).to_have_attribute(
+        "aria-label", f"Example: {wrong[0]}, which the model gets wrong"
+    )
+
+
+def test_each_row_of_the_model_card_has_its_own_number_of_images(visit: Visit) -> None:
+    def measured(route: Route) -> None:
+        answer = route.fetch().json()
+        rows = [("clean", 5000), ("autoattack", 500)]
+        answer["card"]["evaluation"] = [
+            {"data": "test", "attack": attack, "accuracy": 0.5, "n": n, "interval": [0.4, 0.6]}
+            | ({} if attack == "clean" else {"norm": "linf", "eps_text": "8/255"})
+            for attack, n in rows
+        ]
+        route.fulfill(body=json.dumps(answer), content_type="application/json")
+
+    visit.page.route("**/model", measured)
+    visit.open()
+    expect(visit.find("#card caption")).to_have_text("Accuracy on test")
+    rows = visit.find("#card tbody tr")
+    expect(rows.nth(0)).to_have_text(re.compile(r"Clean\s*50.0%\s*5,000$"))
+    expect(rows.nth(1)).to_have_text(re.compile(r"^AutoAttack.*50.0%\s*500$"))
+    right = "node => node.getBoundingClientRect().right"
+    assert visit.find("#card table").evaluate(right) <= visit.find("#card").evaluate(right)
+
+
+def test_the_five_photographs_are_called_a_demonstration(visit: Visit) -> None:
+    page = visit.open()
+    expect(visit.find("#set-note")).to_be_hidden()
+    page.select_option("#set", label="Five example photographs (demo)")
+    expect(visit.find("#set-note")).to_contain_text("too few to measure accuracy")
+
+
+# Never stale
+
+
+class Held:
+    """Holds every attack asked for from now on, until they are released."""
+
+    def __init__(self, visit: Visit) -> None:
+        self.routes: list[Route] = []
+        self.holding = True
+        visit.page.route("**/attack", lambda route: self._take(route))
+
+    def _take(self, route: Route) -> None:
+        if self.holding:
+            self.routes.append(route)
+        else:
+            route.continue_()
+
+    def release(self) -> None:
+        self.holding = False
+        for route in self.routes:
+            route.continue_()
+
+
+def test_what_was_computed_for_other_settings_is_dimmed_until_the_answer_comes(
+    visit: Visit,
+) -> None:
+    page = visit.open()
+    expect(visit.find("#result")).to_have_attribute("aria-busy", "false")
+    words = "FGSM, L∞, eps 8/255, true class horse, examples/horse.jpg."
+    expect(visit.find("#result-settings")).to_have_text(f"Result for {words}")
+    waiting = Held(visit)
+    page.fill("#eps-number", "9")
+    expect(visit.find("#result")).to_have_attribute("aria-busy", "true", timeout=1000)
+    expect(visit.find("#result-settings")).to_have_text(
+        f"Updating; the dimmed result is for {words}"
+    )
+    opacity = visit.find("#verdict").evaluate("node => getComputedStyle(node).opacity")
+    assert float(opacity) < 0.5
+    name = visit.find("#adversarial-save").get_attribute("download")
+    assert name == "horse-fgsm-linf-8of255-adversarial.png"  # of what is still shown
+    until(lambda: page.wait_for_timeout(10) or waiting.routes)
+    waiting.release()
+    expect(visit.find("#result")).to_have_attribute("aria-busy", "false")
+    expect(visit.find("#result-settings")).to_contain_text(
+        f"Result for {words}".replace("8/", "9/")
+    )
+    assert visit.find("#attack").get_attribute("data-stale") is None
+    name = visit.find("#adversarial-save").get_attribute("download")
+    assert name == "horse-fgsm-linf-9of255-adversarial.png"
+
+
+def test_the_picture_clicked_is_there_before_the_service_answers(visit: Visit) -> None:
+    page = visit.open()
+    Held(visit)
+    page.click('[data-example="deer"]')
+    for name in ("#seen", "#original"):
+        expect(visit.find(name)).to_have_attribute("src", re.compile("deer.jpg$"))
+    expect(visit.find("#seen-text")).to_have_text("examples/deer.jpg: waiting for the model…")
+    expect(visit.find("#seen-bars")).to_have_attribute("aria-busy", "true")
+    expect(visit.find("#seen-caption")).to_contain_text("horse.jpg")  # whose bars those are
+    expect(visit.find("#result")).to_have_attribute("aria-busy", "true")
+    expect(visit.find("#original-save")).to_be_hidden()
+    expect(visit.find("#result-settings")).to_contain_text("horse.jpg")
+
+
+def test_a_page_opened_while_the_model_loads_says_so_and_shows_the_image(visit: Visit) -> None:
+    page = visit.page
+    loading = json.dumps({"title": "x", "detail": "The model is loading."})
+    for path in ("model", "limits", "readyz"):
+        page.route(f"**/{path}", lambda route: route.fulfill(status=503, body=loading))
+    page.goto(visit.url)
+    expect(visit.find("#status")).to_contain_text("The model is loading.")
+    expect(visit.find("#seen")).to_have_attribute("src", re.compile("horse.jpg$"))
+    page.click('[data-example="deer"]')
+    expect(visit.find("#seen")).to_have_attribute("src", re.compile("deer.jpg$"))
+    for path in ("model", "limits", "readyz"):
+        page.unroute(f"**/{path}")
+    expect(visit.find("#seen-text")).to_contain_text("deer.jpg: the 32 × 32 pixels")
+    expect(visit.find("#result-settings")).to_contain_text("deer.jpg.")
+
+
+# Outcomes
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word", "verdict"),
+    [
+        ("broken", "broken", "Fooled: "),
+        ("withstood", "withstood", "Withstood: "),
+        ("already_wrong", "wrong before any attack", "Wrong before any attack: "),
+    ],
+)
+def test_an_attack_has_one_of_three_outcomes(
+    visit: Visit, outcome: str, word: str, verdict: str
+) -> None:
+    def answered(route: Route) -> None:
+        answer = route.fetch().json()
+        answer["results"][0] |= {"outcome": outcome, "success": outcome == "broken"}
+        route.fulfill(body=json.dumps(answer), content_type="application/json")
+
+    visit.page.route("**/attack", answered)
+    visit.open()
+    expect(visit.find("#fact-outcome")).to_have_text(word)
+    expect(visit.find("#verdict")).to_have_text(re.compile(f"^{verdict}"))
+    states = {"broken": "lost", "withstood": "held", "already_wrong": "wrong"}
+    expect(visit.find("#verdict")).to_have_attribute("data-state", states[outcome])
+    visit.page.unroute_all(behavior="ignoreErrors")
+
+
+def test_settings_are_never_changed_without_a_word(visit: Visit) -> None:
+    page = visit.open()
+    expect(visit.find("#settings-note")).to_be_hidden()
+    page.select_option("#norm", "l2")
+    expect(visit.find("#settings-note")).to_have_text(
+        "eps was set to 0.502 (128/255), the usual value under L2, "
+        "where eps limits the length of the whole change."
+    )
+    page.select_option("#name", "pgd")
+    expect(visit.find("#steps")).to_have_value("20")  # as the library's, however slow the model
+    page.fill("#steps", "100000")
+    page.locator("#steps").blur()
+    expect(visit.find("#settings-note")).to_have_text(
+        "Steps were set to 200: choose from 1 to 200."
+    )
+
+
+def test_a_copied_command_works_in_any_folder(visit: Visit, tmp_path: Path) -> None:
+    page = visit.open()
+    page.select_option("#set", label="Five example photographs (demo)")
+    for selector in ("#curl", "#evaluate-curl"):
+        line = visit.find(selector).inner_text()
+        assert line.count("curl -sS ") == 2
+        assert "/playground/examples/" in line
+    if shutil.which("curl") is None:
+        pytest.skip("no curl here to run the line with")
+    line = visit.find("#curl").inner_text()
+    finished = subprocess.run(
+        ["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    result = json.loads(finished.stdout)["results"][0]
+    shown = visit.find("#adversarial").get_attribute("src")
+    assert shown == f"data:image/png;base64,{result['adversarial_png']}"
+
+
+def test_an_evaluation_for_other_settings_than_the_form_is_dimmed(visit: Visit) -> None:
+    page = visit.open()
+    page.select_option("#set", label="few")
+    page.fill("#set-eps", "5")
+    page.uncheck('#set-attacks [value="pgd"]')
+    page.click("#start")
+    expect(visit.find("#evaluate-text")).to_contain_text("Done: 30 images of few.npz.")
+    expect(visit.find("#evaluate-stale")).to_be_hidden()
+    page.fill("#set-eps", "6")
+    expect(visit.find("#evaluate-stale")).to_have_text(
+        "The dimmed result is for few.npz, L∞, eps 5/255, not for the settings above."
+    )
+    assert visit.find("#evaluate-result").evaluate("n => getComputedStyle(n).opacity") == "0.35"
+    page.fill("#set-eps", "5")
+    expect(visit.find("#evaluate-stale")).to_be_hidden()
+    page.reload()
+    expect(visit.find("#evaluate-text")).to_contain_text("Done: 30 images of few.npz.")
+    expect(visit.find("#set-eps")).to_have_value("5")
+    assert not page.is_checked('#set-attacks [value="pgd"]')
+    expect(visit.find("#evaluate-stale")).to_be_hidden()
+
+
+def test_the_address_holds_the_settings(visit: Visit) -> None:
+    page = visit.open()
+    page.click('[data-example="dog"]')
+    page.select_option("#name", "pgd")
+    page.fill("#steps", "3")
+    page.select_option("#target", "ship")
+    page.fill("#eps-number", "5")
+    address = "?example=dog&attack=pgd&eps=5/255&norm=linf&steps=3&target=ship"
+    page.wait_for_url(f"**/{address}")
+    words = "Result for PGD, L∞, eps 5/255, 3 steps, true class dog, target ship, examples/dog.jpg."
+    expect(visit.find("#result-settings")).to_have_text(words)
+    page.reload()
+    expect(visit.find("#result-settings")).to_have_text(words)
+    page.click('[data-example="deer"]')
+    page.wait_for_url(re.compile("example=deer"))
+    page.go_back()
+    expect(visit.find("#result-settings")).to_have_text(words)
+    page.go_forward()
+    expect(visit.find("#result-settings")).to_have_text(words.replace("dog", "deer"))
+    page.goto(f"{visit.url}/?example=none&attack=what&eps=-1&steps=1e9&norm=x&target=y")
+    expect(visit.find("#result-settings")).to_have_text(
+        "Result for FGSM, L∞, eps 8/255, true class horse, examples/horse.jpg."
+    )
+
+
+def test_names_of_attacks_explain_themselves(visit: Visit, served: Running) -> None:
+    page = visit.open()
+    summaries = {
+        item["name"]: item["summary"] for item in served.client.get("/limits").json()["attacks"]
+    }
+    expect(visit.find("#name-summary")).to_have_text(f"FGSM: {summaries['fgsm']}.")
+    expect(visit.find("#about-apgd-t")).to_be_hidden()
+    page.focus('#set-attacks [value="apgd-t"]')
+    expect(visit.find("#about-apgd-t")).to_be_visible()
+    expect(visit.find("#about-apgd-t")).to_have_text(f"{summaries['apgd-t']}.")
+    page.hover('#set-attacks [value="fab-t"]')
+    expect(visit.find("#about-fab-t")).to_be_visible()

@@ -1,0 +1,278 @@
+"""The processes that decode what is large: ended with the request, and made anew."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.decoding import pool as pools
+from app.decoding import sharing
+from app.decoding.frames import unpack
+from app.decoding.pool import DecodeFailed, WorkerPool
+from app.decoding.sharing import HALF_LIFE_SECONDS, Budget, Places
+from app.errors import DeadlineExceeded
+from robust.image_decoding import read_pixels
+from tests.support import bombs
+from tests.support.serving import labeled, png
+
+MEMORY = 64 * 2**20
+
+
+def image(data: bytes, **changed: object) -> dict[str, object]:
+    return {"task": "image", "size": 8, "max_pixels": 50_000_000, **changed}
+
+
+def use(
+    work: Callable[[WorkerPool], Awaitable[object]],
+    *,
+    size: int = 1,
+    memory: int = MEMORY,
+    seconds: float = 60.0,
+) -> object:
+    """What `work` gives on a pool of its own."""
+
+    async def run() -> object:
+        pool = WorkerPool(size=size, budget=Budget(memory), seconds=seconds)
+        try:
+            return await work(pool)
+        finally:
+            pool.close()
+
+    return asyncio.run(run())
+
+
+async def ask(pool: WorkerPool, data: bytes, **named: object) -> bytes:
+    given = {"client": "a", "memory": MEMORY, "most": 3 * 8 * 8} | named
+    _, parts = await pool.run(image(data), [data], **given)  # type: ignore[arg-type]
+    return bytes(parts[0])
+
+
+def test_a_worker_gives_the_pixels_that_a_thread_would_and_goes_on_after_a_bad_image() -> None:
+    async def work(pool: WorkerPool) -> list[object]:
+        first = await ask(pool, png())
+        broken, _ = await pool.run(image(b""), [b"GIF89a"], client="a", memory=MEMORY, most=0)
+        (worker,) = pool._idle
+        assert await ask(pool, png()) == first
+        assert pool._idle == [worker]
+        return [first, broken["error"]]
+
+    assert use(work) == [read_pixels(png(), 8).tobytes(), "unsupported"]
+
+
+def test_a_killed_worker_costs_its_one_request() -> None:
+    async def work(pool: WorkerPool) -> None:
+        await ask(pool, png())
+        os.kill(pool._idle[0]._process.pid, signal.SIGSTOP)
+        asking = asyncio.create_task(ask(pool, png()))
+        await asyncio.sleep(0.05)
+        (busy,) = pool._busy
+        os.kill(busy._process.pid, signal.SIGKILL)
+        with pytest.raises(DecodeFailed) as failed:
+            await asking
+        assert failed.value.reason == "crash"
+        assert len(await ask(pool, png())) == 192
+        (idle,) = pool._idle
+        idle.kill()  # and one that has nothing to do costs none
+        assert idle.gone(wait=True)
+        assert len(await ask(pool, png())) == 192
+
+    use(work)
+
+
+@pytest.mark.parametrize(
+    ("named", "seconds", "error"),
+    [({}, 0.1, DecodeFailed), ({"deadline": 0.1}, 60.0, DeadlineExceeded)],
+)
+def test_what_takes_too_long_ends_with_its_worker(
+    named: dict[str, float], seconds: float, error: type[Exception]
+) -> None:
+    async def work(pool: WorkerPool) -> None:
+        worker = pools._Worker()
+        pool._idle.append(worker)
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        given = {name: time.monotonic() + value for name, value in named.items()}
+        with pytest.raises(error):
+            await ask(pool, png(), **given)
+        assert worker.gone(wait=True)
+        assert (pool._idle, pool._busy) == ([], set())
+
+    use(work, seconds=seconds)
+
+
+def test_what_nobody_waits_for_ends_at_once() -> None:
+    async def work(pool: WorkerPool) -> None:
+        worker = pools._Worker()
+        pool._idle.append(worker)
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        asking = asyncio.create_task(ask(pool, png()))
+        waiting = asyncio.create_task(ask(pool, png(), client="b"))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        asking.cancel()
+        await asyncio.wait([asking, waiting])
+        assert asking.cancelled()
+        assert waiting.cancelled()
+        assert worker.gone(wait=True)
+
+    use(work)
+
+
+def test_a_worker_has_no_more_memory_than_it_was_given() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((6000, 6000, 3), np.uint8)).save(buffer, "PNG")
+
+    async def work(pool: WorkerPool) -> None:
+        data, given = buffer.getvalue(), {"client": "a", "memory": 2**20, "most": 192}
+        answer, _ = await pool.run(image(data), [data], **given)  # type: ignore[arg-type]
+        assert answer["error"] == "too_large"
+        with pytest.raises(DecodeFailed, match="in 64 MiB of memory"):
+            await ask(pool, png(), memory=MEMORY + 1)
+
+    use(work)
+
+
+def test_a_set_comes_as_it_was_sent(tmp_path: Path) -> None:
+    request = {"task": "set", "path": None, "size": 32, "max_images": 10, "max_pixels": 10**6}
+
+    async def work(pool: WorkerPool) -> None:
+        given = {"client": "a", "memory": MEMORY, "most": 10 * (3072 + 8)}
+        about, (images, labels) = await pool.run(request, [labeled(10)], **given)  # type: ignore[arg-type]
+        arrays = np.load(io.BytesIO(labeled(10)))
+        assert images == arrays["images"].tobytes()
+        assert labels == arrays["labels"].tobytes()
+        assert about["images"] == 10
+        refused, _ = await pool.run(request, [labeled(11)], **given)  # type: ignore[arg-type]
+        assert refused["error"] == "set"
+        assert "10" in refused["expected"]
+
+    use(work, memory=4 * MEMORY)
+
+
+def test_a_worker_that_nobody_needs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "IDLE_SECONDS", 0.0)
+
+    async def work(pool: WorkerPool) -> None:
+        await ask(pool, png())
+        (worker,) = pool._idle
+        await asyncio.sleep(0.01)
+        assert pool._idle == []
+        assert worker.gone(wait=True)
+
+    use(work)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"{}", b"[]", b'{"blobs": [-1]}', b'{"blobs": [9]}', b'{"blobs": 1}', b"[" * 10**5],
+)
+def test_what_is_no_answer_of_a_worker_is_refused(answer: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        unpack(answer, most=8)
+
+
+def test_what_takes_too_long_of_a_processor_is_told_apart() -> None:
+    async def work(pool: WorkerPool) -> None:
+        data = bombs.deep_color_png(2000)  # 0.1 s
+        pool._cpu_seconds = 0.01
+        with pytest.raises(DecodeFailed, match=r"within 0.01 s") as failed:
+            await ask(pool, data)
+        assert failed.value.reason == "cpu"
+        assert pool._idle == []
+        pool._cpu_seconds = 60.0
+        assert len(await ask(pool, data)) == 192
+
+    use(work)
+
+
+def test_places_go_to_the_client_that_used_them_least() -> None:
+    async def run() -> list[str]:
+        places, order = Places(1, per_client=1), []
+
+        async def use(client: str, seconds: float) -> None:
+            async with places.hold(client):
+                order.append(client)
+                await asyncio.sleep(seconds)
+
+        await use("dear", 0.2)
+        await use("cheap", 0.0)
+        current = asyncio.create_task(use("other", 0.01))
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(use(client, 0.0)) for client in ("dear", "cheap", "new")]
+        await asyncio.wait([current, *waiting])
+        now = time.monotonic()
+        assert places._lately("dear", now) == pytest.approx(0.2, abs=0.1)
+        half = places._lately("dear", now + HALF_LIFE_SECONDS)
+        assert half == pytest.approx(places._lately("dear", now) / 2)
+        return order[3:]
+
+    assert asyncio.run(run()) == ["new", "cheap", "dear"]
+
+
+def test_clients_that_used_little_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_MAX_USED", 10)
+
+    async def run() -> None:
+        places = Places(1, per_client=1)
+        for client in range(1000):
+            async with places.hold(client):
+                pass
+        assert len(places._used) <= 11
+
+    asyncio.run(run())
+
+
+def test_places_go_to_the_client_that_holds_fewest() -> None:
+    order: list[str] = []
+
+    async def run() -> None:
+        places, first = Places(2, per_client=1), asyncio.Event()
+
+        async def use(client: str, name: str) -> None:
+            async with places.hold(client):
+                order.append(name)
+                await first.wait()
+
+        tasks = [asyncio.create_task(use("a", f"a{i}")) for i in range(3)]
+        tasks.append(asyncio.create_task(use("b", "b0")))
+        tasks.append(asyncio.create_task(use("c", "c0")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert order == ["a0", "b0"]
+        tasks[1].cancel()
+        first.set()
+        await asyncio.wait(tasks)
+        assert not places._held
+        assert not places._waiting
+
+    asyncio.run(run())
+    assert order == ["a0", "b0", "c0", "a2"]
+
+
+def test_a_budget_is_never_overdrawn_and_nobody_is_passed_over() -> None:
+    left: list[int] = []
+
+    async def run() -> None:
+        budget = Budget(10)
+
+        async def use(amount: int) -> None:
+            async with budget.hold(amount):
+                left.append(budget._left)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(use(amount)) for amount in (6, 9, 1, 4)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.wait(tasks)
+        assert budget._left == 10
+
+    asyncio.run(run())
+    assert left == [4, 5, 5]

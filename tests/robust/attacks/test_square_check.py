@@ -1,0 +1,56 @@
+"""Square check: cut short where gradients do better, and Square itself where they mislead."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import resolve_attack, square
+from robust.attacks.square_check import ASCENT, QUERIES
+from robust.geometry import Norm
+from robust.threat_model import ThreatModel
+
+EPS: dict[Norm, float] = {"linf": 0.02, "l2": 0.15}
+norms = pytest.mark.parametrize("norm", list(EPS))
+
+
+class Rounded(nn.Module):
+    """The same model, but its gradient is 0: it sees pixels in steps of a hundredth."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model((100 * x).round() / 100)
+        return logits
+
+
+@norms
+def test_an_image_is_left_where_gradients_do_better(
+    curved: nn.Module, images: Tensor, norm: Norm
+) -> None:
+    y = curved(images).argmax(dim=1)
+    attack = resolve_attack("square-check", ThreatModel(norm=norm, eps=EPS[norm] / 8))
+    found = attack.run(curved, images, y)
+    left = ~found.success
+    assert int(left.sum()) >= 6
+    assert found.backwards[left].unique().tolist() == [ASCENT]
+    assert found.forwards[left].unique().tolist() == [ASCENT + QUERIES + 1]  # and the start
+
+
+@norms
+def test_masked_gradients_get_all_of_square(curved: nn.Module, images: Tensor, norm: Norm) -> None:
+    model, y = Rounded(curved), curved(images).argmax(dim=1)
+    ball = ThreatModel(norm=norm, eps=EPS[norm])
+    attack = resolve_attack("square-check", ball, steps=150)
+    found = attack.run(model, images, y, early_stop=True)
+    alone = square(model, images, y, threat_model=ball, queries=150)
+    assert 0 < int(alone.success.sum()) < 12
+    wrong = model(images).argmax(dim=1) != y  # found by the first query, of the image as it is
+    assert torch.equal(found.success, alone.success | wrong)
+    assert torch.equal(found.x_adv[~wrong], alone.x_adv[~wrong])
+    left = ~found.success
+    # More only by speculation, once half of the images are done.
+    assert ASCENT + 151 <= int(found.forwards[left].min())
+    assert int(found.forwards[left].max()) < ASCENT + 170
+    assert attack.cost == 2 * ASCENT + 151

@@ -1,0 +1,316 @@
+"""Every row of the table in docs/formats.md: a file as people have it, with the right values."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import CIFAR10, MNIST, SVHN
+
+from robust.datasets import Dataset, DatasetError, load_dataset
+from robust.datasets.registry import FORMS, Form, by_suffix, data_help, forms_list, markdown_table
+
+ROOT = Path(__file__).resolve().parents[3]
+RNG = np.random.default_rng(0)
+ROWS = RNG.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+IMAGES = torch.from_numpy(ROWS).permute(0, 3, 1, 2)
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+GRAY = ROWS[..., 0]
+
+
+def same(dataset: Dataset, images: np.ndarray = ROWS, labels: object = LABELS) -> bool:
+    expected = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return torch.equal(dataset.images, expected) and dataset.labels.tolist() == list(labels)
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def class_folders(folder: Path) -> Path:
+    for index, (row, label) in enumerate(zip(ROWS, LABELS, strict=True)):
+        (folder / f"c{label}").mkdir(parents=True, exist_ok=True)
+        (folder / f"c{label}" / f"{index}").write_bytes(png(row))
+    return folder
+
+
+def npz(folder: Path) -> Path:
+    np.savez(folder / "a.npz", images=ROWS, labels=LABELS)
+    return folder / "a.npz"
+
+
+def pickled(folder: Path) -> Path:
+    (folder / "a.pkl").write_bytes(pickle.dumps({"images": ROWS, "labels": LABELS}))
+    return folder / "a.pkl"
+
+
+def zip_of_folders(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        for file in sorted(class_folders(folder / "x").rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return folder / "a.zip"
+
+
+def corruption(folder: Path) -> Path:
+    np.save(folder / "fog.npy", ROWS)
+    np.save(folder / "labels.npy", LABELS)
+    return folder / "fog.npy"
+
+
+def mnist_file(folder: Path) -> Path:
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(GRAY))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS.astype(np.uint8))))
+    return folder / "t10k-images-idx3-ubyte"
+
+
+def svhn(folder: Path) -> Path:
+    labels = np.array([10, 1, 2, 10, 1, 2], np.uint8)[:, None]
+    savemat(folder / "test_32x32.mat", {"X": ROWS.transpose(1, 2, 3, 0), "y": labels})
+    return folder / "test_32x32.mat"
+
+
+def table(rows: slice = slice(None)) -> pa.Table:
+    """As `datasets` writes it: the image a struct, the class names in the schema."""
+    features = {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    images = [{"bytes": png(row), "path": f"{i}.png"} for i, row in enumerate(ROWS[rows])]
+    return pa.table({"image": images, "label": LABELS[rows]}).replace_schema_metadata(about)
+
+
+def parquet(folder: Path) -> Path:
+    pq.write_table(table(), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def hub(folder: Path) -> Path:
+    (folder / "data").mkdir()
+    (folder / "README.md").write_text("# a data set")
+    for index, rows in enumerate((slice(0, 4), slice(4, 6))):
+        pq.write_table(table(rows), folder / "data" / f"test-0000{index}-of-00002.parquet")
+    pq.write_table(table(slice(0, 2)), folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+EXAMPLES: dict[str, Callable[[Path], Path]] = {
+    "NumPy archive": npz,
+    "PyTorch or pickle file": pickled,
+    "Zip of class folders": zip_of_folders,
+    "Class folders": class_folders,
+    "NumPy array, CIFAR-10-C": corruption,
+    "CIFAR-10-C, CIFAR-10-P": lambda folder: corruption(folder).parent,
+    "MNIST file": mnist_file,
+    "MNIST folder": lambda folder: mnist_file(folder).parent,
+    "SVHN": svhn,
+    "Hugging Face parquet": parquet,
+    "Hugging Face folder": hub,
+}
+ELSEWHERE = {"CIFAR-10", "CIFAR-100", "Handwritten digits"}  # test_named.py
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.title)
+def test_each_form_is_read(form: Form, tmp_path: Path) -> None:
+    if form.title in ELSEWHERE:
+        return
+    dataset = load_dataset(EXAMPLES[form.title](tmp_path), train=False)
+    if form.title == "Class folders" or form.title.startswith("Zip"):
+        order = [0, 3, 1, 4, 2, 5]
+        assert same(dataset, ROWS[order], LABELS[order])
+    else:
+        images = np.repeat(GRAY[..., None], 3, 3) if "MNIST" in form.title else ROWS
+        assert same(dataset, images)
+    if "Hugging" in form.title:
+        assert dataset.classes == ("cat", "dog", "eel")
+
+
+def test_the_table_of_the_page_is_that_of_the_entries() -> None:
+    assert markdown_table() in (ROOT / "docs" / "formats.md").read_text()
+    assert {form.title for form in FORMS} == set(EXAMPLES) | ELSEWHERE
+
+
+def test_help_and_errors_name_every_form(tmp_path: Path) -> None:
+    for form in FORMS:
+        for name in (*form.names, *form.suffixes):
+            assert name in data_help()
+        assert form.title in forms_list()
+    (tmp_path / "a.csv").write_text("1,2")
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(tmp_path / "a.csv")
+    assert all(suffix in caught.value.expected for suffix in by_suffix())
+
+
+def test_the_forms_are_listed_without_torch() -> None:
+    code = "import sys, robust.datasets.registry as r; r.data_help(); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
+def test_severities_frames_and_folders_of_corruptions(tmp_path: Path) -> None:
+    np.save(tmp_path / "labels.npy", LABELS[:3])
+    np.save(tmp_path / "fog.npy", ROWS)  # two severities of three images
+    dataset = load_dataset(tmp_path / "fog.npy")
+    assert same(dataset, labels=[0, 1, 2, 0, 1, 2])
+    assert dataset.changes == ("repeated 3 labels 2 times, for 6 images",)
+    np.save(tmp_path / "snow.npy", ROWS.reshape(3, 2, 32, 32, 3))
+    both = load_dataset(tmp_path)
+    assert same(both, np.concatenate([ROWS, ROWS]), [0, 1, 2, 0, 1, 2, 0, 0, 1, 1, 2, 2])
+    assert both.changes == (
+        "concatenated 2 files: fog, snow",
+        "fog.npy: repeated 3 labels 2 times, for 6 images",
+        "snow.npy: read 2 frames of each of 3 sequences as images",
+    )
+    (tmp_path / "labels.npy").unlink()
+    with pytest.raises(DatasetError, match=r"snow.npy: expected labels.npy in the same folder"):
+        load_dataset(tmp_path / "snow.npy")
+
+
+def test_the_part_of_a_hub_folder(tmp_path: Path) -> None:
+    assert same(load_dataset(hub(tmp_path)), ROWS[:2], LABELS[:2])
+    for file in (tmp_path / "data").glob("train*"):
+        file.unlink()
+    with pytest.raises(DatasetError, match="expected a part train, found test"):
+        load_dataset(tmp_path)
+
+
+def test_what_save_to_disk_writes(tmp_path: Path) -> None:
+    part = tmp_path / "test"
+    part.mkdir()
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    with pa.OSFile(str(part / "data-00000-of-00001.arrow"), "wb") as file:
+        with pa.ipc.new_stream(file, table().schema) as writer:
+            writer.write_table(table())
+    assert same(load_dataset(tmp_path, train=False))
+    assert same(load_dataset(part))
+
+
+def test_parquet_that_is_none_and_columns_that_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(DatasetError, match="complete parquet or arrow files"):
+        load_dataset(path)
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), path)
+    with pytest.raises(DatasetError, match="found text, label"):
+        load_dataset(path)
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "a.png"}], "label": [1]}), path)
+    with pytest.raises(DatasetError, match="found a path in row 0"):
+        load_dataset(path)
+    pq.write_table(pa.table({"image": [b"hello"], "label": [1]}), path)
+    with pytest.raises(DatasetError, match=r"a.parquet, row 0: expected a JPEG"):
+        load_dataset(path)
+
+
+def test_broken_idx_and_mat_files(tmp_path: Path) -> None:
+    path = mnist_file(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DatasetError, match=r"expected 6x32x32 values .*, found 6143"):
+        load_dataset(path)
+    path.write_bytes(whole)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b not really")
+    with pytest.raises(DatasetError, match="a complete gzip file t10k-labels-idx1"):
+        load_dataset(path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(DatasetError, match="its labels in t10k-labels-idx1-ubyte beside it"):
+        load_dataset(path)
+    (tmp_path / "a.mat").write_bytes(bytes(200))
+    with pytest.raises(DatasetError, match="a MATLAB file"):
+        load_dataset(tmp_path / "a.mat")
+
+
+def saved(folder: Path, value: object, how: str) -> Path:
+    path = folder / ("a.pt" if how == "torch.save" else "a.pickle")
+    if how == "torch.save":
+        torch.save(value, path)
+    else:
+        path.write_bytes(pickle.dumps(value))
+    return path
+
+
+def torchvision_set(kind: type, **attributes: object) -> object:
+    value = kind.__new__(kind)
+    value.__dict__.update(root="data", transform=None, target_transform=None, **attributes)
+    return value
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle.dump"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [(image, int(label)) for image, label in zip(IMAGES, LABELS, strict=True)],
+        [(Image.fromarray(row), label) for row, label in zip(ROWS, LABELS, strict=True)],
+        [{"image": Image.fromarray(r), "label": int(y)} for r, y in zip(ROWS, LABELS, strict=True)],
+        TensorDataset(IMAGES, torch.from_numpy(LABELS)),
+        Subset(TensorDataset(IMAGES.repeat(2, 1, 1, 1), torch.tensor([*LABELS] * 2)), range(6)),
+        torchvision_set(CIFAR10, data=ROWS, targets=LABELS.tolist(), classes=["a", "b", "c"]),
+        torchvision_set(SVHN, data=IMAGES.numpy(), labels=LABELS, split="test"),
+        {"adv_complete": IMAGES, "labels": torch.eye(3)[torch.from_numpy(LABELS)]},
+        {"images": IMAGES, "labels": [torch.eye(3)[label] for label in LABELS]},
+        {b"data": ROWS.transpose(0, 3, 1, 2).reshape(6, -1), b"labels": LABELS.tolist()},
+    ],
+    ids=range(10),
+)
+def test_pickles_of_every_kind(tmp_path: Path, value: object, how: str) -> None:
+    if isinstance(value, Subset):
+        value = Subset(value.dataset, list(value.indices))
+    assert same(load_dataset(saved(tmp_path, value, how)))
+
+
+def test_gray_and_boolean_and_unreadable_pickles(tmp_path: Path) -> None:
+    gray = torchvision_set(MNIST, data=torch.from_numpy(GRAY), targets=torch.from_numpy(LABELS))
+    dataset = load_dataset(saved(tmp_path, gray, "pickle.dump"))
+    assert same(dataset, np.repeat(GRAY[..., None], 3, 3))
+    value = {"images": IMAGES, "labels": [bool(label) for label in LABELS]}
+    assert load_dataset(saved(tmp_path, value, "torch.save")).labels.tolist() == [0, 1, 1, 0, 1, 1]
+    floats = (IMAGES[0] / 254).clamp(0, 1)
+    dataset = load_dataset(saved(tmp_path, (floats, 2), "torch.save"))  # one image, one label
+    assert torch.equal(dataset.images[0], floats)
+    assert dataset.labels.tolist() == [2]
+    path = saved(tmp_path, {"scores": IMAGES, "truth": LABELS}, "pickle.dump")
+    with pytest.raises(DatasetError, match=r"images named images, .*found scores, truth"):
+        load_dataset(path)
+    path.write_bytes(b"(lp0\n.")
+    with pytest.raises(DatasetError, match="protocol 2 or later"):
+        load_dataset(path)
+
+
+def test_a_batch_file_of_cifar10_as_it_lies_there(tmp_path: Path) -> None:
+    """Written by Python 2: byte strings for text and for the pixels."""
+    pixels = ROWS.transpose(0, 3, 1, 2).tobytes()
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85" + text(b"b") + b"\x87R"
+        b"(K\x01K\x06M\x00\x0c\x86cnumpy\ndtype\n" + text(b"u1") + b"K\0K\x01\x87R"
+        b"(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+        b"\x89T" + struct.pack("<I", len(pixels)) + pixels + b"tb"
+    )
+    labels = b"](" + b"".join(b"K" + bytes([label]) for label in LABELS.tolist()) + b"e"
+    fields = text(b"data") + array + text(b"labels") + labels
+    path = tmp_path / "test_batch"
+    path.write_bytes(b"\x80\x02}(" + fields + b"u.")
+    dataset = load_dataset(path)
+    assert same(dataset)
+    assert dataset.changes == ("read rows of 3072 values as images 3x32x32",)

@@ -1,0 +1,88 @@
+"""How long an evaluation takes is told before it begins, and as it goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import resolve_attack
+from robust.commands.output import Progress
+from robust.evaluation import evaluate_batches
+from robust.evaluation.forecast import Forecast
+from robust.threat_model import ThreatModel
+
+BALL = ThreatModel(norm="linf", eps=8 / 255)
+
+
+def foretold(model: nn.Module, data: tuple[Tensor, Tensor], attack: str) -> list[Forecast]:
+    told: list[Forecast] = []
+    results = evaluate_batches(
+        model,
+        *data,
+        num_classes=2,
+        attacks=[resolve_attack(attack, BALL)],
+        device=torch.device("cpu"),
+        batch_size=4,
+        foretell=told.append,
+    )
+    next(results)
+    results.close()
+    return told
+
+
+@pytest.mark.parametrize("attack", ["pgd-10", "square-30"])
+def test_told_before_the_first_attack(
+    attack: str, model: nn.Module, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    (told,) = foretold(model, linear_data, attack)
+    n, cost = len(linear_data[0]), resolve_attack(attack, BALL).cost
+    assert cost in (21, 31)
+    assert (told.images, told.passes, told.worst) == (n, n * (cost + 2), n * (cost + 2))
+    assert 0 < told.seconds == told.passes * told.seconds_per_pass
+
+
+def test_what_is_left_is_told_after_each_stage_for_the_images_that_stand(
+    model: nn.Module, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    audit = resolve_attack("audit", BALL)
+    told: list[Forecast] = []
+    *_, result = evaluate_batches(
+        model,
+        *linear_data,
+        num_classes=2,
+        attacks=[audit],
+        device=torch.device("cpu"),
+        foretell=told.append,
+    )
+    first, *rest = told
+    (item,) = result.attacks
+    assert [forecast.stage for forecast in rest] == ["pma-10", "malt"]
+    assert [forecast.images for forecast in rest] == [stage.correct for stage in item.stages[:2]]
+    assert 0 < rest[0].images < item.stages[0].attacked
+    # A sound model takes no more than was told, of which the full Square is no part.
+    assert item.forwards + item.backwards <= first.passes
+    spent_on_square = rest[1].images * (20 + 100 + 1 + 1)
+    assert rest[1].passes == spent_on_square
+    assert first.worst - first.passes == first.images * (5000 - 100)
+
+
+def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(100, title="evaluate", unit="%")
+    progress.foretell(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
+    assert capsys.readouterr().err == (
+        "note: 100 images: at most 3 min 30 s (4200 passes of 0.05 s); images that are fooled "
+        "early take fewer\n"
+    )
+    progress.foretell(
+        Forecast(images=40, passes=420, worst=4200, seconds_per_pass=0.05, stage="pma-10")
+    )
+    assert capsys.readouterr().err == (
+        "note: pma-10 left 40 images: at most 21.0 s more, or 3 min 30 s if gradients turn out to "
+        "mislead (420 passes of 0.05 s); images that are fooled early take fewer\n"
+    )
+    short = Forecast(images=100, passes=300, worst=300, seconds_per_pass=0.001)
+    progress.foretell(short)
+    quiet = Progress(100, title="evaluate", unit="%", quiet=True)
+    quiet.foretell(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
+    assert capsys.readouterr().err == ""

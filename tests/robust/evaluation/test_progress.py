@@ -1,0 +1,110 @@
+"""How far an evaluation is: shown at least every second, and written down as rarely as before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust.attacks import resolve_attack
+from robust.evaluation import Evaluation, evaluate_batches
+from robust.evaluation import stages as stages_module
+from robust.evaluation.journal import Journal
+from robust.threat_model import ThreatModel
+
+Data = tuple[Tensor, Tensor]
+PASS = 0.3  # seconds, by the test's own clock
+
+
+class Clock:
+    """Goes on by PASS before each pass of the model."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += PASS
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(stages_module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    return clock
+
+
+def followed(
+    model: nn.Module, data: Data, clock: Clock, path: Path | None, batch: int = 8
+) -> list[tuple[float, Evaluation]]:
+    """Each result with the time that it came at, of an attack that no image gives way to."""
+    images, labels = data
+    ball = ThreatModel(norm="linf", eps=0.0)
+    results = evaluate_batches(
+        model,
+        images,
+        labels,
+        num_classes=2,
+        attacks=[resolve_attack("fgsm", ball), resolve_attack("pgd-100", ball)],
+        device=torch.device("cpu"),
+        batch_size=batch,
+        precision="fp32",
+        journal=path,
+        watch=clock.tick,
+    )
+    return [(clock.now, result) for result in results]
+
+
+def test_progress_is_shown_at_least_every_second(
+    model: nn.Module, linear_data: Data, clock: Clock
+) -> None:
+    shown = followed(model, linear_data, clock, None)
+    times = [now for now, _ in shown]
+    assert max(b - a for a, b in pairwise(times)) <= 1.0
+    assert times[-1] - times[0] > 50
+    done = [result.done for _, result in shown]
+    assert done == sorted(done)
+    # It moves each time, also while no image has finished, and no faster than the work.
+    within = [
+        result for _, result in shown if result.stage == "pgd-100" and not result.attacks[1].n
+    ]
+    assert len(within) > 20
+    assert len({result.done for result in within}) == len(within)
+    assert within[-1].done < 0.7
+
+
+def test_progress_is_a_share_of_the_passes(
+    model: nn.Module, linear_data: Data, clock: Clock
+) -> None:
+    shown = followed(model, linear_data, clock, None, batch=40)  # every pass is of all images
+    begin, end = shown[0][0], shown[-1][0]
+    for now, result in shown:
+        assert result.done == pytest.approx((now - begin) / (end - begin), abs=0.05)
+
+
+def test_the_journal_is_written_as_rarely_as_images_finish(
+    model: nn.Module,
+    linear_data: Data,
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[tuple[float, str, int]] = []
+    write = Journal.write
+
+    def noted(self: Journal, stage: str, rows: list[tuple[object, ...]], seconds: float) -> None:
+        written.append((clock.now, stage, len(rows)))
+        write(self, stage, rows, seconds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "write", noted)
+    shown = followed(model, linear_data, clock, tmp_path / "journal")
+    assert len(shown) > 3 * len(written)
+    assert all(count > 0 for *_, count in written)
+    late = [now for now, stage, count in written if "pgd-100" in stage and count < 8]
+    assert all(b - a > 5 for a, b in pairwise(late))

@@ -1,0 +1,88 @@
+"""Certificates against a linear model, whose distance to the boundary is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robust import networks
+from robust.evaluation.smoothing import ABSTAINED, Certificate, certify, least_share
+from robust_cli import run
+
+Model = Callable[[Tensor], Tensor]
+
+
+def half_space(offset: float) -> tuple[Model, Tensor]:
+    """A model of two classes, and an image `offset` from the plane between them, in class 1."""
+    normal = torch.zeros(3, 4, 4)
+    normal[0, 0, 0], normal[1, 2, 3] = 0.6, 0.8
+    image = torch.full((3, 4, 4), 0.5)
+
+    def model(x: Tensor) -> Tensor:
+        margin = ((x - image) * normal).sum(dim=(1, 2, 3)) + offset
+        return torch.stack([-margin, margin], dim=1)
+
+    return model, image
+
+
+def certified(offset: float, samples: int = 20_000) -> Certificate:
+    model, image = half_space(offset)
+    generator = torch.Generator().manual_seed(0)
+    return certify(model, image, sigma=0.5, samples=samples, batch_size=10_000, generator=generator)
+
+
+@pytest.mark.parametrize("offset", [0.25, 0.5, 1.0])
+def test_the_radius_is_the_distance_to_the_boundary_at_most(offset: float) -> None:
+    found = certified(offset)
+    assert found.predicted == 1
+    assert 0.85 * offset < found.radius < offset
+
+
+def test_it_abstains_on_the_boundary() -> None:
+    assert certified(0.0) == Certificate(predicted=ABSTAINED, radius=0.0)
+
+
+def test_few_samples_certify_less() -> None:
+    assert 0 < certified(1.0, samples=100).radius < certified(1.0, samples=1000).radius
+
+
+def test_bounds_of_clopper_and_pearson() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    for seen, n in ((1, 10), (7, 10), (990, 1000), (9_999, 10_000)):
+        expected = scipy.beta.ppf(0.001, seen, n - seen + 1)
+        assert least_share(seen, n, alpha=0.001) == pytest.approx(expected, abs=1e-9)
+    assert least_share(0, 10, alpha=0.001) == 0
+    assert least_share(10, 10, alpha=0.001) == pytest.approx(0.001**0.1)
+
+
+def test_refuses() -> None:
+    model, image = half_space(1.0)
+    with pytest.raises(ValueError, match="sigma above 0"):
+        certify(model, image, sigma=0.0, generator=torch.Generator())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    net = networks.build("wide_resnet10_1", num_classes=3, stem="cifar", input_size=16)
+    torch.save({"model": net.state_dict()}, tmp_path / "theirs.pt")
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=[0, 1, 2])
+    out = tmp_path / "certified.json"
+    command = ["certify", "--model", str(tmp_path / "theirs.pt"), "--input-size", "16", "--data"]
+    command += [str(tmp_path / "few.npz"), "--samples", "100", "--sigma", "1/255"]
+    assert run([*command, "--json", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("theirs.pt on 3 of 3 images of few.npz")
+    assert lines[1].split() == ["l2", "radius", "certified", "%", "95%", "interval", "correct"]
+    told = json.loads(out.read_text())
+    right = sum(row["right"] for row in told["images"])
+    assert told["results"][0]["correct"] == right
+    assert "activation" in told["model"]["guessed"]
+    assert run([*command, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == told["results"]

@@ -1,0 +1,152 @@
+"""The library in one call: any model, any form of images, the command line's names."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import robust
+
+BALL = {"eps": "2/255", "curve": 0, "progress": False}
+EPS = 2 / 255
+
+
+@pytest.fixture
+def data(make_linear: Callable[..., nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear model with its boundary in the middle of 20 float images that no ball is cut at."""
+    model = make_linear()
+    x = 0.3 + 0.4 * torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    model.bias = -model.margin(x).median().item()
+    return model, x, (model.margin(x) > 0).long()
+
+
+def withstanding(model: nn.Module, x: Tensor) -> int:
+    """How many images a linear model gets right at the worst point of the linf ball."""
+    return int((model.margin(x).abs() > EPS * model.w.abs().sum()).sum())
+
+
+def test_the_first_lines_of_the_readme(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = data
+    expected = withstanding(model, x)
+    assert 0 < expected < 20
+    result = robust.evaluate(model, x, y, attacks=["fgsm", "pgd-5"], **BALL)
+    assert isinstance(result, robust.Evaluation)
+    assert [item.correct for item in result.accuracies] == [20, expected, expected]
+    assert result.image_dtype == "float32"
+    found = robust.attack(model, x, y, "pgd-5", eps=EPS)
+    assert isinstance(found, robust.AttackResult)
+    assert int((~found.success).sum()) == expected
+    assert ((found.x_adv - x).abs().amax() - EPS).abs() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: (x.numpy(), y.numpy().astype(np.int32)),
+        lambda x, y: (x.double(), y),
+        lambda x, y: (list(x), y.tolist()),
+        lambda x, y: (DataLoader(TensorDataset(x, y), batch_size=7),),
+        lambda x, y: (TensorDataset(x, y),),
+        lambda x, y: (((image, int(label)) for image, label in zip(x, y, strict=True)),),
+        lambda x, y: (x + 5e-7 * (x == x.max()), y),
+    ],
+)
+def test_images_in_any_form(
+    data: tuple[nn.Module, Tensor, Tensor], form: Callable[[Tensor, Tensor], tuple[Any, ...]]
+) -> None:
+    model, x, y = data
+    result = robust.evaluate(model, *form(x, y), attacks="fgsm", **BALL)
+    assert (result.clean.correct, result.attacks[0].correct) == (20, withstanding(model, x))
+
+
+def test_any_callable_and_images_of_8_bits(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = data
+    images = (x * 255).round().to(torch.uint8)
+    result = robust.evaluate(lambda z: model(z), images.numpy(), y, attacks="fgsm", **BALL)
+    assert result.image_dtype == "uint8"
+    right = (model.margin(images.float() / 255) > 0).long() == y
+    assert result.clean.correct == int(right.sum())
+
+
+def test_an_attack_leads_away_from_the_prediction_or_to_a_target(
+    data: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    model, x, y = data
+    for labels, target in ((None, None), (y, 1 - y)):
+        found = robust.attack(model, x, labels, "pgd-5", eps="2/255", target=target)
+        assert int((~found.success).sum()) == withstanding(model, x)
+        assert torch.equal(model(found.x_adv).argmax(dim=1) != y, found.success)
+
+
+def test_a_result_prints_and_converts(
+    data: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = data
+    result = robust.evaluate(model, x, y, attacks=["fgsm", "pgd-5"], **BALL)
+    lines = str(result).splitlines()
+    assert lines[0].split()[:3] == ["attack", "norm", "eps"]
+    assert [line.split()[0] for line in lines[1:5]] == ["clean", "fgsm", "pgd-5", "worst"]
+    assert result.to_markdown().startswith("| attack | norm | eps | accuracy % |")
+    path = tmp_path / "result.json"
+    assert path.read_text() if not result.to_json(path) else path.read_text() == result.to_json()
+    assert json.loads(result.to_json())["results"][1]["attack"] == "fgsm"
+    again = robust.Evaluation.from_dict(json.loads(result.to_json()))
+    assert again == result
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="to_pandas needs pandas: pip install pandas"):
+        result.to_pandas()
+    monkeypatch.undo()
+    frame = result.to_pandas().set_index("attack")
+    assert list(frame.index) == ["clean", "fgsm", "pgd-5"]
+    assert frame.loc["fgsm", "correct"] == result.attacks[0].correct
+    assert frame["accuracy"].dtype == float
+    assert frame.loc["clean", "accuracy"] == result.clean.value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.full((2, 3, 4, 4), 1.0001)}, "from 1.00010001659393"),
+        (
+            {"images": torch.full((2, 3, 4, 4), torch.nan)},
+            "got values from nan to nan",
+        ),
+        ({"images": torch.zeros(2, 4, 4, 3)}, r"which looks like \(N, H, W, C\)"),
+        ({"images": torch.zeros(2, 3, 4)}, r"images \(N, C, H, W\), uint8 or float .* \(2, 3, 4\)"),
+        ({"images": [torch.zeros(2, 3, 4, 4)], "labels": None}, "batches of Tensor"),
+        ({"images": [], "labels": None}, "at least 1 image"),
+        ({"labels": None}, "labels with an array of images"),
+        ({"labels": [0.0, 1.0]}, r"2 labels as integers, got float32 \(2,\)"),
+        ({"labels": [0]}, r"2 labels as integers, got int64 \(1,\)"),
+        ({"labels": [0, 2]}, "labels from 0 to 1, got 0 to 2"),
+        ({"eps": "8/254/1"}, "a fraction such as 8/255"),
+        ({"norm": "l1"}, "norm to be one of linf, l2, got 'l1'"),
+        ({"attacks": "pgb"}, "attack to be one of fgsm, pgd"),
+        ({"attacks": "fgsm", "alpha": 0.1}, "alpha with an attack that takes it"),
+    ],
+)
+def test_refuses(make_linear: Callable[..., nn.Module], change: Any, message: str) -> None:
+    values = {"images": torch.zeros(2, 3, 4, 4), "labels": [0, 1]} | change
+    with pytest.raises(ValueError, match=message):
+        robust.evaluate(make_linear(), progress=False, curve=0, **values)
+
+
+def test_importing_robust_is_immediate() -> None:
+    code = "import robust, sys; assert 'torch' not in sys.modules; print(dir(robust))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    for name in ("AttackResult", "Evaluation", "ThreatModel", "attack", "evaluate", "load_model"):
+        assert f"'{name}'" in shown
+        assert getattr(robust, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        robust.nothing  # noqa: B018

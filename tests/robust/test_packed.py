@@ -1,0 +1,120 @@
+"""A packed classifier computes what the classifier does, and its gradient what autograd does."""
+
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robust import packed
+from robust.classifier import Architecture, Classifier
+from robust.evaluation.precision import in_bf16
+from robust.inference import InferenceClassifier, for_inference
+from robust.packed import NotPackable, Packed, packed_if_faster
+
+CPU = torch.device("cpu")
+
+
+def classifier_of(arch: str = "resnet18", **changed: object) -> InferenceClassifier:
+    """With statistics of batch norms that fold into something."""
+    settings = {"num_classes": 4, "input_size": 16, "stem": "cifar", **changed}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = Classifier(Architecture(arch=arch, **settings)).eval()  # type: ignore[arg-type]
+        for module in classifier.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.2)
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                nn.init.normal_(module.running_mean, std=0.2)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+    return for_inference(classifier)
+
+
+def gradient(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    pixels = x.clone().requires_grad_()
+    logits = model(pixels)
+    weights = torch.linspace(-1, 2, logits.numel()).view_as(logits)
+    (found,) = torch.autograd.grad((logits * weights).sum(), pixels)
+    return logits.detach(), found
+
+
+def images(n: int = 3, side: int = 16) -> Tensor:
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"input_size": 32},
+        {"activation": "silu", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "input_size": 32},
+        {"arch": "preact_resnet18", "input_size": 32},
+    ],
+    ids=["resnet18", "silu, normalized", "norms not folded"],
+)
+def test_logits_and_gradient_are_those_of_autograd(changed: dict[str, object]) -> None:
+    model = classifier_of(**changed)  # type: ignore[arg-type]
+    fast = Packed(model, torch.float32)
+    x = images(side=32)
+    (logits, found), (expected, slope) = gradient(fast, x), gradient(model, x)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    off = float((found - slope).abs().max() / slope.abs().max())
+    assert off < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), logits, rtol=0, atol=1e-6)
+
+
+def test_a_pass_keeps_its_gradient_while_others_run() -> None:
+    model = classifier_of(input_size=32)
+    fast = Packed(model, torch.float32)
+    x, other = images(side=32), images(side=32).flip(0)
+    pixels = x.clone().requires_grad_()
+    logits = fast(pixels)
+    gradient(fast, other)
+    (found,) = torch.autograd.grad(logits.sum(), pixels)
+    pixels = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(pixels).sum(), pixels)
+    assert float((found - slope).abs().max() / slope.abs().max()) < 1e-5
+
+
+def test_what_has_no_packed_form_is_named() -> None:
+    with pytest.raises(NotPackable, match="max-pooling"):
+        Packed(classifier_of(stem="imagenet", input_size=64), torch.float32)
+    with pytest.raises(ValueError, match=r"expected images \(N, 3, 32, 32\), got \(3, 3, 16, 16\)"):
+        Packed(classifier_of(input_size=32), torch.float32)(images())
+
+
+def test_a_packed_copy_that_disagrees_or_is_slower_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = classifier_of(input_size=32)
+    times = (1.0, 1.0), (2.0, 1.0, 1.2, 1.0), (1.0, 1.0)  # packed, not packed, and again
+
+    def same(x: Tensor) -> Tensor:
+        logits: Tensor = model(x)
+        return logits
+
+    ticks = (at for seconds in chain(*times) for at in (0.0, seconds))
+    monkeypatch.setattr("robust.agreement.time.process_time", lambda: next(ticks))
+    monkeypatch.setattr(packed, "Packed", lambda model: same)
+    assert packed_if_faster(model, model) is same
+    with caplog.at_level("INFO", "robust.packed"):
+        assert packed_if_faster(model, model) is model
+    assert "1.20 times as long, above the limit of 1.05" in caplog.text
+    monkeypatch.setattr(packed, "Packed", lambda model: lambda x: -model(x))
+    with caplog.at_level("INFO", "robust.packed"):
+        assert packed_if_faster(model, model) is model
+    assert "of the largest logit, above the limit of 1%" in caplog.text
+
+
+def test_searches_in_bfloat16_take_it_where_the_processor_can() -> None:
+    model = classifier_of(input_size=32)
+    rough = in_bf16(model, CPU)
+    (logits, found), (expected, slope) = (
+        gradient(rough, images(side=32)),
+        gradient(model, images(side=32)),
+    )
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 0.05
+    assert float((found.sign() == slope.sign()).float().mean()) > 0.9
