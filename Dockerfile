@@ -37,7 +37,7 @@ RUN if [ -n "$TORCH_INDEX" ]; then \
     && python3 -c "import tomllib; \
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = project['optional-dependencies']; \
-print(*project['dependencies'], *extras['demo'], *extras['onnx'], *extras['otel'], *extras['postgres'], *extras['report'], *extras['runtime'], 'setuptools', sep='\n')" > requirements.txt \
+print(*project['dependencies'], *extras['data'], *extras['demo'], *extras['onnx'], *extras['otel'], *extras['postgres'], *extras['report'], *extras['runtime'], 'setuptools', sep='\n')" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
 COPY LICENSE README.md robust_cli.py ./

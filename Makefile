@@ -8,8 +8,7 @@ ENGINE ?= docker
 IMAGE ?= robust
 TORCH_INDEX ?=
 ARGS ?=
-# Many tests wait for a process of their own: two at a time take little more than half as long, if threads
-# that wait for each other sleep meanwhile.
+# Tests at a time. Many wait for a process of their own.
 JOBS ?= 2
 
 VENV := .venv
@@ -18,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help serve train test check audit lint types format image clean
+.PHONY: help serve train test check audit lint types format docs image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +29,7 @@ train: $(READY) ## Train, for example ARGS="--data digits --recipe quick"
 	@exec $(BIN)/robust train $(ARGS)
 
 test: lint types ## Run lint, types and tests (ARGS= goes to pytest)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 check: test ## What every commit must pass: test, and audit where its service can be asked
 	@$(BIN)/python .ci/audit.py || [ $$? -eq 75 ]
@@ -48,6 +47,9 @@ types: $(READY) ## Check the types
 format: $(READY) ## Mend what the linter can mend, and the format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## Build the site of docs/ and the reference in build/site (ARGS=)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 image: ## Build the container image (ENGINE=podman, TORCH_INDEX= for smaller wheels)
 	$(ENGINE) build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE) .
