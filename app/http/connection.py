@@ -129,9 +129,9 @@ class Connection(HttpToolsProtocol):
 
     def _take(self, data: bytes) -> None:
         """Parse a slice of the received bytes, and count those of an unfinished head."""
-        in_body, body_bytes = self._in_body, self._body_bytes
+        in_body, body_bytes, request = self._in_body, self._body_bytes, self.cycle
         self._parse(data)
-        if in_body and self._in_body:
+        if in_body and self._in_body and self.cycle is request:
             self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
         if self._framing_bytes > MAX_FRAMING_BYTES + self._body_bytes // FRAMING_SHARE:
             self._refuse(413, "Too large", "expected a body in fewer chunks, or larger ones")

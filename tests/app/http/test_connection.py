@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from app.http.connection import MAX_HEAD_BYTES, MAX_PIPELINED, OpenConnections
+from app.http.connection import MAX_HEAD_BYTES, MAX_PIPELINED, SLICE_BYTES, OpenConnections
 from app.http.doors import trusted_addresses
 from tests.support.faults import connect, unharmed
 from tests.support.serving import Running, gated, png, until
@@ -209,6 +209,21 @@ def test_a_body_in_tiny_chunks_is_cut_off(running: Running, size: int, refused: 
         except OSError:  # it is closed while we write
             answer = b"HTTP/1.1 413"
         assert answer == (b"HTTP/1.1 413" if refused else b"HTTP/1.1 415")
+
+
+def test_a_request_behind_a_large_body_is_counted_by_itself(running: Running) -> None:
+    # In one slice of what arrives, the first ends and the second's body has begun.
+    sizes = SLICE_BYTES * 16 + 100, 2 * SLICE_BYTES
+    requests = [
+        HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % size + bytes(size)
+        for size in sizes
+    ]
+    with unharmed(running), connect(running) as connection:
+        connection.sendall(b"".join(requests))
+        answers = b""
+        while answers.count(b"HTTP/1.1 ") < 2 and (piece := connection.recv(65536)):
+            answers += piece
+        assert answers.count(b"HTTP/1.1 415") == 2, answers
 
 
 def test_one_address_has_a_share_of_the_connections() -> None:
