@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -98,6 +99,10 @@ def init_distributed(
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    # Its functions take the default group of the moment as default argument. Imported later, by
+    # torch itself, it would keep the group and its threads, and those may abort Python's exit.
+    with suppress(ImportError):
+        import_module("torch.distributed.nn")
     device = _own_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, _ = next(rendezvous("env://"))

@@ -1,10 +1,12 @@
 """On one of several ranks: gradients and statistics of a shared batch, against those of a whole.
 
 Prints one JSON object: by phase and precision the relative difference of the gradient, of the
-running statistics and of the loss, and the bytes handed to all-reduces.
+running statistics and of the loss, and the bytes handed to all-reduces; and the threads left by
+the process group.
 """
 
 import json
+import os
 from functools import partial
 
 import torch
@@ -120,7 +122,12 @@ def far(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 torch.set_num_threads(1)
+before = threads()
 with init_distributed(CPU) as (world, _):
     found: dict[str, dict[str, float]] = {"local": local(Collectives(world))}
     for name in PHASES:
@@ -135,4 +142,5 @@ with init_distributed(CPU) as (world, _):
             }
     collectives = Collectives(world)
     found["stop"] = {"asked": collectives.any(world.rank == 1), "not asked": collectives.any(False)}
-    print(json.dumps(found))  # noqa: T201
+found["threads"] = {"left": threads() - before}  # those of the group could abort the exit
+print(json.dumps(found))  # noqa: T201

@@ -76,6 +76,7 @@ def test_a_shared_batch_has_the_gradient_of_the_whole() -> None:
     )
     assert first == second
     assert first.pop("stop") == {"asked": True, "not asked": False}
+    assert first.pop("threads") == {"left": 0}
     local = first.pop("local")
     assert local["statistics"] < 1e-6
     assert local["bytes"] == 4 * (PARAMETERS + 1 + 2 * CHANNELS)  # the loss is the one more
