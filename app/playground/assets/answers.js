@@ -18,6 +18,15 @@ export function known(classes, top) {
   return values;
 }
 
+/** The probabilities of all classes: those that /attack answered, and /predict's for the rest. */
+export async function completed(classes, top, image, signal) {
+  const values = known(classes, top);
+  if (top.length >= classes.length) return values;
+  const rest = await probabilities(image, classes.length, signal);
+  // /predict may compute in bfloat16, /attack always answers in float32.
+  return values.map((value, k) => value ?? rest[k]);
+}
+
 export const pngUrl = (base64) => `data:image/png;base64,${base64}`;
 
 export function blobOf(base64) {

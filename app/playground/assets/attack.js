@@ -1,6 +1,6 @@
 // The attack: its controls, and the request they make.
 
-import { blobOf, known, named, probabilities } from "./answers.js";
+import { blobOf, completed, named } from "./answers.js";
 import { post } from "./api.js";
 import { bars } from "./charts.js";
 import { $, attackText, epsText, normText, options, say } from "./dom.js";
@@ -378,9 +378,7 @@ export class Attack {
     const { signal } = (this.rest = new AbortController());
     try {
       const image = blobOf(result.adversarial_png);
-      const rest = await probabilities(image, this.classes.length, signal);
-      // /predict may compute in bfloat16: what /attack said in float32 stays.
-      const after = known(this.classes, result.after.top).map((value, k) => value ?? rest[k]);
+      const after = await completed(this.classes, result.after.top, image, signal);
       bars($("both-bars"), this.classes, this.shown.picture.before, after);
     } catch {
       // The likeliest stay; a service that went away is told of elsewhere.

@@ -2,7 +2,7 @@
 
 import { ask, isStopped, keyed, on, open, post, useKey, watch } from "./api.js";
 import { followed, given, note } from "./address.js";
-import { blobOf, known, pngUrl, probabilities, tooLarge } from "./answers.js";
+import { blobOf, completed, pngUrl, tooLarge } from "./answers.js";
 import { Attack } from "./attack.js";
 import { Breaking } from "./breaking.js";
 import { showCard } from "./card.js";
@@ -50,10 +50,7 @@ const looking = new Latest({
   run: async ({ blob, name, label }, signal) => {
     const answer = await post("attack", { attack: "fgsm", eps: "0", file: blob }, { signal });
     const input = blobOf(answer.input_png);
-    const before =
-      answer.before.top.length < model.classes.length
-        ? await probabilities(input, model.classes.length, signal)
-        : known(model.classes, answer.before.top);
+    const before = await completed(model.classes, answer.before.top, input, signal);
     const url = pngUrl(answer.input_png);
     const stem = name.replace(/^.*\//, "").replace(/\.[^.]*$/, "") || "image";
     const source = label && `playground/${name}`; // where a copied command finds an example

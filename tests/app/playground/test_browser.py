@@ -219,6 +219,47 @@ def test_probabilities_after_are_those_of_the_picture_shown(visit: Visit, served
         assert float(shown.strip("<>%")) == pytest.approx(100 * told[name], abs=0.11)
 
 
+def test_the_likeliest_classes_are_those_of_the_attack_not_of_a_prediction(visit: Visit) -> None:
+    attacked: list[dict[str, Any]] = []
+
+    def remember(route: Route) -> None:
+        response = route.fetch()
+        attacked.append(response.json())
+        route.fulfill(response=response)
+
+    def differ(route: Route) -> None:
+        answer = route.fetch().json()
+        for item in answer["results"][0]["top"]:
+            item["probability"] = 0.77
+        route.fulfill(body=json.dumps(answer), content_type="application/json")
+
+    visit.page.route("**/attack", remember)
+    visit.page.route("**/predict?top_k=10", differ)
+    page = visit.open()
+    settled(page)
+    expect(page.locator("#both-bars")).to_contain_text("77.0%")
+    shown = {
+        row.locator("th").inner_text(): [
+            cell.inner_text() for cell in row.locator("td.number").all()
+        ]
+        for row in page.locator("#both-bars tbody tr").all()
+    }
+    adversarial = page.locator("#adversarial").get_attribute("src") or ""
+    (answer, result) = next(
+        (answer, result)
+        for answer in attacked
+        for result in answer["results"]
+        if adversarial.endswith(result["adversarial_png"])
+    )
+    for place, seen in enumerate((answer["before"], result["after"])):
+        top = {item["label"]: item["probability"] for item in seen["top"]}
+        assert 0 < len(top) < len(CLASSES)
+        for label, probability in top.items():
+            number = float(shown[label][place].strip("<>%"))
+            assert number == pytest.approx(100 * probability, abs=0.06), label
+    page.unroute_all(behavior="ignoreErrors")
+
+
 def test_an_older_answer_never_overwrites_a_newer_one(visit: Visit) -> None:
     page = visit.open()
     settled(page)
