@@ -12,12 +12,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app import playground
 from app.http import openapi, problem
-from app.http.doors import ProxyMiddleware
 from app.http.fast_path import FastPathMiddleware
 from app.http.middleware import LimitMiddleware, RequestMiddleware
 from app.http.openapi import Application
 from app.http.report import Reports
 from app.http.routes import attack, evaluate, inference, limits, predict, status
+from app.http.trust import ProxyMiddleware
 from app.service import Service
 from app.settings import Settings
 

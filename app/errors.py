@@ -18,17 +18,17 @@ class FieldError:
 
 
 class ServeError(click.ClickException):
-    """Why the service can't start, in one line."""
+    """The service can't start; the message says why, in one line."""
 
     exit_code = 2
 
 
 class ServiceError(Exception):
-    """The root of the errors below."""
+    """The base class of the errors below."""
 
 
 class BadRequest(ServiceError):
-    """The request can't be read at all."""
+    """The request is malformed."""
 
 
 class InvalidParameters(ServiceError):
@@ -39,8 +39,13 @@ class InvalidParameters(ServiceError):
         self.errors = tuple(errors)
 
 
+def invalid(field: str, expected: str, got: str) -> InvalidParameters:
+    """InvalidParameters with one error."""
+    return InvalidParameters([FieldError(field=field, expected=expected, got=got)])
+
+
 class UnusableImages(InvalidParameters):
-    """Images that can't be used; `kind` is that of the library's ImageError, or `undecodable`."""
+    """Images that can't be used; `kind` is that of the library's ImageError, or "undecodable"."""
 
     def __init__(self, kind: str, errors: Sequence[FieldError]) -> None:
         super().__init__(errors)
@@ -48,11 +53,11 @@ class UnusableImages(InvalidParameters):
 
 
 class Unauthorized(ServiceError):
-    """A request without a key, or with a wrong one, where one is needed."""
+    """A request without a valid key, where one is required."""
 
 
 class Forbidden(ServiceError):
-    """A request from a page of another origin, which changes something."""
+    """A request with an unsafe method from a web page of another origin."""
 
 
 class UnknownHost(ServiceError):
@@ -103,7 +108,7 @@ class EngineStopped(ServiceError):
 
 
 class OutOfMemory(ServiceError):
-    """The device runs out of memory for this work, even alone."""
+    """The device has too little memory for this work, even when it runs alone."""
 
 
 class DeadlineExceeded(ServiceError):

@@ -24,8 +24,8 @@ from app.application import create_app
 from app.engine.gc_tuning import freeze_objects
 from app.errors import ServeError
 from app.http.connection import OpenConnections, connection_class
-from app.http.doors import LOOPBACK_HOSTS, trusted_addresses
 from app.http.parameters import describe
+from app.http.trust import LOOPBACK_HOSTS, trusted_addresses
 from app.service import Service
 from app.settings import Settings
 from robust.loading.given import shown

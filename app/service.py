@@ -1,4 +1,4 @@
-"""The service: its settings and all objects with the same lifetime."""
+"""The service: its settings, and all objects that live as long as it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from starlette.requests import Request
 
 from app.decoding.pool import WorkerPool
-from app.decoding.sharing import Budget, Places
+from app.decoding.semaphores import Budget, FairSemaphore
 from app.engine.compare import load_compare, mismatch
 from app.engine.engine import Engine
 from app.engine.gc_tuning import release_memory
@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 CODEC_THREADS = 4  # for decoding and encoding; Pillow releases the GIL
 DRAIN_SHARE = 0.75  # of the grace time, for open requests; the rest is for shutting down
-QUICK_SECONDS = 1.0  # of a processor, that an image may hold up those of other clients
-ABORT_SECONDS = 1.0  # for the answers to those that did not finish in time
+QUICK_SECONDS = 1.0  # CPU time limit of a quick image, as it delays other clients' images
+ABORT_SECONDS = 1.0  # to send the 503s of requests that did not finish in time
 
 
 class Service:
-    """The state that the routes share.
+    """The state that the routes share: models, engine, jobs, decode workers and limits.
 
     Raises ValueError for a missing device, invalid model options, or traces without the extra
     `otel`.
@@ -73,9 +73,9 @@ class Service:
         self.shares = Shares(settings)
         self.ready = False
         self.draining = False
-        # One at a time, as each may need the memory of the largest; the cheap ones on their own.
-        self.set_places = Places(1, per_client=1)
-        self.cheap_set_places = Places(1, per_client=1)
+        # One data set at a time, as each may need the most memory; cheap ones don't wait for it.
+        self.set_slots = FairSemaphore(1, per_client=1)
+        self.cheap_set_slots = FairSemaphore(1, per_client=1)
         budget = Budget(settings.decode_memory)
         self.set_memory = budget.total * 3 // 4
         self.image_workers = WorkerPool(
@@ -90,8 +90,8 @@ class Service:
             niceness=5,
         )
         self.set_workers = WorkerPool(size=1, budget=budget, seconds=3 * settings.decode_seconds)
-        # Threads decode the images of one client after those of another, whatever one request has.
-        self.thread_places = Places(CODEC_THREADS, per_client=CODEC_THREADS)
+        # So that the threads alternate between clients, however many images one request has.
+        self.thread_slots = FairSemaphore(CODEC_THREADS, per_client=CODEC_THREADS)
         self._workers = ThreadPoolExecutor(CODEC_THREADS, thread_name_prefix="codec")
 
     @asynccontextmanager
@@ -102,7 +102,7 @@ class Service:
         logger.info("serving on %s", self.models.device_in_words)
         if self.settings.device == "auto" and unused_gpu(self.models.current.device):
             logger.warning(
-                "there is an NVIDIA GPU that torch %s can't use; is its driver too old?",
+                "torch %s can't use this machine's NVIDIA GPU; is its driver too old?",
                 torch.__version__,
             )
         self.engine.start()
@@ -183,7 +183,7 @@ class Service:
         return await loop.run_in_executor(self._workers, context.run, function, *arguments)
 
     def model_for(self, request: Request) -> ServedModel:
-        """The model for `request`; the response will name it. Raises NotReady."""
+        """The model for `request`, which the response headers will name. Raises NotReady."""
         model = self.models.current
         request.state.model_sha256 = model.sha256
         request.state.precision = model.precision
@@ -195,44 +195,48 @@ class Service:
             raise NotReady("The service is loading, shutting down or broken.")
 
     def deadline(self, request: Request) -> float:
-        """The deadline of a request that arrives now, on the monotonic clock."""
+        """The deadline of `request`, on the monotonic clock."""
         arrived: float = request.state.arrived
         return arrived + self.settings.deadline_seconds
 
 
 class Shares:
-    """What each client uses: slots for active requests, and bytes of request bodies."""
+    """Counts what each client uses: slots for active requests, and bytes of request bodies."""
 
     def __init__(self, settings: Settings) -> None:
-        self.most_bytes = settings.max_held_bytes
-        self.most_places = settings.max_requests
+        self.max_slots = settings.max_requests
         share = settings.client_share
-        self.client_bytes = max(1, int(share * self.most_bytes))
-        self.client_places = max(1, int(share * self.most_places))
-        self._places, self._bytes = Counter[str](), Counter[str]()
+        self.client_bytes = max(1, int(share * settings.max_held_bytes))
+        self.client_slots = max(1, int(share * self.max_slots))
+        self._slots, self._bytes = Counter[str](), Counter[str]()
         self._watching = Counter[str]()
-        self.places = 0
+        self.slots = 0  # taken by all clients
 
-    def full_for(self, client: str) -> str | None:
+    def reason_against(self, client: str) -> str | None:
         """Why another request of this client gets no slot, or None."""
-        if self._places[client] >= self.client_places:
-            return f"You have {self.client_places} requests in progress, which is your share."
-        if self.places >= self.most_places:
+        if self._slots[client] >= self.client_slots:
+            return f"You have {self.client_slots} requests in progress, which is your share."
+        if self.slots >= self.max_slots:
             return "Too many requests are in progress."
         return None
 
-    def places_left(self, client: str) -> int:
+    def slots_left(self, client: str) -> int:
         """How many more requests of this client get a slot."""
-        return min(self.client_places - self._places[client], self.most_places - self.places)
+        return min(self.client_slots - self._slots[client], self.max_slots - self.slots)
 
-    def take_place(self, client: str, change: int = 1) -> None:
-        """Change the client's number of active requests by `change`."""
-        self.places += change
-        _add(self._places, client, change)
+    def take_slot(self, client: str) -> None:
+        """Count one more active request of the client."""
+        self.slots += 1
+        _add(self._slots, client, 1)
+
+    def release_slot(self, client: str) -> None:
+        """Count one active request less."""
+        self.slots -= 1
+        _add(self._slots, client, -1)
 
     def may_watch(self, client: str) -> bool:
-        """Whether the client may watch one more evaluation; each change is sent to all watchers."""
-        return self._watching[client] < self.client_places
+        """Whether the client may watch one more evaluation; watchers cost a message per change."""
+        return self._watching[client] < self.client_slots
 
     @contextmanager
     def watching(self, client: str) -> Iterator[None]:
@@ -243,8 +247,8 @@ class Shares:
         finally:
             _add(self._watching, client, -1)
 
-    def hold(self, client: str, size: int) -> int:
-        """Add `size` bytes, possibly negative, to the client's total; returns the total."""
+    def add_bytes(self, client: str, size: int) -> int:
+        """Add `size` bytes, possibly negative, to the client's total, and return the total."""
         _add(self._bytes, client, size)
         return self._bytes[client]
 
@@ -256,12 +260,12 @@ def _add(counter: Counter[str], key: str, change: int) -> None:
 
 
 class InFlight:
-    """The open requests: how many, and how many bytes of their bodies are in memory."""
+    """Counts the open requests and the bytes of their bodies in memory."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.count = 0
         self.posts = 0
-        self.bytes = 0  # of their bodies, as far as they have arrived
+        self.bytes = 0  # of their bodies received so far
         self.aborted = False  # whether the open requests were cancelled
         self._tasks: set[asyncio.Task[Any]] = set()
         self._metrics = metrics
@@ -302,14 +306,14 @@ class InFlight:
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`; if the client disconnects first, cancels `work` and raises ClientGone.
 
-    The body must have been read, so that only the disconnection can follow.
+    The request's body must have been read, so that the next ASGI message is the disconnect.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hung_up(request))
+    gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone("The client hung up.")
+            raise ClientGone("The client disconnected.")
         return task.result()
     finally:
         gone.cancel()
@@ -318,6 +322,6 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
             await asyncio.wait({task})
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

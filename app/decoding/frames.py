@@ -1,6 +1,7 @@
 """Messages between the service and its decode workers: a JSON header, then raw bytes.
 
-Nothing is pickled: a worker compromised by a malicious file can return wrong pixels, but no code.
+Nothing is pickled: a worker that a malicious file has taken over can return wrong pixels, but can't
+make the service run code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Header = dict[str, Any]
 
 
 def pack(header: Header, blobs: Sequence[bytes | memoryview]) -> bytes:
-    """The header bytes of a message, with the lengths of its `blobs`."""
+    """The start of a message, up to its blobs: the header with the length of each blob."""
     text = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
     return PREFIX.pack(len(text)) + text
 
@@ -26,7 +27,7 @@ def header_length(prefix: bytes | bytearray) -> int:
     """The length of the header. Raises ValueError if it is too long."""
     (length,) = PREFIX.unpack(prefix)
     if length > MAX_HEADER_BYTES:
-        raise ValueError("a header that is too long")
+        raise ValueError("the header is too long")
     return int(length)
 
 
@@ -38,10 +39,10 @@ def unpack(text: bytes | bytearray, *, most: int) -> tuple[Header, list[int]]:
     try:
         header = json.loads(text)
     except RecursionError:
-        raise ValueError("a header nested too deeply") from None
+        raise ValueError("the header is nested too deeply") from None
     lengths = header.pop("blobs", None) if isinstance(header, dict) else None
     if not isinstance(lengths, list) or not all(type(n) is int and n >= 0 for n in lengths):
-        raise ValueError("no header of a message")
+        raise ValueError("the header has no valid list of blobs")
     if sum(lengths) > most:
-        raise ValueError("more bytes than expected")
+        raise ValueError("the blobs are larger than expected")
     return header, lengths

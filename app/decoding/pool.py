@@ -1,4 +1,4 @@
-"""Decode worker processes: started on demand, killed with the request they work for."""
+"""A pool of decoding processes: started on demand, and killed if their request ends first."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 from app.decoding.frames import PREFIX, Header, header_length, pack, unpack
-from app.decoding.sharing import Budget, Places
+from app.decoding.semaphores import Budget, FairSemaphore
 from app.errors import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 
 Reply = tuple[Header, list[bytearray]]
 
-_PIECE = 2**18
+_READ_BYTES = 2**18  # at a time
 
-NICENESS = 10  # large images: predictions have priority
+NICENESS = 10  # so that predictions get the CPU first
 IDLE_SECONDS = 60.0  # after which an idle worker is killed
 
 
 class DecodeFailed(Exception):
-    """A file could not be decoded; what was expected and found, safe to return.
+    """A file could not be decoded; `expected` and `found` are safe to return to the client.
 
     `reason` is `memory`, `seconds` (wall-clock), `cpu` (CPU seconds) or `crash`.
     """
@@ -43,9 +43,8 @@ class DecodeFailed(Exception):
 class WorkerPool:
     """Up to `size` decoding processes, each with one task at a time.
 
-    A task that exceeds `seconds`, the CPU time `cpu_seconds` or its memory
-    is killed with its worker, and so is a task that no client waits for. The memory of all tasks
-    comes from `budget`.
+    A worker is killed when its task exceeds `seconds`, the CPU time `cpu_seconds` or its memory, or
+    when its task is cancelled. All tasks take their memory from `budget`.
     """
 
     def __init__(
@@ -57,14 +56,14 @@ class WorkerPool:
         cpu_seconds: float | None = None,
         niceness: int = NICENESS,
     ) -> None:
-        self._places = Places(size, per_client=max(size - 1, 1))
+        self._slots = FairSemaphore(size, per_client=max(size - 1, 1))
         self._budget, self._seconds = budget, seconds
-        # With a wall-clock limit this only matters for a worker that has lost its service.
+        # The wall-clock limit comes first, unless the service has died and can't enforce it.
         self._cpu_seconds = cpu_seconds or seconds + 2
         self._niceness = niceness
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
-        self._ended: list[_Worker] = []  # killed, perhaps not reaped yet
+        self._killed: list[_Worker] = []  # perhaps not reaped yet
         self._closed = False
 
     async def run(
@@ -80,22 +79,22 @@ class WorkerPool:
     ) -> Reply:
         """A worker's reply to `request`, of at most `most` bytes.
 
-        The task may use `memory` bytes besides `blobs`; a `trusted` task more, and any time.
-        Raises DecodeFailed, or DeadlineExceeded past `deadline` on the monotonic clock. Cancelling
-        kills the worker immediately.
+        The task may use `memory` bytes in addition to `blobs`; for a `trusted` task neither memory
+        nor time is limited. Raises DecodeFailed, or DeadlineExceeded past `deadline` on the
+        monotonic clock. Cancelling kills the worker immediately.
         """
         if memory > self._budget.total:
-            raise _takes_too_much(self._budget.total)
+            raise _needs_more_memory(self._budget.total)
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                async with self._places.hold(client), self._budget.hold(memory):
+                async with self._slots.hold(client), self._budget.hold(memory):
                     limits = {"memory": memory, "cpu_seconds": self._cpu_seconds}
                     return await self._ask(request | ({} if trusted else limits), blobs, most)
         except TimeoutError:
             raise DeadlineExceeded("The image or data set was not decoded in time.") from None
 
     async def _ask(self, header: Header, blobs: Sequence[bytes], most: int) -> Reply:
-        worker, seconds = self._take(), self._seconds if "memory" in header else None
+        worker, seconds = self._take_worker(), self._seconds if "memory" in header else None
         try:
             async with asyncio.timeout(seconds):
                 answer, parts = await worker.ask(header, blobs, most=most)
@@ -110,16 +109,16 @@ class WorkerPool:
         finally:
             self._put_back(worker)
         if answer.get("error") == "memory":
-            raise _takes_too_much(header["memory"])
+            raise _needs_more_memory(header["memory"])
         if answer.get("error") == "failed":
-            logger.warning("a decode worker met %s", answer.get("text"))
+            logger.warning("a decode worker raised %s", answer.get("text"))
             raise _crashed()
         return answer, parts
 
-    def _take(self) -> _Worker:
+    def _take_worker(self) -> _Worker:
         self._reap()
-        while self._idle and self._idle[-1].gone():  # killed from outside, for lack of memory
-            self._end(self._idle.pop())
+        while self._idle and self._idle[-1].has_exited():  # such as killed by the system
+            self._kill(self._idle.pop())
         worker = self._idle.pop() if self._idle else _Worker(self._niceness)
         worker.keep_alive()
         self._busy.add(worker)
@@ -132,54 +131,55 @@ class WorkerPool:
             self._idle.append(worker)
             worker.retire_after(IDLE_SECONDS, self._retire)
         else:
-            self._end(worker)
+            self._kill(worker)
 
     def _retire(self, worker: _Worker) -> None:
         self._idle.remove(worker)
-        self._end(worker)
+        self._kill(worker)
 
-    def _end(self, worker: _Worker) -> None:
-        worker.end()
-        self._ended.append(worker)
+    def _kill(self, worker: _Worker) -> None:
+        worker.close()
+        self._killed.append(worker)
         self._reap()
 
     def _reap(self) -> None:
-        self._ended = [worker for worker in self._ended if not worker.gone()]
+        self._killed = [worker for worker in self._killed if not worker.has_exited()]
 
     def close(self) -> None:
         """Kill all workers, whatever they are doing."""
         self._closed = True
         while self._idle:
-            self._end(self._idle.pop())
+            self._kill(self._idle.pop())
         for worker in self._busy:
-            worker.kill()  # closing its socket wakes the waiting task
-        for worker in self._ended:
-            worker.gone(wait=True)
+            worker.kill()  # which closes its end of the socket, and so wakes the waiting task
+        for worker in self._killed:
+            worker.exit_code()
 
 
-def _takes_too_much(most: int) -> DecodeFailed:
-    expected = f"one that is decoded in {most // 2**20} MiB of memory"
-    return DecodeFailed("memory", expected=expected, found="one that takes more")
+def _needs_more_memory(most: int) -> DecodeFailed:
+    expected = f"a file that can be decoded in {most // 2**20} MiB of memory"
+    return DecodeFailed("memory", expected=expected, found="one that needs more")
 
 
 def _too_slow(seconds: float | None, reason: Literal["seconds", "cpu"] = "seconds") -> DecodeFailed:
-    expected = f"one that is decoded within {seconds} s"
+    expected = f"a file that can be decoded within {seconds} s"
     return DecodeFailed(reason, expected=expected, found="one that takes longer")
 
 
 def _crashed() -> DecodeFailed:
-    return DecodeFailed("crash", expected="one that decodes", found="one that the decoder fails on")
+    expected, found = "a file that can be decoded", "one that the decoder fails on"
+    return DecodeFailed("crash", expected=expected, found=found)
 
 
 class _Worker:
-    """One process and the socket to it."""
+    """A worker process and the socket to it."""
 
     def __init__(self, niceness: int = NICENESS) -> None:
-        self.answered = True  # whatever it was asked
+        self.answered = True  # whether it has replied to all requests
         self._timer: asyncio.TimerHandle | None = None
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
-        # Only what is needed to find the modules of this process, and one thread each.
+        # It finds the same modules as this process, and uses one thread.
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
@@ -198,54 +198,55 @@ class _Worker:
             )
 
     async def ask(self, header: Header, blobs: Sequence[bytes], *, most: int) -> Reply:
-        """Its reply. Raises EOFError if the worker died, ValueError for an invalid reply."""
+        """Send a request and return the reply.
+
+        Raises EOFError if the worker died, and ValueError for an invalid reply.
+        """
         loop = asyncio.get_running_loop()
         self.answered = False
         await loop.sock_sendall(self._socket, pack(header, blobs))
         for blob in blobs:
             await loop.sock_sendall(self._socket, blob)
-        length = header_length(await self._exactly(PREFIX.size))
-        answer, lengths = unpack(await self._exactly(length), most=most)
-        parts = [await self._exactly(length) for length in lengths]
+        length = header_length(await self._receive(PREFIX.size))
+        answer, lengths = unpack(await self._receive(length), most=most)
+        parts = [await self._receive(length) for length in lengths]
         self.answered = True
         return answer, parts
 
-    async def _exactly(self, length: int) -> bytearray:
+    async def _receive(self, length: int) -> bytearray:
         loop, data = asyncio.get_running_loop(), bytearray()
         while len(data) < length:
-            more = await loop.sock_recv(self._socket, min(length - len(data), _PIECE))
+            more = await loop.sock_recv(self._socket, min(length - len(data), _READ_BYTES))
             if not more:
-                raise EOFError("it ended before its answer")
+                raise EOFError("it exited before it replied")
             data += more
         return data
 
     def retire_after(self, seconds: float, retire: Callable[[_Worker], None]) -> None:
-        """Call `retire` with this unless `keep_alive` is called before."""
+        """Call `retire` with this worker after that time, unless `keep_alive` is called before."""
         self._timer = asyncio.get_running_loop().call_later(seconds, retire, self)
 
     def keep_alive(self) -> None:
-        """The worker is in use again."""
+        """Cancel `retire_after`: the worker is in use again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def kill(self) -> None:
-        """Kill the process; it holds nothing that needs cleaning up."""
+        """Kill the process, which has nothing to clean up."""
         self._process.kill()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Kill the process and close its socket, which no task waits for."""
         self.keep_alive()
         self.kill()
         self._socket.close()
 
     def exit_code(self) -> int:
-        """Its exit code, killing it if it still runs: the negative signal."""
+        """Kill the process if it still runs, and return its exit code: minus the signal."""
         self.kill()
         return self._process.wait()
 
-    def gone(self, *, wait: bool = False) -> bool:
-        """Whether the process, once killed, has ended."""
-        if wait:
-            self._process.wait()
+    def has_exited(self) -> bool:
+        """Whether the process has exited; reaps it if so."""
         return self._process.poll() is not None

@@ -1,4 +1,4 @@
-"""A process that decodes one task after another, until its socket is closed.
+"""A worker process: decodes one file after another, until its socket is closed.
 
 Run as `python -m app.decoding.worker FD NICENESS`. Images don't need torch, so a new worker starts
 quickly; the first data set imports it.
@@ -15,19 +15,17 @@ from pathlib import Path
 
 from app.decoding.frames import PREFIX, Header, header_length, pack, unpack
 
-SPARE_BYTES = 64 * 2**20  # on top of a task's memory, for the allocator
-MAX_REQUEST = 2**40  # the service trusts nobody; its workers trust the service
+SPARE_BYTES = 64 * 2**20  # in addition to a task's memory, for the allocator
+MAX_REQUEST = 2**40  # no limit in practice: a worker trusts the service, but not vice versa
 
 Answer = tuple[Header, list[bytes]]
 
 
 def main(descriptor: int, niceness: int) -> None:
-    """Serve the socket of that descriptor."""
-    for name in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to the whole terminal; the service ends the worker
-        signal.signal(name, signal.SIG_IGN)
+    """Reply to the requests from the socket with that file descriptor."""
+    # Ctrl-C sends these to all processes of the terminal; the service kills its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(niceness)
     with socket.socket(fileno=descriptor) as connection:
         connection.setblocking(True)
@@ -43,8 +41,8 @@ def _answer(header: Header, blobs: list[bytes]) -> Answer:
     try:
         task.prepare()
         if "memory" in header:
-            _limit(header["memory"])
-            # Kills this process.
+            _limit_memory(header["memory"])
+            # After this CPU time SIGPROF kills the process.
             signal.setitimer(signal.ITIMER_PROF, header["cpu_seconds"])
         return task.run(header, blobs)
     except MemoryError:
@@ -52,43 +50,41 @@ def _answer(header: Header, blobs: list[bytes]) -> Answer:
     except Exception as error:
         return {"error": "failed", "text": type(error).__name__}, []
     finally:
-        _unlimit()
+        _remove_limits()
 
 
-def _limit(memory: int) -> None:
-    """Limit the process to `memory` bytes more than now."""
+def _limit_memory(memory: int) -> None:
+    """Limit the address space to `memory` bytes more than it has now."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = _address_space() + memory + SPARE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (_within(most, hard), hard))
+    soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _unlimit() -> None:
+def _remove_limits() -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
-def _within(value: int, hard: int) -> int:
-    return value if hard == resource.RLIM_INFINITY else min(value, hard)
-
-
 def _address_space() -> int:
+    """Bytes of address space in use."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:  # not Linux: the peak so far
+    except OSError:  # not Linux: the peak memory so far
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return pages * resource.getpagesize()
 
 
 def _receive(connection: socket.socket) -> tuple[Header, list[bytes]] | None:
-    prefix = _exactly(connection, PREFIX.size)
+    prefix = _receive_exactly(connection, PREFIX.size)
     if not prefix:
         return None
-    header, lengths = unpack(_exactly(connection, header_length(prefix)), most=MAX_REQUEST)
-    return header, [_exactly(connection, length) for length in lengths]
+    header, lengths = unpack(_receive_exactly(connection, header_length(prefix)), most=MAX_REQUEST)
+    return header, [_receive_exactly(connection, length) for length in lengths]
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes:
+def _receive_exactly(connection: socket.socket, length: int) -> bytes:
     data = bytearray(length)
     view, got = memoryview(data), 0
     while got < length:
@@ -100,11 +96,11 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
 
 
 class _Images:
-    """An image to the pixels of the model's input."""
+    """Decodes an image to pixels at the model's input size."""
 
     @staticmethod
     def prepare() -> None:
-        import robust.image_decoding  # noqa: F401  # before the limits hold
+        import robust.image_decoding  # noqa: F401  # before the limits apply
 
     @staticmethod
     def run(header: Header, blobs: list[bytes]) -> Answer:
@@ -119,7 +115,7 @@ class _Images:
 
 
 class _Sets:
-    """An uploaded data set, or one by its path, at the model's size."""
+    """Reads a data set, uploaded or from a path, at the model's input size."""
 
     @staticmethod
     def prepare() -> None:

@@ -1,4 +1,4 @@
-"""Who asks: the keys of the service, and the addresses that need none."""
+"""Authentication: API keys, and the paths that need none."""
 
 from __future__ import annotations
 
@@ -10,67 +10,69 @@ from hashlib import sha256
 from starlette.types import Scope
 
 from app.errors import Unauthorized
-from app.http.doors import client_address
-from app.http.fields import fields_of
+from app.http.headers import headers_of
+from app.http.trust import client_address
 
-# Probes, and pages that hold nothing but the way to ask: a browser that opens one sends no key.
-OPEN = frozenset(
+# Health probes and static pages: a browser that opens a page can't send a key.
+PUBLIC_PATHS = frozenset(
     {"/", "/docs", "/openapi.json", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 )
-OPEN_BELOW = ("/docs/assets/", "/playground/")
-NOBODY = "nobody"  # owns no evaluation
+PUBLIC_PREFIXES = ("/docs/assets/", "/playground/")
+NOBODY = "nobody"  # an owner without evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who sent a request."""
+    """The sender of a request."""
 
     client: str
-    """The same for all requests of one key, or, without a key, of one address."""
+    """Identifies the client for its share of the service: a hash of its key, or its address."""
     owner: str | None
-    """Whose evaluations it may see; None: all."""
+    """Owner of the evaluations that it may see; None: all evaluations."""
 
 
 class Keys:
-    """The keys that open the service; none means that everybody may ask.
+    """The API keys of the service; without any, every request is accepted.
 
-    A caller sees the evaluations that were started with the same key. `admin_keys` see all.
+    A caller sees the evaluations that were started with its key; `admin_keys` see all.
     """
 
     def __init__(self, keys: Iterable[str], admin_keys: Iterable[str] = ()) -> None:
-        # Of equal length whatever the key's, so that comparing tells nothing of it.
+        # All of one length, so that the time of a comparison reveals nothing about a key.
         self._digests = [sha256(key.encode()).digest() for key in keys]
         self._admin_digests = [sha256(key.encode()).digest() for key in admin_keys]
 
     def identify(self, scope: Scope, path: str) -> Caller:
-        """Who asks for `path`. Raises Unauthorized without a right key where one is needed.
+        """The caller that requests `path`. Raises Unauthorized if it needs a valid key.
 
-        The time this takes depends neither on which key fits nor on how much of it does.
+        The time this takes does not depend on which key matches, or how much of it.
         """
         address = client_address(scope)
         if not self._digests and not self._admin_digests:
             return Caller(client=address, owner=None)
-        digest = sha256(_given(fields_of(scope))).digest()
-        admin, known = _among(digest, self._admin_digests), _among(digest, self._digests)
-        if admin or known:
+        digest = sha256(_key_in(headers_of(scope))).digest()
+        is_admin = _contains(self._admin_digests, digest)
+        is_user = _contains(self._digests, digest)
+        if is_admin or is_user:
             owner = digest.hex()
-            return Caller(client=owner, owner=None if admin else owner)
-        if is_open(path):
+            return Caller(client=owner, owner=None if is_admin else owner)
+        if is_public(path):
             return Caller(client=address, owner=NOBODY)
         raise Unauthorized("expected a key in the header Authorization: Bearer KEY, or X-API-Key")
 
 
-def is_open(path: str) -> bool:
-    """Whether the address needs no key."""
-    return path in OPEN or path.startswith(OPEN_BELOW)
+def is_public(path: str) -> bool:
+    """Whether the path needs no key."""
+    return path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES)
 
 
-def _among(digest: bytes, known: list[bytes]) -> bool:
-    return sum([hmac.compare_digest(digest, item) for item in known]) > 0
+def _contains(digests: list[bytes], digest: bytes) -> bool:
+    # Compares with every digest: stopping at a match would reveal its position.
+    return sum([hmac.compare_digest(digest, item) for item in digests]) > 0
 
 
-def _given(fields: Mapping[bytes, bytes]) -> bytes:
-    scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
+def _key_in(headers: Mapping[bytes, bytes]) -> bytes:
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
         return token.strip()
-    return fields.get(b"x-api-key", b"")
+    return headers.get(b"x-api-key", b"")

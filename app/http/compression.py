@@ -1,4 +1,4 @@
-"""Decompresses request bodies piece by piece."""
+"""Decompresses request bodies in small pieces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENCODINGS = ("gzip", "x-gzip", "deflate")
 
 
 class Inflater:
-    """Decompresses one body in pieces. Raises UnsupportedEncoding for other Content-Encodings."""
+    """Decompresses one body in pieces. Raises UnsupportedEncoding unless it is gzip or deflate."""
 
     def __init__(self, encoding: str) -> None:
         if encoding not in ENCODINGS:
@@ -19,7 +19,7 @@ class Inflater:
         self._gzip = encoding != "deflate"
         self._stream: zlib._Decompress | None = None
         self.waiting = b""
-        """Compressed bytes that the next call goes on with, before any others are read."""
+        """Compressed bytes for the next call, which comes before more of the body is read."""
 
     def inflate(self, data: bytes) -> bytes:
         """Decompress at most PIECE_BYTES from `waiting` and `data`. Raises BadRequest."""
@@ -29,11 +29,11 @@ class Inflater:
                 return b""
             self._stream = zlib.decompressobj(self._window(data))
         if self._stream.eof and data:
-            raise BadRequest("The compressed body goes on after its end.")
+            raise BadRequest("There are bytes after the end of the compressed body.")
         try:
             piece = self._stream.decompress(data, PIECE_BYTES)
         except zlib.error:
-            raise BadRequest("The body is not compressed as its Content-Encoding says.") from None
+            raise BadRequest("The body does not match its Content-Encoding.") from None
         self.waiting = self._stream.unconsumed_tail or self._stream.unused_data
         return piece
 
@@ -45,5 +45,5 @@ class Inflater:
 
     @property
     def complete(self) -> bool:
-        """Whether the end of the compressed data was seen, or there was no data at all."""
+        """Whether the compressed data ended, or there was none."""
         return self._stream is None or self._stream.eof

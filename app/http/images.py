@@ -1,4 +1,4 @@
-"""Decodes the files of a request to one batch of the model's input."""
+"""Decodes the image files of a request into one batch at the model's input size."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from robust.image_headers import ImageError
 
 T = TypeVar("T")
 
-# Up to this cost an image is decoded in a thread, which can't be stopped: at most some 100 ms.
+# Up to this cost an image is decoded in a thread, which can't be stopped: about 100 ms at most.
 CHEAP = DecodeCost(work=2_000_000, memory=64 * 2**20)
-# Up to this cost it is decoded by a worker for quick images: photographs of up to some 20
-# megapixels. The slowest found takes 0.7 s of CPU time.
+# Up to this cost a worker for quick images decodes it: photographs of up to about 20 megapixels.
+# The slowest such image found takes 0.7 s of CPU time.
 QUICK_WORK = 250_000_000
 
 
 async def decode(
     service: Service, request: Request, model: ServedModel, files: Sequence[bytes]
 ) -> Tensor:
-    """The images as uint8 (n, 3, H, W) of the model's size, in order; no files: one empty file.
+    """The images as uint8 (n, 3, H, W) at the model's input size, in the order of `files`.
 
-    Images that are cheap by their header are decoded in a thread, all others in a worker process
-    that is killed with the request. Raises UnusableImages that names every unusable image by its
-    index from 0, or DeadlineExceeded.
+    Images whose header says that they are cheap to decode are decoded in a thread, all others in a
+    worker process that is killed with the request. Raises DeadlineExceeded, or UnusableImages,
+    which names every unusable image by its index.
     """
-    files = files or [b""]
+    files = files or [b""]  # a request without a file fails like one with an empty file
     size = model.input_size
     with service.engine.decoding():
         found = await _all([_decode_in_thread(service, request, data, size) for data in files])
     decoded: list[Pixels | ImageError | DecodeFailed]
     decoded = [item for item in found if not isinstance(item, DecodeCost)]
-    if len(decoded) < len(found):
+    if len(decoded) < len(found):  # some are expensive
         decoded = await _all(
             [
                 _decode_in_worker(service, request, data, size, item)
                 if isinstance(item, DecodeCost)
-                else _ready(item)
+                else _as_coroutine(item)
                 for data, item in zip(files, found, strict=True)
             ]
         )
@@ -73,7 +73,7 @@ async def decode(
 async def _decode_in_thread(
     service: Service, request: Request, data: bytes, size: int
 ) -> Pixels | DecodeCost | ImageError:
-    async with service.thread_places.hold(request.state.caller.client):
+    async with service.thread_slots.hold(request.state.caller.client):
         return await service.run_in_thread(
             _decode_if_cheap, data, size, service.settings.max_pixels
         )
@@ -89,7 +89,10 @@ def _decode_if_cheap(data: bytes, size: int, max_pixels: int) -> Pixels | Decode
 async def _decode_in_worker(
     service: Service, request: Request, data: bytes, size: int, cost: DecodeCost
 ) -> Pixels | ImageError | DecodeFailed:
-    """A quick image never waits for a large one, unless it turns out not to be quick."""
+    """Decode with a worker for quick images if `cost` is low, or if that fails, for large ones.
+
+    So a quick image never waits for a large one.
+    """
     ask = partial(_ask_worker, service, request, data, size, cost)
     if cost.work <= QUICK_WORK and cost.memory <= service.quick_memory:
         found = await ask(service.quick_workers)
@@ -128,12 +131,12 @@ def _kind(error: ImageError | DecodeFailed) -> str:
     return "too_large" if error.reason == "memory" else "undecodable"
 
 
-async def _ready(item: T) -> T:
+async def _as_coroutine(item: T) -> T:
     return item
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; if one raises or this is cancelled, the others are cancelled."""
+    """All results, in order; if one raises or this is cancelled, the others are cancelled."""
     if len(work) == 1:
         return [await work[0]]
     tasks = [asyncio.ensure_future(item) for item in work]

@@ -1,4 +1,4 @@
-"""Around every request: its id, log line and metrics, and the limits checked before routing."""
+"""Middleware: request ids, logs, metrics and response headers; limits on requests and bodies."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from app.errors import (
 )
 from app.http.auth import Keys
 from app.http.compression import Inflater
-from app.http.doors import check_host, check_origin
-from app.http.fields import fields_of
+from app.http.headers import headers_of
 from app.http.paths import route_path
-from app.http.problem import answer_to
+from app.http.problem import error_response
+from app.http.trust import check_host, check_origin
 from app.service import Service
 
 logger = logging.getLogger(__name__)
 
-LINGER_SECONDS = 1.0
-# A refused body of at most this size is read, so that the client can keep its connection.
+DISCARD_SECONDS = 1.0  # how long the rest of a refused body is read before the connection closes
+# A refused body of at most this size is read completely, so that the connection stays usable.
 SMALL_BODY = 2**20
-# Answers are data: not to be executed, framed, sniffed or cached. Pages set their own headers.
+# Responses are data: never execute, frame, sniff or cache them. HTML pages set their own headers.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -54,7 +54,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestMiddleware:
-    """Gives each request an id, counts, times and logs it, and answers uncaught errors."""
+    """Gives each request an id, logs and measures it, and turns uncaught errors into a 500."""
 
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self._app, self._service = app, service
@@ -64,43 +64,43 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         arrived = time.monotonic()
-        given = fields_of(scope).get(b"x-request-id", b"").decode("latin-1")
+        given = headers_of(scope).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         scope.setdefault("state", {}).update(request_id=request_id, arrived=arrived)
         token = logs.request_id.set(request_id)
         status = 0
 
-        async def send_named(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._name(message, scope["state"])
+                self._add_headers(message, scope["state"])
             await send(message)
 
         service = self._service
         with service.in_flight.track(scope["method"]), service.tracing.request(scope) as traced:
             try:
                 if scope["method"] == "HEAD":
-                    await answer_head(self._app, scope, receive, send_named)
+                    await answer_head(self._app, scope, receive, send_with_headers)
                 else:
-                    await self._app(scope, receive, send_named)
+                    await self._app(scope, receive, send_with_headers)
             except asyncio.CancelledError:
                 if not service.in_flight.aborted:
                     raise
                 if not status:
                     error = NotReady("The service is shutting down.")
-                    await answer_to(scope, error)(scope, receive, send_named)
+                    await error_response(scope, error)(scope, receive, send_with_headers)
             except Exception as error:
                 logger.exception("the request failed")
                 if not status:
-                    await answer_to(scope, error)(scope, receive, send_named)
+                    await error_response(scope, error)(scope, receive, send_with_headers)
             finally:
-                self._count(scope, status, time.monotonic() - arrived)
+                self._record(scope, status, time.monotonic() - arrived)
                 traced(_route_of(scope), status)
                 logs.request_id.reset(token)
 
-    def _name(self, message: Message, state: dict[str, Any]) -> None:
-        if message["status"] in (307, 308):  # relative, so that it holds for any host and prefix
+    def _add_headers(self, message: Message, state: dict[str, Any]) -> None:
+        if message["status"] in (307, 308):  # a relative redirect works behind any proxy
             headers = MutableHeaders(scope=message)
             headers["Location"] = _RELATIVE.sub("", headers.get("Location", "/"))
         raw = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
@@ -108,8 +108,8 @@ class RequestMiddleware:
         raw += [item for item in _RAW_HEADERS if item[0] not in given]
         if b"etag" not in given and b"cache-control" not in given:
             raw.append((b"cache-control", b"no-store"))
-        # Without a caller, it was refused before the handler: the model is not revealed. The
-        # handler has set its model, as another one may be current by now.
+        # A request without a caller was refused: the model is not revealed. The handler stores
+        # the model that it used in `state`, because another one may be current by now.
         models = self._service.models
         if "caller" in state and (sha256 := state.get("model_sha256") or models.sha256):
             precision = state.get("precision") or models.precision
@@ -117,7 +117,7 @@ class RequestMiddleware:
             raw.append((b"x-model-precision", precision.encode()))
         message["headers"] = raw
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route, metrics = _route_of(scope), self._service.metrics
         metrics.requests.labels(route, _method_of(scope), str(status)).inc()
         metrics.latency.labels(route).observe(seconds)
@@ -126,7 +126,7 @@ class RequestMiddleware:
 
 
 async def answer_head(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer HEAD as `app` answers GET, without the body; a streamed body is not generated."""
+    """Respond to HEAD with the headers of `app`'s GET response; stops `app` if it streams."""
     inner, streams = {**scope, "method": "GET"}, asyncio.Event()
 
     async def send_head(message: Message) -> None:
@@ -151,7 +151,7 @@ async def answer_head(app: ASGIApp, scope: Scope, receive: Receive, send: Send) 
 
 
 class LimitMiddleware:
-    """Refuses requests before their bodies are read, and bodies that are too large or too slow."""
+    """Checks host, origin, key and limits before the body is read, and limits the body itself."""
 
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self._app, self._service = app, service
@@ -165,18 +165,18 @@ class LimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(self._service, scope, receive, send)
+        body = _RequestBody(self._service, scope, receive, send)
         try:
             self._admit(scope)
         except ServiceError as error:
-            body.cut = _declared(scope) > SMALL_BODY
-            await answer_to(scope, error)(scope, body.receive, body.send)
+            body.stop_reading = _declared_bytes(scope) > SMALL_BODY
+            await error_response(scope, error)(scope, body.receive, body.send)
             return
         if encoding := _encoding(scope):
             try:
                 body.inflater = Inflater(encoding)
             except ServiceError as error:
-                await answer_to(scope, error)(scope, body.receive, body.send)
+                await error_response(scope, error)(scope, body.receive, body.send)
                 return
         token = current_client.set(scope["state"]["caller"].client)
         scope["state"]["body"] = body
@@ -188,145 +188,154 @@ class LimitMiddleware:
 
     def _admit(self, scope: Scope) -> None:
         service, settings = self._service, self._service.settings
-        fields = fields_of(scope)
-        check_host(fields, settings.allowed_hosts)
-        check_origin(scope["method"], fields, settings.cors_origins)
+        headers = headers_of(scope)
+        check_host(headers, settings.allowed_hosts)
+        check_origin(scope["method"], headers, settings.cors_origins)
         try:
             scope["state"]["caller"] = self._keys.identify(scope, route_path(scope))
         except Unauthorized:
             service.metrics.rejected.labels("key").inc()
             raise
-        if math.inf > _declared(scope) > settings.max_body_bytes:
+        if math.inf > _declared_bytes(scope) > settings.max_body_bytes:
             service.metrics.rejected.labels("body").inc()
             raise BodyTooLarge(settings.max_body_bytes)
         if scope["method"] != "POST":
             return
         if service.draining:
             raise NotReady("The service is shutting down.")
-        if reason := service.shares.full_for(scope["state"]["caller"].client):
+        if reason := service.shares.reason_against(scope["state"]["caller"].client):
             service.metrics.rejected.labels("requests").inc()
             raise _overloaded(service, reason)
 
 
-class _Body:
-    """The incoming body of one request, and the answer that may cut it off.
+class _RequestBody:
+    """The body of one request, read within its limits: `receive` and `send` of the inner app.
 
-    Once a POST's body is complete, the request takes one of the places for computing.
+    Counts the bytes in memory. Once the body of a POST is complete, the request takes one of the
+    slots for active requests.
     """
 
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         settings = service.settings
-        self.cut = False
+        self.stop_reading = False
+        """Whether the response closes the connection instead of waiting for the whole body."""
         self.inflater: Inflater | None = None
-        self._arrived = False  # of a compressed body, whether all has been read
+        self._arrived = False  # whether all of a compressed body has been received
         self._service = service
-        self._most, self._rejected = settings.max_body_bytes, service.metrics.rejected
-        self._latest = scope["state"]["arrived"] + settings.upload_seconds
+        self._max_bytes, self._rejected = settings.max_body_bytes, service.metrics.rejected
+        self._deadline = scope["state"]["arrived"] + settings.upload_seconds
         self._receive, self._send = receive, send
-        self._size, self._complete, self._placed = 0, False, False
-        self._post = scope["method"] == "POST"
+        self._size, self._complete, self._has_slot = 0, False, False
+        self._is_post = scope["method"] == "POST"
         self._state = scope["state"]
 
     async def receive(self) -> Message:
         if self._complete:  # the next message is the client's disconnect
             return await self._receive()
-        message = await self._arriving() if self.inflater is None else await self._inflated()
-        self._hold(len(message.get("body", b"")))
+        if self.inflater is None:
+            message = await self._receive_in_time()
+        else:
+            message = await self._receive_inflated(self.inflater)
+        self._count_bytes(len(message.get("body", b"")))
         self._complete = not message.get("more_body", False)
-        if self._size > self._most:
-            self.cut = True
+        if self._size > self._max_bytes:
+            self.stop_reading = True
             self._rejected.labels("body").inc()
-            raise BodyTooLarge(self._most)
-        if self._complete and self._post:
-            self._take_place()
+            raise BodyTooLarge(self._max_bytes)
+        if self._complete and self._is_post:
+            self._take_slot()
         return message
 
-    async def _arriving(self) -> Message:
+    async def _receive_in_time(self) -> Message:
         try:
-            async with asyncio.timeout(self._latest - time.monotonic()):
+            async with asyncio.timeout(self._deadline - time.monotonic()):
                 return await self._receive()
         except TimeoutError:
-            self.cut = True
+            self.stop_reading = True
             self._rejected.labels("slow").inc()
             raise SlowBody("The body did not arrive in time.") from None
 
-    async def _inflated(self) -> Message:
-        """The next small piece of a compressed body; yields to other requests in between."""
-        assert self.inflater is not None
+    async def _receive_inflated(self, inflater: Inflater) -> Message:
+        """The next small piece of a compressed body; other requests run in between."""
         data = b""
-        if self.inflater.waiting or self._arrived:
+        if inflater.waiting or self._arrived:
             await asyncio.sleep(0)
         else:
-            message = await self._arriving()
+            message = await self._receive_in_time()
             if message["type"] != "http.request":
                 return message
             data, self._arrived = message.get("body", b""), not message.get("more_body", False)
-        piece = self.inflater.inflate(data)
-        more = bool(piece or self.inflater.waiting) or not self._arrived
-        if not more and not self.inflater.complete:
-            raise BadRequest("The compressed body is cut short.")
+        piece = inflater.inflate(data)
+        more = bool(piece or inflater.waiting) or not self._arrived
+        if not more and not inflater.complete:
+            raise BadRequest("The compressed body is incomplete.")
         return {"type": "http.request", "body": piece, "more_body": more}
 
-    def _take_place(self) -> None:
+    def _take_slot(self) -> None:
         shares = self._service.shares
-        if reason := shares.full_for(self._caller):
+        if reason := shares.reason_against(self._client):
             self._rejected.labels("requests").inc()
             raise _overloaded(self._service, reason)
-        shares.take_place(self._caller)
-        self._placed = True
+        shares.take_slot(self._client)
+        self._has_slot = True
 
     @property
-    def _caller(self) -> str:
+    def _client(self) -> str:
         client: str = self._state["caller"].client
         return client
 
-    def _hold(self, more: int) -> None:
+    def _count_bytes(self, more: int) -> None:
         in_flight, settings = self._service.in_flight, self._service.settings
         self._size += more
         in_flight.bytes += more
-        if not self._post:
+        if not self._is_post:
             return
-        held = self._service.shares.hold(self._caller, more)
-        if in_flight.bytes > settings.max_held_bytes or held > self._service.shares.client_bytes:
-            self.cut = True
+        shares = self._service.shares
+        of_client = shares.add_bytes(self._client, more)
+        if in_flight.bytes > settings.max_held_bytes or of_client > shares.client_bytes:
+            self.stop_reading = True
             self._rejected.labels("held").inc()
             raise _overloaded(self._service, "Too many request bytes are held in memory.")
 
     def release(self) -> None:
-        """Release the request's bytes and place: its body is no longer needed."""
+        """Release the request's bytes and slot: its body is no longer needed."""
         shares = self._service.shares
         self._service.in_flight.bytes -= self._size
-        if self._post and self._size:
-            shares.hold(self._caller, -self._size)
+        if self._is_post and self._size:
+            shares.add_bytes(self._client, -self._size)
         self._size = 0
-        if self._placed:
-            shares.take_place(self._caller, -1)
-            self._placed = False
+        if self._has_slot:
+            shares.release_slot(self._client)
+            self._has_slot = False
 
     async def send(self, message: Message) -> None:
-        if self._post and message["type"] == "http.response.start" and "caller" in self._state:
-            self._tell_share(message)
-        if self.cut and message["type"] == "http.response.start":
+        if self._is_post and message["type"] == "http.response.start" and "caller" in self._state:
+            self._add_ratelimit(message)
+        if self.stop_reading and message["type"] == "http.response.start":
             MutableHeaders(scope=message)["Connection"] = "close"
-        elif self.cut and not message.get("more_body", False):
+        elif self.stop_reading and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
-            await self._linger()
+            await self._discard_rest()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
-    def _tell_share(self, message: Message) -> None:
+    def _add_ratelimit(self, message: Message) -> None:
         shares = self._service.shares
-        left = shares.places_left(self._caller) + self._placed  # its own will be free
-        policy, share = _share_fields(shares.client_places, max(left, 0))
-        after = [value for name, value in message["headers"] if name == b"retry-after"]
-        if after:
-            share = share[0], share[1] + b";t=" + after[0]
-        message["headers"] = [*message["headers"], policy, share]
+        left = shares.slots_left(self._client) + self._has_slot  # its own becomes free
+        policy, limit = _ratelimit_headers(shares.client_slots, max(left, 0))
+        retry_after = [value for name, value in message["headers"] if name == b"retry-after"]
+        if retry_after:
+            limit = limit[0], limit[1] + b";t=" + retry_after[0]
+        message["headers"] = [*message["headers"], policy, limit]
 
-    async def _linger(self) -> None:
-        """Read on: closing while the client still writes would reset the connection."""
+    async def _discard_rest(self) -> None:
+        """Read and discard the rest of the body for a while.
+
+        Closing while the client still sends would reset the connection, and the client might never
+        see the response.
+        """
         try:
-            async with asyncio.timeout(LINGER_SECONDS):
+            async with asyncio.timeout(DISCARD_SECONDS):
                 while (await self._receive()).get("more_body", False):
                     pass
         except TimeoutError:
@@ -338,29 +347,29 @@ def _overloaded(service: Service, reason: str) -> Overloaded:
 
 
 @lru_cache(4096)
-def _share_fields(places: int, left: int) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
-    """The fields of draft-ietf-httpapi-ratelimit-headers-10."""
-    policy = b'"places";q=%d;qu="concurrent-requests"' % places
+def _ratelimit_headers(slots: int, left: int) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
+    """RateLimit-Policy and RateLimit, as in draft-ietf-httpapi-ratelimit-headers-10."""
+    policy = b'"places";q=%d;qu="concurrent-requests"' % slots
     return (b"ratelimit-policy", policy), (b"ratelimit", b'"places";r=%d' % left)
 
 
-def _declared(scope: Scope) -> float:
+def _declared_bytes(scope: Scope) -> float:
     """The declared length of the body in bytes; infinite for a chunked body."""
-    fields = fields_of(scope)
-    if b"transfer-encoding" in fields:
+    headers = headers_of(scope)
+    if b"transfer-encoding" in headers:
         return math.inf
-    declared = fields.get(b"content-length", b"0")
+    declared = headers.get(b"content-length", b"0")
     return int(declared[:20]) if declared.isdigit() else 0
 
 
 def _encoding(scope: Scope) -> str:
-    """The Content-Encoding of the body in lower case; empty for none."""
-    encoding = fields_of(scope).get(b"content-encoding", b"").decode("latin-1").strip().lower()
+    """The Content-Encoding of the body in lowercase; empty for none."""
+    encoding = headers_of(scope).get(b"content-encoding", b"").decode("latin-1").strip().lower()
     return "" if encoding == "identity" else encoding
 
 
 def _route_of(scope: Scope) -> str:
-    """The route's path template, for metrics; the path itself may be anything."""
+    """The route's path template, for metrics; the path itself may have any value."""
     return getattr(scope.get("route"), "path", None) or "unmatched"
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document and its self-contained page."""
+"""The OpenAPI document, and the page /docs, which loads nothing from other sites."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ from pydantic import BaseModel
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from app.http.auth import is_open
+from app.http.auth import is_public
 from app.http.open_inference_codec import InferRequest
-from app.http.openapi_examples import FAULTS, REQUEST_ID, answers
-from app.http.problem import MEDIA_TYPE, PROTOCOL, Problem, ProtocolError, problem_of
+from app.http.openapi_examples import EXAMPLE_ERRORS, REQUEST_ID, example_responses
+from app.http.problem import (
+    MEDIA_TYPE,
+    Problem,
+    ProtocolError,
+    has_protocol_errors,
+    problem_response,
+)
 
 ASSETS = "/docs/assets"
 PNG_ANSWER: dict[str, Any] = {
     "description": "The attacks, or only the image with `Accept: image/png`.",
     "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
 }
-_KEYS = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "Where ROBUST_API_KEYS is set."},
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "If ROBUST_API_KEYS is set."},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 _FILE = {"type": "string", "format": "binary"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 
 
-# Swagger's page lacks a language, a link back, and sufficient contrast.
+# Fixes of Swagger UI's page, which lacks a language, a link back, and sufficient contrast.
 _HEAD = """<style>
     .back { max-width: 1460px; margin: auto; padding: 12px 20px; font: 15px system-ui, sans-serif; }
     .back a, .swagger-ui .info a, .swagger-ui .info .url { color: #2c5eb5; }
@@ -47,7 +53,7 @@ _HEAD = """<style>
     </head>"""
 _BODY = """<body>
     <nav class="back" aria-label="Site"><a href="./">Back to the playground</a></nav>"""
-_MENDED = {
+_REPLACEMENTS = {
     "<html>": '<html lang="en">',
     "</head>": _HEAD,
     "<body>": _BODY,
@@ -56,10 +62,10 @@ _MENDED = {
 
 
 class Application(FastAPI):
-    """FastAPI whose document includes schemas that no route's signature has."""
+    """FastAPI whose OpenAPI document also has schemas that are in no route's signature."""
 
     def openapi(self) -> dict[str, Any]:
-        """The document, generated once."""
+        """The OpenAPI document, generated once."""
         if self.openapi_schema is None:
             document = super().openapi()
             components = document.setdefault("components", {})
@@ -71,62 +77,63 @@ class Application(FastAPI):
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             settings = self.state.service.settings
-            if settings.api_keys or settings.admin_keys:  # otherwise the page would show padlocks
-                components["securitySchemes"] = _KEYS
-                document["security"] = [{name: []} for name in _KEYS]
+            if settings.api_keys or settings.admin_keys:  # without keys, show no padlocks
+                components["securitySchemes"] = _SECURITY_SCHEMES
+                document["security"] = [{name: []} for name in _SECURITY_SCHEMES]
             _complete(document["paths"])
         assert self.openapi_schema is not None
         return self.openapi_schema
 
 
 def _complete(paths: dict[str, Any]) -> None:
-    """Add to every operation what all have in common, and an example to every response."""
-    examples = answers()
+    """Add the error responses that all operations share, and an example to every response."""
+    examples = example_responses()
     for path, operations in paths.items():
         for method, operation in operations.items():
             responses = operation["responses"]
             if "HTTPValidationError" in str(responses.get("422")):
-                del responses["422"]  # FastAPI's own: no path here can be invalid
-            if is_open(path):
+                del responses["422"]  # FastAPI's own, for an invalid path; no path here can be
+            if is_public(path):
                 operation["security"] = []
             else:
-                responses["401"] = _fault(path, 401)
+                responses["401"] = _error_response(path, 401)
             if method in ("post", "delete"):
-                responses["403"] = _fault(path, 403)
+                responses["403"] = _error_response(path, 403)
             for status in [status for status in responses if int(status) >= 400]:
-                responses[status] = _fault(path, int(status))
-            for (of, at, kind), example in examples.items():
-                if (of, at) == (method, path):
+                responses[status] = _error_response(path, int(status))
+            for (example_method, example_path, media_type), example in examples.items():
+                if (example_method, example_path) == (method, path):
                     for status in [status for status in responses if int(status) < 400]:
                         content = responses[status].setdefault("content", {})
-                        content.setdefault(kind, {})["example"] = example
+                        content.setdefault(media_type, {})["example"] = example
             operation["responses"] = dict(sorted(responses.items()))
 
 
-def _fault(path: str, status: int) -> dict[str, Any]:
-    """The error response of a path."""
-    answer = problem_of(REQUEST_ID, FAULTS[status])
+def _error_response(path: str, status: int) -> dict[str, Any]:
+    """The documentation of an error response of `path`."""
+    response = problem_response(REQUEST_ID, EXAMPLE_ERRORS[status])
     headers = {
         name: {"schema": {"type": "string"}, "example": value}
-        for name, value in (answer.more or {}).items()
+        for name, value in (response.extra_headers or {}).items()
     }
-    form, kind, example = "Problem", MEDIA_TYPE, answer.problem.model_dump()
-    if path == PROTOCOL or path.startswith(f"{PROTOCOL}/"):
-        form, kind, example = "ProtocolError", "application/json", {"error": example["detail"]}
-    schema = {"$ref": f"#/components/schemas/{form}"}
+    model, media_type, example = "Problem", MEDIA_TYPE, response.problem.model_dump()
+    if has_protocol_errors(path):
+        model, media_type = "ProtocolError", "application/json"
+        example = {"error": example["detail"]}
+    schema = {"$ref": f"#/components/schemas/{model}"}
     return {
         "description": HTTPStatus(status).phrase,
         "headers": headers,
-        "content": {kind: {"schema": schema, "example": example}},
+        "content": {media_type: {"schema": schema, "example": example}},
     }
 
 
 def body(
     parameters: type[BaseModel], *, files: Literal["image", "images", "set"]
 ) -> dict[str, Any]:
-    """The request body of a route for the document: a form with files, or just the file."""
+    """OpenAPI's `requestBody` of a route: a form with files, JSON, or just the file."""
     form = parameters.model_json_schema()
-    assert "$defs" not in form, "nested models have no place in a form"
+    assert "$defs" not in form, "a form can't have nested models"
     file: dict[str, Any] = dict(_FILE)
     if files == "images":
         file = {"type": "array", "items": _FILE, "minItems": 1}
@@ -162,7 +169,7 @@ def body(
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """Remove null from a form's fields: a form omits a field, and Swagger shows that correctly."""
+    """The schema of a form field without null: a form omits a field instead of sending null."""
     kinds = [kind for kind in schema.pop("anyOf", []) if kind != {"type": "null"}]
     if kinds:
         schema.pop("default", None)
@@ -170,12 +177,12 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _policy(page: str) -> str:
-    """The page's Content-Security-Policy: its two scripts, and requests to this service only."""
+    """The page's Content-Security-Policy: only its own two scripts and requests to this service."""
     inline = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digests = [b64encode(sha256(text.encode()).digest()).decode() for text in inline]
     scripts = " ".join(["'self'", *(f"'sha256-{digest}'" for digest in digests)])
     return (
-        # Swagger sets styles and shows small images from its style sheet.
+        # Swagger UI sets inline styles, and has small images in its style sheet.
         f"default-src 'none'; script-src {scripts}; style-src 'self' 'unsafe-inline'; "
         "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
@@ -183,7 +190,7 @@ def _policy(page: str) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Add /docs with its assets."""
+    """Add the page /docs and its assets to `app`."""
     static = package_files("fastapi_offline") / "static"
     app.mount(ASSETS, StaticFiles(directory=str(static)), name="docs-assets")
     routes = APIRouter(include_in_schema=False)
@@ -196,7 +203,7 @@ def install(app: FastAPI) -> None:
         swagger_favicon_url="docs/assets/favicon.png",
     )
     html = bytes(page.body).decode()
-    for old, new in _MENDED.items():
+    for old, new in _REPLACEMENTS.items():
         assert html.count(old) == 1, old
         html = html.replace(old, new)
     headers = {"Content-Security-Policy": _policy(html)}

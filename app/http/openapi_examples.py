@@ -1,4 +1,4 @@
-"""An example of every response, for the OpenAPI document. A test checks each with its schema."""
+"""Examples of every response, for the OpenAPI document. A test validates each by its schema."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _TOP = [
 ]
 _SEEN = Seen(label="horse", index=7, probability=0.8637, top=_TOP)
 
-# An exception for each status; the response is built from it like any other.
-FAULTS: dict[int, Exception] = {
+# An exception for each error status, from which the example response is built.
+EXAMPLE_ERRORS: dict[int, Exception] = {
     400: errors.BadRequest("The multipart form is malformed, or has too many fields."),
     401: errors.Unauthorized("expected a key in the header Authorization: Bearer KEY"),
     403: errors.Forbidden("Pages of another origin may not do this; see ROBUST_CORS_ORIGINS."),
-    404: errors.NotFound("There is no evaluation of this id, or it has expired."),
+    404: errors.NotFound("There is no evaluation with this id, or it has expired."),
     408: errors.SlowBody("The body did not arrive in time."),
-    409: errors.Conflict("The evaluation is running; a report is made of one that is done."),
+    409: errors.Conflict("The evaluation is running; there is a report once it is done."),
     413: errors.BodyTooLarge(64 * 2**20),
     415: errors.UnusableImages(
         "unsupported",
@@ -61,8 +61,8 @@ FAULTS: dict[int, Exception] = {
 }
 
 
-def answers() -> dict[tuple[str, str, str], Any]:
-    """The example of each successful response, by method, path and media type."""
+def example_responses() -> dict[tuple[str, str, str], Any]:
+    """An example of each successful response, by method, path and media type."""
     attacks = [_attack("fgsm"), _attack("pgd")]
     json = "application/json"
     examples: dict[tuple[str, str, str], Any] = {

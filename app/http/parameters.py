@@ -1,4 +1,4 @@
-"""Parses the parameters of the routes, with errors that name the field."""
+"""Parses and validates the parameters of the routes; errors name the field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from app.engine.served_model import ServedModel
-from app.errors import FieldError, InvalidParameters
+from app.errors import FieldError, InvalidParameters, invalid
 from app.settings import Settings
 from robust.attack_registry import default_budgets, names, takers
 from robust.attacks import (
@@ -45,7 +45,7 @@ def _size(value: object) -> float:
 
 
 def _whole(value: object) -> object:
-    """Refuse numbers with anything but ASCII digits, which `int` would accept."""
+    """Refuse integers that are not plain ASCII digits: pydantic would accept underscores too."""
     if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip(" ")):
         raise PydanticCustomError("whole", "a whole number in digits 0 to 9")
     return value
@@ -144,7 +144,7 @@ class EvaluateParameters(AttackParameters):
 
 
 def parse(kind: type[P], values: Mapping[str, Sequence[str]]) -> P:
-    """Build `kind` from texts by name, some repeated. Raises InvalidParameters."""
+    """Validate parameters, each with one or more values, as `kind`. Raises InvalidParameters."""
     lists = {name for name, item in kind.model_fields.items() if item.annotation == list[str]}
     errors = [
         FieldError(field=_safe_name(name), expected="one value", got=f"{len(texts)}")
@@ -156,7 +156,7 @@ def parse(kind: type[P], values: Mapping[str, Sequence[str]]) -> P:
     plain = {
         name: list(texts) if name in lists else texts[0]
         for name, texts in values.items()
-        if texts  # null in JSON
+        if texts  # empty: null in JSON
     }
     try:
         return kind.model_validate(plain)
@@ -166,7 +166,7 @@ def parse(kind: type[P], values: Mapping[str, Sequence[str]]) -> P:
 
 
 def field_errors(errors: Sequence[Any], *, known: str = "") -> list[FieldError]:
-    """Pydantic's errors in our words, without the input."""
+    """Pydantic's errors as FieldErrors, which never repeat text from the input."""
     found = []
     for error in errors:
         parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
@@ -181,7 +181,7 @@ def field_errors(errors: Sequence[Any], *, known: str = "") -> list[FieldError]:
 
 
 def describe(value: object) -> str:
-    """A description of the input that repeats numbers but no text."""
+    """A description of an invalid value that repeats numbers but never text."""
     if isinstance(value, str):
         number = re.fullmatch(r"[-+0-9./eE]{1,24}", value)
         return value if number else f"text of {len(value)} characters" if value else "nothing"
@@ -191,19 +191,19 @@ def describe(value: object) -> str:
 
 
 def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[AttackSettings]:
-    """The attacks without duplicates, with the command line's defaults.
+    """The requested attacks without duplicates, with the same defaults as on the command line.
 
-    Raises InvalidParameters that names every error.
+    Raises InvalidParameters with every error.
     """
     threat_model = _threat_model(parameters, settings)
     given = parameters.model_dump(include={"alpha", "steps", "restarts"}, exclude_none=True)
     most_steps = max(settings.max_steps, settings.max_queries)
     errors = [
-        _over(name, given[name], most)
+        _too_many(name, given[name], most)
         for name, most in (("steps", most_steps), ("restarts", settings.max_restarts))
         if given.get(name, 0) > most
     ]
-    if errors:  # before computing with a number that may be astronomical
+    if errors:  # before computing with a number that may be huge
         raise InvalidParameters(errors)
     attacks: list[AttackSettings] = []
     for name in parameters.attack:
@@ -217,7 +217,7 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
         most = settings.max_queries if attack.entry.unit == "queries" else settings.max_steps
         if attack.steps > most:
             field = "steps" if "steps" in given else "attack"
-            errors.append(_over(field, attack.steps, most))
+            errors.append(_too_many(field, attack.steps, most))
     if not errors:
         errors = [
             FieldError(
@@ -231,7 +231,7 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
     return list(dict.fromkeys(attacks))
 
 
-def _over(field: str, value: int, most: int) -> FieldError:
+def _too_many(field: str, value: int, most: int) -> FieldError:
     what = "restarts" if field == "restarts" else "steps"
     return FieldError(field=field, expected=f"at most {most} {what}", got=describe(str(value)))
 
@@ -242,7 +242,7 @@ def _threat_model(parameters: AttackParameters, settings: Settings) -> ThreatMod
         eps = min(DEFAULT_EPS[norm], settings.max_eps(norm))
     if eps > settings.max_eps(norm):
         expected = f"at most {format_eps(settings.max_eps(norm))} under {norm}"
-        raise InvalidParameters([FieldError(field="eps", expected=expected, got=f"{eps:g}")])
+        raise invalid("eps", expected, f"{eps:g}")
     return ThreatModel(norm=norm, eps=eps)
 
 
@@ -256,14 +256,14 @@ def check_gradients(
     errors = [
         FieldError(
             field="attack",
-            expected=f"attacks without gradients, such as square: {kind} models give none",
+            expected=f"an attack without gradients, such as square: {kind} models have none",
             got=attack.name,
         )
         for attack in attacks
         if attack.uses_gradient
     ]
     if curve:
-        expected = f"0: its attack needs gradients, which {kind} models do not give"
+        expected = f"0: its attack needs gradients, which {kind} models do not have"
         errors.append(FieldError(field="curve", expected=expected, got=f"{curve}"))
     if errors:
         raise InvalidParameters(errors)
@@ -277,9 +277,7 @@ def resolve_class(text: str | None, field: str, classes: Sequence[str]) -> int |
         return find_class(text, classes)
     except ValueError:
         expected = f"a class name or an index from 0 to {len(classes) - 1}"
-        raise InvalidParameters(
-            [FieldError(field=field, expected=expected, got=describe(text))]
-        ) from None
+        raise invalid(field, expected, describe(text)) from None
 
 
 def _safe_name(name: str) -> str:

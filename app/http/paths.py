@@ -1,4 +1,4 @@
-"""The path of a request without the proxy's prefix."""
+"""The path of a request as the routes know it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from starlette.types import Scope
 
 
 def route_path(scope: Scope) -> str:
-    """The path of a request without the prefix that a proxy, or `--root-path`, puts before it."""
+    """The path of a request without the prefix that a proxy or `--root-path` adds."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))

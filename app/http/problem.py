@@ -1,4 +1,4 @@
-"""All error responses, built here as application/problem+json (RFC 9457)."""
+"""Builds all error responses, as application/problem+json (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from robust.datasets import DatasetError
 
 MEDIA_TYPE = "application/problem+json"
 PROTOCOL = "/v2"  # below it, errors have the Open Inference Protocol's format
-RETRY_SECONDS = 5  # without a measurement: while draining, or after the device thread died
-CLIENT_CLOSED_REQUEST = 499  # not registered; only for the log, as the client never sees it
+RETRY_SECONDS = 5  # for a 503, whose duration is unknown
+CLIENT_CLOSED_REQUEST = 499  # nonstandard; appears only in logs, as the client has disconnected
 
 
 class Fault(BaseModel):
@@ -46,14 +46,14 @@ class Problem(BaseModel):
     errors: list[Fault] = Field(default_factory=list)
 
 
-class ProblemAnswer(Response):
-    """An error response."""
+class ProblemResponse(Response):
+    """An error response with its problem document."""
 
     media_type = MEDIA_TYPE
 
     def __init__(self, problem: Problem, headers: Mapping[str, str] | None) -> None:
         super().__init__(problem.model_dump_json(), problem.status, headers)
-        self.problem, self.more = problem, headers
+        self.problem, self.extra_headers = problem, headers
 
 
 class ProtocolError(BaseModel):
@@ -70,8 +70,8 @@ def problem(
     *,
     faults: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
-) -> ProblemAnswer:
-    """An error response; `title` also names its type."""
+) -> ProblemResponse:
+    """An error response; its type URN is made from `title`."""
     body = Problem(
         type=f"urn:robust:problem:{title.lower().replace(' ', '-')}",
         title=title,
@@ -81,11 +81,11 @@ def problem(
         request_id=request_id,
         errors=[Fault(field=f.field, expected=f.expected, got=f.got) for f in faults],
     )
-    return ProblemAnswer(body, headers)
+    return ProblemResponse(body, headers)
 
 
-def problem_of(request_id: str, error: Exception) -> ProblemAnswer:
-    """The response to any exception. An unexpected one becomes a 500 without details."""
+def problem_response(request_id: str, error: Exception) -> ProblemResponse:
+    """The error response for an exception; 500 without details for an unexpected one."""
     match error:
         case errors.UnusableImages():
             status, title = _IMAGE_STATUS[error.kind]
@@ -108,7 +108,7 @@ def problem_of(request_id: str, error: Exception) -> ProblemAnswer:
             status, title = _STATUS[type(error)]
             return problem(request_id, status, title, str(error) or title)
         case DatasetError():
-            # `found` may contain names from the file.
+            # `found` may contain names from the uploaded file.
             got = "".join(char if char.isprintable() else "?" for char in error.found[:200])
             fault = FieldError(field="file", expected=error.expected, got=got)
             detail = f"expected {error.expected}"
@@ -124,28 +124,33 @@ def problem_of(request_id: str, error: Exception) -> ProblemAnswer:
     return problem(request_id, 500, "Internal error", "The service failed; the log says why.")
 
 
-def answer_to(scope: Scope, error: Exception) -> Response:
-    """The response to any exception, in the format for the request's path."""
-    path = route_path(scope)
-    answer = problem_of(scope["state"]["request_id"], error)
-    if path != PROTOCOL and not path.startswith(f"{PROTOCOL}/"):
-        return answer
-    body = ProtocolError(error=answer.problem.detail).model_dump_json()
-    return Response(body, answer.status_code, answer.more, media_type="application/json")
+def error_response(scope: Scope, error: Exception) -> Response:
+    """The error response for an exception, in the format of the request's path."""
+    response = problem_response(scope["state"]["request_id"], error)
+    if not has_protocol_errors(route_path(scope)):
+        return response
+    body = ProtocolError(error=response.problem.detail).model_dump_json()
+    headers = response.extra_headers
+    return Response(body, response.status_code, headers, media_type="application/json")
+
+
+def has_protocol_errors(path: str) -> bool:
+    """Whether errors under `path` have the Open Inference Protocol's format."""
+    return path == PROTOCOL or path.startswith(f"{PROTOCOL}/")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of `app` with a problem; the middleware catches unexpected ones."""
+    """Handle the expected errors of `app`; the middleware catches the unexpected ones."""
 
-    async def answer(request: Request, error: Exception) -> Response:
-        return answer_to(request.scope, error)
+    async def handle(request: Request, error: Exception) -> Response:
+        return error_response(request.scope, error)
 
     for kind in (errors.ServiceError, DatasetError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, answer)
+        app.add_exception_handler(kind, handle)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI `responses` of a route; `app.http.openapi` adds the body of each."""
+    """The OpenAPI `responses` of a route for these statuses; `app.http.openapi` adds bodies."""
     return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
 
 
@@ -170,6 +175,6 @@ _IMAGE_STATUS = {
     "undecodable": (422, "Unusable image"),
 }
 _DETAILS = {
-    404: "There is nothing under this address; /docs lists the routes.",
-    405: "This address does not take this method; the Allow header lists those it takes.",
+    404: "There is nothing at this URL; /docs lists the routes.",
+    405: "This URL does not support this method; the Allow header lists those it supports.",
 }

@@ -1,4 +1,4 @@
-"""The report of a finished evaluation, as by `robust report`."""
+"""Renders the report of a finished evaluation, like `robust report`."""
 
 from __future__ import annotations
 
@@ -18,80 +18,83 @@ from robust.checkpoint import Checkpoint
 from robust.environment import device_in_words, versions
 from robust.report import require_extra
 
-# The page contains its styles and plots, and runs no scripts.
+# The page has its styles and plots inline, and no scripts.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-KEPT = 16  # reports, each of some 100 KB
+CACHE_SIZE = 16  # reports, each of some 100 KB
 
 
 @dataclass(eq=False)
-class _Making:
-    """A report that is being rendered, and the number of waiting requests."""
+class _Rendering:
+    """A report that is being rendered, and the number of requests that wait for it."""
 
-    task: asyncio.Future[bytes]
+    future: asyncio.Future[bytes]
     waiting: int = 0
 
 
 class Reports:
-    """Renders reports in a thread of their own, and caches the latest.
+    """Renders reports in one thread, and caches the latest.
 
-    Rendering is Python: a second thread would make none sooner, and hold up the event loop more.
+    Rendering is pure Python: with the GIL, a second thread would speed up no report, and would
+    delay the event loop more.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="report")
-        self._making: dict[tuple[str, bool], _Making] = {}
-        self._kept: OrderedDict[tuple[str, bool], bytes] = OrderedDict()
+        self._rendering: dict[tuple[str, bool], _Rendering] = {}
+        self._cache: OrderedDict[tuple[str, bool], bytes] = OrderedDict()
 
     async def get(self, job: Job, model: ServedModel, *, pdf: bool) -> Response:
         """The report of `job` as HTML or PDF, rendered once for all requests.
 
-        A report that no client waits for is not started. Raises Conflict if there is no report.
+        A queued report is dropped once no request waits for it. Raises Conflict if there can be no
+        report.
         """
         check_reportable(job, model)
         key = job.id, pdf
-        content = self._kept.get(key)
+        content = self._cache.get(key)
         if content is None:
-            content = await self._made(key, partial(make_report, job, model, pdf=pdf))
-            self._kept[key] = content
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            content = await self._rendered(key, partial(render_report, job, model, pdf=pdf))
+            self._cache[key] = content
+            while len(self._cache) > CACHE_SIZE:
+                self._cache.popitem(last=False)
         if pdf:
             return Response(content, media_type="application/pdf")
         headers = {"Content-Security-Policy": POLICY}
         return Response(content, media_type="text/html", headers=headers)
 
-    async def _made(self, key: tuple[str, bool], make: partial[bytes]) -> bytes:
-        making = self._making.get(key)
-        if making is None:
+    async def _rendered(self, key: tuple[str, bool], render: partial[bytes]) -> bytes:
+        rendering = self._rendering.get(key)
+        if rendering is None:
             loop = asyncio.get_running_loop()
-            making = self._making[key] = _Making(loop.run_in_executor(self._thread, make))
-        making.waiting += 1
+            future = loop.run_in_executor(self._thread, render)
+            rendering = self._rendering[key] = _Rendering(future)
+        rendering.waiting += 1
         try:
-            return await asyncio.shield(making.task)
+            return await asyncio.shield(rendering.future)
         finally:
-            making.waiting -= 1
-            if not making.waiting and self._making.get(key) is making:
-                del self._making[key]
-                making.task.cancel()
+            rendering.waiting -= 1
+            if not rendering.waiting and self._rendering.get(key) is rendering:
+                del self._rendering[key]
+                rendering.future.cancel()
 
     def close(self) -> None:
-        """Start no more reports."""
+        """Drop the queued reports."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def check_reportable(job: Job, model: ServedModel) -> None:
-    """Raise Conflict, with the reason, if there is no report."""
+    """Raise Conflict, with the reason, if there can be no report."""
     if job.state != "done":
-        raise Conflict(f"The evaluation is {job.state}; a report is made of one that is done.")
+        raise Conflict(f"The evaluation is {job.state}; there is a report once it is done.")
     if job.model != model.sha256:
-        raise Conflict("Another model is served by now; the report needs the one that was scored.")
+        raise Conflict("The report needs the model that was evaluated, and another is served now.")
     try:
         require_extra()
     except ValueError:
         raise Conflict("This service was installed without the extra report.") from None
 
 
-def make_report(job: Job, model: ServedModel, *, pdf: bool) -> bytes:
+def render_report(job: Job, model: ServedModel, *, pdf: bool) -> bytes:
     """The report as HTML, or as PDF. Takes seconds."""
     from robust.report.build import build_report
     from robust.report.evaluations import parse_evaluation

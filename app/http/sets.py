@@ -1,4 +1,4 @@
-"""Labeled sets for evaluation: uploaded, or registered by the operator."""
+"""Loads labeled data sets for evaluation: uploaded, or registered by the operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from app.decoding.pool import DecodeFailed
 from app.engine.served_model import ServedModel
-from app.errors import FieldError, InvalidParameters
+from app.errors import invalid
 from app.http.parameters import describe
 from app.service import Service
 from app.settings import Settings
@@ -22,18 +22,19 @@ from robust.datasets import Dataset, DatasetError, load_dataset, load_upload
 from robust.datasets.errors import TooManyToFit
 from robust.matching import first_images, match_classes
 
-# Up to these limits a set is read in a thread, which can't be stopped: at most some 200 ms.
-FAST_BYTES = 32 * 2**20  # of all members, decompressed
+# A set within these limits is cheap: it is read in a thread, which can't be stopped, within about
+# 200 ms. An npz file, or a pt file of torch.save, is a zip archive.
+FAST_BYTES = 32 * 2**20  # of all members of the archive, decompressed
 FAST_FITTED = 1000  # images to resize
 FAST_OTHER_BYTES = 2**20  # of a member without images
-FAST_PICKLE_BYTES = 64 * 2**10  # each may be an operation
-FAST_DIRECTORY_BYTES = 16 * 2**10  # of the zip file, which has some 60 for each member
+FAST_PICKLE_BYTES = 64 * 2**10  # every byte of a pickle may be an operation
+FAST_DIRECTORY_BYTES = 16 * 2**10  # of the archive's directory: some 60 bytes per member
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _IMAGES = re.compile(r"images\.npy|.*/data/\d+")
 
 
 def registered(settings: Settings) -> dict[str, Path]:
-    """The sets in the operator's folder by name; for a file, without its suffix."""
+    """The path of each set in the operator's folder, by its name without a suffix."""
     folder = settings.datasets
     if folder is None or not folder.is_dir():
         return {}
@@ -53,22 +54,22 @@ async def load_set(
     name: str | None,
     limit: int | None,
 ) -> Dataset:
-    """Load the set named or uploaded by a request, at the model's size, up to `limit` images.
+    """Load the set that a request uploads or names: its first `limit` images, at the model's size.
 
     A name is looked up, never used as a path. A cheap set is read in a thread, any other in a
-    worker process that is killed with the request; one of each kind at a time. Raises
+    worker process that is killed with the request; at most one of each at a time. Raises
     InvalidParameters, DatasetError or DeadlineExceeded.
     """
     if bool(files) == (name is not None):
         expected = 'either a set in the field "file" or the name of one in "dataset"'
-        raise _fault("file", expected, "both" if files else "neither")
+        raise invalid("file", expected, "both" if files else "neither")
     source = files[0] if name is None else await asyncio.to_thread(_find, service.settings, name)
     client, size, dataset = request.state.caller.client, model.input_size, None
     if await asyncio.to_thread(is_cheap, source):
-        async with service.cheap_set_places.hold(client):
+        async with service.cheap_set_slots.hold(client):
             dataset = await asyncio.to_thread(_read_if_cheap, source, size, service.settings)
     if dataset is None:
-        async with service.set_places.hold(client):
+        async with service.set_slots.hold(client):
             dataset = await _read_in_worker(service, request, source, size)
     dataset = match_classes(dataset, model.classes)
     return dataset if limit is None else first_images(dataset, limit)
@@ -89,18 +90,20 @@ def is_cheap(source: bytes | Path) -> bool:
         with zipfile.ZipFile(io.BytesIO(source)) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
-        return True  # refused at the same place
+        return True  # reading it fails at the same place, quickly
     if sum(member.file_size for member in members) > FAST_BYTES:
         return False
     return all(
-        member.file_size <= _most(member.filename) for member in members if not member.is_dir()
+        member.file_size <= _fast_bytes(member.filename)
+        for member in members
+        if not member.is_dir()
     )
 
 
 def _directory_bytes(source: bytes) -> int:
-    """The declared size of a zip file's directory, in either place that it may be declared."""
+    """The declared size of a zip file's directory: the larger one if the zip64 record differs."""
     end = source.rfind(b"PK\5\6")
-    if end < 0:  # truncated, and refused for that reason
+    if end < 0:  # truncated, so that reading it fails
         return 0
     length = int.from_bytes(source[end + 12 : end + 16], "little")
     locator = end - 20
@@ -111,7 +114,8 @@ def _directory_bytes(source: bytes) -> int:
     return max([0 if length == 2**32 - 1 else length, *lengths])
 
 
-def _most(name: str) -> int:
+def _fast_bytes(name: str) -> int:
+    """The largest size of a member of that name in a cheap set."""
     if _IMAGES.fullmatch(name):
         return FAST_BYTES
     return FAST_PICKLE_BYTES if name.endswith(".pkl") else FAST_OTHER_BYTES
@@ -120,13 +124,13 @@ def _most(name: str) -> int:
 def _find(settings: Settings, name: str) -> Path:
     known = registered(settings)
     if name not in known:
-        names = ", ".join(known) or "none is registered"
-        raise _fault("dataset", f"the name of a registered set ({names})", describe(name))
+        names = ", ".join(known) or "there is none"
+        raise invalid("dataset", f"the name of a registered set ({names})", describe(name))
     return known[name]
 
 
 def _read_if_cheap(source: bytes | Path, size: int, settings: Settings) -> Dataset | None:
-    """The set, or None if it has too many images to resize here."""
+    """The set, or None if too many of its images need resizing for this thread."""
     if isinstance(source, Path):
         return load_dataset(source, size=size, train=False)
     try:
@@ -175,7 +179,3 @@ async def _read_in_worker(
         name=answer["name"],
         changes=tuple(answer["changes"]),
     )
-
-
-def _fault(field: str, expected: str, got: str) -> InvalidParameters:
-    return InvalidParameters([FieldError(field=field, expected=expected, got=got)])

@@ -1,4 +1,4 @@
-"""Request bodies: the file or files in them and the parameters beside."""
+"""Reads a request body: its files, and the parameters sent with them."""
 
 from __future__ import annotations
 
@@ -14,79 +14,92 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from app.errors import BadRequest, ClientGone, FieldError, InvalidParameters, ServiceError
-from app.http.fields import fields_of
+from app.errors import BadRequest, ClientGone, InvalidParameters, ServiceError, invalid
+from app.http.headers import headers_of
 
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 4096
-MAX_JSON_BYTES = 16 * 2**20  # parsing more would hold the interpreter, and every other request
-_NO_NAME = "part without a filename"
+MAX_JSON_BYTES = 16 * 2**20  # parsing holds the GIL, and so delays every other request
+_NO_FILENAME = "part without a filename"  # given to a part `file` that has none
 _DATA_URL = re.compile(rb"data:[A-Za-z0-9.+/;=-]{0,100},")
-_TEXT = 'a file in the field "file"', "text; curl sends a file with -F file=@NAME"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """The contents of the files, and every parameter of query and form with its values."""
+    """The contents of the files, and the values of each parameter from query and body."""
 
     files: list[bytes]
     parameters: Mapping[str, list[str]]
 
 
 async def read_upload(request: Request, *, max_files: int) -> Upload:
-    """Read a form with its files in the field ``file``, JSON, or the whole body as one file.
+    """Read the files and parameters of a request, in any of these forms.
 
-    A body that is no form counts as a file whatever its declared type, and an empty one as none;
-    a form without files may come url-encoded. JSON has images in base64 under ``image``, one or a
-    list, and the parameters beside; a file may also come as a data URL.
-    Parameters come from the query, or from the form, which wins. Raises BadRequest, ClientGone,
-    InvalidParameters, or what the middleware raises for a body too large or too slow.
+    - multipart/form-data, with files in the field ``file`` and parameters in the other fields
+    - a URL-encoded form, with parameters only
+    - JSON, with one base64 image or a list of them under ``image``, and the parameters beside it
+    - any other body, whatever its Content-Type: it is one file, or none if it is empty
+
+    A file may also be a data URL. Parameters may be in the query string too; those in the body
+    take precedence. Raises BadRequest, ClientGone, InvalidParameters, or what the middleware
+    raises for a body that is too large or too slow.
     """
     query = request.query_params
     parameters = {name: query.getlist(name) for name in dict.fromkeys(query)}
-    kind = fields_of(request.scope).get(b"content-type", b"").decode("latin-1").lower()
+    content_type = headers_of(request.scope).get(b"content-type", b"").decode("latin-1").lower()
     try:
-        if not kind.startswith("multipart/form-data"):
-            # Not request.body(), which keeps it as long as the request.
+        if content_type.startswith("multipart/form-data"):
+            files, fields = await _read_form(request, max_files)
+        else:
+            # Not request.body(), which keeps the bytes in memory as long as the request.
             body = b"".join([piece async for piece in request.stream()])
-            if fields := _url_encoded(kind, body):
-                return Upload(files=[], parameters=parameters | fields)
-            if _is_json(kind, body):
-                files, fields = _read_json(body, max_files)
-                return Upload(files=files, parameters=parameters | fields)
-            return Upload(files=[_plain(body)] if body else [], parameters=parameters)
-        files, fields = await _read_form(request, max_files)
+            files, fields = _read_body(content_type, body, max_files)
     except ClientDisconnect:
-        raise ClientGone("The client hung up before its body was complete.") from None
+        raise ClientGone("The client disconnected before its body was complete.") from None
     return Upload(files=files, parameters=parameters | fields)
 
 
-def _url_encoded(kind: str, body: bytes) -> dict[str, list[str]]:
-    """The fields of a URL-encoded form; curl labels any body as one, so files are recognized."""
+def _read_body(
+    content_type: str, body: bytes, max_files: int
+) -> tuple[list[bytes], dict[str, list[str]]]:
+    """The files and parameters of a body that is not multipart."""
+    if fields := _url_encoded_fields(content_type, body):
+        return [], fields
+    if _is_json(content_type, body):
+        return _read_json(body, max_files)
+    return [_decode_data_url(body)] if body else [], {}
+
+
+def _url_encoded_fields(content_type: str, body: bytes) -> dict[str, list[str]]:
+    """The fields of a URL-encoded form; none for another body.
+
+    curl declares any body as such a form by default, so one that is not short ASCII is a file.
+    """
     text = len(body) <= MAX_FIELDS * MAX_FIELD_BYTES and body.isascii() and body.find(b"\0") < 0
-    if not kind.startswith("application/x-www-form-urlencoded") or not text:
+    if not content_type.startswith("application/x-www-form-urlencoded") or not text:
         return {}
     try:
         fields = parse_qs(body.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError:
         raise BadRequest("The form has too many fields.") from None
     if "file" in fields:
-        raise _fault(*_TEXT)
+        raise _text_instead_of_file()
     return fields
 
 
-def _is_json(kind: str, body: bytes) -> bool:
+def _is_json(content_type: str, body: bytes) -> bool:
     """Whether the body is declared as JSON and starts like an object."""
-    kind = kind.partition(";")[0].strip()
-    return (kind == "application/json" or kind.endswith("+json")) and body.lstrip()[:1] == b"{"
+    media_type = content_type.partition(";")[0].strip()
+    declared = media_type == "application/json" or media_type.endswith("+json")
+    return declared and body.lstrip()[:1] == b"{"
 
 
 def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str, list[str]]]:
     """The files and parameters of ``{"image": "<base64>", "eps": "8/255"}``.
 
-    Raises BadRequest for what is no flat object, InvalidParameters for what is no base64.
+    Raises BadRequest unless it is a flat object, and InvalidParameters for invalid base64.
     """
-    # A long list costs an object per item; the text of an image is a single one.
+    # Every item of a list becomes a Python object; the text of an image is a single one.
     if len(body) > MAX_JSON_BYTES or body.count(b",") + body.count(b"[") > 1000:
         raise BadRequest("The JSON is too large; send images as multipart/form-data.")
     try:
@@ -96,18 +109,20 @@ def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str, list
     files = [
         _from_base64(item)
         for name in ("image", "images", "file")
-        for item in _list(values.pop(name, []))
+        for item in _as_list(values.pop(name, []))
     ]
     if len(files) > max_files:
-        raise _fault(f"at most {max_files}", "more")
-    return files, {name: [_text(item) for item in _list(value)] for name, value in values.items()}
+        raise _too_many_files(max_files)
+    return files, {
+        name: [_parameter_text(item) for item in _as_list(value)] for name, value in values.items()
+    }
 
 
-def _list(value: object) -> list[object]:
+def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _text(value: object) -> str:
+def _parameter_text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str | int | float):
@@ -117,32 +132,36 @@ def _text(value: object) -> str:
 
 def _from_base64(value: object) -> bytes:
     if not isinstance(value, str):
-        raise _fault("an image as text in base64", "another kind of value")
+        raise invalid("file", "an image as text in base64", "another kind of value")
     text = value.encode()
     if _DATA_URL.match(text):
-        return _plain(text)
+        return _decode_data_url(text)
     try:
         return b64decode(text, validate=True)
     except ValueError:
-        raise _fault("an image as text in base64", f"text of {len(text)} characters") from None
+        got = f"text of {len(text)} characters"
+        raise invalid("file", "an image as text in base64", got) from None
 
 
-def _plain(data: bytes) -> bytes:
-    """A file as it is, or the one that a data URL holds."""
+def _decode_data_url(data: bytes) -> bytes:
+    """The file in a data URL; `data` itself if it is not one."""
     if not (match := _DATA_URL.match(data)):
         return data
     if not match[0].lower().endswith(b";base64,"):
-        raise _fault("a data URL in base64", "one in another form")
+        raise invalid("file", "a data URL in base64", "a data URL with another encoding")
     try:
         return b64decode(data[match.end() :].strip(), validate=True)
     except ValueError:
-        raise _fault("a data URL in base64", f"{len(data)} bytes that are none") from None
+        got = f"{len(data)} bytes with invalid base64"
+        raise invalid("file", "a data URL in base64", got) from None
 
 
-class _Parser(MultiPartParser):
-    """Takes a part `file` without a filename as a file, of any size.
+class _FormParser(MultiPartParser):
+    """A parser that treats every part named `file` as a file, even without a filename.
 
-    Knows whether the form came to its end: what is cut short is no form with fewer parts."""
+    Starlette would treat it as a text field, whose size is limited. `complete` says whether the
+    closing boundary was seen: without it, a truncated form would look like one with fewer parts.
+    """
 
     complete = False
 
@@ -150,8 +169,8 @@ class _Parser(MultiPartParser):
         disposition = self._current_part.content_disposition or b""
         _, options = parse_options_header(disposition)
         if options.get(b"name") == b"file" and b"filename" not in options:
-            named = disposition + f'; filename="{_NO_NAME}"'.encode()
-            self._current_part.content_disposition = named
+            disposition += f'; filename="{_NO_FILENAME}"'.encode()
+            self._current_part.content_disposition = disposition
         super().on_headers_finished()
 
     def on_end(self) -> None:
@@ -167,39 +186,39 @@ async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dic
     _, options = parse_options_header(request.headers["content-type"])
     if b"boundary" not in options:
         raise BadRequest(
-            "multipart/form-data without a boundary: leave the Content-Type to your client."
+            "multipart/form-data needs a boundary; let your HTTP client set the Content-Type."
         )
-    parser = _Parser(
+    parser = _FormParser(
         request.headers,
         request.stream(),
         max_files=max_files,
         max_fields=MAX_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
     )
-    # Never to disk: the middleware bounds the body, and the root file system may be read-only.
+    # In memory, never on disk: the middleware limits the body, and the disk may be read-only.
     parser.spool_max_size = 0
     try:
         form = await parser.parse()
     except (ServiceError, ClientDisconnect):
         raise
-    except Exception as error:  # the parser and the codecs behind it raise many kinds
+    except Exception as error:  # the parser and its codecs raise many types
         if isinstance(error, MultiPartException) and error.message.startswith("Too many files"):
-            raise _fault(f"at most {max_files}", "more") from None
+            raise _too_many_files(max_files) from None
         raise BadRequest("The multipart form is malformed, or has too many fields.") from None
     if not parser.complete:
         parser.close()
-        raise BadRequest("The multipart form is cut short: its closing boundary is missing.")
+        raise BadRequest("The multipart form is incomplete: its closing boundary is missing.")
     files: list[bytes] = []
     fields: dict[str, list[str]] = {}
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 if name != "file":
-                    raise _fault('a file in the field "file"', "a file in another field")
+                    raise invalid("file", 'a file in the field "file"', "a file in another field")
                 data = await value.read()
-                if value.filename == _NO_NAME and _is_a_name(data):
-                    raise _fault(*_TEXT)
-                files.append(_plain(data))
+                if value.filename == _NO_FILENAME and _looks_like_text(data):
+                    raise _text_instead_of_file()
+                files.append(_decode_data_url(data))
             else:
                 fields.setdefault(name, []).append(value)
     finally:
@@ -207,10 +226,15 @@ async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dic
     return files, fields
 
 
-def _is_a_name(data: bytes) -> bool:
-    """Whether a part is text, such as the name of a file that was to be sent."""
+def _looks_like_text(data: bytes) -> bool:
+    """Whether a part is short text, such as the name of the file instead of its content."""
     return len(data) <= MAX_FIELD_BYTES and data.isascii() and not _DATA_URL.match(data)
 
 
-def _fault(expected: str, got: str) -> InvalidParameters:
-    return InvalidParameters([FieldError(field="file", expected=expected, got=got)])
+def _text_instead_of_file() -> InvalidParameters:
+    got = "text; curl sends a file with -F file=@NAME"
+    return invalid("file", 'a file in the field "file"', got)
+
+
+def _too_many_files(limit: int) -> InvalidParameters:
+    return invalid("file", f"at most {limit}", "more")

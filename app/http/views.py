@@ -28,8 +28,10 @@ from robust.threat_model import format_eps
 TOP = 5
 
 
-def seen(probabilities: Tensor | Sequence[float], classes: Sequence[str], k: int = TOP) -> Seen:
-    """The prediction of probabilities (K,)."""
+def to_prediction(
+    probabilities: Tensor | Sequence[float], classes: Sequence[str], k: int = TOP
+) -> Seen:
+    """The `k` likeliest classes of probabilities (K,)."""
     top = [
         ClassProbability(label=item.label, index=item.index, probability=item.probability)
         for item in top_classes(probabilities, classes, k)
@@ -59,22 +61,22 @@ def resolved(attack: AttackSettings) -> ResolvedAttack:
 
 
 def outcome_of(outcome: AttackOutcome) -> Outcome:
-    """The outcome: broken, withstood, or already_wrong if the original was misclassified."""
-    if _led_away(outcome.before, outcome.label, outcome.target):
+    """The outcome: broken or withstood, or already_wrong if the attack had nothing to do."""
+    if _succeeded(outcome.before, outcome.label, outcome.target):
         return "already_wrong"
     return "broken" if outcome.success and outcome.linf > 0 else "withstood"
 
 
 def transfer_result(transfer: Transfer, classes: Sequence[str]) -> TransferResult:
-    """The other model's result on an adversarial image."""
+    """The other model's prediction and outcome for an adversarial image."""
     label, target = transfer.label, transfer.target
-    outcome: Outcome = "broken" if _led_away(transfer.after, label, target) else "withstood"
-    if _led_away(transfer.before, label, target):
+    outcome: Outcome = "broken" if _succeeded(transfer.after, label, target) else "withstood"
+    if _succeeded(transfer.before, label, target):
         outcome = "already_wrong"
-    return TransferResult(after=seen(transfer.after, classes), outcome=outcome)
+    return TransferResult(after=to_prediction(transfer.after, classes), outcome=outcome)
 
 
-def _led_away(probabilities: Tensor, label: int, target: int | None) -> bool:
+def _succeeded(probabilities: Tensor, label: int, target: int | None) -> bool:
     """Whether the prediction is the target or, without one, not the label."""
     predicted = int(probabilities.argmax())
     return predicted != label if target is None else predicted == target
@@ -83,10 +85,10 @@ def _led_away(probabilities: Tensor, label: int, target: int | None) -> bool:
 def attack_result(
     outcome: AttackOutcome, classes: Sequence[str], transfer: Transfer | None = None
 ) -> AttackResult:
-    """One attack, with its images encoded, and another model's result on the image."""
+    """The result of one attack, with its images as PNG, and the other model's result if any."""
     return AttackResult(
         parameters=resolved(outcome.settings),
-        after=seen(outcome.after, classes),
+        after=to_prediction(outcome.after, classes),
         outcome=outcome_of(outcome),
         success=outcome_of(outcome) == "broken",
         linf=outcome.linf,
@@ -99,12 +101,12 @@ def attack_result(
 
 
 def base64_png(image: Tensor) -> str:
-    """A uint8 image (3, H, W) as the text of a PNG."""
+    """A uint8 image (3, H, W) as PNG in base64."""
     return base64.b64encode(encode_png(image)).decode("ascii")
 
 
 def job_status(job: Job) -> JobStatus:
-    """The state of a job."""
+    """The job's state and its result so far."""
     return JobStatus(
         id=job.id,
         state=job.state,

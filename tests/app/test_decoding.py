@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from app.decoding import pool as pools
-from app.decoding import sharing
+from app.decoding import semaphores
 from app.decoding.frames import unpack
 from app.decoding.pool import DecodeFailed, WorkerPool
-from app.decoding.sharing import HALF_LIFE_SECONDS, Budget, Places
+from app.decoding.semaphores import HALF_LIFE_SECONDS, Budget, FairSemaphore
 from app.errors import DeadlineExceeded
 from robust.image_decoding import read_pixels
 from tests.support import bombs
@@ -82,7 +82,7 @@ def test_a_killed_worker_costs_its_one_request() -> None:
         assert len(await ask(pool, png())) == 192
         (idle,) = pool._idle
         idle.kill()  # and one that has nothing to do costs none
-        assert idle.gone(wait=True)
+        assert idle._process.wait(10) < 0  # killed by a signal
         assert len(await ask(pool, png())) == 192
 
     use(work)
@@ -102,7 +102,7 @@ def test_what_takes_too_long_ends_with_its_worker(
         given = {name: time.monotonic() + value for name, value in named.items()}
         with pytest.raises(error):
             await ask(pool, png(), **given)
-        assert worker.gone(wait=True)
+        assert worker._process.wait(10) < 0  # killed by a signal
         assert (pool._idle, pool._busy) == ([], set())
 
     use(work, seconds=seconds)
@@ -121,7 +121,7 @@ def test_what_nobody_waits_for_ends_at_once() -> None:
         await asyncio.wait([asking, waiting])
         assert asking.cancelled()
         assert waiting.cancelled()
-        assert worker.gone(wait=True)
+        assert worker._process.wait(10) < 0  # killed by a signal
 
     use(work)
 
@@ -165,7 +165,7 @@ def test_a_worker_that_nobody_needs_is_ended(monkeypatch: pytest.MonkeyPatch) ->
         (worker,) = pool._idle
         await asyncio.sleep(0.01)
         assert pool._idle == []
-        assert worker.gone(wait=True)
+        assert worker._process.wait(10) < 0  # killed by a signal
 
     use(work)
 
@@ -193,12 +193,12 @@ def test_what_takes_too_long_of_a_processor_is_told_apart() -> None:
     use(work)
 
 
-def test_places_go_to_the_client_that_used_them_least() -> None:
+def test_slots_go_to_the_client_that_used_them_least() -> None:
     async def run() -> list[str]:
-        places, order = Places(1, per_client=1), []
+        slots, order = FairSemaphore(1, per_client=1), []
 
         async def use(client: str, seconds: float) -> None:
-            async with places.hold(client):
+            async with slots.hold(client):
                 order.append(client)
                 await asyncio.sleep(seconds)
 
@@ -209,35 +209,35 @@ def test_places_go_to_the_client_that_used_them_least() -> None:
         waiting = [asyncio.create_task(use(client, 0.0)) for client in ("dear", "cheap", "new")]
         await asyncio.wait([current, *waiting])
         now = time.monotonic()
-        assert places._lately("dear", now) == pytest.approx(0.2, abs=0.1)
-        half = places._lately("dear", now + HALF_LIFE_SECONDS)
-        assert half == pytest.approx(places._lately("dear", now) / 2)
+        assert slots._recent_use("dear", now) == pytest.approx(0.2, abs=0.1)
+        half = slots._recent_use("dear", now + HALF_LIFE_SECONDS)
+        assert half == pytest.approx(slots._recent_use("dear", now) / 2)
         return order[3:]
 
     assert asyncio.run(run()) == ["new", "cheap", "dear"]
 
 
 def test_clients_that_used_little_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_MAX_USED", 10)
+    monkeypatch.setattr(semaphores, "_MAX_CLIENTS", 10)
 
     async def run() -> None:
-        places = Places(1, per_client=1)
+        slots = FairSemaphore(1, per_client=1)
         for client in range(1000):
-            async with places.hold(client):
+            async with slots.hold(client):
                 pass
-        assert len(places._used) <= 11
+        assert len(slots._used) <= 11
 
     asyncio.run(run())
 
 
-def test_places_go_to_the_client_that_holds_fewest() -> None:
+def test_slots_go_to_the_client_that_holds_fewest() -> None:
     order: list[str] = []
 
     async def run() -> None:
-        places, first = Places(2, per_client=1), asyncio.Event()
+        slots, first = FairSemaphore(2, per_client=1), asyncio.Event()
 
         async def use(client: str, name: str) -> None:
-            async with places.hold(client):
+            async with slots.hold(client):
                 order.append(name)
                 await first.wait()
 
@@ -250,8 +250,8 @@ def test_places_go_to_the_client_that_holds_fewest() -> None:
         tasks[1].cancel()
         first.set()
         await asyncio.wait(tasks)
-        assert not places._held
-        assert not places._waiting
+        assert not slots._held
+        assert not slots._waiting
 
     asyncio.run(run())
     assert order == ["a0", "b0", "c0", "a2"]

@@ -207,7 +207,7 @@ def test_an_image_waits_for_no_more_than_is_being_decoded(
         return httpx.post(f"{default.url}/predict", files=files, headers=headers).status_code
 
     monkeypatch.setattr(images, "_decode_if_cheap", gated)
-    waiting = default.service.thread_places._waiting
+    waiting = default.service.thread_slots._waiting
     with ThreadPoolExecutor(2) as pool:
         many = pool.submit(ask, "192.0.2.1", png(seed=1), 20)
         until(lambda: len(begun) == CODEC_THREADS and waiting)

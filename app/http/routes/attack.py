@@ -16,7 +16,7 @@ from app.engine.attack_batch import (
     cost,
 )
 from app.engine.served_model import ServedModel
-from app.errors import FieldError, InvalidParameters
+from app.errors import invalid
 from app.http.dependencies import service_of
 from app.http.images import decode
 from app.http.openapi import PNG_ANSWER, body
@@ -30,13 +30,13 @@ from app.http.parameters import (
 from app.http.problem import documented
 from app.http.schemas import AttackResponse, CompareResponse
 from app.http.uploads import read_upload
-from app.http.views import attack_result, base64_png, class_name, outcome_of, seen
+from app.http.views import attack_result, base64_png, class_name, outcome_of, to_prediction
 from app.service import Service, unless_gone
 from robust.images import encode_png
 from robust.prediction import AttackOutcome
 from robust.threat_model import TOLERANCE, ThreatModel
 
-LEVEL = 1 / 255  # smallest distance between two 8-bit images, under any norm
+LEVEL = 1 / 255  # smallest distance between two different 8-bit images, under any norm
 
 router = APIRouter(tags=["attack"])
 
@@ -66,18 +66,18 @@ async def attack(request: Request) -> AttackResponse | Response:
     target = resolve_class(parameters.target, "target", model.classes)
     for item in attacks:
         if target is not None and not item.takes_target:
-            raise _fault("target", "an attack that takes a target", item.name)
-    _check_ball(attacks[0].threat_model)
+            raise invalid("target", "an attack that takes a target", item.name)
+    _check_eps(attacks[0].threat_model)
     as_png = _wants_png(request)
     if as_png and len(attacks) != 1:
-        raise _fault("attack", "exactly one for Accept: image/png", f"{len(attacks)}")
-    pairs = _pairs(service, model, parameters.compare)
+        raise invalid("attack", "exactly one for Accept: image/png", f"{len(attacks)}")
+    pairs = _compared_pairs(service, model, parameters.compare)
     if as_png and pairs:
-        raise _fault("compare", "no comparison for Accept: image/png", parameters.compare)
+        raise invalid("compare", "no comparison for Accept: image/png", parameters.compare)
     total = len(pairs) * compare_cost(attacks) if pairs else cost(attacks)
     if total > service.settings.max_cost:
         expected = f"at most {service.settings.max_cost} forward passes in all"
-        raise _fault("steps", expected, f"{total}")
+        raise invalid("steps", expected, f"{total}")
 
     async def work() -> AttackResponse | Response:
         image = (await decode(service, request, model, upload.files))[0]
@@ -94,18 +94,19 @@ async def attack(request: Request) -> AttackResponse | Response:
     return await unless_gone(request, work())
 
 
-def _pairs(
+def _compared_pairs(
     service: Service, model: ServedModel, compare: str
 ) -> list[tuple[ServedModel, ServedModel]]:
-    """The models to attack, each with the model that classifies the result; comparison model last.
+    """The models to attack, each with the other model, which classifies the adversarial image.
 
-    Raises InvalidParameters if there is no comparison model.
+    Empty without a comparison, and the comparison model is attacked last. Raises InvalidParameters
+    if there is no comparison model.
     """
     if compare == "false":
         return []
     other = service.compare_with(model)
     if other is None:
-        raise _fault("compare", "false: ROBUST_COMPARE names no model that fits", compare)
+        raise invalid("compare", "false: there is no comparison model (ROBUST_COMPARE)", compare)
     return [(other, model)] if compare == "only" else [(model, other), (other, model)]
 
 
@@ -125,7 +126,7 @@ def _compared(
         model_sha256=model.sha256,
         label=class_name(of_model.label, classes),
         target=None if of_model.target is None else class_name(of_model.target, classes),
-        before=seen(of_model.before, classes),
+        before=to_prediction(of_model.before, classes),
         already_wrong=int(of_model.before.argmax()) != of_model.label,
         input_png=base64_png(image),
         results=results[0] if len(pairs) == 2 else [],
@@ -133,7 +134,7 @@ def _compared(
             model=other.name,
             model_sha256=other.sha256,
             label=class_name(of_other.label, classes),
-            before=seen(of_other.before, classes),
+            before=to_prediction(of_other.before, classes),
             already_wrong=of_other.already_wrong,
             results=results[-1],
         ),
@@ -146,7 +147,7 @@ def _answer(outcomes: list[AttackOutcome], image: Tensor, model: ServedModel) ->
         model_sha256=model.sha256,
         label=class_name(first.label, classes),
         target=None if first.target is None else class_name(first.target, classes),
-        before=seen(first.before, classes),
+        before=to_prediction(first.before, classes),
         already_wrong=first.already_wrong,
         input_png=base64_png(image),
         results=[attack_result(outcome, classes) for outcome in outcomes],
@@ -154,7 +155,7 @@ def _answer(outcomes: list[AttackOutcome], image: Tensor, model: ServedModel) ->
 
 
 def _png_answer(outcome: AttackOutcome, model: ServedModel) -> Response:
-    before, after = (seen(row, model.classes) for row in (outcome.before, outcome.after))
+    before, after = (to_prediction(row, model.classes) for row in (outcome.before, outcome.after))
     headers = {
         "X-Attack": outcome.settings.label,
         "X-Success": str(outcome_of(outcome) == "broken").lower(),
@@ -170,18 +171,14 @@ def _png_answer(outcome: AttackOutcome, model: ServedModel) -> Response:
     return Response(encode_png(outcome.image), media_type="image/png", headers=headers)
 
 
-def _check_ball(threat_model: ThreatModel) -> None:
-    """Raise InvalidParameters if the ball around an 8-bit image contains no other one."""
+def _check_eps(threat_model: ThreatModel) -> None:
+    """Raise InvalidParameters if the eps ball around an 8-bit image contains no other one."""
     if 0 < threat_model.eps < LEVEL - TOLERANCE:
-        expected = "0, or at least 1/255: no other 8-bit image lies nearer than that"
-        raise _fault("eps", expected, f"{threat_model.eps:g}")
+        expected = "0, or at least 1/255: no other 8-bit image is closer"
+        raise invalid("eps", expected, f"{threat_model.eps:g}")
 
 
 def _wants_png(request: Request) -> bool:
     """Whether the client accepts PNG and does not mention JSON."""
     accept = request.headers.get("accept", "").lower()
     return "image/png" in accept and "json" not in accept
-
-
-def _fault(field: str, expected: str, got: str) -> InvalidParameters:
-    return InvalidParameters([FieldError(field=field, expected=expected, got=got)])

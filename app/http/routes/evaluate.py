@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from app.errors import FieldError, InvalidParameters, Overloaded
+from app.errors import Overloaded, invalid
 from app.http.auth import Caller
 from app.http.dependencies import ServiceOf, service_of
 from app.http.openapi import body
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/evaluate", tags=["evaluate"])
 
 
 async def find(id: str, request: Request) -> Job:
-    """The evaluation of that id. Raises NotFound."""
+    """The evaluation with that id, if the caller may see it. Raises NotFound."""
     caller: Caller = request.state.caller
     job = await service_of(request).jobs.get(id, caller.owner)
     request.state.model_sha256 = job.model
@@ -38,9 +38,9 @@ Found = Annotated[Job, Depends(find)]
 
 
 async def find_to_watch(found: Found, request: Request, service: ServiceOf) -> Job:
-    """The evaluation of that id. Raises NotFound, or Overloaded for a client that watches many."""
+    """The evaluation with that id. Raises NotFound; Overloaded if the client watches too many."""
     if not service.shares.may_watch(request.state.caller.client):
-        reason = f"You watch {service.shares.client_places} evaluations, which is your share."
+        reason = f"You watch {service.shares.client_slots} evaluations, which is your share."
         raise Overloaded(reason, retry_after=1)
     return found
 
@@ -70,7 +70,7 @@ async def evaluate(request: Request, response: Response) -> JobStatus:
     response.headers["Location"] = str(request.url_for("job", id=job.id).path)
     seconds = _preferred_wait(request, service.settings.deadline_seconds)
     if seconds is not None:
-        request.state.body.release()  # a request that waits for a job takes no slot
+        request.state.body.release()  # while it waits for a job, it needs no slot
         response.headers["Preference-Applied"] = f"wait={seconds:g}"
         job = await unless_gone(request, service.jobs.ended(job, seconds))
         if not job.active:
@@ -101,7 +101,7 @@ async def _submit(request: Request, service: Service) -> Job:
 
 @router.get("", summary="List evaluations", responses=documented(503))
 async def jobs(request: Request, service: ServiceOf) -> list[JobStatus]:
-    """The evaluations that are queued, running or not yet expired, newest first."""
+    """The queued, running and finished evaluations, newest first; finished ones expire."""
     return [job_status(job) for job in await service.jobs.all(request.state.caller.owner)]
 
 
@@ -144,9 +144,8 @@ async def events(
     },
 )
 async def report(found: Found, request: Request, service: ServiceOf) -> Response:
-    """Accuracies, curve, per-class tables, costs, warnings, and everything needed to repeat it.
-
-    The report is self-contained.
+    """The report as one self-contained page: accuracies, accuracy against eps, per-class tables,
+    costs, warnings, and everything needed to repeat the evaluation.
     """
     reports: Reports = request.app.state.reports
     pdf = "application/pdf" in request.headers.get("accept", "").lower()
@@ -160,13 +159,11 @@ async def delete(found: Found, service: ServiceOf) -> JobStatus:
 
 
 def _idempotency_key(request: Request) -> str | None:
-    """The client's key for the job. Raises InvalidParameters."""
+    """The value of the header Idempotency-Key. Raises InvalidParameters."""
     key = request.headers.get("idempotency-key")
     if key is not None and not re.fullmatch(r"[!-~]{1,256}", key):
         expected = "1 to 256 visible ASCII characters"
-        raise InvalidParameters(
-            [FieldError(field="Idempotency-Key", expected=expected, got="something else")]
-        )
+        raise invalid("Idempotency-Key", expected, "something else")
     return key
 
 

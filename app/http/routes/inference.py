@@ -205,7 +205,7 @@ async def infer(request: Request, model: ModelOfVersion) -> Response:
     try:
         body = await request.body()
     except ClientDisconnect:
-        raise ClientGone("The client hung up before its body was complete.") from None
+        raise ClientGone("The client disconnected before its body was complete.") from None
 
     async def work() -> Response:
         asked = await service.run_in_thread(

@@ -12,7 +12,7 @@ from app.http.parameters import PredictParameters, parse
 from app.http.problem import documented
 from app.http.schemas import ImagePrediction, PredictResponse
 from app.http.uploads import read_upload
-from app.http.views import seen
+from app.http.views import to_prediction
 from app.service import unless_gone
 
 router = APIRouter(tags=["predict"])
@@ -41,7 +41,9 @@ async def predict(request: Request) -> Response:
             model, images, deadline=service.deadline(request)
         )
         results = [
-            ImagePrediction(image=index, **dict(seen(row, model.classes, parameters.top_k)))
+            ImagePrediction(
+                image=index, **dict(to_prediction(row, model.classes, parameters.top_k))
+            )
             for index, row in enumerate(probabilities.tolist())
         ]
         return PredictResponse(model_sha256=model.sha256, results=results)

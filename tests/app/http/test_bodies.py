@@ -102,12 +102,12 @@ def test_parameters_come_in_json_too(running: Running) -> None:
         (
             {"content": gzip.compress(png())[:-9], "headers": {"Content-Encoding": "gzip"}},
             400,
-            "cut short",
+            "incomplete",
         ),
         (
             {"content": gzip.compress(png()) + b"x", "headers": {"Content-Encoding": "gzip"}},
             400,
-            "after its end",
+            "after the end",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from app.http.connection import MAX_HEAD_BYTES, MAX_PIPELINED, SLICE_BYTES, OpenConnections
-from app.http.doors import trusted_addresses
+from app.http.trust import trusted_addresses
 from tests.support.faults import connect, unharmed
 from tests.support.serving import Running, gated, png, until
 

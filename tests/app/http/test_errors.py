@@ -286,7 +286,7 @@ def test_an_attack_that_never_fits_is_422_and_more_than_fits_now_429(small: Runn
 def test_more_requests_than_can_be_computed_are_turned_away(small: Running) -> None:
     with gated(small.service) as gate, ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(httpx.post, f"{small.url}/predict", content=png()) for _ in range(2)]
-        until(lambda: small.service.shares.places == 2)
+        until(lambda: small.service.shares.slots == 2)
         response = small.client.post("/predict", content=png())
         assert_problem(response, 429)
         assert int(response.headers["Retry-After"]) >= 1
@@ -295,7 +295,7 @@ def test_more_requests_than_can_be_computed_are_turned_away(small: Running) -> N
         assert small.client.get("/readyz").status_code == 200
         gate.open.set()
         assert {item.result().status_code for item in asking} == {200}
-    until(lambda: small.service.shares.places == 0)  # given back after the answer
+    until(lambda: small.service.shares.slots == 0)  # given back after the answer
 
 
 def test_requests_that_wait_for_their_bodies_hold_no_place(small: Running) -> None:
@@ -322,7 +322,7 @@ def test_requests_that_wait_for_a_job_hold_no_place(
     waiting, ended = [], jobs.ended
 
     async def watched(job: Any, seconds: float) -> Any:
-        waiting.append((in_flight.posts, in_flight.bytes, shares.places))
+        waiting.append((in_flight.posts, in_flight.bytes, shares.slots))
         return await ended(job, seconds)
 
     monkeypatch.setattr(jobs, "ended", watched)

@@ -183,7 +183,7 @@ def test_a_watcher_sees_the_end_also_when_it_comes_while_it_is_busy(running: Run
 
 def test_one_client_watches_only_so_many(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = running.service.shares
-    monkeypatch.setattr(shares, "client_places", 1)
+    monkeypatch.setattr(shares, "client_slots", 1)
     with gated(running.service):
         job = start(running, labeled(11))
         path = f"/evaluate/{job['id']}/events"

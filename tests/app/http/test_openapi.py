@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from app.application import create_app
-from app.http.auth import is_open
+from app.http.auth import is_public
 from app.settings import Settings
 from tests.support.serving import Running, labeled, png
 
@@ -42,8 +42,8 @@ def test_every_answer_has_an_example_that_fits(
 @pytest.mark.parametrize(("method", "path", "operation"), OPERATIONS)
 def test_operations_are_complete(method: str, path: str, operation: dict[str, Any]) -> None:
     assert operation["summary"]
-    assert ("401" in operation["responses"]) != is_open(path)
-    assert (operation.get("security") == []) == is_open(path)
+    assert ("401" in operation["responses"]) != is_public(path)
+    assert (operation.get("security") == []) == is_public(path)
     described = {item["name"] for item in operation.get("parameters", [])}
     assert described == {name.strip("{}") for name in path.split("/") if name.startswith("{")}
     for status in ("429", "503"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.http import report
-from app.http.report import KEPT, Reports
+from app.http.report import CACHE_SIZE, Reports
 
 MODEL: Any = SimpleNamespace(sha256="m")
 
@@ -21,7 +21,7 @@ def job(id: str) -> Any:
 
 
 class Maker:
-    """Stands in for `make_report`: notes what it makes, and makes it when `go` is set."""
+    """Stands in for `render_report`: notes what it makes, and makes it when `go` is set."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -43,7 +43,7 @@ class Maker:
 @pytest.fixture
 def maker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
     maker = Maker()
-    monkeypatch.setattr(report, "make_report", maker)
+    monkeypatch.setattr(report, "render_report", maker)
     yield maker
     maker.go.set()
 
@@ -80,9 +80,9 @@ def test_a_report_is_made_once_for_all_who_ask_and_kept(maker: Maker) -> None:
         asking[0].cancel()  # the first who asked; the others still wait
         maker.go.set()
         assert {bytes((await task).body) for task in asking[1:]} == {b"a False"}
-        for name in ["a", "a", *(f"{i}" for i in range(KEPT)), "a"]:
+        for name in ["a", "a", *(f"{i}" for i in range(CACHE_SIZE)), "a"]:
             await reports.get(job(name), MODEL, pdf=False)
         reports.close()
 
     asyncio.run(ask())
-    assert maker.made == ["a", *(f"{i}" for i in range(KEPT)), "a"]  # the oldest is dropped
+    assert maker.made == ["a", *(f"{i}" for i in range(CACHE_SIZE)), "a"]  # the oldest is dropped

@@ -297,7 +297,7 @@ def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.Mo
         job = submit(running, 13)
         response = running.client.get(f"/evaluate/{job['id']}/report")
         assert response.status_code == 409
-        assert "report is made of one that is done" in response.json()["detail"]
+        assert "there is a report once it is done" in response.json()["detail"]
         running.client.delete(f"/evaluate/{job['id']}")
     done = finish(running, submit(running, 12)["id"])
     monkeypatch.setitem(report.PACKAGES, "matplotlib", "no_such_module")

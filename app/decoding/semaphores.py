@@ -1,4 +1,4 @@
-"""Fair semaphores: slots per client, and a budget of bytes."""
+"""Semaphores for the event loop: slots shared fairly by clients, and a budget of bytes."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
-HALF_LIFE_SECONDS = 10.0  # of the weight of the time that a client held a slot
-_MAX_USED = 1000  # remembered clients, before those with negligible use are dropped
-_NO_ACCOUNT_SECONDS = 0.001
+HALF_LIFE_SECONDS = 10.0  # the recent use of a client halves in this time
+_MAX_CLIENTS = 1000  # above it, clients with negligible recent use are forgotten
+_NEGLIGIBLE_SECONDS = 0.001
 
 
-class Places:
-    """A semaphore of which one client holds at most `per_client` slots.
+class FairSemaphore:
+    """A semaphore with `count` slots, of which one client holds at most `per_client`.
 
-    Among waiting clients, the one with the fewest slots goes first, then the one with the least
-    recent use; each client's requests are in order.
+    A free slot goes to the waiting client that holds the fewest slots; among equals, to the one
+    that used slots for the least time lately. Each client's requests are served in order.
     """
 
     def __init__(self, count: int, *, per_client: int) -> None:
         self._free, self._per_client = count, per_client
         self._held = Counter[Hashable]()
-        self._used: dict[Hashable, tuple[float, float]] = {}  # seconds, and as of when
+        self._used: dict[Hashable, tuple[float, float]] = {}  # recent seconds, as of which time
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
 
     @asynccontextmanager
     async def hold(self, client: Hashable) -> AsyncIterator[None]:
         """Wait for a slot, and hold it while the block runs."""
-        await self._take(client)
+        await self._acquire(client)
         begun = time.monotonic()
         try:
             yield
         finally:
-            self._count(client, time.monotonic() - begun)
-            self._give_back(client)
+            self._record_use(client, time.monotonic() - begun)
+            self._release(client)
 
-    async def _take(self, client: Hashable) -> None:
+    async def _acquire(self, client: Hashable) -> None:
         if self._free and not self._waiting and self._held[client] < self._per_client:
-            self._serve(client)
+            self._grant(client)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
@@ -49,37 +49,37 @@ class Places:
             await turn
         except BaseException:
             if turn.done() and not turn.cancelled():  # it got a slot at the same moment
-                self._give_back(client)
+                self._release(client)
             else:
-                self._leave(client, turn)
+                self._stop_waiting(client, turn)
             raise
 
-    def _serve(self, client: Hashable) -> None:
+    def _grant(self, client: Hashable) -> None:
         self._free -= 1
         self._held[client] += 1
 
-    def _give_back(self, client: Hashable) -> None:
+    def _release(self, client: Hashable) -> None:
         self._free += 1
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]
         self._hand_out()
 
-    def _count(self, client: Hashable, seconds: float) -> None:
+    def _record_use(self, client: Hashable, seconds: float) -> None:
         now = time.monotonic()
-        self._used[client] = (self._lately(client, now) + seconds, now)
-        if len(self._used) > _MAX_USED:
-            recent = {who: self._lately(who, now) for who in self._used}
-            self._used = {who: (n, now) for who, n in recent.items() if n > _NO_ACCOUNT_SECONDS}
+        self._used[client] = (self._recent_use(client, now) + seconds, now)
+        if len(self._used) > _MAX_CLIENTS:
+            recent = {who: self._recent_use(who, now) for who in self._used}
+            self._used = {who: (n, now) for who, n in recent.items() if n > _NEGLIGIBLE_SECONDS}
 
-    def _lately(self, client: Hashable, now: float) -> float:
+    def _recent_use(self, client: Hashable, now: float) -> float:
         """Seconds that the client has held slots, with older ones weighted less."""
         seconds, then = self._used.get(client, (0.0, now))
         return seconds * math.exp2((then - now) / HALF_LIFE_SECONDS)
 
-    def _leave(self, client: Hashable, turn: asyncio.Future[None]) -> None:
+    def _stop_waiting(self, client: Hashable, turn: asyncio.Future[None]) -> None:
         turns = self._waiting.get(client, deque())
-        if turn not in turns:  # it was removed
+        if turn not in turns:  # already removed by `_hand_out`
             return
         turns.remove(turn)
         if not turns:
@@ -91,16 +91,16 @@ class Places:
             if not able:
                 return
             now = time.monotonic()
-            client = min(able, key=lambda who: (self._held[who], self._lately(who, now)))
+            client = min(able, key=lambda who: (self._held[who], self._recent_use(who, now)))
             turn = self._waiting[client][0]
-            self._leave(client, turn)
-            if not turn.done():  # else it was cancelled, and is about to say so
-                self._serve(client)
+            self._stop_waiting(client, turn)
+            if not turn.done():  # else it was cancelled; its task has not run since
+                self._grant(client)
                 turn.set_result(None)
 
 
 class Budget:
-    """A semaphore counted in bytes; waiters are served in order."""
+    """A semaphore that counts bytes; waiters are served in order."""
 
     def __init__(self, total: int) -> None:
         self.total = self._left = total
@@ -108,7 +108,10 @@ class Budget:
 
     @asynccontextmanager
     async def hold(self, amount: int) -> AsyncIterator[None]:
-        """Wait until `amount`, at most the total, is free, and hold it while the block runs."""
+        """Wait until `amount` bytes are free, and hold them while the block runs.
+
+        `amount` is at most the total.
+        """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((amount, turn))
         self._hand_out()

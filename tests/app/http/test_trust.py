@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.errors import Forbidden, UnknownHost
-from app.http.doors import LOOPBACK_HOSTS, check_host, check_origin, client_address
+from app.http.trust import LOOPBACK_HOSTS, check_host, check_origin, client_address
 from app.settings import Settings
 from tests.app.http.test_errors import assert_problem
 from tests.support.serving import Running, labeled, png, serving, until
