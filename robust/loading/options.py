@@ -100,8 +100,7 @@ def check_unit_pixels(values: Sequence[float]) -> None:
 def parse_classes(text: str | Sequence[str]) -> tuple[str, ...]:
     """Comma-separated names, or a text file with one per line. Raises ValueError and OSError."""
     if isinstance(text, str):
-        path = Path(text)
-        parts = path.read_text().splitlines() if path.is_file() else text.split(",")
+        parts = Path(text).read_text().splitlines() if _is_file(text) else text.split(",")
     else:
         parts = list(text)
     names = tuple(part.strip() for part in parts if part.strip())
@@ -109,3 +108,11 @@ def parse_classes(text: str | Sequence[str]) -> tuple[str, ...]:
     if repeated:
         raise ValueError(f"expected different class names, got {', '.join(repeated[:5])} twice")
     return names
+
+
+def _is_file(text: str) -> bool:
+    """Whether `text` is the path of a file; a list of names may be too long for one."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False

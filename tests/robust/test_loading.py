@@ -427,6 +427,8 @@ def test_wrong_mean(text: str) -> None:
 
 def test_class_names(tmp_path: Path) -> None:
     assert parse_classes("cat, dog") == ("cat", "dog")
+    many = tuple(f"class {k}" for k in range(1000))  # longer than any file name
+    assert parse_classes(",".join(many)) == many
     (tmp_path / "names.txt").write_text("cat\ndog\n\n")
     assert parse_classes(str(tmp_path / "names.txt")) == ("cat", "dog")
     with pytest.raises(ValueError, match="different class names, got cat twice"):
