@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from robust.attack_registry import DEFAULT_ATTACKS
 from robust.attacks import AttackResult, AttackSettings, Model, frozen
+from robust.attacks.passes import Passes
+from robust.attacks.search import to_images
 from robust.commands.options import resolve_attacks
 from robust.commands.output import Progress
 from robust.evaluation import Evaluation, evaluate_batches
 from robust.evaluation.precision import Precision, full_float32
 from robust.threat_model import Norm, parse_eps
 
-ROUNDING = 1e-6  # by which float images may lie outside [0, 1]; they are clipped
+ROUNDING = 1e-6  # how far float images may lie outside [0, 1]; they are clipped
 
 Images = Tensor | Any  # a tensor or array (N, C, H, W), or batches of (images, labels)
 Labels = Tensor | Any | None
@@ -51,7 +53,8 @@ def evaluate(
     `images` is a tensor or numpy array (N, C, H, W), uint8 or float in [0, 1], with N integer
     `labels`; or, without `labels`, a data loader or any other iterable of (images, labels).
     Float images are scored as they are, never rounded to 8 bits; `image_dtype` of the result
-    records their type. `eps` and `alpha` are in pixel units, ``"8/255"`` or a number.
+    records their type. `eps` and `alpha` are in pixel units, ``"8/255"`` or a number. They,
+    `norm`, `steps`, `restarts` and `seed` apply to the attacks given by name.
 
     The result prints as a table, and has `to_json()`, `to_markdown()` and `to_pandas()`.
     `num_classes` defaults to the number of the model's logits, `device` to the model's device.
@@ -116,18 +119,18 @@ def attack(
     where = _device_of(model, device)
     if labels is None and _is_array(images):
         x, _ = _as_images(images)
-        x = x.to(where)
+        x = to_images(x.to(where))
         y = _predictions(model, x, batch_size)
     else:
         x, y, _ = _labeled(images, labels)
-        x, y = x.to(where), y.to(where)
+        x, y = to_images(x.to(where)), y.to(where)
     (settings,) = _resolve(
         [attack], norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
     )
     with full_float32():
         return settings.run(
             model,
-            x.float() / 255 if x.dtype == torch.uint8 else x,
+            x,
             y,
             target=None if target is None else _as_labels(target, len(x)).to(where),
             batch_size=batch_size,
@@ -144,24 +147,25 @@ def _resolve(
     restarts: int | None,
     seed: int,
 ) -> list[AttackSettings]:
-    """Attacks given by name, then the attacks given as settings."""
+    """The settings of each attack, in the given order. Raises ValueError."""
     given = [attacks] if isinstance(attacks, str | AttackSettings) else list(attacks)
-    names = [item for item in given if isinstance(item, str)]
-    others = [item for item in given if not isinstance(item, str)]
-    resolved = (
-        resolve_attacks(
-            tuple(names),
-            norm=norm,
-            eps=None if eps is None else parse_eps(eps),
-            alpha=None if alpha is None else parse_eps(alpha),
-            steps=steps,
-            restarts=restarts,
-            seed=seed,
+    options = {"eps": eps, "alpha": alpha, "steps": steps, "restarts": restarts}
+    unused = [name for name, value in options.items() if value is not None]
+    if not given:
+        return []
+    if unused and not any(isinstance(item, str) for item in given):
+        raise ValueError(
+            f"expected an attack given by name with {', '.join(unused)}, got only AttackSettings"
         )
-        if names
-        else []
+    return resolve_attacks(
+        given,
+        norm=norm,
+        eps=None if eps is None else parse_eps(eps),
+        alpha=None if alpha is None else parse_eps(alpha),
+        steps=steps,
+        restarts=restarts,
+        seed=seed,
     )
-    return [*resolved, *others]
 
 
 def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
@@ -181,7 +185,7 @@ def _labeled(images: Images, labels: Labels) -> tuple[Tensor, Tensor, str]:
     """Images uint8 or float32 in [0, 1], labels int64, and the dtype that the images came in."""
     if not _is_array(images):
         if labels is not None:
-            images = torch.stack([torch.as_tensor(image) for image in images])
+            images = torch.stack(_check_sizes([_as_tensor(image) for image in images]))
         else:
             images, labels = _collect(images)
     if labels is None:
@@ -190,7 +194,29 @@ def _labeled(images: Images, labels: Labels) -> tuple[Tensor, Tensor, str]:
     return x, _as_labels(labels, len(x)), dtype
 
 
+def _as_tensor(values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"expected images and labels as tensors or arrays, got {type(values).__name__}"
+        ) from None
+
+
+def _check_sizes(images: list[Tensor]) -> list[Tensor]:
+    """The same images. Raises ValueError if there are none, or if their sizes differ."""
+    if not images:
+        raise ValueError("expected at least 1 image, got none")
+    if len({image.shape[-3:] for image in images}) > 1:
+        shapes = sorted({tuple(image.shape[-3:]) for image in images})
+        raise ValueError(
+            f"expected images of one size, got {', '.join(map(str, shapes[:3]))}; resize them first"
+        )
+    return images
+
+
 def _collect(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """The images and labels of all batches, or of all pairs of one image and its label."""
     pairs = []
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -198,16 +224,15 @@ def _collect(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
                 "expected images as an array (N, C, H, W), or batches of (images, labels), got "
                 f"batches of {type(batch).__name__}"
             )
-        x, y = (torch.as_tensor(part) for part in batch)
-        pairs.append((x, y) if x.ndim == 4 else (x[None], y.reshape(1)))
-    if not pairs:
-        raise ValueError("expected at least 1 image, got none")
-    images, labels = zip(*pairs, strict=True)
-    return torch.cat(images), torch.cat(labels)
+        x, y = (_as_tensor(part) for part in batch)
+        pairs.append((x, y) if x.ndim == 4 else (x[None], y.reshape(-1)))
+    images = torch.cat(_check_sizes([x for x, _ in pairs]))
+    return images, torch.cat([y for _, y in pairs])
 
 
 def _as_images(values: Any) -> tuple[Tensor, str]:
-    x = torch.as_tensor(values).detach()
+    """Images uint8 or float32 in [0, 1], and the dtype that they came in. Raises ValueError."""
+    x = _as_tensor(values).detach()
     dtype = str(x.dtype).removeprefix("torch.")
     if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
         raise ValueError(
@@ -227,7 +252,8 @@ def _as_images(values: Any) -> tuple[Tensor, str]:
 
 
 def _as_labels(values: Any, n: int) -> Tensor:
-    labels = torch.as_tensor(values)
+    """Labels int64 (n,). Raises ValueError."""
+    labels = _as_tensor(values)
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if labels.shape != (n,) or not whole:
         raise ValueError(
@@ -238,17 +264,19 @@ def _as_labels(values: Any, n: int) -> Tensor:
 
 
 def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:
-    with frozen(model, x.device), torch.no_grad(), full_float32():
-        parts = torch.split(x, batch_size)
-        logits = [model(part.float() / 255 if x.dtype == torch.uint8 else part) for part in parts]
-    return torch.cat(logits).argmax(dim=1)
+    """The predicted class of each image, int64 (N,). Raises ValueError and ModelError."""
+    if not len(x):
+        raise ValueError("expected at least 1 image, got none")
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    with frozen(model, x.device), full_float32():
+        return Passes(model, batch_size).logits(x).argmax(dim=1)
 
 
 def _count_classes(model: Model, x: Tensor, device: torch.device) -> int:
     """The number of logits; 1 if the model returns none, which the evaluation then reports."""
     if not len(x):
         return 1
-    first = x[:1].to(device)
     with frozen(model, device), torch.no_grad():
-        logits = model(first.float() / 255 if x.dtype == torch.uint8 else first)
+        logits = model(to_images(x[:1].to(device)))
     return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else 1

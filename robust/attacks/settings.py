@@ -158,7 +158,7 @@ def resolve_attack(
     `autoattack`, by name: ``["apgd-ce-10", "square-100"]``. Raises ValueError for an unknown
     attack, for steps or restarts below 1, and for stages of a single-stage attack.
     """
-    entry, named_steps = _parse(name)
+    entry, named_steps = parse_name(name)
     takes = entry.parameters
     if steps is None:
         steps = named_steps or entry.budget
@@ -183,8 +183,11 @@ def resolve_attack(
     )
 
 
-def _parse(name: str) -> tuple[AttackEntry, int]:
-    """The attack of a name such as ``pgd-50``, and its number of steps or 0."""
+def parse_name(name: str) -> tuple[AttackEntry, int]:
+    """The attack of a name such as ``pgd-50`` and the steps in it, 0 if it has none.
+
+    Raises ValueError for an unknown attack.
+    """
     match = re.fullmatch(r"(.+?)(?:-([0-9]{1,6}))?", name)
     base = match[1] if match else name
     entry = REGISTRY.get(ALIASES.get(base, base))

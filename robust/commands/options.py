@@ -261,7 +261,7 @@ class AttackCommand(click.Command):
 
 
 def resolve_attacks(
-    attack_names: tuple[str, ...],
+    requested: Sequence[str | AttackSettings],
     *,
     norm: str,
     eps: float | None,
@@ -270,28 +270,40 @@ def resolve_attacks(
     restarts: int | None,
     seed: int,
 ) -> list[AttackSettings]:
-    """The requested attacks without duplicates, with every parameter set. Raises ValueError."""
-    from robust.attacks import DEFAULT_EPS, resolve_attack
+    """The requested attacks without duplicates, with every parameter set. Raises ValueError.
+
+    An attack is a name, which the other arguments complete, or complete settings. By default the
+    attacks are `DEFAULT_ATTACKS`.
+    """
+    from robust.attacks import DEFAULT_EPS, AttackSettings, resolve_attack
+    from robust.attacks.settings import parse_name
     from robust.threat_model import ThreatModel
 
     if eps is None:
         eps = DEFAULT_EPS.get(norm, 0.0)  # type: ignore[call-overload]
     threat_model = ThreatModel(norm=norm, eps=eps)  # type: ignore[arg-type]
-    attacks = []
-    for name in attack_names or DEFAULT_ATTACKS:
+    attacks: list[AttackSettings] = []
+    named: list[AttackSettings] = []
+    for attack in requested or DEFAULT_ATTACKS:
+        if isinstance(attack, AttackSettings):
+            attacks.append(attack)
+            continue
         settings = resolve_attack(
-            name, threat_model, alpha=alpha, steps=steps, restarts=restarts, seed=seed
+            attack, threat_model, alpha=alpha, steps=steps, restarts=restarts, seed=seed
         )
+        _, steps_in_name = parse_name(attack)
+        if steps is not None and steps_in_name not in (0, steps):
+            raise ValueError(f"expected one number of steps for {attack}, got --steps {steps} too")
         if settings.steps > MAX_STEPS:
             raise ValueError(f"expected at most {MAX_STEPS} steps, got {settings.steps}")
-        if settings not in attacks:
-            attacks.append(settings)
+        named.append(settings)
+        attacks.append(settings)
     for option, value in (("alpha", alpha), ("steps", steps), ("restarts", restarts)):
-        if value is not None and not any(settings.takes(option) for settings in attacks):
+        if value is not None and named and not any(item.takes(option) for item in named):
             raise ValueError(
-                f"expected --{option} with an attack that takes it, got {attacks[0].name} only"
+                f"expected --{option} with an attack that takes it, got {named[0].name} only"
             )
-    return attacks
+    return list(dict.fromkeys(attacks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import robust
+from robust.attacks import resolve_attack
+from robust.threat_model import ThreatModel
 
 BALL = {"eps": "2/255", "curve": 0, "progress": False}
 EPS = 2 / 255
+LINF = ThreatModel(eps=EPS)
 
 
 @pytest.fixture
@@ -132,12 +135,37 @@ def test_a_result_prints_and_converts(
         ({"norm": "l1"}, "norm to be one of linf, l2, got 'l1'"),
         ({"attacks": "pgb"}, "attack to be one of fgsm, pgd"),
         ({"attacks": "fgsm", "alpha": 0.1}, "alpha with an attack that takes it"),
+        ({"images": []}, "at least 1 image"),
+        ({"images": [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)]}, "images of one size"),
+        ({"images": [("a photo", 0)], "labels": None}, "tensors or arrays, got str"),
+        ({"attacks": "pgd-5", "steps": 6}, "one number of steps for pgd-5, got --steps 6 too"),
+        ({"attacks": [resolve_attack("fgsm", LINF)], "eps": EPS}, "by name with eps, got only"),
     ],
 )
 def test_refuses(make_linear: Callable[..., nn.Module], change: Any, message: str) -> None:
     values = {"images": torch.zeros(2, 3, 4, 4), "labels": [0, 1]} | change
     with pytest.raises(ValueError, match=message):
         robust.evaluate(make_linear(), progress=False, curve=0, **values)
+
+
+def test_attacks_keep_their_order_and_count_once(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    settings = resolve_attack("pgd-3", LINF)
+    attacks = [settings, "fgsm", settings, "pgd-3"]
+    result = robust.evaluate(*data, attacks=attacks, **BALL)
+    assert [item.label for item in result.attacks] == ["pgd-3", "fgsm"]
+    assert robust.evaluate(*data, attacks=[], **BALL).attacks == ()
+
+
+def test_an_attack_without_labels_refuses_what_one_with_labels_does(
+    data: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    model, x, _ = data
+    with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
+        robust.attack(model, x, batch_size=0)
+    with pytest.raises(ValueError, match="at least 1 image"):
+        robust.attack(model, x[:0])
+    with pytest.raises(ValueError, match="logits as a tensor, got tuple"):
+        robust.attack(lambda images: (model(images),), x)
 
 
 def test_importing_robust_is_immediate() -> None:
