@@ -44,6 +44,9 @@ class Archive:
             while left and (part := member.read(min(left, _PART_BYTES))):
                 data += part
                 left -= len(part)
+        if left:
+            found = f"a damaged one ({name} ends early)"
+            raise DatasetError(self.source, expected="a complete zip file", found=found)
         return data
 
 

@@ -39,7 +39,7 @@ def read_huggingface(source: Source) -> Dataset:
         images_name, labels_name = image_and_label_names(source, tables[0].column_names)
         assert labels_name is not None
         table = pa.concat_tables([t.select([images_name, labels_name]) for t in tables])
-    except pa.ArrowException as error:
+    except (pa.ArrowException, KeyError) as error:  # KeyError: a file without these columns
         found = f"{type(error).__name__} in {files[0].name}"
         raise source.error("complete parquet or arrow files of one schema", found) from None
     source.check_count(table.num_rows)

@@ -51,8 +51,8 @@ def read_labels(source: Source, values: Array, *, count: int) -> Tensor:
         raise source.error("whole-number labels", str(labels.dtype))
     if not labels.is_floating_point():
         labels = labels.to(torch.int64)  # torch has no min and max for the wider unsigned types
-    elif not torch.equal(labels, labels.round()):  # true for NaN, which equals nothing
-        raise source.error("whole-number labels", "fractions or NaN")
+    elif not bool(labels.isfinite().all()) or not torch.equal(labels, labels.round()):
+        raise source.error("whole-number labels", "fractions, NaN or infinity")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= MAX_CLASSES:
         expected = f"labels from 0 to at most {MAX_CLASSES - 1}"

@@ -212,6 +212,12 @@ def test_parquet_that_is_none_and_columns_that_are_missing(tmp_path: Path) -> No
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), path)
     with pytest.raises(DatasetError, match="found text, label"):
         load_dataset(path)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    pq.write_table(table(), folder / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), folder / "b.parquet")
+    with pytest.raises(DatasetError, match="parquet or arrow files of one schema"):
+        load_dataset(folder)
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "a.png"}], "label": [1]}), path)
     with pytest.raises(DatasetError, match="found a path in row 0"):
         load_dataset(path)

@@ -1,4 +1,5 @@
 import io
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -77,8 +78,9 @@ def test_whole_labels_of_any_type(tmp_path: Path, labels: object) -> None:
     ("labels", "found"),
     [
         (LABELS[:5], "shape (5,)"),
-        (LABELS + 0.5, "fractions or NaN"),
-        (np.array([0, 1, 2, 0, 1, np.nan]), "fractions or NaN"),
+        (LABELS + 0.5, "fractions, NaN or infinity"),
+        (np.array([0, 1, 2, 0, 1, np.nan]), "fractions, NaN or infinity"),
+        (np.array([0, 1, 2, 0, 1, np.inf]), "fractions, NaN or infinity"),
         (LABELS - 1, "labels from -1 to 1"),
         (LABELS * 10**6, "labels from 0 to 2000000"),
         (np.eye(7)[:, :6], "shape (7, 6)"),
@@ -182,6 +184,19 @@ def test_declared_shapes_are_not_trusted(tmp_path: Path, old: bytes, new: bytes)
     path = rewritten(save(tmp_path), "images.npy", old, new)
     with pytest.raises(DatasetError, match=r"data.npz: expected a plain array in images.npy"):
         load_dataset(path)
+
+
+def test_declared_lengths_are_not_trusted(tmp_path: Path) -> None:
+    path, short = tmp_path / "data.npz", io.BytesIO()
+    np.save(short, IMAGES)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", short.getvalue()[:-10])
+    real, declared = (struct.pack("<I", len(short.getvalue()) - cut) for cut in (10, 0))
+    data = path.read_bytes()
+    assert data.count(real) == 2  # in the member's own header and in the directory
+    path.write_bytes(data.replace(real, declared))
+    np.save(tmp_path / "labels.npy", LABELS)
+    assert refusal(path) == "a damaged one (images.npy ends early)"
 
 
 def test_objects_are_never_unpickled(tmp_path: Path) -> None:
