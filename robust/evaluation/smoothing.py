@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from robust.attacks import Model, frozen
+from robust.attacks.checks import check_counts
+from robust.evaluation.models import check_finite
 
 ABSTAINED = -1
 SELECTED = 100  # noisy copies that select the class; others then count how often it is predicted
@@ -41,13 +43,14 @@ def certify(
     """Certify an image float32 (C, H, W) in [0, 1] under Gaussian noise of deviation `sigma`.
 
     `samples` noisy copies are classified; the radius is wrong with probability `alpha` at most.
-    `generator` is on the CPU. Raises ValueError for an invalid sigma, alpha or count.
+    `generator` is on the CPU. Raises ValueError for an invalid sigma, alpha or count, and
+    ModelError for logits that are not finite.
     """
-    if not 0 < sigma < math.inf or not 0 < alpha < 1 or samples < 1 or batch_size < 1:
+    if not 0 < sigma < math.inf or not 0 < alpha < 1:
         raise ValueError(
-            "expected sigma above 0, alpha between 0 and 1, and at least 1 sample, got "
-            f"{sigma:g}, {alpha:g} and {samples}"
+            f"expected sigma above 0 and alpha between 0 and 1, got {sigma:g} and {alpha:g}"
         )
+    check_counts(samples=samples, batch_size=batch_size)
 
     def counts(n: int) -> Tensor:
         found = torch.zeros(0, dtype=torch.int64)
@@ -55,6 +58,7 @@ def certify(
             size = (min(batch_size, n - start), *image.shape)
             noise = torch.randn(size, generator=generator).to(image.device)
             logits = model(image + sigma * noise)
+            check_finite(logits)
             here = torch.bincount(logits.argmax(dim=1).cpu(), minlength=logits.shape[1])
             found = here if not len(found) else found + here
         return found

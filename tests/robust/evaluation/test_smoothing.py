@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robust import networks
+from robust.attacks import ModelError
 from robust.evaluation.smoothing import ABSTAINED, Certificate, certify, least_share
 from robust_cli import run
 
@@ -65,6 +66,10 @@ def test_refuses() -> None:
     model, image = half_space(1.0)
     with pytest.raises(ValueError, match="sigma above 0"):
         certify(model, image, sigma=0.0, generator=torch.Generator())
+    with pytest.raises(ValueError, match="batch_size as a whole number of at least 1, got 0"):
+        certify(model, image, sigma=0.1, batch_size=0, generator=torch.Generator())
+    with pytest.raises(ModelError, match="finite logits, got NaN"):
+        certify(lambda x: model(x) * torch.nan, image, sigma=0.1, generator=torch.Generator())
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
