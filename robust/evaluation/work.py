@@ -234,4 +234,5 @@ class Work:
         done = float(sum(self.costs[: self.stages_done]))
         if self.stages_done < len(self.costs):
             done += self.stages.progress * self.costs[self.stages_done]
-        return min(done / sum(self.costs), 1.0)
+        # A process has no images, and nothing to do, if there are fewer images than processes.
+        return min(done / max(sum(self.costs), 1), 1.0)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from robust.attacks import resolve_attack
+from robust.distributed import World
+from robust.evaluation import Evaluation, evaluate_batches
 from robust.evaluation.outcomes import Outcomes
+from robust.threat_model import ThreatModel
 from robust_cli import run
 from tests.support.processes import run_together
 
@@ -63,6 +70,49 @@ def test_two_processes_find_what_one_finds_also_after_a_kill(
     assert [point["n"] for point in found(two)["curve"]] == [4] * 8
     assert "2 times cpu" in first
     assert second == ""
+
+
+class Alone(Exception):
+    """A rank waits for a value that the other one has not sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank(World):
+    """One of two ranks, which gets the values in `received` (None: its own) from the other one."""
+
+    size: int = 2
+    received: list[Any]
+    sent: list[Any] = field(default_factory=list)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.sent.append(value)
+        if len(self.sent) > len(self.received):
+            raise Alone
+        return [self.received[len(self.sent) - 1] or value, value]
+
+
+def test_a_process_may_get_no_image(make_linear: Callable[..., nn.Module]) -> None:
+    def evaluated(world: World) -> Evaluation:
+        *_, last = evaluate_batches(
+            make_linear(),
+            torch.full((1, 3, 4, 4), 0.5),
+            torch.tensor([0]),
+            num_classes=2,
+            attacks=[resolve_attack("fgsm", ThreatModel())],
+            device=torch.device("cpu"),
+            curve=4,
+            world=world,
+        )
+        return last
+
+    expected = evaluated(World())
+    first = Rank(rank=0, received=[None])
+    with pytest.raises(Alone):
+        evaluated(first)
+    found = evaluated(Rank(rank=1, received=first.sent))
+    assert found.n == 1
+    assert found.attacks == expected.attacks
+    assert found.curve == expected.curve
 
 
 def test_shares_come_back_to_their_places() -> None:
