@@ -20,6 +20,7 @@ from robust.networks import given, resnet
 
 Format = Literal["torchvision", "safetensors", "onnx", "hub"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+HUB_FILES = ("model.safetensors", "README.md", "config.json")
 TOLERANCE = 1e-4  # largest difference of logits between torch and the exported ONNX model
 
 
@@ -39,7 +40,8 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) 
             " model"
         )
     inputs = {item.resolve() for item in (checkpoint.path, sidecar_path(checkpoint.path))}
-    if path.resolve() in inputs:
+    written = {path.resolve()} if format != "hub" else {(path / f).resolve() for f in HUB_FILES}
+    if written & inputs:
         raise ValueError(f"expected another file than the checkpoint itself, got {path}")
     if format == "hub":
         return _write_hub(checkpoint, path)
@@ -60,9 +62,10 @@ def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
     name = folder.resolve().name
     weights, _ = _safetensors(checkpoint, folder)
     card = model_card(checkpoint, name).encode()
-    files.write_atomic(folder / "model.safetensors", lambda file: file.write(weights))
-    files.write_atomic(folder / "README.md", lambda file: file.write(card))
-    files.write_json(folder / "config.json", hub_config(checkpoint))
+    weights_name, card_name, config_name = HUB_FILES
+    files.write_atomic(folder / weights_name, lambda file: file.write(weights))
+    files.write_atomic(folder / card_name, lambda file: file.write(card))
+    files.write_json(folder / config_name, hub_config(checkpoint))
     return f"import robust; model = robust.load_model({name!r})"
 
 

@@ -10,7 +10,8 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,19 +217,25 @@ def _import(spec: str, name: str) -> Any:
         if not path.is_file() or loader is None or loader.loader is None:
             raise CheckpointError(spec, "a Python file", "none of that name")
         module = importlib.util.module_from_spec(loader)
-        sys.path.insert(0, str(path.parent.resolve()))  # as `python file.py` does
-        try:
+        with _importable(path.parent.resolve()):  # as `python file.py` does
             loader.loader.exec_module(module)
-        finally:
-            sys.path.pop(0)
         return module
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        return importlib.import_module(name)
+        with _importable(Path.cwd()):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise CheckpointError(spec, f"a module {name}", str(error)) from None
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Import from `folder` first while the block runs; keeps what the user's code adds."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
     finally:
-        sys.path.pop(0)
+        with suppress(ValueError):
+            sys.path.remove(str(folder))
 
 
 def _digest(model: Any, module: Any) -> str:

@@ -1,6 +1,7 @@
 """Models given whole: the user's code, exported graphs, ONNX, hub folders, services."""
 
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -119,6 +120,17 @@ def test_modules_that_are_not_there(code: Path) -> None:
         load_checkpoint(f"{code.parent}/absent.py:make_model")
     with pytest.raises(CheckpointError, match=r"a module no\.such, found No module named 'no'"):
         load_checkpoint("no.such:make_model")
+
+
+def test_what_the_users_code_adds_to_the_search_path_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"import sys\nsys.path.insert(0, 'added')\n{CODE}")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    load_checkpoint(f"{path}:make_model")
+    assert sys.path[0] == "added"
+    assert str(tmp_path) not in sys.path
 
 
 def test_options_for_weights_are_refused_with_a_whole_model(code: Path) -> None:
@@ -256,6 +268,8 @@ def test_our_own_hub_folder(tmp_path: Path) -> None:
     assert usage == "import robust; model = robust.load_model('hub-model')"
     loaded = load_checkpoint(folder)
     assert not loaded.guessed
+    with pytest.raises(ValueError, match="another file than the checkpoint itself"):
+        export_checkpoint(loaded, folder, "hub")
     assert loaded.sidecar.classes == ("a", "b", "c")
     x = images(2, 32)
     assert torch.equal(logits_of(robust.load_model(folder), x), logits_of(classifier, x))
