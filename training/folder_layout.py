@@ -36,7 +36,7 @@ def check_layout(path: Path) -> None:
         )
     inner = _class_folder(path)
     if inner is not None and inner != path:
-        example = next(_images(next(iter(_folders(inner)))))
+        example = next(image for folder in _folders(inner) for image in _images(folder))
         found = f"{example.relative_to(path)}; use --data {inner}"
         raise DatasetError(str(path), expected="one folder of images per class", found=found)
 

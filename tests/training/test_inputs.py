@@ -41,6 +41,10 @@ def images(root: Path, *names: str) -> None:
             ("set/images/cat/1.jpg", "set/images/dog/1.jpg"),
             "found set/images/cat/1.jpg; use --data {t}/set/images",
         ),
+        (
+            ("images/annotations/1.tga", "images/cat/1.jpg", "images/dog/1.jpg"),
+            "found images/cat/1.jpg; use --data {t}/images",
+        ),
     ],
 )
 def test_the_folder_that_is_meant_is_named(
