@@ -132,7 +132,9 @@ def published(
 ) -> Iterator[Row]:
     """One file per corruption: a fifth of its images for each severity, mildest first."""
     for file in files:
-        data = match_classes(load_dataset(file, size=size), classes)
+        data = match_classes(load_dataset(file, size=size), classes).in_8_bits()
+        for change in data.changes:
+            click.echo(f"note: {file.name}: {change}", err=True)
         if len(data) % SEVERITIES:
             raise click.UsageError(
                 f"{file}: expected {SEVERITIES} severities, got {len(data)} images"
