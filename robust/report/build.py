@@ -16,7 +16,7 @@ from robust.report.result_sections import accuracies, against_eps, by_class, cos
 from robust.report.run import TrainingRun
 from robust.report.training_sections import learning, method
 from robust.report.trust import trust
-from robust.report.words import count, duration, finite, interval, listed, percent
+from robust.report.words import count, duration, finite, images_of, interval, listed, percent
 
 
 def build_report(
@@ -86,7 +86,8 @@ def _card(item: Measurement, result: Result) -> tuple[str, str, str]:
     elif result.attack != CLEAN:
         name = f"under {result.attack}, {result.ball}"
     low_high = interval(result.interval)
-    return f"{percent(result.accuracy, 1)}%", name, f"{low_high}; {count(result.n)} of {item.data}"
+    images = images_of(result.n, item.data)
+    return f"{percent(result.accuracy, 1)}%", name, f"{low_high}; {images}"
 
 
 def _training_cost(run: TrainingRun | None, seconds: float | None) -> list[tuple[str, ...]]:

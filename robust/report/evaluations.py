@@ -10,6 +10,7 @@ from typing import Any
 from robust import files
 from robust.evaluation import wilson_interval
 from robust.report.run import ReportError
+from robust.report.words import images_of
 from robust.sidecar import Sidecar
 
 CLEAN, WORST = "clean", "worst case"
@@ -94,7 +95,7 @@ class Measurement:
     @property
     def title(self) -> str:
         """A short title."""
-        return f"{self.data} ({self.n:,} images, {self.source})"
+        return f"{images_of(self.n, self.data)} ({self.source})"
 
     @property
     def clean(self) -> Result | None:

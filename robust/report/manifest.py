@@ -9,7 +9,7 @@ from robust.checkpoint import Checkpoint
 from robust.report.document import Block, Section, Subsection, Table
 from robust.report.evaluations import Measurement
 from robust.report.examples import Examples
-from robust.report.words import count, duration
+from robust.report.words import count, duration, images_of
 
 Row = tuple[str, str]
 
@@ -100,7 +100,7 @@ def _measurement(item: Measurement) -> list[Row]:
 def _data(data: Mapping[str, Any]) -> str:
     if "scored" not in data:
         return str(data.get("name", ""))
-    return f"{count(data['scored'])} of {count(data.get('count'))} images of {data.get('name')}"
+    return f"{count(data['scored'])} of {images_of(data.get('count'), str(data.get('name')))}"
 
 
 def _filled(rows: Sequence[Row]) -> tuple[Row, ...]:

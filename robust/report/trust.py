@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from robust.report.document import Block, Notice, Section, Text
 from robust.report.evaluations import Measurement
 from robust.report.examples import Surface
-from robust.report.words import count, finite, listed
+from robust.report.words import count, finite, images_of, listed
 
 FEW = 1000  # images, below which the interval is wider than 6 points
 
@@ -67,7 +67,7 @@ def _limits(
             yield Notice(
                 kind="note",
                 title="Few images",
-                text=f"{item.source} scored {count(item.n)} images of {item.data}: compare "
+                text=f"{item.source} scored {images_of(item.n, item.data)}: compare "
                 "intervals, not only accuracies.",
             )
     if surfaces:

@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 
 NONE = "–"
+_PHRASES = {  # for data whose name is not a data set's
+    "upload": "{n} uploaded {images}",  # named so by `load_upload`
+    "held out from training": "{n} {images} held out from training",  # by robust train
+}
 
 
 def plain(text: str) -> str:
@@ -61,6 +65,13 @@ def duration(seconds: object) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def images_of(number: object, data: str) -> str:
+    """A number of images with their source: ``10,000 images of cifar10``, ``1 uploaded image``."""
+    images = f"image{'s' * (number != 1)}"
+    phrase = _PHRASES.get(data, "{n} {images} of {data}")
+    return phrase.format(n=count(number), images=images, data=data)
 
 
 def listed(words: Sequence[str]) -> str:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from robust.classifier import Architecture
 from robust.commands.report import find_run
+from robust.evaluation import wilson_interval
 from robust.report import words
+from robust.report.build import _card
 from robust.report.document import INK, Document, Notice, Plot, Section, Table, Text
 from robust.report.evaluations import Measurement, parse_evaluation
 from robust.report.examples import SIDE, Surface, measure_surface
@@ -23,6 +25,7 @@ from robust.report.pdf import render_pdf
 from robust.report.result_sections import accuracies, by_class, cost, differences
 from robust.report.run import ReportError, TrainingRun, check_belongs
 from robust.report.trust import trust
+from robust.report.words import images_of, interval
 from robust.sidecar import Sidecar
 from robust.threat_model import ThreatModel
 from tests.support.browser import chromium
@@ -78,6 +81,23 @@ def test_what_only_one_of_two_attacks_fooled_is_told(evaluation: Values, sidecar
     told = [block.text for block in cost(found, []).blocks if isinstance(block, Text)]
     assert "12.0 s in all, of which passes took 11.0 s" in told[-1]
     assert told[-1].endswith("as many passes take 10.5 s.")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("upload", "120 uploaded images"),
+        ("held out from training", "120 images held out from training"),
+        ("test.npz", "120 images of test.npz"),
+    ],
+)
+def test_the_summary_says_which_images_it_is_of(
+    evaluation: Values, sidecar: Sidecar, data: str, words: str
+) -> None:
+    evaluation["data"]["name"] = data
+    _, _, details = _card(parsed(evaluation, sidecar), parsed(evaluation, sidecar).results[0])
+    assert details == f"{interval(wilson_interval(83, 120))}; {words}"
+    assert words.replace("120 ", "1 ").replace("images", "image") == images_of(1, data)
 
 
 def test_of_several_attacks_the_worst_case_counts(
