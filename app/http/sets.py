@@ -102,7 +102,10 @@ def is_cheap(source: bytes | Path) -> bool:
 
 def _directory_bytes(source: bytes) -> int:
     """The declared size of a zip file's directory: the larger one if the zip64 record differs."""
-    end = source.rfind(b"PK\5\6")
+    # Look for the end record where zipfile does: at the very end, else at the last signature. The
+    # record itself may contain the signature, in its offset of the directory.
+    at_the_end = source[-22:-18] == b"PK\5\6" and source[-2:] == b"\0\0"
+    end = len(source) - 22 if at_the_end else source.rfind(b"PK\5\6")
     if end < 0:  # truncated, so that reading it fails
         return 0
     length = int.from_bytes(source[end + 12 : end + 16], "little")
