@@ -40,8 +40,10 @@ class Inflater:
     def _window(self, data: bytes) -> int:
         if self._gzip:
             return 16 + zlib.MAX_WBITS
-        wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-        return zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS  # both are sent as deflate
+        # Clients send both zlib's format and raw deflate as "deflate". The first byte tells which,
+        # and there may be only one yet: zlib's ends in 8, which raw deflate would only have in a
+        # stored block with nonzero padding.
+        return zlib.MAX_WBITS if data[0] & 15 == 8 else -zlib.MAX_WBITS
 
     @property
     def complete(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.http.compression import PIECE_BYTES
+from app.http.compression import PIECE_BYTES, Inflater
 from tests.app.http.test_errors import assert_problem
 from tests.support.faults import Peak, unharmed
 from tests.support.serving import Running, labeled, pixels, png
@@ -67,6 +67,14 @@ def ask(running: Running, path: str = "/predict", **request: Any) -> list[Any]:
 )
 def test_every_form_gives_the_same_prediction(running: Running, request_: dict[str, Any]) -> None:
     assert ask(running, **request_) == ask(running, content=png())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_compressed_body_may_arrive_byte_by_byte(encoding: str) -> None:
+    body = gzip.compress(b"pixels") if encoding == "gzip" else zlib.compress(b"pixels")
+    inflater = Inflater(encoding)
+    assert b"".join(inflater.inflate(bytes([byte])) for byte in body) == b"pixels"
+    assert inflater.complete
 
 
 def test_a_part_without_a_filename_may_have_any_size(running: Running) -> None:
