@@ -305,7 +305,7 @@ def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.Mo
     assert (response.status_code, "without the extra" in response.text) == (409, True)
     running.begin(running.service.jobs.get(done["id"])).result().model = "0"
     response = running.client.get(f"/evaluate/{done['id']}/report")
-    assert "Another model" in response.json()["detail"]
+    assert "another is served now" in response.json()["detail"]
 
 
 def test_a_killed_service_takes_its_job_up_again(checkpoint: Path, tmp_path: Path) -> None:
