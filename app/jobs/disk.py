@@ -86,10 +86,13 @@ class JobFolder:
             raise StoreError(f"{self._folder}: a job could not be kept: {error}") from error
 
     def forget(self, id: str) -> None:
-        """Remove a job and its files."""
+        """Remove a job and its files. Raises StoreError, for example on a full disk."""
         self.release(id)
-        with self._db:
-            self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+        try:
+            with self._db:
+                self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._folder}: a job could not be removed: {error}") from error
 
     def release(self, id: str) -> None:
         """Remove the files of a finished job."""

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ class LocalStore:
             job = _from_kept(kept)
         except (KeyError, TypeError, ValueError) as error:
             logger.error("evaluation %s can't be read and is dropped: %r", kept.id, error)
-            folder.forget(kept.id)
+            with suppress(StoreError):  # the next service tries again
+                folder.forget(kept.id)
             return
         self._jobs[job.id] = job
         if job.active:
@@ -149,7 +150,8 @@ class LocalStore:
         """See `JobStore`."""
         job = self._jobs.get(id)
         if job is not None and not job.active:
-            self._forget(job)
+            self._forget_stored(job)
+            del self._jobs[id], self._expires[id]
 
     async def images(self, job: Job) -> Dataset:
         """See `JobStore`."""
@@ -264,10 +266,13 @@ class LocalStore:
         surplus = {job.id for job in ended[: max(len(ended) - MAX_FINISHED, 0)]}
         for job in ended:
             if self._expires[job.id] <= now or job.id in surplus:
-                self._forget(job)
+                del self._jobs[job.id], self._expires[job.id]
+                try:
+                    self._forget_stored(job)
+                except StoreError as error:  # the next service removes it
+                    logger.error("%s", error)
 
-    def _forget(self, job: Job) -> None:
-        del self._jobs[job.id], self._expires[job.id]
+    def _forget_stored(self, job: Job) -> None:
         if self._folder is not None:
             self._folder.forget(job.id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,29 @@ def full_disk() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_on_a_full_disk_a_finished_evaluation_can_be_read_and_is_removed_later(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", jobs=tmp_path / "jobs")
+    with serving(settings) as running:
+        ask = running.client.request
+        removed, expired = (finish(running, submit(running, n)["id"])["id"] for n in (5, 6))
+        with full_disk():
+            assert_problem(ask("DELETE", f"/evaluate/{removed}"), 503)
+            assert ask("GET", f"/evaluate/{removed}").json()["state"] == "done"
+            running.service.jobs._store._expires[expired] = 0.0  # type: ignore[attr-defined]
+            for path in ("/metrics", f"/evaluate/{removed}", "/evaluate"):
+                assert ask("GET", path).status_code == 200
+            assert_problem(ask("GET", f"/evaluate/{expired}"), 404)
+        assert ask("DELETE", f"/evaluate/{removed}").status_code == 200
+        assert ask("GET", "/evaluate").json() == []
+    later = settings.model_copy(update={"job_expiry_seconds": 0.001})
+    with serving(later) as running:  # which finds the expired one in the folder, and removes it
+        assert running.client.get("/evaluate").json() == []
+        rows = sqlite3.connect(tmp_path / "jobs/jobs.sqlite").execute("SELECT id FROM jobs")
+        assert rows.fetchall() == []
 
 
 def test_a_full_disk_loses_no_evaluation_and_leaves_nothing_half_done(
