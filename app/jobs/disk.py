@@ -23,6 +23,8 @@ from robust.files import write_atomic
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+# Primary result codes: an invalid file, or a table with other columns.
+_DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 _TABLE = "CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, created REAL, about TEXT)"
 
 
@@ -38,7 +40,7 @@ class JobFolder:
     """A folder with one SQLite file, and the images and journal of each active job.
 
     One service at a time uses it. A damaged file is renamed, and a new one created. Raises
-    StoreError for a folder that can't be written to or is in use.
+    StoreError if the folder is in use, or can't be read and written, such as on a full disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,11 +58,15 @@ class JobFolder:
             self._lock.close()
             raise StoreError(f"{folder}: another service keeps its evaluations there") from None
         try:
-            self._db = _open(path)
-        except sqlite3.DatabaseError as error:
-            aside = _put_aside(path)
-            logger.error("%s is not an evaluation store (%s); renamed to %s", path, error, aside)
-            self._db = _open(path)
+            try:
+                self._db = _open(path)
+            except _DamagedFile as error:
+                new = _rename_damaged(path)
+                logger.error("%s is damaged (%s); renamed to %s", path, error, new)
+                self._db = _open(path)
+        except (_DamagedFile, OSError, sqlite3.Error) as error:
+            self._lock.close()
+            raise StoreError(f"{path}: the evaluations can't be opened: {error}") from error
 
     def all(self) -> list[Kept]:
         """Every job, the oldest first."""
@@ -145,8 +151,26 @@ class JobFolder:
         return self._folder / f"{id}.npz"
 
 
+class _DamagedFile(Exception):
+    """The file is not a database of evaluations, or not of this version."""
+
+
 def _open(path: Path) -> sqlite3.Connection:
+    """A connection to the database, which is created if there is none.
+
+    Raises _DamagedFile, or sqlite3.Error for other failures, such as a full disk: the database may
+    be valid then.
+    """
     db = sqlite3.connect(path, check_same_thread=False)
+    try:
+        _prepare(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _prepare(db: sqlite3.Connection) -> None:
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
@@ -154,21 +178,24 @@ def _open(path: Path) -> sqlite3.Connection:
             db.execute(_TABLE)
         (state,) = db.execute("PRAGMA quick_check").fetchone()
         if state != "ok":
-            raise sqlite3.DatabaseError(state)
+            raise _DamagedFile(state)
         for (about,) in db.execute("SELECT about FROM jobs"):
             if json.loads(about).get("version") != VERSION:
-                raise sqlite3.DatabaseError("it is of another version")
-    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
-        db.close()
-        raise sqlite3.DatabaseError(str(error)) from error
-    return db
+                raise _DamagedFile("it is of another version")
+    except json.JSONDecodeError as error:
+        raise _DamagedFile(str(error)) from error
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE_CODES:
+            raise _DamagedFile(str(error)) from error
+        raise
 
 
-def _put_aside(path: Path) -> Path:
+def _rename_damaged(path: Path) -> Path:
+    """Rename the file, and return its new path; removes SQLite's files beside it."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
+    while (new := path.with_name(f"{path.name}.broken-{number}")).exists():
         number += 1
-    os.replace(path, aside)
+    os.replace(path, new)
     for ending in ("-wal", "-shm"):
         path.with_name(path.name + ending).unlink(missing_ok=True)
-    return aside
+    return new

@@ -178,6 +178,19 @@ def test_a_broken_store_is_put_aside(settings: Settings, content: bytes) -> None
     assert aside == ([content] if content else [])  # an empty file is an empty database
 
 
+def test_a_store_that_can_not_be_opened_now_is_not_put_aside(settings: Settings) -> None:
+    assert settings.jobs is not None
+    with serving(settings) as running:
+        id = finish(running, submit(running)["id"])["id"]
+    in_the_way = settings.jobs / "jobs.sqlite-wal"  # as a full disk: SQLite can't create the file
+    in_the_way.mkdir()
+    with pytest.raises(StoreError, match=r"jobs\.sqlite: the evaluations can't be opened"):
+        JobFolder(settings.jobs)
+    in_the_way.rmdir()
+    with serving(settings) as running:
+        assert running.client.get(f"/evaluate/{id}").json()["state"] == "done"
+
+
 def test_files_without_a_job_are_swept(settings: Settings) -> None:
     assert settings.jobs is not None
     with serving(settings):
