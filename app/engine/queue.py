@@ -227,6 +227,8 @@ class WorkQueue:
         with self._changed:
             self._closed = self._closed or reason
             waiting = [work for queue in self._queues.values() for work in queue]
+            for queue in self._queues.values():
+                queue.clear()  # so that the device thread does not start it
             self._changed.notify_all()
         for work in waiting:
             if work.future.set_running_or_notify_cancel():

@@ -12,7 +12,7 @@ import torch
 
 from app.engine.engine import Engine, Session
 from app.engine.queue import Kind, Work, WorkQueue, current_client
-from app.errors import DeadlineExceeded, Overloaded
+from app.errors import DeadlineExceeded, EngineStopped, Overloaded
 from app.metrics import Metrics
 from tests.app.engine.test_engine import Brightness, image, run, served, settled
 
@@ -142,6 +142,17 @@ def test_a_small_attack_goes_between_the_steps_of_anothers_large_one() -> None:
     place = order.index("small")
     assert order[place : place + 3] == ["small"] * 3
     assert order[-3:] == ["own"] * 3
+
+
+def test_work_that_close_fails_is_not_taken_meanwhile() -> None:
+    waiting, found = queue(), []
+    first, second = work("a", 1), work("b", 2)
+    first.future.add_done_callback(lambda _: found.append(waiting.take()))
+    waiting.put(first)
+    waiting.put(second)
+    waiting.close(EngineStopped("closed"))
+    assert found == [None]
+    assert isinstance(second.future.exception(), EngineStopped)
 
 
 def test_after_a_deadline_there_is_room_at_once() -> None:
