@@ -93,9 +93,13 @@ class LocalStore:
                 self._images[job.id] = dataset
             else:
                 await asyncio.to_thread(self._folder.put, job.id, dataset)
+                if not job.active:  # cancelled meanwhile
+                    self._folder.release(job.id)
+                    return job
                 self._save(job)
         except BaseException:
             del self._jobs[job.id]
+            self._expires.pop(job.id, None)  # set if it was cancelled meanwhile
             if self._folder is not None:
                 self._folder.release(job.id)
             raise

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from app.jobs.job import Job, JobState
 from robust.datasets import Dataset
@@ -122,21 +123,22 @@ class JobStore(Protocol):
 
 
 class Changes:
-    """Events that are set when a job changes. For the event loop only."""
+    """An event for the next change of each watched job. For the event loop only."""
 
     def __init__(self) -> None:
-        self._events: dict[str, asyncio.Event] = {}
+        # An event lives as long as someone waits for it: a finished job never changes.
+        self._events: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
 
     def next(self, id: str) -> asyncio.Event:
-        """The event of the job's next change; get it before reading the job."""
+        """The event that the job's next change sets. Get it before reading the job."""
         return self._events.setdefault(id, asyncio.Event())
 
     def tell(self, id: str) -> None:
-        """The job has changed."""
+        """Set the event of a job that has changed."""
         if event := self._events.pop(id, None):
             event.set()
 
     def tell_all(self) -> None:
-        """Any job may have changed."""
+        """Set all events: any job may have changed."""
         for id in list(self._events):
             self.tell(id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import shutil
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,46 @@ import pytest
 
 from app.jobs import local_store
 from app.jobs import progress as progress_module
+from app.jobs.disk import JobFolder
 from app.jobs.job import Job
 from app.jobs.local_store import LocalStore
 from app.jobs.progress import Progress
+from app.jobs.store import Changes
 from app.settings import Settings
+from robust.datasets import Dataset
 from tests.app.jobs.test_owners import ATTACK, IMAGES
+
+
+def test_watching_a_job_that_does_not_change_leaves_nothing() -> None:
+    changes = Changes()
+    first, second = changes.next("a"), changes.next("a")
+    assert first is second
+    changes.tell("a")
+    assert first.is_set()
+    unchanged = weakref.ref(changes.next("a"))
+    assert unchanged() is None
+
+
+def test_a_job_that_is_cancelled_while_its_images_are_written_is_not_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = JobFolder.put
+
+    async def run() -> None:
+        store, loop = LocalStore(Settings(jobs=tmp_path)), asyncio.get_running_loop()
+
+        def put_and_cancel(folder: JobFolder, id: str, dataset: Dataset) -> None:
+            asyncio.run_coroutine_threadsafe(store.cancel(id), loop).result(60)
+            put(folder, id, dataset)
+
+        monkeypatch.setattr(JobFolder, "put", put_and_cancel)
+        job = await store.add(make_job(), IMAGES)
+        assert job.state == "cancelled"
+        assert not store._queue
+        assert not list(tmp_path.glob("*.npz"))
+        await store.close()
+
+    asyncio.run(run())
 
 
 def make_job() -> Job:
