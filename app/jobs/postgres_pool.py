@@ -128,6 +128,7 @@ class Database:
             self._prepared = False
             raise
         self._prepared = self._made = True
+        self._up.set(1)
 
     async def _prepare(self) -> None:
         async with self._reporting(), self.pool.connection() as connection:
@@ -166,7 +167,8 @@ class Database:
                 self._up.set(0)
             text = " ".join(str(error).split()) or type(error).__name__
             raise Unreachable(f"PostgreSQL: {text}") from error
-        self._up.set(1)
+        if self._prepared:  # not for a query that began before `prepare` failed
+            self._up.set(1)
 
 
 async def retry(what: str, attempt: Callable[[], Any]) -> None:

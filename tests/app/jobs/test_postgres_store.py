@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -448,8 +449,38 @@ def test_tables_of_another_version_are_noticed_while_running(
         assert one.client.post("/predict", content=png()).status_code == 200
     finally:
         query(settings, "UPDATE robust_version SET version = version - 1")
-    upkeep(one)
+        upkeep(one)
     assert one.client.get("/evaluate").status_code == 200
+    assert "robust_store_up 1.0" in one.client.get("/metrics").text
+
+
+def test_a_query_that_ends_after_the_tables_changed_does_not_report_the_store_as_up(
+    pair: Pair, settings: Settings
+) -> None:
+    one, database = pair[0], store(pair[0])._database
+
+    async def query_across(begun: asyncio.Event, end: asyncio.Event) -> None:
+        async with database.connection():
+            begun.set()
+            await end.wait()
+
+    async def check() -> None:
+        begun, end = asyncio.Event(), asyncio.Event()
+        slow = asyncio.create_task(query_across(begun, end))
+        await begun.wait()
+        with suppress(StoreError):
+            await store(one)._upkeep.once()
+        end.set()
+        await slow
+
+    query(settings, "UPDATE robust_version SET version = version + 1")
+    try:
+        one.begin(check()).result(30)
+        assert "robust_store_up 0.0" in one.client.get("/metrics").text
+    finally:
+        query(settings, "UPDATE robust_version SET version = version - 1")
+        upkeep(one)
+    assert "robust_store_up 1.0" in one.client.get("/metrics").text
 
 
 def test_owners_share_a_database(pair: Pair) -> None:
