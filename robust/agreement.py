@@ -1,4 +1,4 @@
-"""Compares a faster copy with its model: agreement and speedup."""
+"""Compares a faster copy of a model with the model itself: agreement and speedup."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ Model = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """The comparison of a copy with its model, from a gradient of both."""
+    """How a copy compares with its model, from one gradient of each."""
 
-    off: float  # largest difference of logits, relative to the largest logit
-    blurred: float  # the same, relative to the median lead of the likeliest class over the second
-    signs: float  # share of the gradient's signs that match
+    logit_error: float  # largest difference of logits, relative to the largest logit
+    margin_error: float  # the same, relative to the median lead of the top class over the second
+    sign_agreement: float  # fraction of the gradient's signs that match
     speedup: float  # time of the model divided by that of the copy
 
 
-def compare(copy: Model, model: Model, x: Tensor, y: Tensor, *, clear: float) -> Agreement:
-    """The gradient of the cross-entropy at `x` float32 (N, C, H, W) with labels `y`, from both.
+def compare(copy: Model, model: Model, x: Tensor, y: Tensor, *, clear_speedup: float) -> Agreement:
+    """The agreement of both models on the gradient of the cross-entropy at `x`.
 
-    The first pass prepares kernels, so a second one is timed, unless the copy, which runs first,
-    is `clear` times as fast already. Times are CPU time, which other load changes little.
+    `x` is float32 (N, C, H, W) with labels `y` int64 (N,). The first pass also prepares kernels, so
+    a second one is timed, unless the copy, which runs first, is `clear_speedup` times as fast
+    already. Times are CPU time, which other load on the machine changes little.
     """
-    (rough, slope), fewer = _gradient(copy, x, y)
+    (copy_logits, copy_gradient), copy_seconds = _gradient(copy, x, y)
     (logits, gradient), seconds = _gradient(model, x, y)
-    if not seconds >= clear * fewer:
-        _, fewer = _gradient(copy, x, y)
+    if not seconds >= clear_speedup * copy_seconds:
+        _, copy_seconds = _gradient(copy, x, y)
         _, seconds = _gradient(model, x, y)
-    difference = (rough - logits).abs().max()
+    difference = (copy_logits - logits).abs().max()
     best = logits.topk(min(2, logits.shape[1]), dim=1).values
     lead = (best[:, 0] - best[:, -1]).median()
     return Agreement(
-        off=float(difference / logits.abs().max().clamp_min(1e-12)),
-        blurred=float(difference / lead.clamp_min(1e-12)),
-        signs=float((slope.sign() == gradient.sign()).float().mean()),
-        speedup=seconds / fewer,
+        logit_error=float(difference / logits.abs().max().clamp_min(1e-12)),
+        margin_error=float(difference / lead.clamp_min(1e-12)),
+        sign_agreement=float((copy_gradient.sign() == gradient.sign()).float().mean()),
+        speedup=seconds / copy_seconds,
     )
 
 
 def _gradient(model: Model, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
-    """Logits, gradient at the images, and seconds."""
+    """The logits and the gradient at the images, and the seconds they took."""
     begin = time.process_time()
     with torch.enable_grad():
         pixels = x.detach().requires_grad_()

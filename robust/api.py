@@ -86,7 +86,7 @@ def evaluate(
             model_id=model_id,
             image_dtype=dtype,
             watch=bar.tick,
-            foretell=bar.foretell,
+            on_forecast=bar.show_forecast,
         ):
             bar.update(int(100 * result.done), result.stage or "done")
     finally:
@@ -113,7 +113,7 @@ def attack(
     """Compute adversarial images `x_adv`, float32 (N, C, H, W), with logits, success and distance.
 
     Arguments and errors are those of `evaluate`. Without labels the attack is away from the
-    prediction; with `target`, N integers, toward those classes. The result is on the model's
+    prediction; with `target`, N integers, it is toward those classes. The result is on the model's
     device, in the order of the images.
     """
     where = _device_of(model, device)
@@ -182,7 +182,7 @@ def _is_array(values: object) -> bool:
 
 
 def _labeled(images: Images, labels: Labels) -> tuple[Tensor, Tensor, str]:
-    """Images uint8 or float32 in [0, 1], labels int64, and the dtype that the images came in."""
+    """Images uint8 or float32 in [0, 1], labels int64, and the original dtype of the images."""
     if not _is_array(images):
         if labels is not None:
             images = torch.stack(_check_sizes([_as_tensor(image) for image in images]))
@@ -231,7 +231,7 @@ def _collect(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _as_images(values: Any) -> tuple[Tensor, str]:
-    """Images uint8 or float32 in [0, 1], and the dtype that they came in. Raises ValueError."""
+    """Images uint8 or float32 in [0, 1], and their original dtype. Raises ValueError."""
     x = _as_tensor(values).detach()
     dtype = str(x.dtype).removeprefix("torch.")
     if x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point()):
@@ -274,7 +274,7 @@ def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:
 
 
 def _count_classes(model: Model, x: Tensor, device: torch.device) -> int:
-    """The number of logits; 1 if the model returns none, which the evaluation then reports."""
+    """The number of logits; 1 if there are none, which the evaluation then reports."""
     if not len(x):
         return 1
     with frozen(model, device), torch.no_grad():

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from robust.attacks.algorithm import Algorithm
 
 Parameter = Literal["alpha", "steps", "restarts"]
-TARGETS = 9  # other classes that a targeted stage of AutoAttack tries
+TARGETS = 9  # target classes that a targeted stage of AutoAttack tries
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackEntry:
-    """One attack. Either `algorithm` runs it, or the attacks of `stages` do."""
+    """One attack, run by its `algorithm` or, if it has `stages`, by the attacks named there."""
 
     name: str  # as on the command line
     summary: str  # one line
@@ -33,9 +33,9 @@ class AttackEntry:
     stages: tuple[str, ...] = ()  # each runs on the images that no earlier one fooled
     budget: int  # default steps, or queries
     unit: Literal["steps", "queries"] = "steps"
-    parameters: tuple[Parameter, ...] = ("steps", "restarts")  # that the user can set
+    parameters: tuple[Parameter, ...] = ("steps", "restarts")  # those that the user can set
     takes_target: bool = True  # whether it supports a target class
-    targets: int = 0  # number of other classes that it targets in turn by itself
+    targets: int = 0  # number of target classes that it chooses and tries in turn
     random_start: bool = True
     label_budget: bool = False  # whether its label includes the budget even if it is the default
 

@@ -22,7 +22,7 @@ from robust.loading.describe import (
     describe,
     fill,
     is_known,
-    told,
+    log_lines,
     with_head_bias,
 )
 from robust.loading.errors import CheckpointError, reason
@@ -38,7 +38,7 @@ from robust.loading.given import (
 from robust.loading.hub import open_folder
 from robust.loading.options import ModelOptions, model_options
 from robust.loading.weights import read_weights
-from robust.networks.layers import UndrawnWeights
+from robust.networks.layers import SkipInitialization
 from robust.sidecar import Sidecar, is_foreign, parse_sidecar
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Checkpoint:
     sha256: str
     path: Path
     guessed: Mapping[str, str] = field(default_factory=dict)  # property: how it was guessed
-    notes: tuple[str, ...] = ()  # what was removed from the file, and other readings of it
+    notes: tuple[str, ...] = ()  # what was changed in reading it, and other interpretations
 
     def check_attacks(self, attacks: Sequence[AttackSettings]) -> None:
         """Raise ValueError for attacks that need gradients if the model has none."""
@@ -112,7 +112,7 @@ def save_checkpoint(
     """
     path = _weights_path(path)
     if sidecar.architecture != classifier.architecture:
-        raise CheckpointError(path, f"a sidecar of {classifier.architecture}", "another one's")
+        raise CheckpointError(path, f"a sidecar of {classifier.architecture}", "another's")
     state = {
         key: value.detach().cpu().to(dtype) if value.is_floating_point() else value.detach().cpu()
         for key, value in classifier.net.state_dict().items()
@@ -149,7 +149,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a model in any format listed in `docs/formats.md`.
 
-    A checkpoint of ours has a sidecar in the same folder as `path` or, for a link, its target.
+    Our own checkpoints have a sidecar, in the folder of `path` or, for a link, of its target.
     Without a sidecar the network is inferred from keys and shapes; `options` give the rest, and
     every guess is logged as a warning. Weights are read with ``weights_only=True`` and checked
     against the sidecar's SHA-256. Raises CheckpointError that names the file, what was expected
@@ -178,7 +178,7 @@ def load_checkpoint(
         differing = contradiction(options, sidecar.architecture, sidecar.classes)
         if differing:
             raise CheckpointError(
-                path, "what its sidecar says", f"other options: {differing} is what it says"
+                path, "options that agree with its sidecar", f"others; the sidecar has {differing}"
             )
     weights = read_weights(
         path, data, known=lambda state: is_known(state, options), key=options.key
@@ -195,11 +195,11 @@ def load_checkpoint(
         sidecar = Sidecar(
             architecture=found.architecture, classes=found.classes, weights_sha256=digest
         )
-    with UndrawnWeights():
+    with SkipInitialization():
         classifier = Classifier(found.architecture)
     found = with_head_bias(classifier, found)
     fill(path, classifier, found.state)
-    for line in told(found):
+    for line in log_lines(found):
         logger.warning("%s: %s", path, line)
     classifier.classes = found.classes
     return Checkpoint(
@@ -230,7 +230,7 @@ def _given(
         guessed=guessed,
         notes=notes,
     )
-    for line in told(found):
+    for line in log_lines(found):
         logger.warning("%s: %s", spec, line)
     return Checkpoint(
         classifier=_on_device(classifier, device),
@@ -321,7 +321,7 @@ def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
 def _weights_path(path: Path | str) -> Path:
     path = Path(path)
     if path == sidecar_path(path):
-        raise CheckpointError(path, "the weights beside the sidecar", "the sidecar's own name")
+        raise CheckpointError(path, "the name of a weights file", "that of its sidecar")
     return path
 
 
@@ -355,7 +355,7 @@ def _read_sidecar(path: Path, digest: str) -> Sidecar | None:
         try:
             text = candidate.read_bytes()
             if is_foreign(text):
-                logger.warning("%s describes no checkpoint and is left out", candidate)
+                logger.warning("%s does not describe a checkpoint and is ignored", candidate)
                 continue
             sidecar = parse_sidecar(text)
         except FileNotFoundError:

@@ -28,12 +28,12 @@ __all__ = [
     "resolve_device",
 ]
 
-MAX_CLASSES = 100_000  # beyond any real data set; a broken sidecar must not use all memory
+MAX_CLASSES = 100_000  # more than any real data set; a broken sidecar must not use all memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The architecture of a classifier, enough to rebuild it.
+    """The architecture of a classifier, which is enough to rebuild it.
 
     Raises ValueError for an unknown name, no classes, or a mean or std that is not three numbers.
     """
@@ -72,9 +72,9 @@ class Architecture:
 class Classifier(nn.Module):
     """Maps images float32 (N, 3, H, W) in [0, 1] to logits float32 (N, K).
 
-    `net` is the bare network, with the key names of its public code; mean and std are part of the
-    classifier, so eps is always in pixel units. `classes` are names; numbers unless a checkpoint
-    has names. A given `net` is used as it is.
+    `net` is the bare network, with the key names of its public code; a given `net` is used as it
+    is. Mean and std are part of the classifier, so eps is always in pixel units. `classes` are the
+    class names; they are numbers if a checkpoint has none.
     """
 
     mean: Tensor
@@ -105,7 +105,7 @@ class Classifier(nn.Module):
 
     @property
     def differentiable(self) -> bool:
-        """Whether it has gradients: an ONNX file or a service does not."""
+        """Whether it has gradients; an ONNX file or a service does not."""
         return bool(getattr(self.net, "differentiable", True))
 
     def zero_residuals(self) -> None:

@@ -16,8 +16,8 @@ import httpx
 Source = bytes | str | Path
 """An image or a set: its bytes, or the path of a file."""
 
-MAX_SLEEP = 30.0  # seconds, whatever the service asks for
-_AGAIN = (429, 503)
+MAX_SLEEP = 30.0  # seconds before a retry, even if the service asks for more
+_RETRYABLE = (429, 503)  # statuses
 
 
 class ServiceError(Exception):
@@ -53,26 +53,26 @@ class Prediction(Class):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """The other model's result on an adversarial image."""
+    """The result of the other model on an adversarial image."""
 
     after: Prediction
-    outcome: str  # as of the attack itself
+    outcome: str  # like `Attack.outcome`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """One attack on one image. Everything is measured on `image`, the PNG.
+    """One attack on one image; everything is measured on `image`, a PNG.
 
-    With `compare`, also the same attack on the comparison model, and for both the other model's
-    result on `image`.
+    With `compare` there is also the same attack on the comparison model, and each has the other
+    model's result on its `image` as `transfer`.
     """
 
     name: str
-    parameters: Mapping[str, Any]  # as they were run
+    parameters: Mapping[str, Any]  # with all defaults
     before: Prediction
     after: Prediction
     outcome: str  # broken, withstood, or already_wrong if the original was misclassified
-    success: bool  # whether it is broken
+    success: bool  # whether `outcome` is broken
     linf: float  # distances in pixel units
     l2: float
     seconds: float
@@ -84,7 +84,7 @@ class Attack:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An evaluation; `evaluation` is the result so far, as the service's document describes it."""
+    """An evaluation job; `evaluation` is the result so far, as in the OpenAPI document."""
 
     id: str
     state: str  # queued, running, done, failed or cancelled
@@ -103,7 +103,7 @@ class Client:
     """A client of the service at an address. Close it, or use it in a `with` statement.
 
     `key` is one of the service's API keys, if it has any. Requests refused because the service is
-    full or not ready are retried up to `retries` times, at the time in `Retry-After`. Every method
+    full or not ready are retried up to `retries` times, after `Retry-After`. Every method
     raises ServiceError.
     """
 
@@ -139,8 +139,8 @@ class Client:
 
     def predict(self, *images: Source, top_k: int = 5) -> list[Prediction]:
         """The prediction for each image, in order."""
-        answer = self._post("/predict", images, {"top_k": top_k})
-        return [_prediction(item) for item in answer["results"]]
+        content = self._post("/predict", images, {"top_k": top_k})
+        return [_prediction(item) for item in content["results"]]
 
     def attack(
         self,
@@ -153,20 +153,18 @@ class Client:
     ) -> list[Attack]:
         """Run one or more attacks on the image. `eps` is in pixel units, such as "8/255".
 
-        With `compare` the service's comparison model is attacked too.
-
-        Further parameters are those of POST /attack: norm, alpha, steps, restarts, seed, label,
-        target.
+        With `compare` the service's comparison model is attacked too. Further parameters are those
+        of POST /attack: norm, alpha, steps, restarts, seed, label, target.
         """
         fields = {"attack": _names(attacks), "eps": eps, **parameters}
         if not compare:
-            answer = self._post("/attack", [image], fields)
-            return [_attack(item, answer["before"]) for item in answer["results"]]
-        answer = self._post("/attack", [image], {**fields, "compare": "true"})
-        other = answer["compare"]
+            content = self._post("/attack", [image], fields)
+            return [_attack(item, content["before"]) for item in content["results"]]
+        content = self._post("/attack", [image], {**fields, "compare": "true"})
+        other = content["compare"]
         return [
-            replace(_attack(item, answer["before"]), compare=_attack(of_other, other["before"]))
-            for item, of_other in zip(answer["results"], other["results"], strict=True)
+            replace(_attack(item, content["before"]), compare=_attack(of_other, other["before"]))
+            for item, of_other in zip(content["results"], other["results"], strict=True)
         ]
 
     def evaluate(
@@ -189,7 +187,7 @@ class Client:
 
     def job(self, id: str) -> Job:
         """The current state of an evaluation."""
-        return _job(self._ask("GET", f"/evaluate/{id}").json())
+        return _job(self._request("GET", f"/evaluate/{id}").json())
 
     def watch(self, id: str) -> Iterator[Job]:
         """Yield the state of an evaluation after each change, until it has ended."""
@@ -202,15 +200,15 @@ class Client:
                     if line.startswith("data:"):
                         yield _job(json.loads(line.removeprefix("data:")))
         except httpx.TransportError as failure:
-            raise _silence(failure) from failure
+            raise _no_response(failure) from failure
 
     def cancel(self, id: str) -> Job:
         """Stop a running evaluation, or delete a finished one."""
-        return _job(self._ask("DELETE", f"/evaluate/{id}").json())
+        return _job(self._request("DELETE", f"/evaluate/{id}").json())
 
     def model(self) -> dict[str, Any]:
         """The card of the served model."""
-        card: dict[str, Any] = self._ask("GET", "/model").json()
+        card: dict[str, Any] = self._request("GET", "/model").json()
         return card
 
     def ready(self) -> bool:
@@ -228,23 +226,23 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         given = {name: value for name, value in fields.items() if value is not None}
-        # Read here, so that an attempt can be repeated.
+        # Files are read here, so that a request can be repeated.
         parts = [("file", ("file", _content(file))) for file in files]
         # Without a file httpx sends a URL-encoded form, which the service also accepts.
-        response = self._ask("POST", path, data=given, files=parts or None, headers=headers)
-        answer: dict[str, Any] = response.json()
-        return answer
+        response = self._request("POST", path, data=given, files=parts or None, headers=headers)
+        content: dict[str, Any] = response.json()
+        return content
 
-    def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+    def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
         for left in range(self._retries, -1, -1):
             try:
                 response = self._http.request(method, path, **more)
             except httpx.TransportError as failure:
-                raise _silence(failure) from failure
+                raise _no_response(failure) from failure
             if response.is_success:
                 return response
             error = _error(response)
-            if not left or response.status_code not in _AGAIN:
+            if not left or response.status_code not in _RETRYABLE:
                 break
             time.sleep(min(error.retry_after or 1.0, MAX_SLEEP))
         raise error
@@ -258,7 +256,7 @@ def _content(source: Source) -> bytes:
     return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
-def _silence(failure: httpx.TransportError) -> ServiceError:
+def _no_response(failure: httpx.TransportError) -> ServiceError:
     return ServiceError(0, {"detail": str(failure)}, None)
 
 
@@ -267,7 +265,7 @@ def _error(response: httpx.Response) -> ServiceError:
         problem = response.json()
     except ValueError:
         problem = None
-    if not isinstance(problem, dict):  # a proxy's own page, say
+    if not isinstance(problem, dict):  # for example a page of a proxy
         problem = {"title": response.reason_phrase}
     after = response.headers.get("Retry-After", "")
     return ServiceError(response.status_code, problem, float(after) if after.isdigit() else None)

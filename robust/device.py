@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("cpu", "cuda", "mps", "xpu")  # ROCm calls itself cuda
-PROBED = 4  # images of the comparison
-TOLERANCE = 1e-2  # relative to the largest logit; TF32 is off by a tenth of that
+KINDS = ("cpu", "cuda", "mps", "xpu")  # ROCm devices are called cuda too
+PROBED = 4  # images that are compared
+TOLERANCE = 1e-2  # largest relative error; that of TF32 is a tenth of it
 
 
 class DeviceDisagrees(ValueError):
-    """A device that disagrees with the CPU."""
+    """A device computes other logits or gradients than the CPU, or none."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -45,7 +45,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 (AVX-512 BF16 or AMX)."""
+    """Whether the CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX)."""
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
 
@@ -55,7 +55,7 @@ def compare_with_cpu(
 ) -> None:
     """Raise DeviceDisagrees unless logits and gradients on `device` match the CPU's, up to TF32.
 
-    `classifier`, images (N, 3, size, size) to logits, is on the CPU. It is moved to the device,
+    `classifier` is on the CPU and takes images (N, 3, size, size). It is moved to the device,
     unless `moved` is its copy there.
     """
     if device.type == "cpu":
@@ -72,11 +72,11 @@ def compare_with_cpu(
         raise DeviceDisagrees(f"{device} can't compute this model ({why})") from None
     for name, one, other in zip(("logits", "gradients"), found, expected, strict=True):
         # A ReLU within rounding error of 0 can change the gradient of one image, rarely of most.
-        off = (one.cpu() - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
-        share = float(off.nan_to_num(nan=torch.inf).median())
-        if share > TOLERANCE:
+        errors = (one.cpu() - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
+        typical = float(errors.nan_to_num(nan=torch.inf).median())
+        if typical > TOLERANCE:
             raise DeviceDisagrees(
-                f"{device} disagrees with the CPU: {name} are off by {share:.1%} of their size"
+                f"{device} disagrees with the CPU: {name} are off by {typical:.1%} of their size"
             )
 
 

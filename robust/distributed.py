@@ -1,7 +1,7 @@
-"""The processes of a job that torchrun started; without torchrun there is one.
+"""The processes of a job that torchrun started; without torchrun there is only one.
 
-torchrun tells each process its place through the environment: RANK of WORLD_SIZE, and LOCAL_RANK
-on its machine. Python objects are exchanged through the CPU (gloo), gradients on CUDA through NCCL.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK (the rank within a machine) in the environment.
+Python objects are exchanged through the CPU (gloo), gradients on CUDA through NCCL.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long to wait for the other ranks. One that died is noticed sooner: its connections break, and
+# Timeout for the other ranks. A rank that died is noticed sooner: its connections break, and
 # torchrun ends the others.
-PATIENCE = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +57,24 @@ class World:
             return make()
         import torch.distributed as dist
 
-        parcel: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, exception
         if self.is_rank0:
             try:
-                parcel[0] = make()
+                outcome[0] = make()
             except Exception as error:
-                parcel[1] = error
-        dist.broadcast_object_list(parcel, src=0)
-        value, failure = parcel
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        value, failure = outcome
         if failure is not None:
             raise failure
         return value  # type: ignore[no-any-return]
 
     def in_words(self, device: str) -> str:
-        """The devices of all ranks, each of which has `device`: ``2 times NVIDIA H200``."""
+        """The devices of all ranks, where each has a `device`: ``2 times NVIDIA H200``."""
         return device if self.size == 1 else f"{self.size} times {device}"
 
     def per_rank_path(self, path: Path) -> Path:
-        """`path` for this rank alone; with several ranks its name says which: ``NAME.1-of-2``."""
+        """`path` for this rank alone: with several ranks, named like ``NAME.1-of-2``."""
         if self.size == 1:
             return path
         return path.with_name(f"{path.name}.{self.rank + 1}-of-{self.size}")
@@ -85,7 +85,7 @@ SINGLE = World()
 
 @contextmanager
 def init_distributed(
-    device: torch.device, *, patience: timedelta = PATIENCE
+    device: torch.device, *, timeout: timedelta = TIMEOUT
 ) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that torchrun started; yields this process's World and device.
 
@@ -99,22 +99,22 @@ def init_distributed(
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    # Its functions take the default group of the moment as default argument. Imported later, by
-    # torch itself, it would keep the group and its threads, and those may abort Python's exit.
+    # Its functions capture the current default group as a default argument. If torch imported it
+    # later, it would keep the group and its threads alive, and those may abort Python's exit.
     with suppress(ImportError):
         import_module("torch.distributed.nn")
     device = _own_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, _ = next(rendezvous("env://"))
-    store = _fresh(store, rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    store = _fresh_store(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank=rank, size=size), device
     finally:
         dist.destroy_process_group()
 
 
-def _fresh(store: Store, rank: int, size: int) -> Store:
+def _fresh_store(store: Store, rank: int, size: int) -> Store:
     """`store` with a prefix that is new each time torchrun starts the processes.
 
     Processes that torchrun restarts get the store of the killed ones, with their stale addresses
@@ -134,7 +134,7 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         for other in list(others):
             if store.check([f"taken/{own}/{other}"]):
                 others.remove(other)
-            elif store.check([f"here/{other}"]):  # of this start, or left by an earlier one
+            elif store.check([f"here/{other}"]):  # from this start or an earlier one
                 store.set(f"for/{store.get(f'here/{other}').decode()}", own)
         time.sleep(0.02)
     return PrefixStore(own, store)
@@ -143,10 +143,11 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
 def _own_device(device: torch.device) -> torch.device:
     if device.type != "cuda" or device.index is not None:
         return device
-    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= count:
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
         raise ValueError(
-            f"expected as many GPUs as processes on a machine, got {count} for process {place + 1}"
+            "expected as many GPUs as processes on a machine, got "
+            f"{count} for process {local_rank + 1}"
         )
-    torch.cuda.set_device(place)
-    return torch.device("cuda", place)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

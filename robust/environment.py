@@ -1,4 +1,4 @@
-"""Versions and the device in words, for the record of a measurement."""
+"""Versions and the name of the device, for the record of a measurement."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def versions() -> dict[str, str]:
 
 
 def unused_gpu(device: torch.device, control: Path = Path("/dev/nvidiactl")) -> bool:
-    """Whether the CPU is used although an NVIDIA driver (with the file `control`) is loaded."""
+    """Whether the CPU is used although an NVIDIA driver is loaded, which has the file `control`."""
     return device.type == "cpu" and control.exists()
 
 
 def device_in_words(device: torch.device, threads: int | None = None) -> str:
-    """The device in words: the GPU's name, or ``cpu (2 threads)``.
+    """The name of the device: that of the GPU, or ``cpu (2 threads)``.
 
-    Give `threads` if another thread does the work, as torch has a count for each thread.
+    Pass `threads` if another thread does the work, as torch has a thread count for each thread.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Exports the weights to a file that loads without this project."""
+"""Exports the weights to files that load without this project."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
 
 def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     architecture = checkpoint.classifier.architecture
-    if not _is_torchvisions(architecture):
+    if not _is_torchvision(architecture):
         raise ValueError(
             f"expected a ResNet of torchvision for the torchvision format, got {architecture.arch}"
             ": use onnx or safetensors"
@@ -99,7 +99,7 @@ def _safetensors(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
         "std": json.dumps(architecture.std),
     }
     data: bytes = save(_float32_state(checkpoint.classifier), metadata=metadata)
-    if not _is_torchvisions(architecture):
+    if not _is_torchvision(architecture):
         return data, f"import robust; model = robust.load_model({path.name!r})"
     load = f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
     usage = f"import safetensors.torch, {_rebuild(architecture)}; {load}; model.eval()"
@@ -136,20 +136,20 @@ def _onnx(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
 
 
 def _check_onnx(data: bytes, classifier: Classifier) -> None:
-    """Run both with a batch size other than the traced one, as the graph must work for any."""
+    """Raise RuntimeError if the graph disagrees, at another batch size than the traced one."""
     size = classifier.architecture.input_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = classifier(images).numpy()
     gap = float(np.abs(_run_onnx(data, images.numpy()) - expected).max())
     if not gap <= TOLERANCE:
-        raise RuntimeError(f"the exported model is off by {gap:g} in its logits")
+        raise RuntimeError(f"the logits of the exported model are off by {gap:g}")
 
 
 def _run_onnx(data: bytes, images: np.ndarray) -> np.ndarray:
     try:
         import onnxruntime
-    except ImportError:  # not needed for export: ONNX's own, slow evaluator can check too
+    except ImportError:  # not required: ONNX's own evaluator can check too, slowly
         from onnx.reference import ReferenceEvaluator
 
         with tempfile.TemporaryDirectory() as folder:
@@ -182,12 +182,12 @@ def _describe(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _is_torchvisions(architecture: Architecture) -> bool:
+def _is_torchvision(architecture: Architecture) -> bool:
     return architecture.arch in resnet.FAMILY.archs
 
 
 def _rebuild(architecture: Architecture) -> str:
-    """The rest of an import, and statements that build the bare network."""
+    """The modules to import, followed by the statements that build the bare network."""
     build = f"torchvision.models.{architecture.arch}(num_classes={architecture.num_classes})"
     lines = ["torch, torchvision", f"model = {build}"]
     if architecture.stem in resnet.SMALL_STEMS:

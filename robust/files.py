@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-_locks: dict[Path, int] = {}  # descriptors that hold the locks of this process's staged files
+_locks: dict[Path, int] = {}  # file descriptors that hold the locks of this process's staged files
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write `path` through a temporary file beside it, flushed to disk and renamed over it.
+    """Write `path` through a temporary file in its folder, flushed to disk and renamed over it.
 
     Raises OSError, and removes the temporary file, if anything goes wrong.
     """
@@ -35,7 +35,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def stage(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Write the new content of `path` to a temporary file beside it and return that file.
+    """Write the new content of `path` to a temporary file in its folder and return that file.
 
     The caller passes it to `commit` or `discard`.
     """
@@ -105,9 +105,14 @@ def _unlock(temporary: Path) -> None:
         os.close(handle)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data`, atomically. Raises OSError."""
+    write_atomic(path, lambda file: file.write(data))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises OSError."""
-    write_atomic(path, lambda file: file.write(to_json(value)))
+    write_bytes(path, to_json(value))
 
 
 def to_json(value: Any) -> bytes:

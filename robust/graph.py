@@ -42,7 +42,7 @@ def build_onnx(classifier: InferenceClassifier) -> ModelProto:
 
 def traced_onnx(classifier: Classifier) -> ModelProto:
     """The same graph from torch's exporter. Raises ImportError and the exporter's exceptions."""
-    import onnxscript  # noqa: F401  (the exporter needs it, and says so in riddles)
+    import onnxscript  # noqa: F401  (needed by the exporter, whose own message is unclear)
 
     size = classifier.architecture.input_size
     example = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ class FeatureMap:
 
 
 class GraphBuilder:
-    """Nodes in order, and their constants."""
+    """Builds a graph: nodes in order, and their constants."""
 
     def __init__(self) -> None:
         from onnx import helper, numpy_helper
@@ -151,7 +151,7 @@ class GraphBuilder:
         return _like(x, self._add("Add", x.name, shortcut.name))
 
     def finish(self, x: FeatureMap, head: nn.Linear) -> None:
-        """The mean over all pixels, and the layer that gives the logits."""
+        """Global average pooling, and the layer that computes the logits."""
         features = self._mean(x)
         weights = self._constant(head.weight), self._constant(head.bias)
         self._add("Gemm", features, *weights, output="logits", transB=1)

@@ -36,7 +36,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def model_card(checkpoint: Checkpoint, name: str) -> str:
-    """``README.md``: the hub's metadata with the measured results as a model index, and a page."""
+    """``README.md``: metadata with a model index of the measured results, and a page."""
     sidecar = checkpoint.sidecar
     metadata: dict[str, Any] = {
         "library_name": "timm" if timm_reads(checkpoint) else "robust",
@@ -113,12 +113,12 @@ def _page(checkpoint: Checkpoint, name: str) -> str:
             f"model = timm.create_model('local-dir:{name}', pretrained=True).eval()",
             "```",
             "",
-            "timm's model takes images from which the mean was subtracted and that were divided "
-            f"by std: {list(architecture.mean)} and {list(architecture.std)}.",
+            "timm's model takes normalized images, with mean "
+            f"{list(architecture.mean)} and std {list(architecture.std)}.",
         ]
     rows = [row for row in sidecar.evaluation if "accuracy" in row]
     if rows:
-        lines += ["", "| data | measure | accuracy | doubts |", "| --- | --- | --- | --- |"]
+        lines += ["", "| data | measure | accuracy | warnings |", "| --- | --- | --- | --- |"]
         for row in rows:
             cells = (
                 str(row.get("data")),

@@ -1,7 +1,7 @@
 """Decodes images to RGB, and fits RGB to the model's input, without torch.
 
 Headers are read first (`image_headers.py`), so limits apply before anything is allocated. Nothing
-here imports torch, so that a decode worker starts quickly; `images.py` has the same for tensors.
+here imports torch, so that a decode worker starts quickly; `images.py` does the same for tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from robust.image_headers import (
 
 Pixels = npt.NDArray[np.uint8]
 
-# The format's class is called directly: Image.open would try every format it knows, and warn.
+# Each format's class is called directly: Image.open would try every format it knows, and warn.
 _OPENERS: dict[Format, Callable[[io.BytesIO], Image.Image]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -79,10 +79,10 @@ class DecodeCost:
 def decode_cost(data: bytes, *, size: int, max_pixels: int = MAX_PIXELS) -> DecodeCost:
     """The cost of `read_pixels(data, size, max_pixels=...)`, from the header alone.
 
-    Decodes nothing and allocates less than three times `len(data)`; linear, milliseconds for
-    megabytes of the worst input. Call it before admitting an image: sum up the `memory` of images
-    being decoded, and give images with too much `work` for a thread to a worker. Raises ImageError
-    like `read_header`; an image that passes may still turn out to be broken.
+    Decodes nothing, allocates less than three times `len(data)`, and takes linear time:
+    milliseconds for megabytes of the worst input. Call it before admitting an image: limit the
+    total `memory` of images being decoded, and send images with too much `work` for a thread to a
+    worker. Raises ImageError like `read_header`; an image that passes may still be broken.
     """
     return _cost(read_header(data, max_pixels=max_pixels), size)
 
@@ -172,7 +172,7 @@ def open_image(
     if any_format:
         opener = next((o for magic, o in _FOLDER_OPENERS.items() if data.startswith(magic)), None)
         if opener is not None:
-            return _guarded(lambda: _opened_elsewhere(opener, data, max_pixels), data, max_pixels)
+            return _guarded(lambda: _open_with(opener, data, max_pixels), data, max_pixels)
     header = read_header(data, max_pixels=max_pixels)
     return _guarded(lambda: _opened(header, size), data, max_pixels)
 
@@ -202,11 +202,11 @@ def _opened(header: Header, size: int | None) -> OpenedImage:
     return _upright(image, header.size, orientation(header.exif))
 
 
-def _opened_elsewhere(
+def _open_with(
     opener: Callable[[io.BytesIO], Image.Image], data: bytes, max_pixels: int
 ) -> OpenedImage:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata
+        warnings.simplefilter("ignore")  # about odd metadata
         image = opener(io.BytesIO(data))
         width, height = image.size
         if width * height > max_pixels:

@@ -21,8 +21,8 @@ MAX_PIXELS = 50_000_000
 MAX_SCANS = 64
 """Scans of a JPEG; an ordinary progressive one has about 10."""
 MAX_SEGMENTS = 4096
-"""JPEG markers before the first scan, chunks of a WebP, and chunks of a PNG beside those that its
-length explains."""
+"""JPEG markers before the first scan, chunks of a WebP, and chunks of a PNG in addition to those
+that its length accounts for."""
 
 _BYTES_PER_CHUNK = 512  # of a PNG, on average; libpng writes 8,192 and more
 
@@ -59,7 +59,7 @@ class ImageError(ValueError):
         self.expected = expected
         self.found = found
 
-    def __reduce__(self) -> tuple[object, ...]:  # sent from process to process
+    def __reduce__(self) -> tuple[object, ...]:  # it is sent between processes
         return _rebuild, (self.kind, self.expected, self.found)
 
 
@@ -80,11 +80,11 @@ class Header:
     sample_bits: int = 8
     """Bits per sample of a PNG; 8 for the other formats."""
     scans: int = 1
-    """Upper bound of the passes over all pixels that decoding takes."""
+    """Upper bound on the passes over all pixels that decoding makes."""
     bytes_per_pixel: int = 4
-    """Upper bound of what decoding and converting to RGB holds at a time, per pixel."""
+    """Upper bound on the memory that decoding and converting to RGB take at a time, per pixel."""
     coefficients: int = 0
-    """Bytes of a JPEG's coefficients, where the decoder has to keep them all."""
+    """Bytes of a JPEG's coefficients, if the decoder has to keep them all."""
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
@@ -122,7 +122,7 @@ def broken(data: bytes) -> ImageError:
 
 
 def orientation(exif: bytes) -> int:
-    """Read tag 0x0112 of the first directory; 1 (upright) when there is none or EXIF is broken."""
+    """The value of tag 0x0112 in the first directory; 1 (upright) if it is missing or broken."""
     order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
 
     def number(start: int, length: int) -> int:
@@ -236,7 +236,7 @@ def _jpeg_header(data: bytes) -> Header:
 
 
 def _coefficients(width: int, height: int, components: bytes) -> int:
-    """Bytes of all DCT coefficients, two each, of components given by id, sampling and table."""
+    """Bytes of all DCT coefficients, two each; `components` are id, sampling and table bytes."""
     across = [max(byte >> 4, 1) for byte in components[1::3]]
     down = [max(byte & 15, 1) for byte in components[1::3]]
     blocks = sum(a * b for a, b in zip(across, down, strict=True))
@@ -260,7 +260,7 @@ def _webp_header(data: bytes) -> Header:
         size=(width, height),
         pixels=data,
         exif=exif,
-        bytes_per_pixel=16,  # two canvases, the decoder's own pixels, and the copy handed over
+        bytes_per_pixel=16,  # two canvases, the decoder's own pixels, and the copy it returns
     )
 
 

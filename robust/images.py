@@ -52,16 +52,16 @@ def read_image(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> Tenso
 def fit_image(image: Image.Image, size: int) -> Tensor:
     """Center-crop to a square and resize, antialiased, to a uint8 tensor `(3, size, size)`.
 
-    An image that already has that size passes bit-exactly.
+    An image that already has that size is returned unchanged.
     """
     return torch.from_numpy(fit_pixels(image, size))
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turn uint8 images, or whole levels from 0 to 255, of any shape into float32 in [0, 1].
+    """Convert uint8 images, or whole levels from 0 to 255, of any shape to float32 in [0, 1].
 
-    The same bits on every device: by a number CUDA divides as it multiplies by the reciprocal,
-    which is another value for half of the levels.
+    Bit-equal on every device. The divisor is a tensor because CUDA replaces a division by a number
+    with a product with its reciprocal, which rounds half of the levels differently.
     """
     return images.to(torch.float32) / torch.full((), 255.0, device=images.device)
 

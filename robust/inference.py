@@ -1,4 +1,4 @@
-"""A faster copy of a classifier for attacks, evaluation and serving, with the same function."""
+"""A faster copy of a classifier, with the same logits, for attacks, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from robust.networks import convolution_sides, family_of
 logger = logging.getLogger(__name__)
 
 PROBED = 1  # images on which the copy is compared with the classifier
-AGREE = 1e-3  # largest difference of logits, relative to the largest one
+TOLERANCE = 1e-3  # largest difference of logits, relative to the largest one
 SMALL = 2  # side in pixels of feature maps on which matrix products beat convolutions
-ROWS = 64  # of a matrix product: MKL is 10 to 15% slower with several times as many
+ROWS = 64  # rows per matrix product: MKL is 10 to 15% slower with several times as many
 
 
 class InferenceClassifier(nn.Module):
@@ -109,7 +109,8 @@ def for_inference(
 ) -> InferenceClassifier:
     """A frozen copy with the same logits and input gradients, faster on a CPU.
 
-    With the imagenet stem at 32x32 pixels 1.1 to 1.7 times faster; with the cifar stem hardly.
+    It is 1.1 to 1.7 times as fast with the imagenet stem at 32x32 pixels, and hardly faster with
+    the cifar stem.
 
     Later changes to `classifier` don't affect the copy, which is on the classifier's device unless
     another is given; `classifier` itself, including its mode, is unchanged.
@@ -135,7 +136,7 @@ class Pixelwise(nn.Module):
 class Dense(nn.Module):
     """A convolution as one matrix product from all pixels to all pixels.
 
-    On a map of 2x2 pixels 16 of the 36 products of a padded 3x3 convolution don't meet padding.
+    On a 2x2 map a padded 3x3 convolution multiplies padding in 20 of its 36 products.
     """
 
     def __init__(self, conv: nn.Conv2d, side: int, out_side: int) -> None:
@@ -181,10 +182,12 @@ def _fewer_operations(own: Classifier, device: torch.device) -> Classifier | Non
             return None
         if device.type == "cpu":
             _avoid_slow_convolutions(own)
-        off = float((own(x) - expected).abs().amax() / expected.abs().amax())
-    if off > AGREE:
+        error = float((own(x) - expected).abs().amax() / expected.abs().amax())
+    if error > TOLERANCE:
         arch = own.architecture.arch
-        logger.warning("the copy of %s for inference is off by %.2g: no norm is folded", arch, off)
+        logger.warning(
+            "the copy of %s for inference is off by %.2g: no norm is folded", arch, error
+        )
         return None
     return own
 
@@ -230,7 +233,7 @@ def _avoid_slow_convolutions(classifier: Classifier) -> None:
         net, classifier.architecture.input_size
     ).items():
         conv = net.get_submodule(name)
-        if type(conv) is not nn.Conv2d or conv.groups != 1:  # one that pads in its own way
+        if type(conv) is not nn.Conv2d or conv.groups != 1:  # subclasses pad differently
             continue
         if conv.kernel_size == (1, 1) and out_side <= SMALL:
             net.set_submodule(name, Pixelwise(conv))

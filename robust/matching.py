@@ -1,4 +1,4 @@
-"""Map the labels of a data set to the classes of a model."""
+"""Maps the labels of a data set to the classes of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robust.datasets import Dataset, DatasetError, check_labels
 
 
 def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """The data set with the labels and class names of a model with `classes`.
+    """The data set relabeled with the classes of a model.
 
     Names are matched in any order; the data may have only some of them. If one side has only
     numbers from 0 as names, labels are not changed, and `changes` says so. Raises DatasetError for
@@ -22,8 +22,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     if dataset.classes == classes:
         return dataset
     unknown = [name for name in dataset.classes if name not in classes]
-    numbers = any(name.isdecimal() for name in dataset.classes)  # names like those of the model
-    if unknown and (_numbered(dataset.classes) or (_numbered(classes) and not numbers)):
+    has_numbers = any(name.isdecimal() for name in dataset.classes)
+    if unknown and (_numbered(dataset.classes) or (_numbered(classes) and not has_numbers)):
         check_labels(dataset, len(classes))
         pairs = zip(dataset.classes, classes, strict=False)
         notes = "read labels as numbers of the model's classes: " + _shown(
@@ -34,7 +34,7 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
         raise DatasetError(
             dataset.name,
             expected=f"the model's classes {_shown(classes)}",
-            found=f"{_shown(dataset.classes)}, of which it does not know {_shown(unknown)}",
+            found=f"{_shown(dataset.classes)}; the model does not have {_shown(unknown)}",
         )
     index = torch.tensor([classes.index(name) for name in dataset.classes])
     return replace(dataset, labels=index[dataset.labels], classes=classes)
@@ -46,10 +46,10 @@ def first_images(dataset: Dataset, count: int) -> Dataset:
 
 
 def first_indices(dataset: Dataset, count: int) -> Tensor:
-    """The first `count` images, or evenly spaced ones if all are sorted by class, as in folders.
+    """Indices of the first `count` images, or of evenly spaced ones if the data is sorted by class.
 
-    The first images of sorted data would all be of one class. Returns int64 (count,), or fewer if
-    there are fewer images.
+    The first images of sorted data, such as class folders, would all be of one class. Returns
+    int64 (count,), or fewer if there are fewer images.
     """
     n = len(dataset)
     if count < n and bool((dataset.labels.diff() >= 0).all()):

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SIGNS = 0.98  # share of the gradient's signs that must match those without packing
-LOGITS = 0.01  # largest error of the logits relative to the largest one
-SLOWER = 1.05  # most time of a pass relative to one without packing
+SIGN_AGREEMENT = 0.98  # smallest fraction of gradient signs that match those without packing
+LOGIT_ERROR = 0.01  # largest error of a logit, relative to the largest logit
+SLOWDOWN = 1.05  # largest time of a pass relative to one without packing
 LAST = torch.channels_last
 ONES = [1, 1]
 Values = dict[int, Tensor]
@@ -40,10 +40,10 @@ class NotPackable(ValueError):
 class Packed:
     """Maps images float32 (N, 3, S, S) in [0, 1] to logits float32 (N, K), differentiable once.
 
-    Computes the same as `model`, on the CPU, with products in `dtype`; the first convolution, the
+    Computes the same as `model`, on the CPU, with products in `dtype`. The first convolution, the
     global average pooling and the head stay float32, see `in_bfloat16`. Raises NotPackable for
-    layers other than convolutions, batch norms, ReLU, SiLU, sums, and a final pooling and head;
-    and RuntimeError if this torch or processor lacks the kernels.
+    layers other than convolutions, batch norms, ReLU, SiLU, sums, and a final pooling and head,
+    and RuntimeError if this torch build or processor lacks the kernels.
     """
 
     def __init__(self, model: InferenceClassifier, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -57,7 +57,7 @@ class Packed:
         self._steps, self._last, self._head = planner.steps, planner.last, planner.head
         self._mean, self._std, self._dtype = own.mean, own.std, dtype
         used = {name: place for place, step in enumerate(self._steps) for name in step.inputs}
-        self._unused: list[list[int]] = [[] for _ in self._steps]  # after each step
+        self._unused: list[list[int]] = [[] for _ in self._steps]  # values to free after each step
         for name, place in used.items():
             self._unused[place].append(name)
 
@@ -71,7 +71,7 @@ class Packed:
         return self.forward(x, None)
 
     def forward(self, x: Tensor, saved: Values | None) -> Tensor:
-        """The logits; what `backward` needs goes to `saved`."""
+        """The logits; stores what `backward` needs in `saved`."""
         if self._architecture.normalizes:
             x = (x - self._mean) / self._std
         values: Values = {0: x.contiguous(memory_format=LAST)}
@@ -116,7 +116,7 @@ def packed_if_faster(
     """`model` packed if that agrees with its copy `bf16` and is no slower; otherwise `bf16`."""
     try:
         packed = Packed(model)
-        reason = _against(packed, bf16)
+        reason = _reason_against(packed, bf16)
     except (NotPackable, RuntimeError, NotImplementedError, AttributeError) as error:
         reason = str(error).splitlines()[0]
     if reason:
@@ -125,17 +125,19 @@ def packed_if_faster(
     return packed
 
 
-def _against(packed: Packed, bf16: InferenceClassifier) -> str:
+def _reason_against(packed: Packed, bf16: InferenceClassifier) -> str:
     """The reason not to use `packed`; empty if there is none."""
     side = bf16.architecture.input_size
     x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    found = compare(packed, bf16, x, torch.tensor([0]), clear=1)
-    if not found.off <= LOGITS:  # also for NaN
-        return f"off by {found.off:.1%} of the largest logit, above the limit of {LOGITS:.0%}"
-    if found.signs < SIGNS:
-        return f"{found.signs:.1%} of the gradient's signs agree, below the limit of {SIGNS:.0%}"
-    if found.speedup < 1 / SLOWER:
-        return f"{1 / found.speedup:.2f} times as long, above the limit of {SLOWER}"
+    found = compare(packed, bf16, x, torch.tensor([0]), clear_speedup=1)
+    if not found.logit_error <= LOGIT_ERROR:  # also for NaN
+        error = f"off by {found.logit_error:.1%} of the largest logit"
+        return f"{error}, above the limit of {LOGIT_ERROR:.0%}"
+    if found.sign_agreement < SIGN_AGREEMENT:
+        agrees = f"{found.sign_agreement:.1%} of the gradient's signs agree"
+        return f"{agrees}, below the limit of {SIGN_AGREEMENT:.0%}"
+    if found.speedup < 1 / SLOWDOWN:
+        return f"{1 / found.speedup:.2f} times as long, above the limit of {SLOWDOWN}"
     return ""
 
 
@@ -150,18 +152,18 @@ class _Map:
 
 
 class _Step:
-    """One layer: from the values `inputs` to the value `output`, of `side` pixels a side."""
+    """One layer: computes the value `output`, of `side` pixels a side, from the values `inputs`."""
 
     inputs: tuple[int, ...]
     output: int
     side: int
 
     def forward(self, values: Values, saved: Values | None) -> Tensor:
-        """The output; what `backward` needs goes to `saved`."""
+        """The output; stores what `backward` needs in `saved`."""
         raise NotImplementedError
 
     def backward(self, gradient: Tensor, saved: Values) -> Sequence[Tensor]:
-        """The gradient at each input, of the one at the output."""
+        """The gradient at each input, given the gradient at the output."""
         raise NotImplementedError
 
 
@@ -182,7 +184,8 @@ class _Planner:
         if stride > 1 and (stride > 2 or x.side != 2 * side):
             raise NotPackable(f"no packed form of a stride of {stride} at {x.side} pixels")
         y = self._new(layer.out_channels, side)
-        dtype = torch.float32 if not self.steps else self._dtype  # of pixels: in float32
+        # The first convolution takes pixels, which bfloat16 would round.
+        dtype = torch.float32 if not self.steps else self._dtype
         self.steps.append(_Convolution(layer, x, y, dtype=dtype, out=self._dtype))
         return y
 
@@ -314,7 +317,7 @@ def _convolve(
 
 
 def _with_zeros(x: Tensor) -> Tensor:
-    """Twice the side, with a zero behind each pixel of each row and column."""
+    """`x` upsampled to twice the side, with a zero after each pixel of every row and column."""
     n, channels, height, width = x.shape
     spread = torch.empty(
         (n, channels, 2 * height, 2 * width), dtype=x.dtype, memory_format=LAST

@@ -103,7 +103,7 @@ def attack_image(
     settings: AttackSettings,
     target: int | None = None,
 ) -> AttackOutcome:
-    """Attack the image `x`, uint8 (3, H, W), and score the 8-bit image that comes out.
+    """Attack the image `x`, uint8 (3, H, W), and score the resulting 8-bit image.
 
     `x` is on the device of the model. `y` is the true class, by default the prediction; `target` is
     the target class. The result is rounded to 8 bits inside the ball and then classified again, so
@@ -141,10 +141,11 @@ def attack_images(
 ) -> list[AttackOutcome]:
     """Attack images uint8 (N, 3, H, W) in one batch, each away from its label.
 
-    `before` holds their probabilities, float32 (N, K). `cancelled` returns, between two passes, a
-    mask bool (N,) of cancelled images: their attack ends with the best result so far. `seconds`
-    is the time of the whole batch. `bf16` is a bfloat16 copy of `model` for the search: results are
-    scored on `model`, and an image whose success is not confirmed is attacked again on `model`.
+    `before` are their probabilities, float32 (N, K). `cancelled` returns the mask bool (N,) of
+    cancelled images and is called between passes; their attack ends with the best result so far.
+    `seconds` of an outcome is the time of the whole batch. `bf16` is a bfloat16 copy of `model` for
+    the search: results are scored on `model`, and an image whose success is not confirmed is
+    attacked again on `model`.
     """
     start = time.perf_counter()
     for name, indices in (("label", labels), ("target", targets or ())):
@@ -175,7 +176,8 @@ def attack_images(
         again = (found.result.success & ~fooled).nonzero().squeeze(1)
         if len(again):
             found = found.replaced(again, attack(model, again))
-    levels = (found.images.cpu().double() - x.cpu().double()).flatten(1)  # whole: exact distances
+    # Whole gray levels, so distances are exact.
+    levels = (found.images.cpu().double() - x.cpu().double()).flatten(1)
     seconds = time.perf_counter() - start
     outcomes = []
     for place, label in enumerate(labels):
@@ -211,7 +213,7 @@ class _Attacked:
     after: Tensor  # probabilities float32 (N, K)
 
     def replaced(self, rows: Tensor, other: _Attacked) -> _Attacked:
-        """With the images `rows` replaced by those of `other`; the costs are added."""
+        """These results with the images `rows` replaced by those of `other`; adds up the costs."""
         images = self.images.index_copy(0, rows, other.images)
         after = self.after.index_copy(0, rows.cpu(), other.after)
         result = replace(

@@ -23,7 +23,7 @@ class DataRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """The content of `robust_model.json`. Only `architecture` and `classes` are needed to load."""
+    """The content of `robust_model.json`; loading needs only `architecture` and `classes`."""
 
     architecture: Architecture
     classes: tuple[str, ...]
@@ -54,7 +54,7 @@ class Sidecar:
 
 
 def is_foreign(text: bytes) -> bool:
-    """Whether this is other JSON, such as the result of an evaluation."""
+    """Whether this is JSON of another kind, such as the result of an evaluation."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):

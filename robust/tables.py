@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def plain(text: str) -> str:
-    """`text` without line breaks or control characters: names come from files of others."""
+    """`text` without line breaks and control characters, which names from files may have."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], table_format: st
 
 
 def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns with only numbers are right-aligned."""
+    """The table with padded columns; columns of numbers are right-aligned."""
     cells = [[plain(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [
@@ -43,7 +43,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """With the rules of booktabs."""
+    """The table in LaTeX, with the rules of booktabs."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(_escape_latex(plain(cell).strip()) for cell in cells) + r" \\"

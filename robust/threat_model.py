@@ -15,7 +15,7 @@ from robust.images import to_float
 
 __all__ = ["NORMS", "TOLERANCE", "Norm", "ThreatModel", "distance", "format_eps", "parse_eps"]
 
-# Distances are compared in float32; this much above eps is rounding, not outside the ball.
+# Distances are compared in float32: exceeding eps by this much is rounding.
 TOLERANCE = 1e-6
 
 _DECIMAL = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
@@ -25,9 +25,8 @@ _SIZE = re.compile(rf"{_DECIMAL}(?: */ *{_DECIMAL})?")
 def parse_eps(value: str | float) -> float:
     """Read a size in pixel units, written ``8/255`` or as a number.
 
-    Returns a float in [0, 1] for Linf-like sizes; L2 sizes may be larger, so only the sign and
-    finiteness are checked here. Digits are ASCII without underscores. Raises ValueError that shows
-    the value.
+    Returns a finite float of at least 0. An Linf size must also be at most 1, which `ThreatModel`
+    checks. Digits are ASCII without underscores. Raises ValueError that shows the value.
     """
     try:
         if isinstance(value, str):
@@ -41,12 +40,12 @@ def parse_eps(value: str | float) -> float:
         shown = str(value)[:40]
         raise ValueError(f"expected a number or a fraction such as 8/255, got {shown!r}") from None
     if not math.isfinite(number) or number < 0:
-        raise ValueError(f"expected a size of at least 0, got {number}")
+        raise ValueError(f"expected a finite size of at least 0, got {number}")
     return number
 
 
 def format_eps(eps: float) -> str:
-    """Format a size: ``8/255`` if it is a whole number of gray levels."""
+    """A size as text: ``8/255`` if it is a whole number of gray levels."""
     levels = eps * 255
     if eps <= 1 and abs(levels - round(levels)) < 1e-4:
         return f"{round(levels)}/255"
@@ -121,9 +120,9 @@ class ThreatModel:
 
 
 def _shorten(rounded: Tensor, exact: Tensor, reach: float) -> Tensor:
-    """Take values of `rounded` back by one towards zero until no row is longer than `reach`.
+    """`rounded` with values moved one level toward zero until no row is longer than `reach`.
 
-    Those go first that rounding carried furthest beyond `exact`; all together are enough.
+    Moves the values first that rounding increased most; moving all of those is enough.
     """
     whole, fine = rounded.flatten(1).double(), exact.flatten(1).double()
     overshoot = whole.abs() - fine.abs()

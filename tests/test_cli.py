@@ -177,7 +177,7 @@ EVALUATE = "evaluate --checkpoint good.pt"
         ("predict --checkpoint cut.pt good.png", ["cut.pt", "expected a state dict"]),
         ("predict --checkpoint empty.pt good.png", ["empty.pt", "an empty file"]),
         ("predict --checkpoint command.pt good.png", ["command.pt", "system"]),
-        ("predict --checkpoint good.json good.png", ["good.json", "the sidecar's own name"]),
+        ("predict --checkpoint good.json good.png", ["good.json", "that of its sidecar"]),
         ("predict --checkpoint other_hash.pt good.png", ["other_hash.pt", "SHA-256 0000"]),
         ("predict --checkpoint fewer.pt good.png", ["fewer.pt", "(2, 512)", "(4, 512)"]),
         ("predict --checkpoint deeper.pt good.png", ["deeper.pt", "resnet34"]),

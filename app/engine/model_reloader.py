@@ -24,7 +24,7 @@ from robust.checkpoint import CheckpointError, sidecar_path
 from robust.device import DeviceDisagrees
 from robust.environment import device_in_words
 from robust.evaluation.precision import (
-    WORTHWHILE,
+    MIN_PASSES,
     Precision,
     SearchPrecision,
     choose_precision,
@@ -237,7 +237,7 @@ def choose_search(
         with torch.no_grad():
             y = bf16(x).argmax(dim=1)
         pause()
-        return choose_precision(precision, fast, x, y, passes=WORTHWHILE, bf16=bf16)[0]
+        return choose_precision(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)[0]
     except (RuntimeError, NotImplementedError, TypeError) as error:
         if is_out_of_memory(error):
             raise

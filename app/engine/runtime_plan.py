@@ -18,7 +18,7 @@ from torch import Tensor
 from app.engine.numpy_ops import as_float, softmax
 from app.engine.runtime import TORCH, Dtype, Logits, Runtime, give_up
 from app.metrics import Metrics
-from robust.evaluation.precision import FASTER, Precision
+from robust.evaluation.precision import MIN_SPEEDUP, Precision
 
 TOLERANCE = 1e-4  # largest difference of a probability, and of a logit relative to the largest
 BF16_TOLERANCE = 0.01  # largest difference of a probability in bfloat16; labels must be equal
@@ -229,8 +229,8 @@ def _is_faster(measured: Seconds) -> tuple[bool, str]:
     bf16, fp32 = (_fastest(measured, precision) for precision in ("bf16", "fp32"))
     gain = max(choice.rate for choice in bf16) / max(choice.rate for choice in fp32)
     reason = f"bfloat16 answers {gain:.1f} times as many images a second as float32"
-    if gain < FASTER:
-        return False, f"{reason}, below the limit of {FASTER}"
+    if gain < MIN_SPEEDUP:
+        return False, f"{reason}, below the limit of {MIN_SPEEDUP}"
     for one, other in zip(bf16, fp32, strict=True):
         longer = one.seconds / other.seconds
         if longer > NO_SLOWER:

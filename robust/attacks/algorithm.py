@@ -1,4 +1,4 @@
-"""The base class of attacks: how a run gets from one query of the model to the next."""
+"""The base class of attacks, which take a run from one query of the model to the next."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Algorithm(Generic[S]):
     """One attack. A subclass defines `begin`, `loss` and `advance`; the rest has defaults.
 
-    The search scores `rows.x_adv`, computes the gradient of `loss` for the rows of
-    `needs_gradient`, and calls `advance`, until it returns that the run is done. Runs are
+    For each query the search scores `rows.x_adv`, computes the gradient of `loss` for the rows that
+    `needs_gradient` selects, and calls `advance`, which returns the runs that are done. Runs are
     independent: rows of one batch may be at different iterations, and no result depends on
     another row. Raises ValueError for counts below 1.
     """
@@ -30,7 +30,7 @@ class Algorithm(Generic[S]):
     norm: Norm  # how distance is measured
     steps: int  # iterations or queries of each run
     runs: int = 1  # restarts or targets, in turn until one fools the model
-    early_stop: bool = True  # whether an image leaves at its first success
+    early_stop: bool = True  # whether an image is finished at its first success
     targeted: bool = False  # whether to attack toward `rows.target` instead of away from `rows.y`
 
     uses_gradient: ClassVar[bool] = True  # whether it needs gradients at all
@@ -68,13 +68,13 @@ class Algorithm(Generic[S]):
 
     @property
     def cost(self) -> int:
-        """Most passes for one image, forward plus backward."""
+        """Maximum passes per image, forward plus backward."""
         per_step = 2 if self.uses_gradient else 1
         return self.needs_clean_logits + self.runs * (per_step * self.steps + 1)
 
     @property
     def usual_cost(self) -> int:
-        """Most passes on a model without masked gradients."""
+        """Maximum passes per image on a model without masked gradients."""
         return self.cost
 
     def begin(self, rows: Rows[S]) -> S:
@@ -96,7 +96,7 @@ class Algorithm(Generic[S]):
         return torch.full_like(rows.fooled, self.uses_gradient)
 
     def score(self, rows: Rows[S], logits: Tensor, loss: Tensor) -> Tensor:
-        """Score of `x_adv`, (N,), to rank iterates that all do or don't fool; -inf: invalid."""
+        """Score of `x_adv`, (N,), that ranks iterates of equal success; -inf if it is invalid."""
         return loss
 
     def speculate(self, rows: Rows[S], count: int) -> list[Tensor]:

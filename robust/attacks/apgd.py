@@ -28,10 +28,10 @@ class APGDState(Table):
     iteration: Tensor  # int64 (N,): steps taken
     rises: Tensor  # int64 (N,): steps since the last check that raised the loss
     step_size: Tensor  # float32 (N, 1, 1, 1)
-    x_old: Tensor  # float32 (N, C, H, W): the iterate before
+    x_old: Tensor  # float32 (N, C, H, W): the previous iterate
     x_top: Tensor  # float32 (N, C, H, W): the iterate of the highest loss
     gradient_top: Tensor  # float32 (N, C, H, W): the gradient there
-    loss_old: Tensor  # float32 (N,): loss of the iterate before
+    loss_old: Tensor  # float32 (N,): loss of the previous iterate
     loss_top: Tensor  # float32 (N,): the highest loss
     loss_checked: Tensor  # float32 (N,): the highest loss at the last check
     halved: Tensor  # bool (N,): whether the last check halved the step size
@@ -158,9 +158,9 @@ class TargetedAPGD(APGD):
 
 
 def random_surface(x: Tensor, keys: Tensor, stream: Tensor, *, norm: Norm, eps: Tensor) -> Tensor:
-    """A point on the surface of the ball around `x`, cut by [0, 1].
+    """A random point on the surface of the ball around `x`, clipped to [0, 1].
 
-    `keys` and `stream`, int64 (N,), say which, see `noise`.
+    `keys` and `stream`, int64 (N,), select the random numbers, see `noise`.
     """
     count = x[0].numel()
     draws = 2 * uniform(keys, stream, count) - 1 if norm == "linf" else normal(keys, stream, count)
@@ -169,7 +169,7 @@ def random_surface(x: Tensor, keys: Tensor, stream: Tensor, *, norm: Norm, eps: 
 
 
 def checks(steps: int) -> dict[int, int]:
-    """Iterations at which the step size is checked, each with the steps since the last check."""
+    """The iterations that check the step size, each with the steps since the previous check."""
     window, least = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1)
     shrink, at, found = max(int(0.03 * steps), 1), 0, {}
     while at + window <= steps:
@@ -181,6 +181,6 @@ def checks(steps: int) -> dict[int, int]:
 
 @cache
 def _windows(steps: int, device: torch.device) -> Tensor:
-    """By iteration, the steps since the last check or 0 where none is due, int64 (steps + 1,)."""
+    """The steps since the last check by iteration, int64 (steps + 1,); 0 where none is due."""
     found = checks(steps)
     return torch.tensor([found.get(step, 0) for step in range(steps + 1)], device=device)

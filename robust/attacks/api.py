@@ -6,7 +6,7 @@ Each takes images float32 (N, C, H, W) in [0, 1], labels int64 (N,) and, by keyw
 - `eps` float32 (N,): a radius per image instead of the threat model's;
 - `target` int64 (N,): the target classes, if the attack supports them;
 - `seed`: random numbers depend only on it and on the image;
-- `batch_size`: most images in one pass; all at once by default.
+- `batch_size`: maximum images per pass; all at once by default.
 
 Each raises ValueError for images, labels or settings out of range, and ModelError for a model that
 can't be attacked.
@@ -83,9 +83,9 @@ def pgd(
     `alpha` is in pixel units. With `target` the loss of that class is minimized instead. With
     per-image `eps`, `alpha` scales with it. Every iterate is scored, including the last; the
     iterate with the highest loss is kept, among those that fool the model if there are any.
-    Restarts run on the images that are not fooled yet. With `early_stop` an image leaves as soon
-    as it is fooled, and `x_adv` is its first success. Without `random_start` the first run starts
-    at the image. Source: Madry et al. 2018, arXiv:1706.06083.
+    Restarts run on the images that are not fooled yet. With `early_stop` an image is finished as
+    soon as it is fooled, and `x_adv` is its first success. Without `random_start` the first run
+    starts at the image. Source: Madry et al. 2018, arXiv:1706.06083.
     """
     threat_model = call["threat_model"]
     if call.get("eps") is not None and not threat_model.eps:
@@ -140,7 +140,7 @@ def apgd_t(
     early_stop: bool = True,
     **call: Unpack[Call],
 ) -> AttackResult:
-    """Auto-PGD on the targeted difference of logits ratio, class after class.
+    """Auto-PGD on the targeted difference of logits ratio, one target class after the other.
 
     The `targets` likeliest other classes (or all, if there are fewer) are tried in turn, each with
     `steps` steps, until one run fools the model; any wrong class counts. With 3 classes or fewer
@@ -162,7 +162,7 @@ def fab_t(
     early_stop: bool = True,
     **call: Unpack[Call],
 ) -> AttackResult:
-    """Project onto the linearized decision boundary with another class, close to the image.
+    """Find a close adversarial image by projecting onto the linearized decision boundary.
 
     The `targets` likeliest other classes (or all, if there are fewer) are tried in turn. A point
     counts as soon as it fools the model within eps; without `early_stop` the search continues for
@@ -185,7 +185,7 @@ def square(
 ) -> AttackResult:
     """Change random squares and keep the changes that raise the margin; needs no gradient.
 
-    It makes `queries` forward passes after the one of the start.
+    Makes one forward pass at the starting point and then `queries` more.
     Source: Andriushchenko et al. 2020, arXiv:1912.00049.
     """
     algorithm = Square(

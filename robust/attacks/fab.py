@@ -26,8 +26,8 @@ class FABState(Table):
     """Columns of `FAB`."""
 
     iteration: Tensor  # int64 (N,): steps taken
-    landed: Tensor  # bool (N,): whether x_adv is where a step ended, not scored yet
-    expect_short: Tensor  # bool (N,): whether it is expected to end short of the boundary
+    landed: Tensor  # bool (N,): whether x_adv is the end of a step that is not scored yet
+    expect_short: Tensor  # bool (N,): whether that step is expected to end short of the boundary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class FAB(Algorithm[FABState]):
     def _step(self, rows: Rows[FABState], x_adv: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         """A point past the linearized boundary, biased towards the image."""
         x = rows.x
-        gap = -loss  # by how much the linear model falls short of the target at x_adv, and at x:
+        gap = -loss  # how far the linear model is from the target at x_adv; at x it is this plus
         so_far = torch.linalg.vecdot(gradient.flatten(1), (x_adv - x).flatten(1))
         step_from = hyperplane(gradient, self.norm)
         from_here, from_x = step_from(x_adv, gap), step_from(x, gap + so_far)
@@ -102,18 +102,20 @@ class FAB(Algorithm[FABState]):
 
 
 def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
-    """The smallest d in `norm` with <w, d> = gap and x + d in [0, 1]; if there is none, the corner
-    of the box that comes closest. `x` and `w` float32 (N, C, H, W), `gap` float32 (N,).
+    """The shortest step d in `norm` with <w, d> = gap and x + d in [0, 1].
+
+    If there is none, the step to the corner of the pixel box that comes closest. `x` and `w` are
+    float32 (N, C, H, W), `gap` is float32 (N,).
     """
     return hyperplane(w, norm)(x, gap)
 
 
 def hyperplane(w: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Tensor]:
-    """`to_hyperplane` for one `w` and more than one `x` and `gap`.
+    """`to_hyperplane` with a fixed `w`, as a function of `x` and `gap`.
 
-    Each pixel moves by t under `linf`, by t * w under `l2`, until it meets the end of its range.
-    The gain is concave and piecewise linear in t, so Newton's method from t = 0 never overshoots
-    and needs few iterations.
+    Each pixel moves by t under `linf`, by t * w under `l2`, until it reaches 0 or 1. The gain
+    <w, d> is concave and piecewise linear in t, so Newton's method from t = 0 never overshoots and
+    needs few iterations.
     """
     largest = lengths(w, "linf").clamp_min(1e-30)  # else squares could underflow
     scaled = (w / largest).flatten(1)

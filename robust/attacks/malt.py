@@ -18,12 +18,12 @@ from robust.geometry import Norm, column, lengths
 if TYPE_CHECKING:
     from robust.attacks.settings import AttackSettings
 
-CANDIDATES = 100  # most other classes to measure, the likeliest first
+CANDIDATES = 100  # maximum target classes to measure, the likeliest first
 
 
 @dataclass(kw_only=True)
 class MALTState(APGDState):
-    """Columns of `MALT`, C is the number of candidates."""
+    """Columns of `MALT`; C is the number of candidates."""
 
     candidates: Tensor  # int64 (N, C): the likeliest other classes, in order
     radii: Tensor  # float32 (N, C): eps at which the linearized network predicts each of them

@@ -19,7 +19,7 @@ from robust.geometry import column, distance
 if TYPE_CHECKING:
     from robust.attacks.settings import AttackSettings
 
-ROUNDS = 10  # of bisection: eps to a thousandth of its maximum
+ROUNDS = 10  # bisections, which give eps to a thousandth of its maximum
 
 
 @dataclass(kw_only=True)
@@ -27,9 +27,9 @@ class MinimalState(Table):
     """Columns of `Minimal`."""
 
     round: Tensor  # int64 (N,): 0 at the full eps, then the rounds of bisection
-    restart: Tensor  # int64 (N,): of this round
+    restart: Tensor  # int64 (N,): the restart within this round
     iteration: Tensor  # int64 (N,): steps taken since the restart
-    radius: Tensor  # float32 (N,): of the ball tried in this round
+    radius: Tensor  # float32 (N,): radius of the ball in this round
     low: Tensor  # float32 (N,): the largest radius at which a round failed
 
 

@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image, not to its place in a batch.
+"""Random numbers that belong to an image, not to its position in a batch.
 
 Each number is a hash of the seed, the pixels of the image, a stream (the purpose of the draw) and a
 position. So an attack treats an image the same in any batch, in any order and on any device, and
@@ -26,7 +26,7 @@ def image_keys(x: Tensor, seed: int) -> Tensor:
 
 
 def uniform(keys: Tensor, stream: Tensor | int, count: int) -> Tensor:
-    """Numbers in [0, 1), float32 (N, count), for `stream`, one or int64 (N,), of each key."""
+    """Uniform numbers in [0, 1), float32 (N, count); `stream` is an int, or int64 (N,) per key."""
     if isinstance(stream, int):
         stream = torch.full_like(keys, stream)
     base = _mix(keys + stream * _GOLDEN).unsqueeze(1)

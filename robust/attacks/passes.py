@@ -23,7 +23,7 @@ class ModelError(ValueError):
 
 
 class Meter:
-    """Counts images and seconds of passes, by kind (with or without gradient) and batch size."""
+    """Counts passes and their seconds, by kind (with or without gradient) and batch size."""
 
     def __init__(self) -> None:
         self._spent: dict[tuple[bool, int], tuple[int, float]] = {}
@@ -35,7 +35,7 @@ class Meter:
 
     @property
     def passes(self) -> int:
-        """Passes of single images, a backward pass as one."""
+        """Total forward and backward passes, counted per image."""
         return sum(
             size * count * (1 + with_gradient)
             for (with_gradient, size), (count, _) in self._spent.items()
@@ -60,7 +60,7 @@ class Meter:
 
 
 class Passes:
-    """Calls `model` with at most `batch_size` images, all at once where that is 0.
+    """Calls `model` with at most `batch_size` images per pass, or with all at once if it is 0.
 
     A batch that does not fit in memory is halved, and so are all later ones. `meter` records every
     pass.
@@ -106,7 +106,7 @@ class Passes:
         logits = self._model(x)
         if not x.is_inference() and x._version != version:
             raise ModelError(
-                "expected a model that leaves its images as they are, got them changed"
+                "expected a model that leaves its images unchanged, got one that modifies them"
             )
         if not isinstance(logits, Tensor):
             raise ModelError(f"expected logits as a tensor, got {type(logits).__name__}")

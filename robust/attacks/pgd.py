@@ -91,9 +91,9 @@ def ascend(
 
 
 def random_point(x: Tensor, keys: Tensor, stream: Tensor, *, norm: Norm, eps: Tensor) -> Tensor:
-    """A point in the ball around `x`: uniform for `linf`, uniform in volume for `l2`.
+    """A random point in the ball around `x`: uniform for `linf`, uniform in volume for `l2`.
 
-    `keys` and `stream`, int64 (N,), say which, see `noise`.
+    `keys` and `stream`, int64 (N,), select the random numbers, see `noise`.
     """
     count = x[0].numel()
     if norm == "linf":
@@ -111,5 +111,5 @@ def relative(alpha: float, eps: float) -> float:
 
 
 def default_alpha(eps: float, steps: int) -> float:
-    """A quarter of eps, or more if the steps could not cross the ball."""
+    """The default step size: a quarter of eps, or more if the steps could not cross the ball."""
     return min(eps, max(eps / 4, 2.5 * eps / steps))

@@ -1,4 +1,4 @@
-"""What an attack returns."""
+"""The result of an attack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AttackResult:
     x_adv: Tensor  # float32 (N, C, H, W), in the ball and in [0, 1]
     logits: Tensor  # float32 (N, K): those of x_adv
     success: (
-        Tensor  # bool (N,): predicted as a class other than y, or as the target if there is one
+        Tensor  # bool (N,): predicted as another class than y, or as the target if there is one
     )
     distance: Tensor  # float32 (N,): of x_adv from the image, in the norm of the threat model
     forwards: Tensor  # int64 (N,): forward passes spent

@@ -18,11 +18,11 @@ class Table:
     """Columns of equal length: each a tensor, another table, or None until known."""
 
     def take(self, which: Tensor | slice) -> Self:
-        """The rows of a mask, of indices or of a slice, as a table of their own."""
+        """The rows selected by a mask, by indices or by a slice, as a new table."""
         return self._with({name: _take(column, which) for name, column in vars(self).items()})
 
     def join(self, other: Self) -> Self:
-        """The rows of both; a column that only one of them has is filled with zeros."""
+        """The rows of both tables; a column that only one of them has is filled with zeros."""
         more = vars(other)
         return self._with(
             {name: _join(column, more[name], self, other) for name, column in vars(self).items()}
@@ -48,7 +48,7 @@ class Rows(Table, Generic[S]):
     and `state`, and `target` if it chooses its own targets.
     """
 
-    # Given
+    # Inputs
     image: Tensor  # int64 (N,): index of the image in the call
     run: Tensor  # int64 (N,): which restart or target of that image, from 0
     x: Tensor  # float32 (N, C, H, W): the image
@@ -68,8 +68,8 @@ class Rows(Table, Generic[S]):
     best_x: Tensor  # float32 (N, C, H, W): the best iterate so far, `x` before there is one
     best_logits: Tensor | None  # float32 (N, K): its logits, None before the first query
     best_score: Tensor  # float32 (N,): its score, -inf before the first query
-    fooled: Tensor  # bool (N,): whether it fools the model
-    fools: Tensor  # bool (N,): whether the last iterate scored does
+    fooled: Tensor  # bool (N,): whether the best iterate fools the model
+    fools: Tensor  # bool (N,): whether the last scored iterate fools the model
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -90,11 +90,11 @@ class Inputs:
         return self.y.device
 
     def images(self, index: Tensor) -> Tensor:
-        """Images float32 of int64 (M,), on the device that computes."""
+        """The images at `index` int64 (M,), as float32 on the device that computes."""
         return to_images(self.x[index.to(self.x.device)].to(self.device))
 
     def rows(self, images: Tensor, runs: Tensor, clean_logits: Tensor | None) -> Rows[Any]:
-        """New rows for int64 (M,) images and runs, `x_adv` and `state` not set yet."""
+        """New rows for `images` and `runs`, int64 (M,), without `x_adv` and `state`."""
         at = images.to(self.device)
         x, y, eps = self.images(images), self.y[at], self.eps[at]
         zeros, never = torch.zeros_like(y), torch.zeros_like(y, dtype=torch.bool)
@@ -120,7 +120,7 @@ class Inputs:
 
 
 def to_images(x: Tensor) -> Tensor:
-    """Images float32 in [0, 1] of images float32 or uint8."""
+    """Float32 or uint8 images as float32 in [0, 1]."""
     return to_float(x) if x.dtype == torch.uint8 else x.float()
 
 

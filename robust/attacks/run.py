@@ -100,7 +100,7 @@ def run_stages(
 
 
 def _clean(model: Model, x: Tensor, y: Tensor, batch_size: int | None) -> AttackResult:
-    """The result before any attack."""
+    """The result of no attack: the images themselves, with their logits."""
     passes = Passes(model)
     with frozen(model, x.device):
         parts = torch.split(x.float(), batch_size or len(x))

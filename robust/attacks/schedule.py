@@ -1,4 +1,7 @@
-"""Which run of which image starts next, and when an image is finished. Plain Python, no tensors."""
+"""Schedules the runs of all images: which starts next, and when an image is finished.
+
+Plain Python, no tensors.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ class Schedule:
         self._waiting = deque(range(images))  # images whose next run may start
         self._next_run = [0] * images
         self._running: list[set[int]] = [set() for _ in range(images)]
-        self._parallelizable: set[int] = set()  # images with a run going that may have another
+        self._parallelizable: set[int] = (
+            set()
+        )  # images with a run in progress that may start another
         self._fooled: set[int] = set()
 
     def start_runs(self, room: int) -> list[tuple[int, int]]:
@@ -43,7 +48,7 @@ class Schedule:
         return started
 
     def end_run(self, image: int, run: int, *, fooled: bool) -> Ended | None:
-        """Record how a run ended; returns None if the run was dropped."""
+        """Record the end of a run; returns None if the run had been dropped."""
         running = self._running[image]
         if run not in running:
             return None
@@ -76,7 +81,7 @@ class Schedule:
         return run
 
     def _parallel_runs(self, room: int) -> list[int]:
-        """Images for up to `room` runs in parallel to others, fewest runs started first."""
+        """Images for up to `room` more parallel runs, those with the fewest started runs first."""
         if room <= 0 or not self._parallelizable:
             return []
         heap = [(self._next_run[image], image) for image in self._parallelizable]

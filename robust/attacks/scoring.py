@@ -66,7 +66,7 @@ class Scorer:
             fools[fools.clone()] = self._fools(checked, self._confirm.logits(checked.x_adv))
         was, top = rows.fooled, rows.best_score
         better = (fools & ~was) | ((fools == was) & (score > top))
-        seen = better | first  # the first logits stand in where none is ever better
+        seen = better | first  # the first logits are kept if no iterate is ever better
         rows.fools = fools
         if rows.best_logits is None:
             rows.best_logits = logits.clone()

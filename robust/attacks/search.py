@@ -22,11 +22,12 @@ from robust.attacks.scoring import Scorer
 
 __all__ = ["Cancelled", "Finished", "for_rows", "search", "to_images"]
 
-# Number of queries to speculate on; each further guess is less likely to be right.
-SPECULATED = 3
-# Largest number of rows for which speculation pays on a CPU: with three guesses Square takes 0.73
-# of the time on one image with a ResNet-50, but 1.04 on eight, and 1.5 on 25 with a tiny network.
-FILLED = 4
+# Maximum speculative queries per row; each further guess is less likely to be right.
+MAX_GUESSES = 3
+# Largest pass on a CPU, current and speculative queries together, for which speculation pays: with
+# three guesses Square takes 0.73 of the time on one image with a ResNet-50, but 1.04 on eight, and
+# 1.5 on 25 with a tiny network.
+MAX_SPECULATIVE_PASS = 4
 
 # Returns the mask of cancelled images, bool (N,) on the CPU; called after each query.
 Cancelled = Callable[[], Tensor]
@@ -55,13 +56,14 @@ def search(
     that computes. Yields each image once, as it finishes. `batch_size` None takes all at once.
     Without `keep_failed` an image that was not fooled is returned unchanged, with the logits of
     its best iterate. With `confirm` a success counts only if it fools that model too. A
-    `cancelled` image leaves after its next query, with its best iterate so far. `meter` records
-    every pass.
-    If `pulse` returns True after a query, yields no images, so that the caller can report progress.
-    The results of the other images
-    depend neither on the batch size nor on the order, as far as the model's logits don't; the
-    passes spent on parallel runs and on speculation do. Raises ValueError for labels or targets
-    that the model has no class for, and ModelError.
+    `cancelled` image is finished after its next query, with its best iterate so far. `meter`
+    records every pass.
+    If `pulse` returns True after a query, an empty Finished is yielded, so that the caller can
+    report progress.
+
+    Results depend on the batch size and on the order of the images only as far as the model's
+    logits do; the passes spent on parallel runs and on speculation depend on both. Raises
+    ValueError for labels or targets that the model has no class for, and ModelError.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
@@ -153,7 +155,7 @@ class _QueryLoop:
             )
             self.results.forwards += 1
         self.scorer.check_logits(self.clean_logits)
-        # A run for each other class, and no more.
+        # At most one run per other class.
         self.schedule.max_runs = min(self.schedule.max_runs, self.clean_logits.shape[1] - 1)
 
     # Which rows come next
@@ -170,7 +172,7 @@ class _QueryLoop:
             self._wait(rows)
 
     def _next_batch_needs_gradient(self) -> bool:
-        """Picks the kind of query whose batch is full, or else the one with gradients."""
+        """Whether the next batch takes queries with gradient: unless a batch without is full."""
         with_gradient, without = self.waiting[True], self.waiting[False]
         full = without is not None and len(without) >= self.batch_size
         return with_gradient is not None and not full
@@ -220,8 +222,8 @@ class _QueryLoop:
         """How many speculative queries per row fit in a pass and save time."""
         most = self.batch_size
         if self.inputs.device.type == "cpu":
-            most = min(most, FILLED)
-        return max(0, min(most // rows - 1, SPECULATED))
+            most = min(most, MAX_SPECULATIVE_PASS)
+        return max(0, min(most // rows - 1, MAX_GUESSES))
 
     def _query_with_speculation(self, rows: Rows[Any], room: int) -> Iterator[Finished]:
         """Query the model once for the current images and up to `room` guesses of later ones.
@@ -242,7 +244,7 @@ class _QueryLoop:
             logits = logits[place]
             done = self._advance(rows, logits, self.scorer.loss(logits, rows))
             if not number:
-                rows.forwards = rows.forwards + (len(tried) - 1)  # paid for, right or wrong
+                rows.forwards = rows.forwards + (len(tried) - 1)  # computed, right or wrong
             if bool(done.any()):
                 yield from self._end_runs(rows.take(done))
                 rows, place = rows.take(~done), place[~done]

@@ -28,11 +28,11 @@ class AttackSettings:
     name: str
     threat_model: ThreatModel
     alpha: float  # 0 where the attack has no fixed step size
-    steps: int  # of `square`: queries
+    steps: int  # queries for `square`
     restarts: int
     random_start: bool
     seed: int
-    own_stages: tuple[AttackSettings, ...] = field(default=(), repr=False)  # of an ensemble
+    own_stages: tuple[AttackSettings, ...] = field(default=(), repr=False)  # empty if single-stage
 
     @property
     def entry(self) -> AttackEntry:
@@ -56,14 +56,14 @@ class AttackSettings:
 
     @property
     def cost(self) -> int:
-        """Most passes for one image, forward plus backward."""
+        """Maximum passes per image, forward plus backward."""
         if self.own_stages:
             return 1 + sum(stage.cost for stage in self.own_stages)
         return self.algorithm().cost
 
     @property
     def usual_cost(self) -> int:
-        """Most passes on a model without masked gradients."""
+        """Maximum passes per image on a model without masked gradients."""
         if self.own_stages:
             return 1 + sum(stage.usual_cost for stage in self.own_stages)
         return self.algorithm().usual_cost
@@ -110,8 +110,8 @@ class AttackSettings:
     ) -> AttackResult:
         """Attack images float32 (N, C, H, W) in [0, 1] with labels int64 (N,), as `pgd` does.
 
-        `cancelled` is a mask of images that may leave early, see `search`. Also raises ValueError
-        for a target that the attack doesn't support.
+        `cancelled` returns the mask of cancelled images, see `search`. Also raises ValueError for a
+        target that the attack doesn't support.
         """
         if target is not None and not self.takes_target:
             raise ValueError(f"expected an attack that takes a target, got {self.name}")
@@ -154,9 +154,9 @@ def resolve_attack(
     """The settings of an attack by name, with defaults; ``pgd-50`` is `pgd` with 50 steps.
 
     Parameters that the attack does not have are ignored. `alpha` defaults to a quarter of eps, or
-    more if the steps could not cross the ball. `stages` replaces those of an ensemble such as
-    `autoattack`, by name: ``["apgd-ce-10", "square-100"]``. Raises ValueError for an unknown
-    attack, for steps or restarts below 1, and for stages of a single-stage attack.
+    more if the steps could not cross the ball. `stages` replaces those of a multi-stage attack
+    such as `autoattack`, by name: ``["apgd-ce-10", "square-100"]``. Raises ValueError for an
+    unknown attack, for steps or restarts below 1, and for stages of a single-stage attack.
     """
     entry, named_steps = parse_name(name)
     takes = entry.parameters

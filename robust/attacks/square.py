@@ -18,7 +18,7 @@ from robust.attacks.rows import Rows, Table
 from robust.geometry import column, lengths
 
 P = 0.8  # fraction of the image that the first squares cover
-DRAWN = 32  # queries whose random numbers are made together
+DRAWN = 32  # queries per block, whose random numbers are generated together
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -29,13 +29,13 @@ class SquareState(Table):
     query: Tensor  # int64 (N,): queries made after the start
     x_top: Tensor  # float32 (N, C, H, W): the image of the highest margin
     loss_top: Tensor  # float32 (N,): its margin
-    draws: Tensor  # float32 (N, DRAWN, 5 + C): random numbers of the queries of one block
+    draws: Tensor  # float32 (N, DRAWN, 5 + C): random numbers for the queries of one block
     block: Tensor  # int64 (N,): which block, from 0; -1 before the first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Square(Algorithm[SquareState]):
-    """Changes random squares and keeps what raises the margin; see `robust.attacks.square`.
+    """Keeps random changes of squares that raise the margin; see `robust.attacks.square`.
 
     A step is one query.
     """
@@ -65,7 +65,7 @@ class Square(Algorithm[SquareState]):
     ) -> Tensor:
         state = rows.state
         better = loss > state.loss_top
-        if bool(better.any()):  # usually there is none
+        if bool(better.any()):  # rare
             state.x_top = torch.where(column(better), rows.x_adv, state.x_top)
             state.loss_top = torch.where(better, loss, state.loss_top)
         done = state.query >= self.steps
@@ -81,11 +81,11 @@ class Square(Algorithm[SquareState]):
         return self._square(rows, query) if self.norm == "linf" else self._windows(rows, query)
 
     def _draws(self, rows: Rows[SquareState], stream: Tensor | int, count: int) -> Tensor:
-        """Numbers in [0, 1), float32 (N, count); stream 0 is the start, then one for each query."""
+        """Numbers in [0, 1), float32 (N, count); stream 0 is the start, 1 the first query."""
         return uniform(rows.key, rows.run * 2**32 + stream, count)
 
     def _draws_of(self, rows: Rows[SquareState], query: Tensor) -> Tensor:
-        """The numbers of queries int64 (N,), float32 (N, 5 + C), made for a block at a time."""
+        """Random numbers float32 (N, 5 + C) of `query` int64 (N,), generated block by block."""
         state, block = rows.state, query // DRAWN
         if not torch.equal(block, state.block):
             n, _, count = state.draws.shape
@@ -110,7 +110,7 @@ class Square(Algorithm[SquareState]):
         x_new = torch.addcmul(rows.state.x_top, inside, change)
         return torch.minimum(torch.maximum(x_new, x - eps), x + eps).clamp(0, 1)
 
-    # L2: a window gets the perturbation of another one, and what is left of eps.
+    # L2: a window gets the perturbation of another window, and what is left of eps.
 
     def _tiles(self, rows: Rows[SquareState]) -> Tensor:
         x = rows.x
@@ -161,7 +161,7 @@ def square_sides(query: Tensor, x: Tensor, *, least: int) -> Tensor:
 
 @cache
 def _schedule(height: int, width: int, least: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The queries after which the squares shrink, and the sides before, between and after them."""
+    """The queries after which squares shrink (M,), and the sides before and after each (M + 1,)."""
     sides = []
     for halvings in range(len(HALVED_AFTER) + 1):
         side = max(round(math.sqrt(P / 2**halvings * height * width)), least)
@@ -183,7 +183,7 @@ def _norms(delta: Tensor) -> Tensor:
 def _window(
     x: Tensor, sides: Tensor, down: Tensor, across: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares at random places: a mask float32 (N, 1, H, W), and pixel places within the square."""
+    """Random squares: a mask float32 (N, 1, H, W), and row and column offsets within them."""
     height, width = x.shape[2:]
     place_y = torch.arange(height, device=x.device) - (down * (height - sides)).long().unsqueeze(1)
     place_x = torch.arange(width, device=x.device) - (across * (width - sides)).long().unsqueeze(1)
@@ -194,9 +194,9 @@ def _window(
 
 
 def _patterns(sides: Tensor, down: Tensor, across: Tensor, turned: Tensor) -> Tensor:
-    """The bumps of each window at its place, float32 (N, 1, H, W); undefined outside the window.
+    """The pattern of each window at its position, float32 (N, 1, H, W); undefined outside it.
 
-    `sides` (N,); `down` (N, H) and `across` (N, W) are places within the window.
+    `sides` (N,); `down` (N, H) and `across` (N, W) are offsets within the window.
     """
     values, first = _all_bumps(down.shape[1], across.shape[1], sides.device)
     side, last = sides.view(-1, 1, 1), (sides - 1).unsqueeze(1)
@@ -208,7 +208,7 @@ def _patterns(sides: Tensor, down: Tensor, across: Tensor, turned: Tensor) -> Te
 
 @cache
 def _all_bumps(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bumps of every side in the schedule, concatenated, and the offset of each."""
+    """The patterns of every side in the schedule, flattened and concatenated, and their offsets."""
     parts, first, count = [], [0] * (min(height, width) + 1), 0
     for side in set(_schedule(height, width, 3, device)[1].tolist()):
         parts.append(_bumps(side, device).flatten())
@@ -219,14 +219,14 @@ def _all_bumps(height: int, width: int, device: torch.device) -> tuple[Tensor, T
 
 @cache
 def _bumps(side: int, device: torch.device) -> Tensor:
-    """A hill above a valley with an L2 norm of 1, float32 (side, side)."""
+    """A pattern of a hill above a valley, with an L2 norm of 1, float32 (side, side)."""
     half = side // 2
     whole = torch.cat([_hill(half, side), -_hill(side - half, side)])
     return (whole / whole.square().sum().sqrt().clamp_min(1e-12)).to(device)
 
 
 def _hill(height: int, width: int) -> Tensor:
-    """Nested rectangles, the wider the lower."""
+    """A hill of nested rectangles, float32 (height, width)."""
     hill = torch.zeros(height, width)
     middle_y, middle_x = height // 2 + 1, width // 2 + 1
     top, left = middle_y - 1, middle_x - 1

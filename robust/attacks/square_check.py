@@ -30,8 +30,8 @@ class SquareCheck(Square):
     """A cheap check of each image for masked gradients, and the full Square if it fails.
 
     First come `ASCENT` gradient steps on the margin, then Square. If the network's gradients are
-    sound, random search is far behind after `QUERIES` queries, and the run ends. If it does at
-    least as well, the gradients mislead, so the run continues to all `steps` queries.
+    sound, random search is far behind after `QUERIES` queries, and the run ends. If random search
+    does at least as well, the gradients mislead, and the run continues to all `steps` queries.
     """
 
     uses_gradient: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nth_likeliest(logits: Tensor, y: Tensor, n: Tensor) -> Tensor:
-    """The `n`-th likeliest class other than `y`, from 0; `logits` (N, K), the others int64 (N,)."""
+    """The `n`-th likeliest class other than `y`, from 0: int64 (N,), like `y` and `n`."""
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
     order = others.argsort(dim=1, descending=True)
     return order.gather(1, n.unsqueeze(1)).squeeze(1)

@@ -1,6 +1,6 @@
-"""The commands that work on a checkpoint at the terminal.
+"""The commands that work on a checkpoint.
 
-Nothing here imports torch before a command runs, so that help is immediate.
+Nothing here imports torch before a command runs, so that `--help` is fast.
 """
 
 import click

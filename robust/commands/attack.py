@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -87,20 +86,22 @@ def attack(
     loaded.check_attacks(attacks)
     classifier, classes = loaded.classifier, loaded.sidecar.classes
     y = None if label is None else find_class(label, classes)
-    goal = None if target is None else find_class(target, classes)
+    target_class = None if target is None else find_class(target, classes)
     read, broken = read_images(paths, classifier)
     reports = []
     for item in read:
         image, pixels = item.path, item.pixels
         x = pixels.to(classifier.mean.device)
-        outcomes = [attack_image(classifier, x, y, settings=each, target=goal) for each in attacks]
+        outcomes = [
+            attack_image(classifier, x, y, settings=each, target=target_class) for each in attacks
+        ]
         names = _write_images(image, pixels, outcomes, out)
         attacked = [_to_dict(outcome, classes, image, out) for outcome in outcomes]
         changes = list(item.changes)
         reports.append({"image": str(image), "changes": changes, "attacks": attacked})
         if str(json_path) != "-":
-            of = f"{image} " if len(paths) > 1 else ""
-            click.echo(f"{of}away from {_aim(outcomes[0], classes)}")
+            prefix = f"{image} " if len(paths) > 1 else ""
+            click.echo(f"{prefix}away from {_goal(outcomes[0], classes)}")
             click.echo(_describe(outcomes, classes))
             click.echo(f"wrote {len(names)} images to {out}: {', '.join(names)}")
     about = {"checkpoint": model.spec, "model": loaded.origin(), "weights_sha256": loaded.sha256}
@@ -112,20 +113,21 @@ def attack(
 
 def _check_names(paths: list[Path]) -> None:
     """Raise ValueError if the results of two images would have the same name."""
-    stems = [path.stem for path in paths]
-    twice = [path for path in paths if stems.count(path.stem) > 1]
-    if twice:
-        raise ValueError(
-            "expected images with different names, as results are named after them, got "
-            f"{twice[0]} and {twice[1]}"
-        )
+    first: dict[str, Path] = {}
+    for path in paths:
+        other = first.setdefault(path.stem, path)
+        if other is not path:
+            raise ValueError(
+                "expected images with different names, as results are named after them, got "
+                f"{other} and {path}"
+            )
 
 
 def _write_images(
     image: Path, pixels: Tensor, outcomes: list[AttackOutcome], out: Path
 ) -> list[str]:
     """Write the image as the model saw it and the result of each attack; return the names."""
-    from robust.files import write_atomic
+    from robust.files import write_bytes
     from robust.images import encode_png
 
     written = {f"{image.stem}-input.png": pixels}
@@ -133,12 +135,8 @@ def _write_images(
         written[_file_name(image, outcome)] = outcome.image
         written[_file_name(image, outcome, "-perturbation")] = outcome.perturbation
     for name, value in written.items():
-        write_atomic((out / name).resolve(), partial(_write, encode_png(value)))
+        write_bytes((out / name).resolve(), encode_png(value))
     return list(written)
-
-
-def _write(data: bytes, file: IO[bytes]) -> None:
-    file.write(data)
 
 
 def _file_name(image: Path, outcome: AttackOutcome, ending: str = "") -> str:
@@ -156,8 +154,8 @@ def _describe(outcomes: list[AttackOutcome], classes: tuple[str, ...]) -> str:
                 outcome.settings.label,
                 threat_model.norm,
                 format_eps(threat_model.eps),
-                _leader(outcome.before, classes),
-                _leader(outcome.after, classes),
+                _top_class(outcome.before, classes),
+                _top_class(outcome.after, classes),
                 _success(outcome),
                 format_eps(outcome.linf),
                 f"{outcome.l2:.3f}",
@@ -168,12 +166,12 @@ def _describe(outcomes: list[AttackOutcome], classes: tuple[str, ...]) -> str:
     return table(header, rows)
 
 
-def _aim(outcome: AttackOutcome, classes: tuple[str, ...]) -> str:
+def _goal(outcome: AttackOutcome, classes: tuple[str, ...]) -> str:
     towards = f" toward {classes[outcome.target]}" if outcome.target is not None else ""
     return plain(classes[outcome.label] + towards)
 
 
-def _leader(probabilities: Any, classes: tuple[str, ...]) -> str:
+def _top_class(probabilities: Any, classes: tuple[str, ...]) -> str:
     index = int(probabilities.argmax())
     return f"{classes[index]} {percent(float(probabilities[index]))}"
 

@@ -39,14 +39,14 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     type=click.IntRange(100, 1_000_000),
     default=1000,
     show_default=True,
-    help="Noisy copies of each image; more give larger radii.",
+    help="Noisy copies per image; more give larger radii.",
 )
 @click.option(
     "--alpha",
     type=click.FloatRange(0, 0.5, min_open=True),
     default=0.001,
     show_default=True,
-    help="Largest probability that a radius is wrong.",
+    help="Maximum probability that a radius is wrong.",
 )
 @click.option(
     "--seed",

@@ -1,4 +1,4 @@
-"""``robust completion``: what a shell needs to complete commands and options."""
+"""``robust completion``: shell completion of commands and options."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     kind = get_completion_class(shell)
     assert kind is not None
-    # Not its `source`, which runs bash to look at its version, also where none is to be used here.
+    # Not `script.source()`, which runs bash to check its version even on a machine without bash.
     script = kind(ctx.find_root().command, {}, PROGRAM, VARIABLE)
     click.echo(script.source_template % script.source_vars())

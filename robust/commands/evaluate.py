@@ -122,11 +122,11 @@ def evaluate(
         restarts=restarts,
         seed=seed,
     )
-    # Long, as attacking some images takes hours longer than others.
-    group = init_distributed(model.device(), patience=timedelta(days=30))
+    # A long timeout, as some ranks may finish hours before others.
+    group = init_distributed(model.device(), timeout=timedelta(days=30))
     world, device = click.get_current_context().with_resource(group)
     loaded = model.load(device)
-    device = loaded.classifier.mean.device  # the CPU where an accelerator disagrees
+    device = loaded.classifier.mean.device  # the CPU if the accelerator disagreed with it
     loaded.check_attacks(attacks)
     if curve and not loaded.classifier.differentiable:
         click.echo(f"note: no curve: {CURVE_ATTACK} needs gradients", err=True)
@@ -155,7 +155,7 @@ def evaluate(
         journal=journal,
         model_id=loaded.sha256,
         watch=progress.tick,
-        foretell=progress.foretell,
+        on_forecast=progress.show_forecast,
         world=world,
     )
     # Also closed on Ctrl-C, so that the journal is released.

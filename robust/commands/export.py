@@ -1,4 +1,4 @@
-"""``robust export``: a file of the weights that loads without this project."""
+"""``robust export``: the weights in a file that loads without this project."""
 
 from __future__ import annotations
 

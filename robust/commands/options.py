@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_CHECKPOINT = Path("models/robust_model.pt")
-MAX_STEPS = 10_000  # far beyond convergence; more is a typo
+MAX_STEPS = 10_000  # far beyond convergence; more must be a typo
 MAX_RESTARTS = 1_000
 MAX_SEED = 2**32 - 1
 
@@ -58,16 +58,17 @@ device_option = click.option(
 )
 
 
-_DESCRIBING = (
+_DESCRIPTION_OPTIONS = (
     click.option(
         "--arch",
         metavar="NAME",
-        help="Network, timm:NAME or torchvision:NAME. Default: by its keys.",
+        help="Network, timm:NAME or torchvision:NAME. Default: inferred from the keys.",
     ),
     click.option(
         "--stem",
         metavar="NAME",
-        help="imagenet, cifar, 3x3-stride2, 3x3-maxpool or 3x3-stride2-maxpool. Default: by shape.",
+        help="imagenet, cifar, 3x3-stride2, 3x3-maxpool or 3x3-stride2-maxpool. Default: inferred "
+        "from the weights.",
     ),
     click.option("--activation", metavar="NAME", help="relu or silu. Default: relu."),
     click.option(
@@ -97,8 +98,8 @@ DESCRIBED = ("arch", "stem", "activation", "input_size", "mean", "std", "classes
 
 
 def describing_options(function: F) -> F:
-    """Options that describe a bare state dict, passed on under the names `DESCRIBED`."""
-    for option in reversed(_DESCRIBING):
+    """Add the options that describe a bare state dict; passed on under the names in `DESCRIBED`."""
+    for option in reversed(_DESCRIPTION_OPTIONS):
         function = option(function)
     return function
 
@@ -109,7 +110,7 @@ class ModelChoice:
 
     spec: str
     device_name: str
-    said: dict[str, Any]
+    description: dict[str, Any]
 
     def device(self) -> torch.device:
         """The requested device. Raises ValueError if there is none."""
@@ -118,15 +119,15 @@ class ModelChoice:
         return resolve_device(self.device_name)
 
     def load(self, device: torch.device | None = None) -> Checkpoint:
-        """Load the model, on the requested device unless another is given.
+        """Load the model on `device`, by default the requested one.
 
-        If `auto` found an accelerator that disagrees with the CPU, prints a warning and uses the
+        If `auto` chose an accelerator that disagrees with the CPU, prints a warning and uses the
         CPU. Raises ValueError.
         """
         from robust.checkpoint import load_checkpoint, model_options
         from robust.device import DeviceDisagrees
 
-        options, device = model_options(**self.said), device or self.device()
+        options, device = model_options(**self.description), device or self.device()
         try:
             return load_checkpoint(self.spec, device=device, options=options)
         except DeviceDisagrees as error:
@@ -143,17 +144,17 @@ json_option = click.option(
     metavar="FILE",
     help="Also write the result as JSON; - prints it instead of the table.",
 )
-"""The JSON file for the result; passed on as `json_path`."""
+"""The option for the result as JSON; passed on as `json_path`."""
 
 
 test_option = click.option(
     "--test/--train", default=True, help="Split of a data set that has several. Default: test."
 )
-"""The split of a data set that has several; passed on as `test`."""
+"""The option for the split of a data set; passed on as `test`."""
 
 
 def data_options(function: F) -> F:
-    """The labeled images and how many of them; passed on as `data`, `test` and `limit`."""
+    """Add the options for labeled images; passed on as `data`, `test` and `limit`."""
     options = (
         click.option("--data", required=True, metavar="PATH", help=data_help()),
         test_option,
@@ -170,13 +171,15 @@ def data_options(function: F) -> F:
 
 
 def model_options(function: F) -> F:
-    """The model, its device and the options that describe it; passed on as `model`."""
+    """Add the options for the model, its device and its description; passed on as `model`."""
 
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
-        said = {name: kwargs.pop(name) for name in DESCRIBED}
+        description = {name: kwargs.pop(name) for name in DESCRIBED}
         kwargs["model"] = ModelChoice(
-            spec=kwargs.pop("model_spec"), device_name=kwargs.pop("device_name"), said=said
+            spec=kwargs.pop("model_spec"),
+            device_name=kwargs.pop("device_name"),
+            description=description,
         )
         return function(*args, **kwargs)
 
@@ -200,7 +203,7 @@ def model_options(function: F) -> F:
 
 
 def attack_options(function: F) -> F:
-    """The attacks, their threat model and their parameters."""
+    """Add the options for attacks, their threat model and their parameters."""
     options = (
         click.option(
             "--attack",
@@ -381,7 +384,9 @@ def expand_images(names: Sequence[str]) -> list[Path]:
     for name in names:
         path, found = Path(name), [Path(name)]
         if path.is_dir():
-            found = sorted(item for item in path.iterdir() if item.is_file() and _shown(item))
+            found = sorted(
+                item for item in path.iterdir() if item.is_file() and not _is_hidden(item)
+            )
         elif not path.exists() and any(mark in name for mark in "*?["):
             found = sorted(Path(item) for item in glob(name, recursive=True) if _is_file(item))
         if not found:
@@ -390,8 +395,8 @@ def expand_images(names: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _shown(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _is_file(name: str) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from robust.datasets import Dataset
     from robust.evaluation.forecast import Forecast
 
-LONG = 10.0  # seconds above which the time is printed in advance
+LONG = 10.0  # seconds above which a forecast is printed
 
 
 def percent(share: float) -> str:
@@ -23,7 +23,7 @@ def percent(share: float) -> str:
 
 
 def echo_changes(dataset: Dataset) -> None:
-    """Print on standard error what was resized, skipped or guessed when reading the data."""
+    """Print on standard error what was resized, skipped or guessed in reading the data."""
     for line in dataset.changes:
         click.echo(f"note: {plain(dataset.name)}: {plain(line)}", err=True)
 
@@ -34,7 +34,7 @@ def write_report(path: Path, value: Any) -> None:
 
     if str(path) == "-":
         click.echo(to_json(value), nl=False)
-    elif path.exists() and not path.is_file():  # a pipe or device: nothing to rename over
+    elif path.exists() and not path.is_file():  # a pipe or device can't be replaced by a rename
         path.write_bytes(to_json(value))
     else:
         write_json(path.resolve(), value)
@@ -63,25 +63,25 @@ class Progress:
             click.echo(f"{self.title}: {share}, {note}", err=True)
         self.done = done
 
-    def foretell(self, expected: Forecast) -> None:
+    def show_forecast(self, forecast: Forecast) -> None:
         """Print an upper bound on the time, if it is long."""
-        if self.quiet or expected.seconds < LONG:
+        if self.quiet or forecast.seconds < LONG:
             return
         from robust.report.words import duration
 
-        worst, more = "", " more" if expected.stage else ""
-        if expected.worst > expected.passes:
-            worst = f", or {duration(expected.worst_seconds)} if gradients turn out to mislead"
-        left = f"{expected.stage} left " if expected.stage else ""
+        worst, more = "", " more" if forecast.stage else ""
+        if forecast.worst > forecast.passes:
+            worst = f", or {duration(forecast.worst_seconds)} if gradients turn out to mislead"
+        left = f"{forecast.stage} left " if forecast.stage else ""
         click.echo(
-            f"note: {left}{expected.images} images: at most {duration(expected.seconds)}{more}"
-            f"{worst} ({expected.passes} passes of {expected.seconds_per_pass:.2g} s); images that "
+            f"note: {left}{forecast.images} images: at most {duration(forecast.seconds)}{more}"
+            f"{worst} ({forecast.passes} passes of {forecast.seconds_per_pass:.2g} s); images that "
             "are fooled early take fewer",
             err=True,
         )
 
     def tick(self) -> None:
-        """Show that work goes on, though nothing is through."""
+        """Redraw the bar, to show that work continues."""
         if self.bar is not None:
             self.bar.refresh()
 

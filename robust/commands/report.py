@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from robust.report.evaluations import Measurement
     from robust.report.run import TrainingRun
 
-RUNS = "runs"  # beside a checkpoint
+RUNS = "runs"  # folder of runs, in the folder of a checkpoint
 HTML, PDF = "report.html", "report.pdf"
-MOST_EXAMPLES = 50
+MAX_EXAMPLES = 50
 
 
 @click.command()
@@ -51,7 +50,7 @@ MOST_EXAMPLES = 50
 @test_option
 @click.option(
     "--examples",
-    type=click.IntRange(1, MOST_EXAMPLES),
+    type=click.IntRange(1, MAX_EXAMPLES),
     default=10,
     show_default=True,
     metavar="N",
@@ -75,7 +74,7 @@ def report(
     examples: int,
     device_name: str,
     out: Path,
-    **said: Any,
+    **description: Any,
 ) -> None:
     """Write a report on a training run, as HTML and as PDF.
 
@@ -92,7 +91,7 @@ def report(
 
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
-    from robust.files import write_atomic
+    from robust.files import write_bytes
     from robust.report.build import build_report
     from robust.report.examples import show_examples
     from robust.report.html import render_html
@@ -100,7 +99,9 @@ def report(
 
     checkpoint, folder = find_run(run, checkpoint)
     training = _read_run(folder)
-    loaded = ModelChoice(spec=str(checkpoint), device_name=device_name, said=said).load()
+    loaded = ModelChoice(
+        spec=str(checkpoint), device_name=device_name, description=description
+    ).load()
     device = loaded.classifier.mean.device
     _check(training, loaded)
     measurements = _read_evaluations(evaluations, loaded)
@@ -119,7 +120,7 @@ def report(
     )
     page, printed = render_html(document).encode(), render_pdf(document)
     for name, content in ((HTML, page), (PDF, printed)):
-        write_atomic((out / name).resolve(), partial(_write, content))
+        write_bytes((out / name).resolve(), content)
     if not evaluations:
         click.echo("no --evaluation: using the accuracies recorded in the sidecar")
     if shown is None:
@@ -127,12 +128,8 @@ def report(
     click.echo(f"wrote {out / HTML} and {out / PDF}")
 
 
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
-
-
 def find_run(run: Path | None, checkpoint: Path | None) -> tuple[Path, Path | None]:
-    """Checkpoint and run, each derived from the other if only one is given.
+    """The checkpoint and the run; one that is not given is derived from the other.
 
     A checkpoint may have no run; a run that is given must exist.
     """

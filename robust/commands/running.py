@@ -14,13 +14,13 @@ INTERRUPTED = 130  # as in shells: 128 plus the number of SIGINT
 
 
 def main(command: click.Command, *, name: str) -> NoReturn:
-    """Run `command` with this process's arguments and exit: 0 when done, 130 for Ctrl-C.
+    """Run `command` with this process's arguments and exit.
 
-    2 is for user errors.
+    The exit status is 0 on success, 2 for a user error and 130 for Ctrl-C.
     """
-    # Read by OpenMP when torch is loaded. Its idle threads spin for milliseconds by default: two
-    # processes on the same cores take them from each other. With a short spin each of two float32
-    # ResNet-50 trainings on two cores does 74 images/s instead of 13; alone it costs 3%.
+    # OpenMP reads this when torch is loaded. By default its idle threads spin for milliseconds, so
+    # two processes on the same cores slow each other down. With a short spin, each of two float32
+    # ResNet-50 trainings on two cores does 74 images/s instead of 13; a single one is 3% slower.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(run_command(command, sys.argv[1:], name=name))
@@ -41,24 +41,24 @@ def run_command(command: click.Command, arguments: Sequence[str], *, name: str) 
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader closed the pipe, like `head`. Python would fail again when it flushes at exit.
+        # The reader closed the pipe, as `head` does. Python would fail again in its flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if "--traceback" in arguments or not _is_users(error):
+        if "--traceback" in arguments or not _is_user_error(error):
             raise
-        line = "".join(char if char.isprintable() else " " for char in _in_words(error))
+        line = "".join(char if char.isprintable() else " " for char in _message(error))
         click.echo(f"{name}: {line}", err=True)
         return USER_ERROR
     return result if isinstance(result, int) else 0
 
 
-def _is_users(error: Exception) -> bool:
-    # Recognized by name: torch is not imported here.
+def _is_user_error(error: Exception) -> bool:
+    # By name, because torch is not imported here.
     return not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _in_words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror.lower()}"

@@ -19,9 +19,9 @@ from robust.evaluation.result import Probes
 
 PROBED = 50  # images to classify
 COMPARED = 16  # of these, images on which two passes are compared
-KNOWN = 2  # instead, of a classifier that was compared with its copy when that was made
+COMPARED_WITH_COPY = 2  # the same for a Classifier, whose fast copy was compared when it was made
 DIFFERENTIATED = 8  # images whose gradient is checked
-TRIED = 8  # images that decide whether to try a normalization on all
+TRIED = 8  # images that decide whether a normalization is tried on all
 # Usual means and stds by data set; those of CIFAR-100 are too close to CIFAR-10's to tell apart.
 NORMALIZATIONS = {
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -51,11 +51,11 @@ def probe(
     probabilities instead of logits (unless allowed, and then flagged later).
     """
     passes, search = (Passes(model, batch_size) for model in (models.exact, models.search))
-    few = x[: KNOWN if models.has_fast else COMPARED]
+    few = x[: COMPARED_WITH_COPY if models.has_fast else COMPARED]
     some = slice(DIFFERENTIATED)
     with frozen(models.original, x.device), _unchanged(models.original):
         expected = passes.logits(few)
-        # With another batch size, which changes the output of a batch norm in train mode.
+        # With another batch size, which changes the output of batch norm in train mode.
         again = torch.cat([passes.logits(part) for part in torch.split(few, (len(few) + 1) // 2)])
         fast = Passes(models.fast, batch_size).logits(few) if models.has_fast else expected
         models.trust_fast(max(_difference(again, expected), _difference(fast, expected)))
@@ -67,7 +67,7 @@ def probe(
         if probabilities and not allow_probabilities:
             raise ModelError(
                 "expected logits, got probabilities from the model: every row is in [0, 1] and "
-                "sums to 1; leave its softmax out, or gradients vanish and attacks look weak"
+                "sums to 1; remove its softmax, or gradients vanish and attacks look weak"
             )
         begin = time.perf_counter()
         gradient = _gradient(search, x[some], y[some], needed=differentiate)
@@ -75,9 +75,10 @@ def probe(
             torch.accelerator.synchronize()
         seconds = (time.perf_counter() - begin) / len(x[some]) / (1 if gradient is None else 2)
         predicted = logits.argmax(dim=1)
-        # Too few images for a conclusion otherwise.
-        best, name = _normalized(search, x, y, predicted) if len(x) >= FEWEST else (None, "")
-    nan, zero = _unusable(gradient)
+        best, name = None, ""
+        if len(x) >= FEWEST:  # too few for a conclusion otherwise
+            best, name = _best_normalization(search, x, y, predicted)
+    nan, zero = _count_unusable(gradient)
     found = Probes(
         n=len(x),
         difference=_difference(again, expected),
@@ -94,7 +95,7 @@ def probe(
 
 
 def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor | None:
-    """Of the cross-entropy; None where the model has none and none is needed."""
+    """The gradient of the cross-entropy; None if the model has none and none is needed."""
 
     def loss(logits: Tensor, part: slice) -> Tensor:
         return F.cross_entropy(logits, y[part], reduction="none")
@@ -107,16 +108,18 @@ def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor |
     return None
 
 
-def _unusable(gradient: Tensor | None) -> tuple[int, int]:
+def _count_unusable(gradient: Tensor | None) -> tuple[int, int]:
     """Number of images with NaN or infinity in the gradient, and with an all-zero gradient."""
-    if gradient is None:  # no attack looks at it
+    if gradient is None:  # no attack uses it
         return 0, 0
     rows = gradient.flatten(1)
     nan = ~rows.isfinite().all(dim=1)
     return int(nan.sum()), int(((rows == 0).all(dim=1) & ~nan).sum())
 
 
-def _normalized(passes: Passes, x: Tensor, y: Tensor, predicted: Tensor) -> tuple[int | None, str]:
+def _best_normalization(
+    passes: Passes, x: Tensor, y: Tensor, predicted: Tensor
+) -> tuple[int | None, str]:
     """Number of correct images with the best normalization, and its name.
 
     None if, on the first few images, no normalization beats predicting without one.
@@ -127,18 +130,18 @@ def _normalized(passes: Passes, x: Tensor, y: Tensor, predicted: Tensor) -> tupl
         mean, std = (x.new_tensor(row).view(1, 3, 1, 1) for row in values)
         normalized = (x - mean) / std
         try:
-            right = _right(passes, normalized[:TRIED], y[:TRIED])
-            if right <= tried:
+            correct = _count_correct(passes, normalized[:TRIED], y[:TRIED])
+            if correct <= tried:
                 continue
-            right += _right(passes, normalized[TRIED:], y[TRIED:])
+            correct += _count_correct(passes, normalized[TRIED:], y[TRIED:])
         except (ValueError, AssertionError):
-            continue  # a model that refuses such images expects others
-        if right > (best[0] or 0):
-            best = right, name
+            continue  # the model itself refuses values outside [0, 1]
+        if correct > (best[0] or 0):
+            best = correct, name
     return best
 
 
-def _right(passes: Passes, x: Tensor, y: Tensor) -> int:
+def _count_correct(passes: Passes, x: Tensor, y: Tensor) -> int:
     return int((passes.logits(x).argmax(dim=1) == y).sum())
 
 
@@ -165,18 +168,18 @@ def _are_probabilities(logits: Tensor) -> bool:
 def _unchanged(model: Model) -> Iterator[None]:
     """Raise ModelError if predictions change the buffers of `model`, which are restored."""
     before = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
-    moved: list[str] = []
+    changed: list[str] = []
     try:
         yield
     finally:
         for name, now in _buffers(model).items():
             if not torch.equal(now.nan_to_num(), before[name].nan_to_num()):
-                moved.append(name)
+                changed.append(name)
                 now.copy_(before[name])
-    if moved:
+    if changed:
         raise ModelError(
-            f"expected a model that predicting does not change, got one that moves {moved[0]}"
-            + (f" and {len(moved) - 1} more" if len(moved) > 1 else "")
+            f"expected a model that prediction leaves unchanged, got one that changes {changed[0]}"
+            + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
             + ": its batch norm runs in train mode though the model is in eval mode"
         )
 

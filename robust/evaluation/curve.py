@@ -1,4 +1,4 @@
-"""The curve of accuracy over eps: one short attack at growing radii."""
+"""The curve of accuracy over eps: one short attack at increasing radii."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from robust.evaluation.flags import large_eps
 from robust.threat_model import ThreatModel
 
 CURVE_ATTACK = "pgd-20"
-CURVE = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of eps
+CURVE = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # multiples of eps
 
 
 def radii(ball: ThreatModel, image: Tensor) -> list[float]:

@@ -20,20 +20,20 @@ FEWEST = 20  # fewest correctly classified images for a conclusion
 # Budgets at which any known model has some image that can be fooled.
 LEAST_EPS: dict[Norm, float] = {"linf": 2 / 255, "l2": 0.25}
 GRAY = 128 / 255  # a change that can turn every pixel, and so every image, into the same gray
-RANDOM = 1e-4  # largest difference of two passes, relative to the largest logit
-FLAT = 0.05  # share of images that may have no gradient
+RANDOM = 1e-4  # largest allowed difference of two passes, relative to the largest logit
+FLAT = 0.05  # largest allowed share of images without a gradient
 MANY_STEPS = 10  # of an attack that Square should not beat
 SQUARE_GAIN = 0.002  # accuracy that Square may remove after all gradient attacks of AutoAttack
 SQUARE_LEAD = 0.02  # accuracy by which it may beat a single gradient attack
 KEPT = 0.75  # if FGSM accuracy is at least this share of clean accuracy,
 COLLAPSE = 0.4  # PGD accuracy should be at least this share of FGSM's
-UNCONFIRMED = 0.002  # share of images whose success may stay unconfirmed
+UNCONFIRMED = 0.002  # largest allowed share of images with an unconfirmed success
 
 
 SEEN_IMAGES = Flag(
     name="training-data",
     text="these are the images that the model was trained on",
-    advice="score it on others",
+    advice="evaluate on other images",
 )
 
 
@@ -71,13 +71,16 @@ def _of_model(evaluation: Evaluation) -> Iterator[Flag]:
     if clean.n >= FEWEST and classes > 1 and high < 1 / classes:
         yield Flag(
             name="chance",
-            text=f"{clean.correct} of {clean.n} images are right as they come, less than chance",
-            advice="they are adversarial already, or labels or the order of classes are wrong",
+            text=f"{clean.correct} of {clean.n} clean images are classified correctly, fewer than "
+            "by chance",
+            advice="the images are adversarial already, or the labels or the order of classes are "
+            "wrong",
         )
     elif clean.n >= FEWEST and classes > 1 and low <= 1 / classes:
         yield Flag(
             name="chance",
-            text=f"{clean.correct} of {clean.n} clean images are right, no more than chance",
+            text=f"{clean.correct} of {clean.n} clean images are classified correctly, no more "
+            "than by chance",
             advice="check labels, order of classes, pixel range and normalization first",
         )
     unconfirmed = sum(item.unconfirmed for item in evaluation.attacks)
@@ -85,7 +88,8 @@ def _of_model(evaluation: Evaluation) -> Iterator[Flag]:
         yield Flag(
             name="unconfirmed",
             text=f"{unconfirmed} adversarial images did not fool the exact model",
-            advice="evaluate with precision fp32, and make sure the model answers the same twice",
+            advice="evaluate with precision fp32, and check that two passes over the same image "
+            "give the same logits",
         )
 
 
@@ -93,24 +97,24 @@ def _of_probes(probes: Probes, *, chance: float) -> Iterator[Flag]:
     if probes.difference > RANDOM:
         yield Flag(
             name="randomized",
-            text="the model answers the same image differently, by "
-            f"{probes.difference:.1%} of its largest logit",
-            advice="switch dropout, noise and random transforms off, or average over many answers",
+            text="two passes over the same image differ by "
+            f"{probes.difference:.1%} of the largest logit",
+            advice="turn off dropout, noise and random transforms, or average over many passes",
         )
     if probes.probabilities:
         yield Flag(
             name="probabilities",
             text="the model returns probabilities instead of logits",
-            advice="leave its softmax out: where it saturates gradients vanish",
+            advice="remove its softmax: where it saturates, gradients vanish",
         )
     flat, seen = probes.zero_gradients, probes.differentiated or probes.n
     if flat > FLAT * seen or probes.nan_gradients:
         yield Flag(
             name="gradients",
-            text=f"of {seen} images {flat} have no gradient at all and "
+            text=f"of {seen} images {flat} have a gradient of zero and "
             f"{probes.nan_gradients} have NaN in it",
-            advice="attacks that follow it are blind there: look for saturation, rounding or "
-            "masking, and rely on square and on attacks on the margin (apgd-dlr, apgd-t)",
+            advice="gradient attacks fail there: look for saturation, rounding or masking, and "
+            "rely on square and on attacks on the margin (apgd-dlr, apgd-t)",
         )
     if probes.right_normalized is None:
         return
@@ -120,8 +124,8 @@ def _of_probes(probes: Probes, *, chance: float) -> Iterator[Flag]:
     if probes.n >= FEWEST and lowest > highest >= chance:
         yield Flag(
             name="normalization",
-            text=f"{probes.right_normalized} of {probes.n} images are right once they are "
-            f"normalized as for {probes.normalization}, and {probes.right} as they are",
+            text=f"{probes.right_normalized} of {probes.n} images are classified correctly when "
+            f"normalized as for {probes.normalization}, but {probes.right} as given",
             advice="unless the images are adversarial already, put the normalization inside the "
             "model: eps is in pixels of [0, 1]",
         )
@@ -134,8 +138,8 @@ def _of_attacks(evaluation: Evaluation) -> Iterator[Flag]:
             yield Flag(
                 name="no effect",
                 text=f"{item.label} fooled none of {clean} images",
-                advice="unless this data is that easy, gradients are masked or the attack is "
-                "broken, and the accuracy is no bound: run autoattack",
+                advice="unless this data is very easy, gradients are masked or the attack is "
+                "broken, and the accuracy says nothing: run autoattack",
             )
     for weak in evaluation.attacks:
         for strong in evaluation.attacks:
@@ -160,7 +164,7 @@ def _should_fool(evaluation: Evaluation, item: Accuracy) -> bool:
         if point.eps == ball.eps:
             fooled = max(fooled, points[0].correct - point.correct)
     if fooled:
-        # With few queries, failing says nothing about the model.
+        # A failed attack without gradients says nothing: its queries may be too few.
         return settings.uses_gradient and fooled > max(2, clean // 20)
     return not points or 2 * points[-1].correct > points[0].correct
 
@@ -170,32 +174,31 @@ def _of_pair(evaluation: Evaluation, weak: Accuracy, strong: Accuracy) -> Iterat
     if gap > max(2, evaluation.n // 100):
         yield Flag(
             name="single step stronger",
-            text=f"{strong.label} leaves {gap} more images right than the single step of "
-            f"{weak.label}",
+            text=f"{strong.label} fooled {gap} images fewer than the single step of {weak.label}",
             advice="its steps are too small, or gradients are masked: run autoattack and look at "
             "square",
         )
-    # One step also fools an undefended model. After catastrophic overfitting to single-step attacks
-    # a model keeps nearly all its accuracy under one step and next to nothing under more.
+    # After catastrophic overfitting to single-step attacks, a model keeps nearly all its accuracy
+    # under one step and almost none under several. An undefended model loses it under one step too.
     if weak.correct > KEPT * evaluation.clean.correct and strong.correct < COLLAPSE * weak.correct:
         yield Flag(
             name="single step only",
-            text=f"{weak.label} leaves {-gap} more images right than {strong.label}",
-            advice="the model has learned to withstand one step (catastrophic overfitting): do "
-            "not quote the accuracy under fgsm, and train with more steps or noise",
+            text=f"{weak.label} fooled {-gap} images fewer than {strong.label}",
+            advice="the model has learned to resist a single step only (catastrophic overfitting): "
+            "do not report the accuracy under fgsm, and train with more steps or noise",
         )
 
 
 def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
     for item in evaluation.attacks:
-        stages = zip(item.stages, _settings(item).stages, strict=False)  # not all may have run
+        stages = zip(item.stages, _settings(item).stages, strict=False)  # some may not have run
         for (before, _), (after, settings) in pairwise(stages):
             taken = before.correct - after.correct
             if _is_random_search(settings) and taken > max(1, SQUARE_GAIN * item.n):
                 yield Flag(
                     name="square stronger",
-                    text=f"square, which sees no gradient, fooled {taken} images that the "
-                    "attacks with gradients had left",
+                    text=f"square, which uses no gradient, fooled {taken} images that the "
+                    "gradient attacks did not",
                     advice="the gradients mislead: give square more queries and restarts, and "
                     "write an attack for this model",
                 )
@@ -207,8 +210,8 @@ def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
         if gap > max(2, SQUARE_LEAD * item.n):
             yield Flag(
                 name="square stronger",
-                text=f"square, which sees no gradient, leaves {gap} fewer images right than "
-                "the attacks with gradients",
+                text=f"square, which uses no gradient, fooled {gap} images more than the gradient "
+                "attacks",
                 advice="the gradients mislead: run autoattack, or write an attack for this model",
             )
 
@@ -223,8 +226,8 @@ def _of_curve(evaluation: Evaluation) -> Iterator[Flag]:
                 name="not monotone",
                 text=f"accuracy rises from {before.correct} to {after.correct} of {after.n} as "
                 f"eps grows from {format_eps(before.eps)} to {format_eps(after.eps)}",
-                advice="an attack that fails with more room is stuck: more steps and restarts, "
-                "another loss, and square",
+                advice="the attack is stuck, as a larger ball can only help it: try more steps and "
+                "restarts, another loss, and square",
             )
     last, sizes = points[-1], [n for _, n in evaluation.clean.per_class]
     low, _ = wilson_interval(last.correct, last.n)
@@ -232,9 +235,9 @@ def _of_curve(evaluation: Evaluation) -> Iterator[Flag]:
     if low > max(sizes) / sum(sizes):
         yield Flag(
             name="large eps",
-            text=f"{last.correct} of {last.n} images are right even at eps "
+            text=f"{last.correct} of {last.n} images are classified correctly even at eps "
             f"{format_eps(last.eps)}, where all images can be made the same",
-            advice="the attack does not find what must be there: gradients are masked",
+            advice="the attack misses adversarial images that must exist: gradients are masked",
         )
 
 

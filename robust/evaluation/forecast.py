@@ -1,4 +1,4 @@
-"""Estimates how long an evaluation takes, before it begins and after each stage."""
+"""Upper bounds on the time of an evaluation, before the first attack and after each stage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Forecast:
     """Upper bound on the remaining time; images that are fooled early take less."""
 
     images: int
-    passes: int  # forward and backward passes of one image
+    passes: int  # forward and backward passes, counted per image
     worst: int  # the same for a model with masked gradients
     seconds_per_pass: float
-    stage: str = ""  # the one that left these images; empty before the first
+    stage: str = ""  # the finished stage; empty before the first
 
     @property
     def seconds(self) -> float:
@@ -35,9 +35,9 @@ class Forecast:
 def count_passes(
     images: Tensor, attacks: Sequence[AttackSettings], curve: int, *, worst: bool = False
 ) -> int:
-    """The most passes, of one image each, that attacks and curve take on images (N, C, H, W).
+    """Maximum passes, counted per image, of attacks and curve on images (N, C, H, W).
 
-    With `worst` those of a model whose gradients mislead.
+    With `worst` the maximum for a model with masked gradients.
     """
     passes = len(images) * sum(cost_of(attack, worst=worst) for attack in attacks)
     if attacks and curve:
@@ -48,14 +48,17 @@ def count_passes(
 
 
 def cost_of(attack: AttackSettings, *, worst: bool) -> int:
-    """Passes for an image that the attack doesn't fool."""
+    """Passes on an image that the attack doesn't fool."""
     return attack.cost if worst else attack.usual_cost
 
 
 def forecast(
     images: Tensor, attacks: Sequence[AttackSettings], curve: int, *, seconds_per_pass: float
 ) -> Forecast:
-    """For all images (N, C, H, W), each classified once as well, and each success checked."""
+    """The forecast of a whole evaluation of images (N, C, H, W).
+
+    Includes one clean pass per image, and one per image and attack to verify a success.
+    """
     passes, worst = (
         count_passes(images, attacks, curve, worst=worst) + len(images) * (1 + len(attacks))
         for worst in (False, True)
@@ -68,7 +71,7 @@ def forecast(
 def forecast_rest(
     stage: AttackSettings, rest: Sequence[AttackSettings], *, images: int, seconds_per_pass: float
 ) -> Forecast:
-    """For the stages `rest` on the images that `stage` left."""
+    """The forecast of the stages `rest` on the `images` that `stage` did not fool."""
     passes, worst = (
         images * sum(1 + cost_of(item, worst=worst) for item in rest) for worst in (False, True)
     )

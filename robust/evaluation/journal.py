@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from robust.attacks import Model
 
 VERSION = 1
-_SHARE = re.compile(r"\.\d+-of-(\d+)")  # of the file of one process
-APPLICATION = 0x526F6275  # of SQLite's header: tells a journal from any other database
+_SHARD = re.compile(r"\.\d+-of-(\d+)")  # ending of the file of one process
+APPLICATION = 0x526F6275  # application id in SQLite's header, which identifies a journal
 Row = tuple[int, int, int, float, int, int, int]  # image and the columns of COLUMNS
 COLUMNS = ("fooled", "predicted", "distance", "unheld", "forwards", "backwards")
 
@@ -39,12 +39,12 @@ class Journal:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self._path = path
-        with _explained(path, "could not be opened"):
+        with _sqlite_errors(path, "could not be opened"):
             self._db = sqlite3.connect(
                 path, isolation_level=None, timeout=0, check_same_thread=False
             )
         try:
-            with _explained(path, "could not be opened"):
+            with _sqlite_errors(path, "could not be opened"):
                 # No write-ahead log: a second file can get lost, and it fails on network disks.
                 self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
                 self._db.execute("BEGIN EXCLUSIVE")
@@ -79,7 +79,7 @@ class Journal:
             if found is None:
                 self._db.execute("INSERT INTO about VALUES (?, ?)", (name, text))
             elif found[0] != text:
-                was, now = _differing(found[0], text)
+                was, now = _shorten_to_difference(found[0], text)
                 raise JournalError(
                     f"{self._path}: expected a journal of the same evaluation, but its {name} is "
                     f"{was}, not {now}; give another file"
@@ -88,7 +88,7 @@ class Journal:
     def read(self, stage: str, *, images: int) -> tuple[list[Row], float]:
         """The rows of `stage` and the seconds it took."""
         names = ", ".join(("image", *COLUMNS))
-        with _explained(self._path, "could not be read"):
+        with _sqlite_errors(self._path, "could not be read"):
             rows: list[Row] = self._db.execute(
                 f"SELECT {names} FROM finished WHERE stage = ?", (stage,)
             ).fetchall()
@@ -105,7 +105,7 @@ class Journal:
         """Add rows atomically; `seconds` is the total time of the stage so far."""
         marks = ", ".join("?" * (2 + len(COLUMNS)))
         try:
-            with _explained(self._path, "could not be written"):
+            with _sqlite_errors(self._path, "could not be written"):
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany(
                     f"INSERT OR REPLACE INTO finished VALUES ({marks})",
@@ -130,15 +130,15 @@ def check_processes(path: Path, *, size: int) -> None:
     """
     found = set()
     for other in path.parent.glob("*") if path.parent.is_dir() else ():
-        share = _SHARE.fullmatch(other.name.removeprefix(path.name))
-        if share and other.name.startswith(path.name):
-            found.add(int(share[1]))
+        shard = _SHARD.fullmatch(other.name.removeprefix(path.name))
+        if shard and other.name.startswith(path.name):
+            found.add(int(shard[1]))
     if path.exists():
         found.add(1)
     if found and size not in found:
-        begun = ", ".join(map(str, sorted(found)))
+        started = ", ".join(map(str, sorted(found)))
         raise JournalError(
-            f"{path}: expected as many processes as the journal was begun by, {begun}, got {size}; "
+            f"{path}: expected as many processes as started the journal, {started}, got {size}; "
             "start as many again, or give another file"
         )
 
@@ -150,7 +150,7 @@ def recorded(path: Path, name: str) -> Any:
     """
     if not path.is_file() or not path.stat().st_size:
         return None
-    with _explained(path, "could not be read"), closing(sqlite3.connect(path, timeout=0)) as db:
+    with _sqlite_errors(path, "could not be read"), closing(sqlite3.connect(path, timeout=0)) as db:
         if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             return None
         found = db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
@@ -158,8 +158,8 @@ def recorded(path: Path, name: str) -> Any:
 
 
 @contextmanager
-def _explained(path: Path, what: str) -> Iterator[None]:
-    """Turn an error of SQLite into a JournalError."""
+def _sqlite_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn SQLite's exceptions into JournalError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -174,9 +174,9 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 
 
 def model_digest(model: Model) -> str:
-    """SHA-256 of a module's state. Raises ValueError for a callable that is none."""
+    """SHA-256 of a module's state dict. Raises ValueError for any other callable."""
     if not isinstance(model, nn.Module):
-        raise ValueError("expected model_id beside a journal: this model is no torch module")
+        raise ValueError("expected a model_id with a journal, as this model is not a torch module")
     digest = hashlib.sha256()
     for name, values in model.state_dict().items():
         is_tensor = isinstance(values, Tensor)
@@ -197,8 +197,8 @@ def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _differing(one: str, other: str) -> tuple[str, str]:
-    """Two texts, with long ones cut to where they begin to differ."""
+def _shorten_to_difference(one: str, other: str) -> tuple[str, str]:
+    """Both texts, shortened to the part where they start to differ."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     start = max(0, sum(1 for _ in same) - 40)
     shown = ("..." * (start > 0) + text[start:] for text in (one, other))

@@ -13,17 +13,19 @@ from robust.classifier import Classifier
 from robust.evaluation.precision import SearchPrecision, full_float32, repeatable
 from robust.inference import for_inference
 
-CLOSE = 1e-5  # of the largest logit: how far `fast` may be off to be trusted
-DOUBT = 1e-3  # of an image's largest logit: a lead of its likeliest class below which it is not
+# Largest difference of `fast` from `exact` at which it is trusted, relative to the largest logit.
+TRUSTED = 1e-5
+# Lead of the top class, relative to the image's largest logit, below which `exact` is asked anyway.
+DOUBTFUL = 1e-3
 
 
 class Models:
     """`exact` decides, `fast` is a faster float32 copy, and attacks query `search`.
 
-    Once `fast` is trusted, `exact` takes its logits for the images whose label they leave in no
-    doubt, and asks the model itself about the others: every label stays that of the model.
+    Once `fast` is trusted, `exact` uses its logits wherever the top class leads clearly, and runs
+    the model itself on the other images, so every predicted label is that of the model.
 
-    Each maps images float32 (N, C, H, W) to logits; each call runs `watch` first, which may raise
+    Each maps images float32 (N, C, H, W) to logits. Each call runs `watch` first, which may raise
     to stop the evaluation, and raises ModelError for NaN.
     """
 
@@ -54,16 +56,16 @@ class Models:
             with full_float32(), repeatable():
                 yield
 
-    def trust_fast(self, off: float) -> None:
-        """Trust `fast` if it was found to be `off` by no more than it may."""
-        self._trusted = self.has_fast and off <= CLOSE
+    def trust_fast(self, difference: float) -> None:
+        """Trust `fast` if its measured `difference` from `exact` is small enough."""
+        self._trusted = self.has_fast and difference <= TRUSTED
 
     def _decide(self, x: Tensor) -> Tensor:
         if not self._trusted:
             return self.original(x)
         logits = self._fast(x)
         first, second = logits.topk(2, dim=1).values.unbind(dim=1)
-        doubtful = ~(first - second > DOUBT * logits.abs().amax(dim=1))  # also for NaN
+        doubtful = ~(first - second > DOUBTFUL * logits.abs().amax(dim=1))  # also for NaN
         if bool(doubtful.any()):
             logits = logits.clone()
             logits[doubtful] = self.original(x[doubtful])
@@ -91,7 +93,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 def fast_copy(model: Model, images: Tensor, device: torch.device) -> Model:
-    """A faster copy of a `Classifier` for images of its input size, or else `model` itself."""
+    """A faster copy of a `Classifier` for images of its input size, otherwise `model` itself."""
     if isinstance(model, Classifier):
         size = model.architecture.input_size
         if images.shape[2:] == (size, size):

@@ -11,7 +11,7 @@ from robust.attacks import AttackSettings
 from robust.evaluation.journal import Row
 from robust.evaluation.result import MAX_CONFUSION, Accuracy, Distances, StageAccuracy
 
-BLOCK = 50  # images whose results are shown together
+BLOCK = 50  # images per block; results so far cover whole blocks
 _COLUMNS = (
     "finished",
     "fooled",
@@ -25,10 +25,10 @@ _COLUMNS = (
 
 
 class Outcomes:
-    """One row for each of n images under one attack (`settings` None: clean), on the CPU.
+    """The results of n images under one attack (`settings` None: clean), on the CPU.
 
-    `places` int64 (n,) are the images' positions in the call of the evaluation; by default 0 to
-    n - 1.
+    `positions` int64 (n,) are the indices of the images in the call of the evaluation; by default
+    0 to n - 1.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class Outcomes:
         settings: AttackSettings | None,
         labels: Tensor,
         *,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
         num_classes: int,
         batch_size: int,
     ) -> None:
         n = len(labels)
-        self.places = torch.arange(n) if places is None else places
+        self.positions = torch.arange(n) if positions is None else positions
         self.settings, self.labels, self.num_classes = settings, labels, num_classes
         self.block = min(batch_size, BLOCK)
-        self.finished = torch.zeros(n, dtype=torch.bool)  # the first stage
-        self.fooled = torch.zeros(n, dtype=torch.bool)  # or wrong before any attack
+        self.finished = torch.zeros(n, dtype=torch.bool)  # whether the first stage is finished
+        self.fooled = torch.zeros(n, dtype=torch.bool)  # or misclassified before the attack
         self.attacked = torch.zeros(n, dtype=torch.bool)
         self.unconfirmed = torch.zeros(n, dtype=torch.bool)
         self.predicted = labels.clone()
@@ -62,7 +62,7 @@ class Outcomes:
         self.predicted = torch.where(clean.fooled, clean.predicted, self.predicted)
 
     def add_rows(self, rows: Sequence[Row]) -> None:
-        """Add images that have finished a stage."""
+        """Add the results of images that have finished a stage."""
         if not rows:
             return
         columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
@@ -103,7 +103,7 @@ class Outcomes:
         return int(gaps[0]) // self.block * self.block if len(gaps) else len(self.finished)
 
     def accuracy(self) -> Accuracy:
-        """Over the images seen so far."""
+        """The accuracy over the images seen so far."""
         n = self.seen
         labels, right = self.labels[:n], ~self.fooled[:n]
         k = self.num_classes
@@ -134,7 +134,7 @@ class Outcomes:
     def _fooled(self) -> tuple[int, ...]:
         if self.settings is None or not self.settings.own_stages:
             return ()
-        found: list[int] = self.places[self.fooled & self.attacked].sort().values.tolist()
+        found: list[int] = self.positions[self.fooled & self.attacked].sort().values.tolist()
         return tuple(found)
 
     def _distances(self, n: int) -> Distances | None:

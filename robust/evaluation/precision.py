@@ -21,14 +21,14 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 PROBE = 4  # images on which bfloat16 is compared with float32
 # Fewest passes of an evaluation for which the comparison, some 20 passes, is worth its time.
-WORTHWHILE = 1000
-FASTER = 1.2  # smallest speedup for a search in bfloat16
-CLEAR = 1.5  # times that: a single measurement is enough
-SIGNS = 0.9  # share of the gradient's signs that must agree
-# Largest error of bfloat16 logits relative to the median lead of the likeliest class. Trained
-# networks have 0.002 to 0.003, random ones 0.01 to 0.18, which hides what attacks look for.
-LEAD = 0.02
-LARGE = 10**6  # parameters; below, call overhead dominates and bfloat16 gains nothing
+MIN_PASSES = 1000
+MIN_SPEEDUP = 1.2  # smallest speedup for a search in bfloat16
+CLEAR_SPEEDUP = 1.5 * MIN_SPEEDUP  # at which a single measurement is enough
+SIGN_AGREEMENT = 0.9  # smallest fraction of gradient signs that agree
+# Largest error of bfloat16 logits relative to the median lead of the top class. Trained networks
+# have 0.002 to 0.003; random ones 0.01 to 0.18, which can hide the differences attacks follow.
+MARGIN_ERROR = 0.02
+MIN_PARAMETERS = 10**6  # below, call overhead dominates and bfloat16 gains nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SearchPrecision:
 
 
 def searches_in_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether the search runs in bfloat16 before anything is measured.
+    """Whether the search uses bfloat16 if no measurement decides against it.
 
     Raises ValueError for another precision.
     """
@@ -70,13 +70,13 @@ def choose_precision(
     Raises ValueError for another precision.
     """
     device = x.device
-    asked = searches_in_bf16(precision, device)
+    requested = searches_in_bf16(precision, device)
     if precision != "auto":
-        chosen = SearchPrecision(bf16=asked, reason="as asked")
-        return chosen, (bf16 or in_bf16(fast, device)) if asked else fast
+        chosen = SearchPrecision(bf16=requested, reason="as asked")
+        return chosen, (bf16 or in_bf16(fast, device)) if requested else fast
     why_not = why_not_bf16(fast, device)
-    if not why_not and device.type == "cpu" and passes < WORTHWHILE:
-        why_not = f"too few passes to try bfloat16: {passes:,}, below the limit of {WORTHWHILE:,}"
+    if not why_not and device.type == "cpu" and passes < MIN_PASSES:
+        why_not = f"too few passes to try bfloat16: {passes:,}, below the limit of {MIN_PASSES:,}"
     if why_not:
         return SearchPrecision(bf16=False, reason=why_not), fast
     candidate = bf16 or in_bf16(fast, device)
@@ -85,7 +85,7 @@ def choose_precision(
 
 
 def why_not_bf16(model: Model, device: torch.device) -> str:
-    """Why bfloat16 is not tried for this model on this device; empty if it is."""
+    """The reason not to try bfloat16 for this model on this device; empty if there is none."""
     if device.type == "cuda":
         return ""
     if device.type != "cpu":
@@ -95,30 +95,31 @@ def why_not_bf16(model: Model, device: torch.device) -> str:
     if not isinstance(model, nn.Module):
         return "bfloat16 is tried on torch modules only"
     size = sum(parameter.numel() for parameter in model.parameters())
-    if not size:  # a service, a session or a closure
+    if not size:  # it wraps a service, a runtime session or a closure
         return "bfloat16 is tried on torch modules only"
-    if size < LARGE:
+    if size < MIN_PARAMETERS:
         return (
             "the model is too small to gain from bfloat16: "
-            f"{size:,} parameters, below the limit of {LARGE:,}"
+            f"{size:,} parameters, below the limit of {MIN_PARAMETERS:,}"
         )
     return ""
 
 
 def _compare(fast: Model, candidate: Model, x: Tensor, y: Tensor) -> SearchPrecision:
     """The choice after comparing gradients of both models; the reason names a missed limit."""
-    found = compare(candidate, fast, x, y, clear=CLEAR * FASTER)
-    if not found.blurred <= LEAD:  # also for NaN
-        refused = f"bfloat16 is off by {found.blurred:.1%} of the likeliest class's median lead"
-        return SearchPrecision(bf16=False, reason=f"{refused}, above the limit of {LEAD:.0%}")
-    agrees = f"{found.signs:.1%} of the gradient's signs agree"
-    if found.signs < SIGNS:
-        return SearchPrecision(bf16=False, reason=f"{agrees}, below the limit of {SIGNS:.0%}")
+    found = compare(candidate, fast, x, y, clear_speedup=CLEAR_SPEEDUP)
+    if not found.margin_error <= MARGIN_ERROR:  # also for NaN
+        error = f"bfloat16 is off by {found.margin_error:.1%} of the likeliest class's median lead"
+        return SearchPrecision(bf16=False, reason=f"{error}, above the limit of {MARGIN_ERROR:.0%}")
+    agrees = f"{found.sign_agreement:.1%} of the gradient's signs agree"
+    if found.sign_agreement < SIGN_AGREEMENT:
+        reason = f"{agrees}, below the limit of {SIGN_AGREEMENT:.0%}"
+        return SearchPrecision(bf16=False, reason=reason)
     if x.device.type != "cpu":
         return SearchPrecision(bf16=True, reason=agrees)
     faster = f"bfloat16 is {found.speedup:.1f} times as fast as float32 on {len(x)} images"
-    if found.speedup < FASTER:
-        return SearchPrecision(bf16=False, reason=f"{faster}, below the limit of {FASTER}")
+    if found.speedup < MIN_SPEEDUP:
+        return SearchPrecision(bf16=False, reason=f"{faster}, below the limit of {MIN_SPEEDUP}")
     return SearchPrecision(bf16=True, reason=f"{faster}, and {agrees}")
 
 

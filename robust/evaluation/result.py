@@ -16,7 +16,7 @@ from robust.evaluation.tables import accuracy_table
 from robust.files import to_json, write_json
 from robust.threat_model import ThreatModel, format_eps
 
-SHOWN = 10  # indices of images in a line of text
+SHOWN = 10  # maximum indices of images in a line of text
 MAX_CONFUSION = 100  # classes; nobody reads a larger table
 _BULKY = ("confusion", "stages", "fooled")
 
@@ -36,7 +36,7 @@ class StageAccuracy:
 
     attack: str
     attacked: int
-    correct: int  # of all n images, after it
+    correct: int  # of all n images, after this stage
     seconds: float = field(compare=False)
 
 
@@ -51,11 +51,11 @@ class Accuracy:
     confusion: tuple[tuple[int, ...], ...] = ()  # rows: true class, columns: predicted class
     distances: Distances | None = None  # of the images that fooled the model; None if none did
     stages: tuple[StageAccuracy, ...] = ()  # of a multi-stage attack
-    forwards: int = 0  # passes spent, an image each
+    forwards: int = 0  # passes spent, counted per image
     backwards: int = 0
     unconfirmed: int = 0  # successes that the exact model did not confirm; counted as robust
     seconds: float = field(default=0.0, compare=False)  # spent on it
-    # Positions in the call of the images that a finished multi-stage attack fooled.
+    # Indices in the call of the images that a finished multi-stage attack fooled.
     fooled: tuple[int, ...] = ()
 
     @property
@@ -133,7 +133,7 @@ class Accuracy:
 
 def _attack_from(values: Mapping[str, Any]) -> AttackSettings:
     ball = ThreatModel(norm=values["norm"], eps=values["eps"])
-    name = str(values["attack"]).split("x")[0] if values["restarts"] > 1 else values["attack"]
+    name = str(values["attack"]).removesuffix(f"x{values['restarts']}")
     return resolve_attack(
         name,
         ball,
@@ -151,7 +151,7 @@ class Difference:
 
     attack: str
     other: str
-    images: tuple[int, ...]  # where they are in the call, from 0
+    images: tuple[int, ...]  # their indices in the call, from 0
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.images[:SHOWN])) + ", ..." * (len(self.images) > SHOWN)
@@ -170,7 +170,7 @@ class Difference:
 
 
 def differences(attacks: Sequence[Accuracy]) -> tuple[Difference, ...]:
-    """For each pair of finished multi-stage attacks in the same ball, both differences."""
+    """Both differences of each pair of finished multi-stage attacks in the same ball."""
     finished = [item for item in attacks if item.attack and item.stages]
     return tuple(
         Difference(
@@ -217,8 +217,8 @@ class Probes:
     # few images, or if none was better on the first few.
     right_normalized: int | None
     differentiated: int | None = None  # images whose gradient was checked; None: all
-    normalization: str = ""  # which one that was
-    search_difference: float = 0.0  # of the faster float32 copy, as `difference`
+    normalization: str = ""  # the name of that normalization
+    search_difference: float = 0.0  # `difference` of the faster float32 copy from the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ class Flag:
 class Times:
     """Seconds of an evaluation since it started or resumed.
 
-    None for values that are not measured: passes on an accelerator.
+    Passes on an accelerator are not measured; then `passes` and `limit` are None.
     """
 
     evaluation: float
@@ -268,10 +268,10 @@ class Evaluation:
     notes: tuple[str, ...] = ()  # changes to attacks that the model required
     image_dtype: str = "uint8"  # images were scored as given, in this dtype
     precision: str = "fp32"
-    precision_reason: str = field(default="", compare=False)  # why the search was in it
+    precision_reason: str = field(default="", compare=False)  # why the search used it
     times: Times | None = field(default=None, compare=False)
     done: float = 1.0  # share of the work, [0, 1]
-    stage: str = ""  # what is running; empty when all is done
+    stage: str = ""  # the running stage; empty when all are done
 
     @property
     def accuracies(self) -> tuple[Accuracy, ...]:

@@ -86,28 +86,29 @@ def evaluate_batches(
     model_id: str | None = None,
     image_dtype: str | None = None,
     watch: Callable[[], None] = lambda: None,
-    foretell: Callable[[Forecast], None] = lambda _: None,
+    on_forecast: Callable[[Forecast], None] = lambda _: None,
     world: World = SINGLE,
 ) -> Generator[Evaluation]:
     """Score images (N, 3, H, W) with labels int64 (N,), attack after attack.
 
-    Images are uint8, or float32 in [0, 1], which are scored as given. Yields the result so far
-    at least every second, or after a pass that takes longer, so that the caller can show it or
-    stop; `watch` runs before each pass of the model and while the images are sorted. An image
-    counts as robust if it is classified correctly before the attack and at every iterate;
-    misclassified images are not attacked. Every success is re-checked on `model` itself in
-    float32, with its distance and range; an unconfirmed success counts as robust and is reported.
-    `curve` random images are attacked again at increasing eps. Results depend neither on the
-    order of the images nor on `batch_size`, except through rounding: a network's rounding depends
-    on the batch size, so a search that ends near the decision boundary may end differently.
+    Images are uint8, or float32 in [0, 1], which are scored as given. An image counts as robust if
+    it is classified correctly before the attack and at every iterate; misclassified images are not
+    attacked. Every success is re-checked on `model` itself in float32, with its distance and range;
+    an unconfirmed success counts as robust and is reported. `curve` random images are attacked
+    again at increasing eps. Results depend on the order of the images and on `batch_size` only
+    through rounding: a search that ends near the decision boundary may end differently.
+
+    Yields the result so far at least every second, or after a pass that takes longer, so that the
+    caller can show it or stop. `watch` runs before each pass of the model and while the images are
+    sorted. `on_forecast` gets an upper bound on the time, before the first attack and after each
+    stage of a multi-stage attack.
 
     Attacks query a faster copy of a `Classifier`; for any other model they query `fast` if given.
     `precision` bf16 searches in bfloat16 (`auto`: if it agrees and, on a CPU, is faster), through
     the copy `bf16` if given; a success counts only if float32 agrees. With `journal`, finished
     images are recorded in that file, and the same evaluation resumes from it, in the precision it
     started with; `model_id` identifies models that are not modules. `image_dtype` is the type of
-    the images before they became float32, for the result. `foretell` is called with an upper
-    bound on the time, before the first attack and after each stage of a multi-stage attack.
+    the images before they became float32, for the result.
 
     The processes of `world` share the images, each with its own journal (`World.per_rank_path`);
     all get the same model and images. Each yields results of its own shard until the last result,
@@ -126,7 +127,7 @@ def evaluate_batches(
         if journal is not None:
             check_processes(journal, size=world.size)
         if journal is not None and precision == "auto":
-            precision = _begun_in(world.per_rank_path(journal))
+            precision = _journal_precision(world.per_rank_path(journal))
         order = shuffled(images, labels, watch)
         watch()
         with frozen(model, device), frozen(fast, device), full_float32():
@@ -139,14 +140,14 @@ def evaluate_batches(
             models,
             images[order.to(images.device)],
             labels.cpu()[order],
-            places=order,
+            positions=order,
             num_classes=num_classes,
             attacks=attacks,
             device=device,
             batch_size=batch_size,
             curve=curve,
             image_dtype=image_dtype or str(images.dtype).removeprefix("torch."),
-            foretell=foretell,
+            on_forecast=on_forecast,
             world=world,
         )
 
@@ -184,8 +185,8 @@ def evaluate_batches(
         work.close()
 
 
-def _begun_in(journal: Path) -> Precision:
-    """The precision of an existing journal, which can't be resumed in another one."""
+def _journal_precision(journal: Path) -> Precision:
+    """The precision of an existing journal, which can't be resumed in another; else `auto`."""
     found = recorded(journal, "precision")
     if found is None:
         return "auto"
@@ -202,7 +203,7 @@ def _choose(
     bf16: Model | None,
     world: World,
 ) -> tuple[SearchPrecision, Model]:
-    """One choice for all processes: bfloat16 if each of them would use it."""
+    """The same precision for all processes: bfloat16 if each of them would choose it."""
     chosen, searched = choose_precision(precision, fast, x, y, passes=passes, bf16=bf16)
     agreed = all(other.bf16 for other in world.gather(chosen))
     if chosen.bf16 and not agreed:
@@ -221,7 +222,7 @@ def shuffled(images: Tensor, labels: Tensor, watch: Callable[[], None] = lambda:
     for part in parts:
         watch()
         keys.append(image_keys(to_images(part), 0).cpu())
-    by_label = labels.cpu().argsort(stable=True)  # for the same image twice
+    by_label = labels.cpu().argsort(stable=True)  # decides between equal images
     return by_label[torch.cat(keys)[by_label].argsort(stable=True)]
 
 

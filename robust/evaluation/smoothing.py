@@ -18,16 +18,16 @@ from robust.attacks.checks import check_counts
 from robust.evaluation.models import check_finite
 
 ABSTAINED = -1
-SELECTED = 100  # noisy copies that select the class; others then count how often it is predicted
-STEPS = 60  # of a bisection, which is then exact in float64
+SELECTED = 100  # noisy copies that select the class; further ones estimate its probability
+STEPS = 60  # bisections, which give all digits of a float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
     """The smoothed prediction for one image, and the L2 radius within which it can't change."""
 
-    predicted: int  # ABSTAINED where no class is sure enough
-    radius: float  # in pixel units; 0 where it abstained
+    predicted: int  # ABSTAINED if no class is likely enough
+    radius: float  # in pixel units; 0 if it abstained
 
 
 def certify(

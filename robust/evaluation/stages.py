@@ -18,7 +18,7 @@ from robust.evaluation.outcomes import Outcomes
 from robust.evaluation.verify import rows_of, verify
 
 RECORD_SECONDS = 5.0  # longest search before finished images are recorded, however few
-SHOW_SECONDS = 0.5  # between progress reports; with a pass below a second
+SHOW_SECONDS = 0.5  # between progress reports, if no pass takes longer
 
 
 class Stages:
@@ -42,7 +42,7 @@ class Stages:
         self.exact = Passes(models.exact, batch_size, self.meter)
         self.journal: Journal | None = None
         self.progress = 0.0  # share of the current stage that is done
-        self._shown = 0.0  # when it was told last
+        self._shown = 0.0  # time of the last progress report
 
     def clean(self, outcomes: Outcomes, known: Tensor) -> Iterator[None]:
         """Classify the images; the predictions of the first ones are `known`.
@@ -70,7 +70,8 @@ class Stages:
         key = f"{outcomes.settings} {settings.label}"
         done = self._resume(outcomes, key)
         total, index = max(len(index), 1), index[~done[index]]
-        left, running = len(index), 0  # images not recorded; passes spent on those not finished
+        left = len(index)  # images that are not recorded yet
+        running = 0  # passes spent on images that are not finished
         pending: list[Finished] = []
         recorded = self._shown = time.perf_counter()
         before = self.meter.passes
@@ -90,8 +91,8 @@ class Stages:
                 continue
             self._shown = time.perf_counter()
             unfinished = left - count
-            begun = min(running / settings.usual_cost, 0.99 * unfinished)  # in images
-            self.progress = max(self.progress, 1 - (unfinished - begun) / total)
+            partial = min(running / settings.usual_cost, 0.99 * unfinished)  # in whole images
+            self.progress = max(self.progress, 1 - (unfinished - partial) / total)
             yield
         assert not pending
         self.progress = 0.0
@@ -105,7 +106,7 @@ class Stages:
             return
         eps, algorithm = settings.threat_model.eps, settings.algorithm(early_stop=True)
         model, confirm = self.models.search, self.models.confirm
-        if algorithm.needs_float32:  # even where others search in bfloat16
+        if algorithm.needs_float32:  # even if other attacks search in bfloat16
             model, confirm = self.models.fast, None
         yield from search(
             model,

@@ -16,7 +16,7 @@ from robust.threat_model import TOLERANCE, ThreatModel
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The exact prediction for each of N adversarial images, and whether it is a success."""
+    """The exact predictions for N adversarial images, and which of them are successes."""
 
     confirmed: Tensor  # bool (N,): another class than the label, in the ball and in [0, 1]
     predicted: Tensor  # int64 (N,)
@@ -42,7 +42,7 @@ def verify(exact: Passes, x_adv: Tensor, x: Tensor, *, y: Tensor, ball: ThreatMo
 
 
 def rows_of(columns: Sequence[Tensor | int]) -> list[Row]:
-    """N rows of the journal from its columns: tensors (N,), or one number for all rows."""
+    """N rows of the journal, from columns that are tensors (N,) or one number for all rows."""
     n = next(len(column) for column in columns if isinstance(column, Tensor))
     lists = [column.tolist() if isinstance(column, Tensor) else [column] * n for column in columns]
     return [

@@ -26,7 +26,7 @@ from robust.threat_model import ThreatModel, format_eps
 class Work:
     """Runs the stages of an evaluation; `evaluate_batches` checks the inputs and creates it.
 
-    `places` int64 (N,) are the images' positions in its call.
+    `positions` int64 (N,) are the indices of the images in its call.
 
     In a `world` of W processes each takes every W-th image, so that the first images overall are
     the first of each process; at the end they merge their results.
@@ -38,29 +38,29 @@ class Work:
         images: Tensor,
         labels: Tensor,
         *,
-        places: Tensor,
+        positions: Tensor,
         num_classes: int,
         attacks: Sequence[AttackSettings],
         device: torch.device,
         batch_size: int,
         curve: int,
         image_dtype: str,
-        foretell: Callable[[Forecast], None] = lambda _: None,
+        on_forecast: Callable[[Forecast], None] = lambda _: None,
         world: World = SINGLE,
     ) -> None:
         own = slice(world.rank, None, world.size)
         self.world, self.all_labels, self.probed = world, labels, images[:PROBED]
-        self.foretell = foretell
-        self.all_places, self.places = places, places[own]
+        self.on_forecast = on_forecast
+        self.all_positions, self.positions = positions, positions[own]
         self.models, self.images, self.labels = models, images[own], labels[own]
         self.num_classes, self.device, self.batch_size = num_classes, device, batch_size
         self.stages = Stages(models, self.images, self.labels, device=device, batch_size=batch_size)
         self.clean = self._outcomes(None)
         self.outcomes = [self._outcomes(attack) for attack in attacks]
         self.curve: list[CurvePoint] = []
-        first = range(min(curve, len(images)) if attacks else 0)
-        self.curve_images = len(first[own])
-        self.radii = radii(attacks[0].threat_model, images[0]) if first else []
+        on_curve = range(min(curve, len(images)) if attacks else 0)
+        self.curve_images = len(on_curve[own])
+        self.radii = radii(attacks[0].threat_model, images[0]) if on_curve else []
         self.base = Evaluation(
             n=0,
             total=len(self.images),
@@ -72,7 +72,7 @@ class Work:
             image_dtype=image_dtype,
         )
         self.stage, self.stages_done = "", 0
-        self.costs = [len(self.images)]  # most passes of each stage, in their order
+        self.costs = [len(self.images)]  # maximum passes of each stage, in order
         self.costs += [len(self.images) * s.usual_cost for attack in attacks for s in attack.stages]
         if self.radii:
             point = resolve_attack(CURVE_ATTACK, attacks[0].threat_model).cost
@@ -83,7 +83,7 @@ class Work:
     ) -> Generator[Evaluation]:
         """Run all stages; yields the result so far after each batch.
 
-        The journal is opened once the model has passed the probes: a refused one leaves no file.
+        The journal is opened after the model has passed the probes: a refused model leaves no file.
         """
         predicted = self._probe(allow_probabilities=allow_probabilities)
         self.stages.journal = open_journal()
@@ -110,13 +110,13 @@ class Work:
         return Outcomes(
             settings,
             self.labels,
-            places=self.places,
+            positions=self.positions,
             num_classes=self.num_classes,
             batch_size=self.batch_size,
         )
 
     def _probe(self, *, allow_probabilities: bool) -> Tensor:
-        """Probe the model on the first images; returns its predictions for this process's own."""
+        """Probe the model; returns its predictions for the first images of this process."""
         attacks = [outcomes.settings for outcomes in self.outcomes if outcomes.settings]
         stages = [stage for attack in attacks for stage in attack.stages]
         self.stage = "probe"
@@ -130,14 +130,16 @@ class Work:
             batch_size=self.batch_size,
         )
         self.base = replace(self.base, probes=probes, notes=notes(stages, self.num_classes))
-        self.foretell(forecast(self.images, attacks, self.curve_images, seconds_per_pass=seconds))
+        self.on_forecast(
+            forecast(self.images, attacks, self.curve_images, seconds_per_pass=seconds)
+        )
         return predicted[self.world.rank :: self.world.size]
 
     def _attack(self, outcomes: Outcomes) -> Iterator[Evaluation]:
         """Run each stage of an attack on the images that no earlier stage fooled."""
         assert outcomes.settings is not None
         stages = outcomes.settings.stages
-        for place, stage in enumerate(stages):
+        for number, stage in enumerate(stages):
             standing = (~outcomes.fooled).nonzero().squeeze(1)
             before = outcomes.seconds
             if len(standing):
@@ -154,20 +156,21 @@ class Work:
                     )
                 )
             self.stages_done += 1
-            self._foretell_rest(outcomes, stage, stages[place + 1 :])
+            self._forecast_rest(outcomes, stage, stages[number + 1 :])
 
-    def _foretell_rest(
+    def _forecast_rest(
         self, outcomes: Outcomes, stage: AttackSettings, rest: Sequence[AttackSettings]
     ) -> None:
-        """Report how long the remaining stages take at the rate so far."""
+        """Report an upper bound on the time of the remaining stages, at the rate so far."""
         spent = int(outcomes.forwards.sum() + outcomes.backwards.sum())
         left = int((~outcomes.fooled).sum())
         if rest and left and spent:
             each = outcomes.seconds / spent
-            self.foretell(forecast_rest(stage, rest, images=left, seconds_per_pass=each))
+            self.on_forecast(forecast_rest(stage, rest, images=left, seconds_per_pass=each))
 
     def _curve(self) -> Iterator[Evaluation]:
-        """Attack at increasing eps, always from the clean images, so a curve can reveal a flaw."""
+        """Attack at increasing eps, each time from the clean images: an accuracy that rises with
+        eps then reveals a failing attack."""
         settings = self.outcomes[0].settings
         assert settings is not None
         ball = settings.threat_model
@@ -193,7 +196,7 @@ class Work:
         """Replace this process's results by the merged results of all processes."""
         shards = self.world.gather((self.clean, self.outcomes, self.curve, self.base.probes))
         cleans, outcomes, curves, probes = zip(*shards, strict=True)
-        self.labels, self.places = self.all_labels, self.all_places
+        self.labels, self.positions = self.all_labels, self.all_positions
         self.clean = self._merged(cleans)
         self.outcomes = [self._merged(parts) for parts in zip(*outcomes, strict=True)]
         self.curve = [

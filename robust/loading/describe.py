@@ -1,4 +1,4 @@
-"""Finds the network of a bare state dict: from its keys, from options, or by guessing."""
+"""Determines the network of a bare state dict, from its keys, from options, or by guessing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INTEGERS = (torch.int64, torch.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A state dict with our key names, and the network it belongs to."""
+    """A state dict with our key names, and its network."""
 
     architecture: Architecture
     classes: tuple[str, ...]
@@ -57,13 +57,13 @@ def describe(path: Path, weights: Weights, options: ModelOptions) -> Described:
     }
     notes = list(weights.notes)
     if reading.layout:
-        notes.append(f"keys of a {reading.layout} brought to our names")
+        notes.append(f"renamed the keys of a {reading.layout}")
     if unused:
-        notes.append(f"left out {len(unused)} keys that the network never uses (sub_block1)")
+        notes.append(f"dropped {len(unused)} keys that the network never uses (sub_block1)")
     half = {value.dtype for value in state.values()} & {torch.float16, torch.bfloat16}
     if half:
         kind = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-        notes.append(f"{kind} weights, computed with in float32")
+        notes.append(f"converted {kind} weights to float32")
     guessed: dict[str, str] = {}
     values = _properties(reading, weights, options, guessed)
     try:
@@ -112,17 +112,17 @@ def with_head_bias(classifier: Classifier, found: Described) -> Described:
     if f"{head}.bias" in state or f"{head}.weight" not in state:
         return found
     state = {**state, f"{head}.bias": torch.zeros(found.architecture.num_classes)}
-    return replace(found, state=state, notes=(*found.notes, f"no {head}.bias: taken as zeros"))
+    return replace(found, state=state, notes=(*found.notes, f"no {head}.bias: assumed to be zero"))
 
 
 def fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into the network. Raises CheckpointError that lists up to five keys per kind."""
     own = classifier.net.state_dict()
-    # Older versions of torch wrote no batch counters; nothing depends on them.
+    # Older versions of torch wrote no batch counters, and no output depends on them.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     left = [key for key in state if key not in own]
     shapes = [
-        f"{key} {tuple(value.shape)} where {tuple(own[key].shape)} fits"
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
@@ -150,13 +150,13 @@ def fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> Non
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether no element is NaN or infinite; a sum shows this in a tenth of the time."""
+    """Whether no element is NaN or infinite; checks the sum first, in a tenth of the time."""
     total = value.sum(dtype=torch.float32) if value.is_floating_point() else value.sum()
     return bool(total.isfinite()) or bool(value.isfinite().all())
 
 
-def told(found: Described) -> list[str]:
-    """Log lines: how the file was interpreted, and what was guessed."""
+def log_lines(found: Described) -> list[str]:
+    """Log lines that say how the file was interpreted and what was guessed."""
     lines = ["; ".join(found.notes)] if found.notes else []
     if found.guessed:
         architecture = found.architecture
@@ -181,15 +181,15 @@ def told(found: Described) -> list[str]:
 
 
 def contradiction(options: ModelOptions, architecture: Architecture, classes: object) -> str:
-    """The first property where the options contradict the file, or an empty string."""
-    said = {**vars(architecture), "classes": classes}
+    """The first recorded property that the options contradict; empty if there is none."""
+    recorded = {**vars(architecture), "classes": classes}
     for name, value in options.given().items():
         if name == "arch":
             arch, variant = split_arch(str(value))
-            if (arch, variant or said["variant"]) != (said["arch"], said["variant"]):
-                return f"arch {said['arch']}:{said['variant']}".rstrip(":")
-        elif name != "key" and value != said[name]:
-            return f"{name} {said[name]}"
+            if (arch, variant or recorded["variant"]) != (recorded["arch"], recorded["variant"]):
+                return f"arch {recorded['arch']}:{recorded['variant']}".rstrip(":")
+        elif name != "key" and value != recorded[name]:
+            return f"{name} {recorded[name]}"
     return ""
 
 
@@ -202,7 +202,7 @@ def _reading(path: Path, state: Mapping[str, Tensor], options: ModelOptions) -> 
                 return _library_reading(path, arch, state)
         reading = networks.read_layout(_shapes(state))
     except networks.UnknownLayout as error:
-        raise CheckpointError(path, "a network that is known", str(error)) from None
+        raise CheckpointError(path, "a known network", str(error)) from None
     except ValueError as error:
         raise CheckpointError(path, "a model", str(error)) from None
     if reading is None:
@@ -220,8 +220,8 @@ def _reading(path: Path, state: Mapping[str, Tensor], options: ModelOptions) -> 
         raise CheckpointError(
             path,
             f"the {options.stem} stem",
-            f"a {'x'.join(map(str, state['conv1.weight'].shape[2:]))} convolution, which is that "
-            f"of the {reading.stem} stem",
+            f"a {'x'.join(map(str, state['conv1.weight'].shape[2:]))} convolution, as in the "
+            f"{reading.stem} stem",
         )
     return reading if variant is None else replace(reading, variant=variant, doubts=())
 
@@ -261,19 +261,19 @@ def _properties(
 
 def _from_metadata(path: Path, weights: Weights) -> Described:
     """The description in the metadata of our own safetensors export."""
-    said = weights.metadata
+    metadata = weights.metadata
     try:
         architecture = Architecture(
-            arch=said["architecture"],
-            stem=said["stem"],
-            activation=said["activation"],
-            variant=said.get("variant", ""),
-            num_classes=len(json.loads(said["classes"])),
-            input_size=int(said["input_size"]),
-            mean=tuple(json.loads(said["mean"])),
-            std=tuple(json.loads(said["std"])),
+            arch=metadata["architecture"],
+            stem=metadata["stem"],
+            activation=metadata["activation"],
+            variant=metadata.get("variant", ""),
+            num_classes=len(json.loads(metadata["classes"])),
+            input_size=int(metadata["input_size"]),
+            mean=tuple(json.loads(metadata["mean"])),
+            std=tuple(json.loads(metadata["std"])),
         )
-        classes = tuple(map(str, json.loads(said["classes"])))
+        classes = tuple(map(str, json.loads(metadata["classes"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             path, "the metadata of our export", f"{type(error).__name__}: {error}"

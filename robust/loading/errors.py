@@ -13,7 +13,7 @@ class CheckpointError(ValueError):
         super().__init__(f"{path}: expected {expected}, found {found}")
         self.path, self.expected, self.found = str(path), expected, found
 
-    def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between processes
         return type(self), (self.path, self.expected, self.found)
 
 

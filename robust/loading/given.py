@@ -26,11 +26,11 @@ from robust.loading.errors import CheckpointError
 from robust.loading.options import ModelOptions
 
 Function = Callable[[Tensor], Tensor]
-PROBED = 2  # images that show the number of classes
+PROBED = 2  # random images passed to the model to find its number of classes
 # A Python file or a dotted module, and the function in it that returns the model.
 _CODE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
-SERVICE = re.compile(r"oip\+(https?):/+")  # a path has lost the second slash
+SERVICE = re.compile(r"oip\+(https?):/+")  # Path drops the second slash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def is_service(spec: str) -> bool:
 
 
 def shown(path: Path) -> str:
-    """The path as given, with both slashes of a service's URL."""
+    """The path as the user wrote it, with both slashes of a service's URL."""
     return SERVICE.sub(r"oip+\1://", str(path))
 
 
@@ -119,7 +119,7 @@ def open_code(spec: str) -> Given:
 
 
 def open_file(path: Path, data: bytes) -> Given | None:
-    """The model in an exported file; None for a file with only weights."""
+    """The model in an exported file; None if the file has only weights."""
     if path.suffix == ".onnx":
         return _open_onnx(path, data)
     if data[:2] != b"PK":
@@ -129,7 +129,7 @@ def open_file(path: Path, data: bytes) -> Given | None:
     except zipfile.BadZipFile:
         return None
     digest = hashlib.sha256(data).hexdigest()
-    # What the files themselves are read by; both run a graph of torch's operations, no Python.
+    # Recognized by what torch looks for. Both formats run a graph of torch's operations, no Python.
     if any(name.endswith("/archive_format") for name in names):
         return _opened(path, "torch.export", _exported, data, digest)
     if any("/code/" in name for name in names):
@@ -152,13 +152,13 @@ def classifier_of(
     if size is None:
         size, guessed["input_size"] = 32, ASSUMED
     generator = torch.Generator().manual_seed(0)
-    answer = _probe(spec, given, torch.rand(PROBED, 3, size, size, generator=generator))
+    output = _probe(spec, given, torch.rand(PROBED, 3, size, size, generator=generator))
     notes = list(given.notes)
-    probabilities = are_probabilities(answer)
+    probabilities = are_probabilities(output)
     if probabilities and given.differentiable:
-        notes.append("its answers look like probabilities, where logits are expected")
+        notes.append("it seems to return probabilities, but logits are expected")
     elif probabilities:
-        notes.append("its answers are probabilities: their logarithms are taken as logits")
+        notes.append("it returns probabilities: their logarithms are used as logits")
     if not given.differentiable:
         notes.append(f"{given.kind} models give no gradients: attacks that need them are refused")
     try:
@@ -166,7 +166,7 @@ def classifier_of(
             arch=given.kind,
             stem="own",
             activation="own",
-            num_classes=answer.shape[1],
+            num_classes=output.shape[1],
             input_size=size,
             mean=options.mean or (0.0, 0.0, 0.0),
             std=options.std or (1.0, 1.0, 1.0),
@@ -182,32 +182,33 @@ def classifier_of(
     return classifier, guessed, tuple(notes)
 
 
-def are_probabilities(answer: Tensor) -> bool:
-    """Whether rows (N, K) are in [0, 1] and add up to 1."""
-    total = answer.double().sum(dim=1)
-    return bool((answer >= 0).all() and ((total - 1).abs() < 1e-3).all())
+def are_probabilities(output: Tensor) -> bool:
+    """Whether all rows of (N, K) are in [0, 1] and sum to 1."""
+    total = output.double().sum(dim=1)
+    return bool((output >= 0).all() and ((total - 1).abs() < 1e-3).all())
 
 
 def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
+    """The model's output for `x`, finite (N, K). Raises CheckpointError."""
     model = given.function
     if isinstance(model, nn.Module):
         model.eval()
     try:
         with torch.no_grad():
-            answer = model(x)
+            output = model(x)
     except CheckpointError:
         raise
     except Exception as error:  # the user's own code
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            spec, f"a model of images {tuple(x.shape)} (--input-size says another size)", why
+            spec, f"a model that takes images {tuple(x.shape)} (else set --input-size)", why
         ) from error
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(x):
-        found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CheckpointError(spec, f"logits ({len(x)}, K) of {len(x)} images", str(found))
-    if not bool(answer.isfinite().all()):
+    if not bool(output.isfinite().all()):
         raise CheckpointError(spec, "finite logits", "NaN or infinite ones")
-    return answer
+    return output
 
 
 def _import(spec: str, name: str) -> Any:
@@ -288,17 +289,16 @@ def _open_onnx(path: Path, data: bytes) -> Given:
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(path, "an ONNX file", f"a broken one ({why})") from None
-    entry = session.get_inputs()[0]
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+        found = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
+        raise CheckpointError(
+            path, "one input float (N, 3, H, W) or (N, H, W, 3)", found or "no input"
+        )
+    entry, shape = inputs[0], inputs[0].shape
     names = [item.name for item in session.get_outputs()]
     output = "logits" if "logits" in names else names[0]
-    shape = entry.shape
-    if len(session.get_inputs()) != 1 or len(shape) != 4 or entry.type != "tensor(float)":
-        raise CheckpointError(
-            path,
-            "one input float (N, 3, H, W) or (N, H, W, 3)",
-            f"{entry.name} {entry.type} {shape}",
-        )
-    channels_last = shape[1] != 3 and shape[3] == 3  # as Keras and TensorFlow have them
+    channels_last = shape[1] != 3 and shape[3] == 3  # as in Keras and TensorFlow
     fixed = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
 
     def run(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -29,7 +29,7 @@ def open_folder(folder: Path, options: ModelOptions) -> tuple[Path, ModelOptions
     if "robust" in config:  # our own export: the weights file contains everything
         return weights, options
     try:
-        said = model_options(**_said(config, _read(folder / PREPROCESSOR)))
+        configured = model_options(**_configured(config, _read(folder / PREPROCESSOR)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(folder / CONFIG, "a configuration", str(error)) from None
     if config.get("architectures") and options.arch is None:
@@ -38,31 +38,31 @@ def open_folder(folder: Path, options: ModelOptions) -> tuple[Path, ModelOptions
             "a network of ours, timm or torchvision",
             f"transformers' {config['architectures'][0]}; --model file.py:function takes it",
         )
-    return weights, replace(said, **options.given())  # type: ignore[arg-type]
+    return weights, replace(configured, **options.given())  # type: ignore[arg-type]
 
 
-def _said(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    """Options in the configurations of timm and transformers."""
-    said: dict[str, Any] = {}
+def _configured(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
+    """The options in the configuration of timm or transformers."""
+    options: dict[str, Any] = {}
     cfg = config.get("pretrained_cfg") or {}
     if "architecture" in config:
-        said["arch"] = f"timm:{config['architecture']}"
+        options["arch"] = f"timm:{config['architecture']}"
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         value = cfg.get(name, preprocessor.get(key))
         if value is not None:
-            said[name] = value
+            options[name] = value
     size = cfg.get("input_size", preprocessor.get("crop_size", preprocessor.get("size")))
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     if size is not None:
-        said["input_size"] = int(size[-1] if isinstance(size, list) else size)
+        options["input_size"] = int(size[-1] if isinstance(size, list) else size)
     labels = config.get("label_names") or cfg.get("label_names")
     if labels is None and "id2label" in config:
         names = config["id2label"]
         labels = [names[str(index)] for index in range(len(names))]
     if labels is not None:
-        said["classes"] = list(labels)
-    return said
+        options["classes"] = list(labels)
+    return options
 
 
 def _read(path: Path) -> dict[str, Any]:

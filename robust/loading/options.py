@@ -1,4 +1,4 @@
-"""Options that describe what a model's file does not contain."""
+"""Options for the properties that a model's file does not contain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMED_STDS: dict[str, Rgb] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Known properties of a model. None: read from the file, or guessed with a warning."""
+    """Properties given by the user; those that are None are read from the file or guessed."""
 
     arch: str | None = None
     """A name, ``name:variant``, ``timm:NAME`` or ``torchvision:NAME``."""
@@ -38,7 +38,7 @@ class ModelOptions:
     classes: tuple[str, ...] | None = None
     """Names in the order of the logits."""
     key: str | None = None
-    """Entry of the file that holds the weights, such as ``ema``; dots go deeper."""
+    """The entry of the file with the weights, such as ``ema`` or, nested, ``state.ema``."""
 
     def given(self) -> dict[str, object]:
         """The fields that are set."""

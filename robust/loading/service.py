@@ -1,4 +1,4 @@
-"""A model behind the Open Inference Protocol: Triton, KServe or our own service.
+"""Models served over the Open Inference Protocol, by Triton, KServe or our own service.
 
 https://github.com/kserve/open-inference-protocol, REST, with binary tensors if both support them.
 """
@@ -24,7 +24,7 @@ from robust.loading.options import ModelOptions
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT = 60.0  # seconds for a response
-RETRIES = 8  # of a request while the service is too busy
+RETRIES = 8  # attempts of a request while the service is too busy
 MAX_WAIT = 10.0  # seconds before a retry
 BATCH = 64  # images per request; fewer if the service accepts fewer
 _KINDS: dict[str, Any] = {
@@ -39,15 +39,15 @@ def open_service(spec: str, options: ModelOptions) -> Given:
     """Read the inputs and outputs of a service's model. Raises CheckpointError."""
     url = SERVICE.sub(r"\1://", spec).rstrip("/")
     client = httpx.Client(timeout=TIMEOUT, headers={"Accept": "application/json"})
-    about = _get(client, spec, url)
+    metadata = _get(client, spec, url)
     try:
-        entry, outputs = about["inputs"][0], about["outputs"]
+        entry, outputs = metadata["inputs"][0], metadata["outputs"]
         shape = [int(side) for side in entry["shape"]]
         kind, name = str(entry["datatype"]), str(entry["name"])
         scores = _scores(outputs)
     except (KeyError, IndexError, TypeError, ValueError):
         raise CheckpointError(
-            spec, "metadata of the Open Inference Protocol", json.dumps(about)[:200]
+            spec, "metadata of the Open Inference Protocol", json.dumps(metadata)[:200]
         ) from None
     if kind not in _KINDS or len(shape) not in (3, 4) or 3 not in (shape[-3], shape[-1]):
         raise CheckpointError(
@@ -73,11 +73,11 @@ def open_service(spec: str, options: ModelOptions) -> Given:
         output=scores,
         binary="binary_tensor_data" in server.get("extensions", []),
     )
-    versions = [str(item) for item in about.get("versions") or []]
+    versions = [str(item) for item in metadata.get("versions") or []]
     known = len(versions) == 1 and re.fullmatch("[0-9a-f]{64}", versions[0])
-    notes = [f"a service, asked for {scores} of images as {kind}"]
+    notes = [f"a service that returns {scores} for images as {kind}"]
     if kind == "UINT8":
-        notes.append("images are rounded to 8 bits on the way to it")
+        notes.append("images are rounded to 8 bits in requests")
     return Given(
         kind="service",
         function=model,
@@ -101,9 +101,7 @@ def _scores(outputs: list[dict[str, Any]]) -> str | None:
 
 def _get(client: httpx.Client, spec: str, url: str, *, optional: bool = False) -> dict[str, Any]:
     try:
-        answer = client.get(url)
-        answer.raise_for_status()
-        value = answer.json()
+        value = client.get(url).raise_for_status().json()
         if isinstance(value, dict):
             return value
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -123,7 +121,7 @@ class _Service:
     input_name: str
     kind: str
     channels_last: bool
-    batched: bool  # whether its tensors have a dimension for images
+    batched: bool  # whether its tensors have a batch dimension
     output: str
     binary: bool
     batch: int = field(default=BATCH)
@@ -137,36 +135,35 @@ class _Service:
         values = pixels.contiguous().numpy().astype(_KINDS[self.kind])
         parts, start = [], 0
         while start < len(values):
-            most = self.batch if self.batched else 1
-            part = values[start : start + most]
-            scores = self._ask(part)
-            if scores is None:  # too many for it
+            part = values[start : start + (self.batch if self.batched else 1)]
+            scores = self._send(part)
+            if scores is None:  # too many images
                 self.batch = max(1, len(part) // 2)
                 continue
             parts.append(scores)
             start += len(part)
         return torch.from_numpy(np.concatenate(parts)).to(x.device)
 
-    def _ask(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """Scores float32 (n, K); None if the service refuses more than one image per request."""
+    def _send(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """Scores float32 (n, K); None if the service refuses that many images in one request."""
         content, headers = self._request(values)
         for attempt in range(RETRIES):
             try:
-                answer = self.client.post(self.url, content=content, headers=headers)
+                response = self.client.post(self.url, content=content, headers=headers)
             except httpx.HTTPError as error:
-                raise CheckpointError(self.spec, "an answer", f"{error}"[:200]) from None
-            if answer.status_code not in (429, 503) or attempt == RETRIES - 1:
+                raise CheckpointError(self.spec, "a response", f"{error}"[:200]) from None
+            if response.status_code not in (429, 503) or attempt == RETRIES - 1:
                 break
-            said = answer.headers.get("Retry-After", "")
-            time.sleep(min(MAX_WAIT, float(said) if said.isdigit() else 0.1 * 2**attempt))
-        if answer.status_code in (400, 413, 422) and len(values) > 1:
+            seconds = response.headers.get("Retry-After", "")
+            time.sleep(min(MAX_WAIT, float(seconds) if seconds.isdigit() else 0.1 * 2**attempt))
+        if response.status_code in (400, 413, 422) and len(values) > 1:
             return None
-        if answer.status_code != 200:
+        if response.status_code != 200:
             raise CheckpointError(
-                self.spec, "an answer", f"status {answer.status_code}: {answer.text[:200]}"
+                self.spec, "a response", f"status {response.status_code}: {response.text[:200]}"
             )
         try:
-            return self._scores(answer, len(values))
+            return self._scores(response, len(values))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 self.spec, f"{self.output} of {len(values)} images", f"{error}"[:200]
@@ -181,17 +178,18 @@ class _Service:
             return json.dumps(body).encode(), {"Content-Type": "application/json"}
         raw = values.tobytes()
         tensor["parameters"] = {"binary_data_size": len(raw)}
-        asked = {"name": self.output, "parameters": {"binary_data": True}}
-        text = json.dumps({"inputs": [tensor], "outputs": [asked]}).encode()
+        output = {"name": self.output, "parameters": {"binary_data": True}}
+        text = json.dumps({"inputs": [tensor], "outputs": [output]}).encode()
         return text + raw, {
             "Content-Type": "application/octet-stream",
             HEADER_LENGTH: str(len(text)),
         }
 
-    def _scores(self, answer: httpx.Response, n: int) -> np.ndarray[Any, Any]:
-        length = answer.headers.get(HEADER_LENGTH)
-        text = answer.content if length is None else answer.content[: int(length)]
-        raw = b"" if length is None else answer.content[int(length) :]
+    def _scores(self, response: httpx.Response, n: int) -> np.ndarray[Any, Any]:
+        """The scores in a response. Raises KeyError, TypeError and ValueError if it has none."""
+        length = response.headers.get(HEADER_LENGTH)
+        text = response.content if length is None else response.content[: int(length)]
+        raw = b"" if length is None else response.content[int(length) :]
         for output in json.loads(text)["outputs"]:
             size = int((output.get("parameters") or {}).get("binary_data_size", 0))
             part, raw = raw[:size], raw[size:]

@@ -23,7 +23,7 @@ PREFIXES = ("module.", "model.", "net.", "network.", "backbone.", "_orig_mod.", 
 _MEANS = ("mean", "mu", "new_mean", "_mean", "means")
 _STDS = ("std", "sigma", "new_std", "_std", "stds", "sds")
 # Used only in training: no output depends on them.
-_USELESS = re.compile(
+_UNUSED = re.compile(
     r"(^|\.)(n_averaged$|criterion\.|loss(_fn|_func)?\.|metrics?\.|(train|val|test)_(acc|metric)\w*\.)"
 )
 
@@ -64,7 +64,7 @@ def read_weights(
     value, metadata = _read(path, data)
     state, notes = _find_state(path, value, key)
     state, mean, std = _take_normalization(path, state, notes)
-    state = _drop_useless(state, notes)
+    state = _drop_unused(state, notes)
     state = _drop_attacker(path, state, notes)
     state = _strip_prefixes(state, known, notes)
     return Weights(state=state, mean=mean, std=std, notes=tuple(notes), metadata=metadata)
@@ -86,14 +86,14 @@ def _read(path: Path, data: bytes) -> tuple[Any, dict[str, str]]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = "a file that is none"
+        found = "another kind of file"
         if refused:
             found = (
-                f"a pickle that asks for {refused[1]}, which is never run; save the state dict "
+                f"a pickle that refers to {refused[1]}, which is never run; save the state dict "
                 "alone: torch.save(model.state_dict(), path)"
             )
         raise CheckpointError(path, "a state dict saved by torch.save", found) from None
-    except Exception as error:  # torch raises whatever it trips over in a broken file
+    except Exception as error:  # torch raises all kinds of exceptions on a broken file
         why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
             path, "a state dict saved by torch.save", f"a truncated or foreign file ({why})"
@@ -101,7 +101,7 @@ def _read(path: Path, data: bytes) -> tuple[Any, dict[str, str]]:
 
 
 class Inert:
-    """Inert stand-in for an object saved with the weights, such as a path."""
+    """A stand-in that ignores the state of an object saved with the weights, such as a path."""
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:
         return super().__new__(cls)
@@ -111,10 +111,10 @@ class Inert:
 
 
 def _inert(data: bytes) -> list[Any]:
-    """Inert stand-ins for the other objects in a checkpoint, by full name."""
+    """A stand-in for each other object in a checkpoint, with the object's full name."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception:  # not a zip of torch.save, or a broken one: reading it will raise
+    except Exception:  # not a zip of torch.save, or a broken one: loading it will raise
         return []
     return [(Inert, name) for name in names if name.partition(".")[0] in _BESIDE_WEIGHTS]
 
@@ -148,22 +148,22 @@ def _find_state(path: Path, value: Any, key: str | None) -> tuple[dict[str, Tens
             name = holding[0]
         if name is None:
             found = (
-                f"weights in each of {_names(holding)}: --key says which"
+                f"weights in each of {_names(holding)}: choose one with --key"
                 if holding
                 else f"no weights in {_names(value)}"
                 if isinstance(value, dict)
                 else f"a {type(value).__name__}"
             )
-            raise CheckpointError(path, "a state dict, or one under a name of its own", found)
+            raise CheckpointError(path, "a state dict, or a file with only one", found)
         left = [other for other in holding if other != name]
-        taken.append(f"{name!r}" + (f" (left: {_names(left)}; see --key)" if left else ""))
+        taken.append(f"{name!r}" + (f" (not {_names(left)}; see --key)" if left else ""))
         value = value[name]
     if taken:
         notes.append(f"read from its entry {' in '.join(reversed(taken))}")
     state = {name: item for name, item in value.items() if isinstance(item, Tensor)}
     dropped = [name for name in value if name not in state]
     if dropped:
-        notes.append(f"left out what is no tensor: {_names(dropped)}")
+        notes.append(f"dropped entries that are not tensors: {_names(dropped)}")
     return state, notes
 
 
@@ -209,32 +209,32 @@ def _take_normalization(
     if mean is None or std is None:
         return state, None, None
     keys = {*means, *stds}
-    # As written by the user: 0.4914, not float32's 0.4914000034.
+    # As the authors wrote it: 0.4914, not float32's 0.4914000034.
     mean, std = (tuple(float(f"{number:.7g}") for number in values) for values in (mean, std))
     notes.append(f"took mean {_numbers(mean)} and std {_numbers(std)} from {_names(sorted(keys))}")
     rest = {key: value for key, value in state.items() if key not in keys}
     return rest, mean, std  # type: ignore[return-value]
 
 
-def _drop_useless(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    useless = [key for key in state if _USELESS.search(key)]
-    if useless:
-        notes.append(f"left out {_names(useless)}, which no output depends on")
-    return {key: value for key, value in state.items() if key not in useless}
+def _drop_unused(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    unused = [key for key in state if _UNUSED.search(key)]
+    if unused:
+        notes.append(f"dropped {_names(unused)}, which no output depends on")
+    return {key: value for key, value in state.items() if key not in unused}
 
 
 def _drop_attacker(path: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """Drop the second copy of the model that MadryLab's robustness saves inside its attacker."""
-    twice = [key for key in state if "attacker.model." in key]
-    for key in twice:
+    copies = [key for key in state if "attacker.model." in key]
+    for key in copies:
         other = state.get(key.replace("attacker.", "", 1))
         if other is None or not torch.equal(other, state[key]):
             raise CheckpointError(
                 path, "the same model inside and outside the attacker", f"another {key}"
             )
-    if twice:
-        notes.append("left out the attacker's copy of the model")
-    return {key: value for key, value in state.items() if key not in twice}
+    if copies:
+        notes.append("dropped the attacker's copy of the model")
+    return {key: value for key, value in state.items() if key not in copies}
 
 
 def _strip_prefixes(
@@ -248,12 +248,12 @@ def _strip_prefixes(
         state = {key.removeprefix(prefix): value for key, value in state.items()}
         stripped += prefix
     if stripped:
-        notes.append(f"took off the prefix {stripped!r}")
+        notes.append(f"stripped the prefix {stripped!r}")
     return state
 
 
 def _names(names: Any) -> str:
-    """At most five."""
+    """Up to five names, separated by commas, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(map(str, names[:5])) or "nothing") + more

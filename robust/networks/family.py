@@ -1,4 +1,4 @@
-"""A network family: one entry of the registry."""
+"""The entry of a network family in the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shapes = Mapping[str, Size]
 
 
 class UnknownLayout(ValueError):
-    """A state dict of this family, but of a network that it can't build."""
+    """A state dict of this family whose network it can't build."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class Reading:
     input_size: int = 32  # a guess
     renamed: Mapping[str, str] = field(default_factory=dict)  # key in the file: our key
     unused: tuple[str, ...] = ()  # keys of the file that the network does not use
-    layout: str = ""  # whose key names these are, if not our own
+    layout: str = ""  # the code that the key names are from, if not ours
     doubts: tuple[str, ...] = ()  # other networks with the same keys
-    stems: tuple[str, ...] = ()  # with the same keys, of which `stem` is the likeliest
+    stems: tuple[str, ...] = ()  # stems with the same keys; `stem` is the likeliest
 
 
 class Build(Protocol):
@@ -58,18 +58,18 @@ class Family:
 
     archs: tuple[str, ...]  # names for help and errors; `matches` may accept more
     build: Build
-    head: Callable[[nn.Module], str]  # name of the layer that gives the logits
+    head: Callable[[nn.Module], str]  # name of the layer that computes the logits
     stems: tuple[str, ...]
     activations: tuple[str, ...] = ("relu", "silu")
     variants: tuple[str, ...] = ("",)
     matches: Callable[[str], bool] | None = None  # by default: one of `archs`
-    read: Callable[[Shapes], Reading | None] | None = None  # None: only by name
+    read: Callable[[Shapes], Reading | None] | None = None  # None: chosen only by name
     norm_pairs: Callable[[nn.Module], Iterator[tuple[str, str]]] | None = None
     """(convolution, batch norm right after it) by name. None: nothing is folded."""
     residual_ends: Callable[[nn.Module], Iterator[Tensor]] | None = None
     """The weight of each residual branch that, set to 0, makes its block the identity."""
     onnx: Callable[[GraphBuilder, Any, FeatureMap], None] | None = None
-    """Adds the network to a graph. None: torch's exporter."""
+    """Adds the network to a graph. None: torch's exporter is used."""
 
     def builds(self, arch: str) -> bool:
         """Whether `arch` names a network of this family."""

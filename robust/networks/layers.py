@@ -27,7 +27,7 @@ class SameConv2d(nn.Conv2d):
 
 
 def same_convolution(channels: int, out: int, stride: int) -> nn.Conv2d:
-    """A 3x3 convolution padded as TensorFlow's `SAME` is on an even side."""
+    """A 3x3 convolution with the padding of TensorFlow's `SAME` for an even side."""
     return SameConv2d(channels, out) if stride == 2 else convolution(channels, out, 3)
 
 
@@ -43,7 +43,7 @@ def initialize_convolutions(net: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-class UndrawnWeights(TorchFunctionMode):
+class SkipInitialization(TorchFunctionMode):
     """Context in which new layers are not initialized, for weights that a file overwrites.
 
     Initializing takes longer than reading a checkpoint. The global random state is unchanged.

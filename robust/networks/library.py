@@ -22,7 +22,7 @@ class Configuration:
     mean: Rgb
     std: Rgb
     input_size: int
-    head: str  # name of the layer that gives the logits
+    head: str  # name of the layer that computes the logits
 
 
 def library_of(arch: str) -> tuple[str, str]:
@@ -86,19 +86,19 @@ def pretrained(arch: str) -> tuple[nn.Module, tuple[str, ...] | None]:
 
 @lru_cache(maxsize=8)
 def library_configuration(arch: str) -> Configuration:
-    """The library's mean, std and size, and the layout of the network."""
+    """The library's mean, std and input size of the network, and the name of its head."""
     library, name = library_of(arch)
     if library == "timm":
         import timm
 
         known = timm.get_pretrained_cfg(name)
         assert known is not None
-        said: dict[str, Any] = known.to_dict()  # type: ignore[no-untyped-call]
-        head = said.get("classifier") or _last_layer(timm.create_model(name))
+        values: dict[str, Any] = known.to_dict()  # type: ignore[no-untyped-call]
+        head = values.get("classifier") or _last_layer(timm.create_model(name))
         return Configuration(
-            mean=tuple(said["mean"]),
-            std=tuple(said["std"]),
-            input_size=said["input_size"][-1],
+            mean=tuple(values["mean"]),
+            std=tuple(values["std"]),
+            input_size=values["input_size"][-1],
             head=head if isinstance(head, str) else head[0],
         )
     import torchvision

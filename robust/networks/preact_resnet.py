@@ -1,12 +1,12 @@
 """Pre-activation ResNets for small images, under the key names of their public code.
 
 Source: He et al. 2016, arXiv:1603.05027; key names as in kuangliu/pytorch-cifar and, from there,
-in the repositories whose weights RobustBench lists. They differ in ways that no key shows; each is
-a variant:
+in the repositories whose weights RobustBench lists. They differ in ways that the keys don't show;
+each is a variant:
 
-- "" ends in a norm, and a shortcut's 1x1 convolution sees the activated input;
+- "" ends in a norm, and a shortcut's 1x1 convolution takes the activated input;
 - "no-final-norm" is the same without the last norm (kuangliu/pytorch-cifar);
-- "raw-shortcut" besides lets the shortcut see the input as it is (Wong et al. 2020,
+- "raw-shortcut" is "no-final-norm" with shortcuts on the raw input (Wong et al. 2020,
   Andriushchenko & Flammarion 2020);
 - "deepmind" ends in a norm, has 3x3 shortcuts on the raw input and pads like TensorFlow
   (Rebuffi et al. 2021, Rade & Moosavi-Dezfooli 2022).
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from robust.graph import FeatureMap, GraphBuilder
 
 VARIANTS = ("", "no-final-norm", "raw-shortcut", "deepmind")
-_DEPTHS: dict[str, tuple[bool, tuple[int, ...]]] = {  # whether the blocks are bottlenecks
+_DEPTHS: dict[str, tuple[bool, tuple[int, ...]]] = {  # whether blocks are bottlenecks; depths
     "preact_resnet18": (False, (2, 2, 2, 2)),
     "preact_resnet34": (False, (3, 4, 6, 3)),
     "preact_resnet50": (True, (3, 4, 6, 3)),
@@ -152,7 +152,7 @@ def build(
 
 
 def read(shapes: Shapes) -> Reading | None:
-    """The keys of kuangliu/pytorch-cifar, or DeepMind's."""
+    """The network with these keys of kuangliu/pytorch-cifar or DeepMind; None for other keys."""
     deepmind = "conv_2d.weight" in shapes
     renamed = {key: _own_key(key) for key in shapes} if deepmind else {}
     own = {renamed.get(key, key): shape for key, shape in shapes.items()}
@@ -166,8 +166,8 @@ def read(shapes: Shapes) -> Reading | None:
     if arch is None or kernel != (3, 3):
         kind = "bottleneck" if bottleneck else "basic"
         raise UnknownLayout(
-            f"{kind} pre-activation blocks {list(depths)} behind a stem of size {kernel}: the "
-            "PreActResNets read are 18, 34 and 50 with a 3x3 stem"
+            f"{kind} pre-activation blocks {list(depths)} after a stem of size {kernel}; supported "
+            "are PreActResNet-18, -34 and -50 with a 3x3 stem"
         )
     mean, std = CIFAR100 if head[0] == 100 else CIFAR10
     doubts: tuple[str, ...] = ()
@@ -176,8 +176,8 @@ def read(shapes: Shapes) -> Reading | None:
         variant = "no-final-norm"
     elif variant == "raw-shortcut":
         doubts = (
-            "shortcuts of the activated input have the same keys: --arch "
-            f"{arch}:no-final-norm takes those",
+            "a network with shortcuts on the activated input has the same keys: use --arch "
+            f"{arch}:no-final-norm for it",
         )
     return Reading(
         arch=arch,

@@ -65,7 +65,7 @@ def check_choices(arch: str, *, stem: str, activation: str, variant: str) -> Non
 
 
 def read_layout(shapes: Shapes) -> Reading | None:
-    """The network inferred from the keys and shapes of a state dict; None if unknown.
+    """The network inferred from the keys and shapes of a state dict; None if it is unknown.
 
     Raises UnknownLayout for a network that a family recognizes but can't build.
     """

@@ -19,7 +19,7 @@ from robust.networks.layers import activation_module, convolution, initialize_co
 if TYPE_CHECKING:
     from robust.graph import FeatureMap, GraphBuilder
 
-# 3x3 stems with the keys of `cifar` but another function: by stride, and whether they pool.
+# 3x3 stems, which all have the same keys: their stride, and whether they max-pool.
 SMALL_STEMS = {
     "cifar": (1, False),
     "3x3-stride2": (2, False),
@@ -27,7 +27,7 @@ SMALL_STEMS = {
     "3x3-stride2-maxpool": (2, True),
 }
 STAGES = 4
-WIDTH = 64  # channels of the stem and inside the blocks of the first stage, doubled at each next
+WIDTH = 64  # channels of the stem and inside the blocks of the first stage; each stage doubles it
 
 
 class BasicBlock(nn.Module):
@@ -158,10 +158,10 @@ def build(
 
 
 def read(shapes: Shapes) -> Reading | None:
-    """torchvision's keys, or those of the usual CIFAR ResNets: the same network, other names.
+    """The network with these keys of torchvision or of the usual CIFAR ResNets; else None.
 
-    The latter call a shortcut `shortcut` and the head `linear` (kuangliu/pytorch-cifar, and from
-    there MadryLab's robustness and RobustBench).
+    The latter are the same networks with shortcuts named `shortcut` and a head named `linear`
+    (kuangliu/pytorch-cifar, and from there MadryLab's robustness and RobustBench).
     """
     if not {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= shapes.keys():
         return None
@@ -177,15 +177,15 @@ def read(shapes: Shapes) -> Reading | None:
     if arch is None or kernel not in ((7, 7), (3, 3)):
         kind = "bottleneck" if bottleneck else "basic"
         raise UnknownLayout(
-            f"{kind} blocks {list(depths)} behind a {kernel[0]}x{kernel[-1]} stem: the ResNets "
-            "read are 18, 34 and 50 with a 7x7 or a 3x3 stem"
+            f"{kind} blocks {list(depths)} after a {kernel[0]}x{kernel[-1]} stem; supported are "
+            "ResNet-18, -34 and -50 with a 7x7 or a 3x3 stem"
         )
     doubts: tuple[str, ...] = ()
     if kernel == (3, 3) and not public:
         others = [name for name in SMALL_STEMS if name != "cifar"]
         doubts = (
-            "a 3x3 stem of stride 2, or one with max-pooling, has the same keys as the cifar stem: "
-            f"--stem {', '.join(others)}",
+            "3x3 stems with stride 2 or max-pooling have the same keys as the cifar stem: "
+            f"use --stem {', '.join(others)} for those",
         )
     imagenet = kernel == (7, 7) and head[0] == 1000
     return Reading(
@@ -203,7 +203,7 @@ def read(shapes: Shapes) -> Reading | None:
 
 
 def stage_depths(shapes: Shapes) -> tuple[int, ...]:
-    """Blocks in `layer1` to `layer4`."""
+    """The numbers of blocks in `layer1` to `layer4`."""
     return tuple(
         len({m[1] for key in shapes if (m := re.match(rf"layer{stage}\.(\d+)\.", key))})
         for stage in range(1, STAGES + 1)

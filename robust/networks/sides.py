@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def convolution_sides(net: nn.Module, input_size: int) -> dict[str, tuple[int, int]]:
-    """For each convolution of `net` the side of its input and output in pixels.
+    """The sides in pixels of the input and output of each convolution of `net`, by name.
 
     Runs one image in eval mode and leaves `net` unchanged. Not on torch's meta device, where
     convolutions import the compiler, 900 modules. Raises the exception of `net` for a size that
@@ -17,12 +17,12 @@ def convolution_sides(net: nn.Module, input_size: int) -> dict[str, tuple[int, i
     """
     sides: dict[str, tuple[int, int]] = {}
 
-    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         sides[name] = inputs[0].shape[-1], output.shape[-1]
 
     modes = {module: module.training for module in net.modules()}
     hooks = [
-        module.register_forward_hook(partial(note, name))
+        module.register_forward_hook(partial(record, name))
         for name, module in net.named_modules()
         if isinstance(module, nn.Conv2d)
     ]

@@ -118,7 +118,7 @@ class WideResNet(nn.Module):
 
 
 def _blocks(depth: int) -> int:
-    """Blocks in each group: six layers belong to three blocks, four to none."""
+    """Blocks per group: two layers per block in three groups, and four layers outside."""
     return (depth - 4) // 6
 
 
@@ -142,7 +142,7 @@ def build(
 
 
 def read(shapes: Shapes) -> Reading | None:
-    """The keys of TRADES, or DeepMind's.
+    """The network with these keys of TRADES or DeepMind; None for other keys.
 
     Some files also contain `sub_block1`, which that code creates but never calls.
     """
@@ -160,8 +160,8 @@ def read(shapes: Shapes) -> Reading | None:
     even = len(set(groups)) == 1 and first[0] % STEM_WIDTH == 0
     if not even or not matches(arch):
         raise UnknownLayout(
-            f"groups of {groups} blocks with {first[0]} channels: a WideResNet has as many "
-            f"blocks in each of 3 groups and a multiple of {STEM_WIDTH} channels"
+            f"groups of {groups} blocks with {first[0]} channels; a WideResNet has the same number "
+            f"of blocks in each of 3 groups and a multiple of {STEM_WIDTH} channels"
         )
     mean, std = CIFAR100 if head[0] == 100 else CIFAR10
     return Reading(

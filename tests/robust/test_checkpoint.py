@@ -219,13 +219,13 @@ def test_a_pickle_never_runs(tmp_path: Path, bare: Path, how: str) -> None:
 
 def test_whole_module_is_refused(bare: Path, make_classifier: Make) -> None:
     torch.save(make_classifier().net, bare)
-    refused(bare, "a pickle that asks for")
+    refused(bare, "a pickle that refers to")
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"model": {"a": torch.ones(1)}}, {1: torch.ones(1)}, 3])
 def test_other_values_are_refused(bare: Path, value: object) -> None:
     torch.save(value, bare)
-    refused(bare, "a state dict, or one under a name of its own")
+    refused(bare, "a state dict, or a file with only one")
 
 
 # State dicts of something else.
@@ -258,7 +258,7 @@ def test_other_networks(bare: Path) -> None:
         (lambda s: s.update(extra=torch.ones(1)), ["1 left over (extra)"]),
         (
             lambda s: s.update({"bn1.bias": torch.ones(5)}),
-            ["1 of another shape (bn1.bias (5,) where (64,) fits)"],
+            ["1 of another shape (bn1.bias (5,) instead of (64,))"],
         ),
         (lambda s: s["bn1.bias"].fill_(torch.nan), ["finite weights", "in bn1.bias"]),
         (lambda s: s["bn1.bias"].fill_(torch.inf), ["finite weights", "in bn1.bias"]),
@@ -318,11 +318,11 @@ def test_sidecar_of_other_weights(pair: Path) -> None:
         ({"architecture": architecture(arch="resnet34")}, ["keys of resnet34", "missing (layer"]),
         (
             {"architecture": architecture(stem="cifar")},
-            ["conv1.weight (64, 3, 7, 7) where (64, 3, 3, 3) fits"],
+            ["conv1.weight (64, 3, 7, 7) instead of (64, 3, 3, 3)"],
         ),
         (
             {"architecture": architecture(num_classes=3), "classes": ["a", "b", "c"]},
-            ["fc.weight (4, 512) where (3, 512) fits"],
+            ["fc.weight (4, 512) instead of (3, 512)"],
         ),
         ({"classes": ["cat", "dog"]}, ["expected 4 class names, got 2"]),
         ({"classes": [1, 2, 3, 4]}, ["class names to be strings"]),
@@ -373,14 +373,14 @@ def test_json_of_something_else_is_no_sidecar(bare: Path, caplog: pytest.LogCapt
     """As `robust evaluate --json` leaves it beside the weights."""
     sidecar_path(bare).write_text('{"checkpoint": "model.pt", "results": []}')
     assert load_checkpoint(bare).sidecar.classes == ("0", "1", "2", "3")
-    assert f"{sidecar_path(bare)} describes no checkpoint and is left out" in caplog.messages
+    assert f"{sidecar_path(bare)} does not describe a checkpoint and is ignored" in caplog.messages
 
 
 def test_the_sidecar_is_not_the_checkpoint(pair: Path, make_classifier: Make) -> None:
-    refused(sidecar_path(pair), "the weights beside the sidecar")
+    refused(sidecar_path(pair), "the name of a weights file")
     classifier = make_classifier()
     sidecar = Sidecar(architecture=classifier.architecture, classes=CLASSES)
-    with pytest.raises(CheckpointError, match="the sidecar's own name"):
+    with pytest.raises(CheckpointError, match="that of its sidecar"):
         save_checkpoint(sidecar_path(pair), classifier, sidecar)
     load_checkpoint(pair)
 
@@ -557,7 +557,7 @@ def test_results_are_not_recorded_on_a_guess(bare: Path) -> None:
 def test_what_is_guessed_is_told(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_checkpoint(bare)
     half, message = caplog.messages
-    assert half == f"{bare}: float16 weights, computed with in float32"
+    assert half == f"{bare}: converted float16 weights to float32"
     assert message.startswith(f"{bare}: read off the keys: resnet18, stem imagenet")
     assert "assumed: activation relu" in message
 

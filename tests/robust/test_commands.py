@@ -440,7 +440,7 @@ def test_evaluate_warns_beside_the_table(
     assert "note: apgd-t: tries 3 target classes, not 9" in output.err
     (warning,) = [line for line in output.err.splitlines() if line.startswith("warning: ")]
     assert warning.startswith("warning: chance: ")
-    assert "no more than chance; check labels" in warning
+    assert "no more than by chance; check labels" in warning
     assert "warning" not in output.out
 
 

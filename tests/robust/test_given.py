@@ -107,7 +107,7 @@ def test_the_users_own_code(
         ("absent", "a function absent, found torch, nn, make_model, function, softmax"),
         ("wrong", "a callable from images to logits, found a int"),
         ("features", r"logits \(2, K\) of 2 images, found \(2, 4, 30, 30\)"),
-        ("broken", r"a model of images \(2, 3, 32, 32\) \(--input-size says another size\)"),
+        ("broken", r"a model of images \(2, 3, 32, 32\) \(else set --input-size\)"),
     ],
 )
 def test_code_that_makes_no_classifier(name: str, words: str, code: Path) -> None:
@@ -140,7 +140,7 @@ def test_options_for_weights_are_refused_with_a_whole_model(code: Path) -> None:
 
 def test_probabilities_are_told(code: Path) -> None:
     loaded = load_checkpoint(f"{code}:softmax")
-    assert "its answers look like probabilities, where logits are expected" in loaded.notes
+    assert "it seems to return probabilities, but logits are expected" in loaded.notes
 
 
 def test_torchscript(network: nn.Module, tmp_path: Path) -> None:

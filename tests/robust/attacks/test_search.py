@@ -423,7 +423,7 @@ def test_a_model_that_changes_its_images_is_refused(images: Tensor, y: Tensor) -
         return x.sub_(0.5).flatten(1)
 
     before = images.clone()
-    with pytest.raises(ModelError, match="leaves its images as they are"):
+    with pytest.raises(ModelError, match="leaves its images unchanged"):
         run("square", careless, images, y, 0.05)
     assert torch.equal(images, before)
 

@@ -115,7 +115,7 @@ def test_speculation_fills_a_batch_and_changes_no_result(
     eps: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("robust.attacks.search.FILLED", 60)  # as on a GPU
+    monkeypatch.setattr("robust.attacks.search.MAX_SPECULATIVE_PASS", 60)  # as on a GPU
     y = make_curved()(images).argmax(dim=1)
 
     def run(batch_size: int) -> tuple[AttackResult, Curved]:

@@ -88,7 +88,7 @@ class Moving(nn.Module):
 
 def test_refuses_statistics_that_move_and_puts_them_back(linear_data: Data) -> None:
     model = Moving()
-    with pytest.raises(ModelError, match="got one that moves mean and 1 more: its batch norm"):
+    with pytest.raises(ModelError, match="got one that changes mean and 1 more: its batch norm"):
         run(model, linear_data)
     assert torch.equal(model.mean, torch.zeros(3))
     assert torch.equal(model.var, torch.ones(3))

@@ -153,7 +153,7 @@ def test_normalisation_left_out(undefended: nn.Module, test_digits: Data) -> Non
 
     result = run(model, test_digits, attacks("fgsm"))
     (flag,) = [flag for flag in result.flags if flag.name == "normalization"]
-    assert flag.text.startswith("49 of 50 images are right once they are normalized as for")
+    assert flag.text.startswith("49 of 50 images are classified correctly when normalized as for")
 
 
 def test_a_model_without_gradients_is_not_blamed_for_it(
@@ -180,7 +180,9 @@ def test_adversarial_images_are_not_taken_for_ones_to_normalize(
     none_right = replace(result, clean=replace(result.clean, correct=0), probes=probes)
     (flag,) = find_flags(none_right)
     assert flag.name == "chance"
-    assert str(flag).startswith("0 of 100 images are right as they come, less than chance")
+    assert str(flag).startswith(
+        "0 of 100 clean images are classified correctly, fewer than by chance"
+    )
     assert "adversarial already" in str(flag)
     some = replace(none_right, probes=replace(probes, right=10))
     assert {flag.name for flag in find_flags(some)} == {"chance", "normalization"}

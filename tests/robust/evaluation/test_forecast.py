@@ -24,7 +24,7 @@ def foretold(model: nn.Module, data: tuple[Tensor, Tensor], attack: str) -> list
         attacks=[resolve_attack(attack, BALL)],
         device=torch.device("cpu"),
         batch_size=4,
-        foretell=told.append,
+        on_forecast=told.append,
     )
     next(results)
     results.close()
@@ -53,7 +53,7 @@ def test_what_is_left_is_told_after_each_stage_for_the_images_that_stand(
         num_classes=2,
         attacks=[audit],
         device=torch.device("cpu"),
-        foretell=told.append,
+        on_forecast=told.append,
     )
     first, *rest = told
     (item,) = result.attacks
@@ -69,12 +69,12 @@ def test_what_is_left_is_told_after_each_stage_for_the_images_that_stand(
 
 def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(100, title="evaluate", unit="%")
-    progress.foretell(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
+    progress.show_forecast(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
     assert capsys.readouterr().err == (
         "note: 100 images: at most 3 min 30 s (4200 passes of 0.05 s); images that are fooled "
         "early take fewer\n"
     )
-    progress.foretell(
+    progress.show_forecast(
         Forecast(images=40, passes=420, worst=4200, seconds_per_pass=0.05, stage="pma-10")
     )
     assert capsys.readouterr().err == (
@@ -82,7 +82,7 @@ def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "mislead (420 passes of 0.05 s); images that are fooled early take fewer\n"
     )
     short = Forecast(images=100, passes=300, worst=300, seconds_per_pass=0.001)
-    progress.foretell(short)
+    progress.show_forecast(short)
     quiet = Progress(100, title="evaluate", unit="%", quiet=True)
-    quiet.foretell(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
+    quiet.show_forecast(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
     assert capsys.readouterr().err == ""

@@ -210,7 +210,7 @@ def test_a_model_without_a_state_needs_a_name(linear_data: Data, tmp_path: Path)
     def model(x: Tensor) -> Tensor:
         return x[:, :2, 0, 0]
 
-    with pytest.raises(ValueError, match="expected model_id beside a journal"):
+    with pytest.raises(ValueError, match="expected a model_id with a journal"):
         list(parts(model, linear_data, tmp_path / "journal"))  # type: ignore[arg-type]
 
 
@@ -301,7 +301,7 @@ def test_another_number_of_processes_is_refused(
 ) -> None:
     path = tmp_path / "journal"
     last(parts(model, linear_data, tmp_path / "journal.1-of-2"))
-    with pytest.raises(JournalError, match="as the journal was begun by, 2, got 1; start as many"):
+    with pytest.raises(JournalError, match="as started the journal, 2, got 1; start as many"):
         last(parts(model, linear_data, path))
     assert not path.exists()
     assert last(parts(model, linear_data, tmp_path / "journal.1-of-2")).n == 40
