@@ -1,6 +1,6 @@
 """Labeled image sets: one loader for all formats, and one error for everything else.
 
-The names below are imported when they are first used: `--help` lists the forms without torch.
+Names are imported when first used, so that `--help` lists the formats without torch.
 """
 
 from __future__ import annotations

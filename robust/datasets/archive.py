@@ -1,4 +1,4 @@
-"""Zip containers, read in memory and within limits."""
+"""Reads zip files in memory and within limits."""
 
 import io
 import zipfile
@@ -13,14 +13,14 @@ from robust.datasets.errors import DatasetError
 MAX_MEMBERS = 2_000_000
 MAX_BYTES = 64 << 30
 
-_ENTRY = b"PK\x01\x02"  # begins each entry of the directory, which zipfile parses whole
+_ENTRY = b"PK\x01\x02"  # start of each entry of the directory, which zipfile parses as a whole
 _PART_BYTES = 1 << 24
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError)
 
 
 class Archive:
-    """A zip file whose declared sizes were checked before decompression."""
+    """A zip file whose declared sizes have been checked."""
 
     def __init__(self, source: str, file: zipfile.ZipFile) -> None:
         self.source = source
@@ -29,16 +29,16 @@ class Archive:
             info.filename: info for info in file.infolist() if info.filename[-1:] != "/"
         }
 
-    def read(self, name: str, most: int | None = None) -> bytearray:
-        """Read a member, or its first `most` bytes, into memory that arrays can use directly.
+    def read(self, name: str, limit: int | None = None) -> bytearray:
+        """The bytes of a member, or the first `limit` of them, in memory that arrays can share.
 
-        Raises DatasetError if it is missing, damaged or encrypted.
+        Raises DatasetError if the member is missing, damaged or encrypted.
         """
         if name not in self.members:
             raise DatasetError(self.source, expected=f"a member {name}", found="none")
         info = self.members[name]
-        # Never without a size: a member may contain far more than it declares.
-        left = info.file_size if most is None else min(most, info.file_size)
+        # Always with a size: a member may contain far more than it declares.
+        left = info.file_size if limit is None else min(limit, info.file_size)
         data = bytearray()
         with _broken_archive(self.source), self._file.open(info) as member:
             while left and (part := member.read(min(left, _PART_BYTES))):

@@ -17,9 +17,9 @@ from robust.datasets.source import Source
 from robust.images import fit_image, to_float, to_uint8
 
 ROUNDING = 1e-6
-"""How far beyond [0, 1] a float may lie and count as rounded."""
+"""How far outside [0, 1] a float may be to count as a rounding error."""
 
-_CHUNK = 1 << 22  # values that are converted at a time
+_CHUNK = 1 << 22  # values converted at a time
 
 
 def dataset_from_arrays(
@@ -62,13 +62,14 @@ def check_image_shape(source: Source, shape: Sequence[int]) -> None:
 
 
 def resize_note(count: int, width: int, height: int, size: int) -> str:
-    """The line of `Dataset.changes` for resized images."""
+    """The entry of `Dataset.changes` for resized images."""
     cropped = "" if width == height else ", cropped to the square in the center"
     images = "1 image" if count == 1 else f"{count} images"
     return f"resized {images} from {width}x{height} to {size}x{size}{cropped}"
 
 
 def _channels_first(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:
+    """Images of any layout as (N, C, H, W), and notes. Raises DatasetError."""
     shape, notes = tuple(images.shape), []
     if images.ndim == 2 and (sides := _sides_of_row(shape[1])):
         notes = [f"read rows of {shape[1]} values as images {'x'.join(map(str, sides))}"]
@@ -99,7 +100,7 @@ def _chunks(images: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _converted(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:
-    """Images `(N, 1 or 3, H, W)` as uint8 or float32 `(N, 3, size, size)`, and the changes."""
+    """Images (N, 1 or 3, H, W) as uint8 or float32 (N, 3, size, size), and notes."""
     size, (height, width) = source.size, images.shape[2:]
     notes: list[str] = []
     if images.is_floating_point():
@@ -111,7 +112,7 @@ def _converted(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:
     dtype = torch.uint8 if eight_bits else torch.float32
     source.check_output(len(images), dtype.itemsize)
     if (height, width) == (size, size) and images.dtype == dtype and images.shape[1] == 3:
-        # Nothing to convert: the memory of the file is used as it is.
+        # Nothing to convert: shares the memory of the file.
         return (images if eight_bits else images.clamp(0, 1)).contiguous(), notes
     if (height, width) != (size, size):
         source.check_fitted(len(images))
@@ -127,15 +128,18 @@ def _converted(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:
 
 
 def _check_floats(source: Source, images: Tensor, notes: list[str]) -> bool:
-    """Whether all are 8-bit levels. Raises DatasetError for values outside [0, 1] and NaN."""
-    low, high, levels, beyond, rounded = math.inf, -math.inf, True, 0, 0
+    """Whether all values are 8-bit levels; adds notes on clipped and rounded values.
+
+    Raises DatasetError for NaN and for values outside [0, 1].
+    """
+    low, high, levels, outside, rounded = math.inf, -math.inf, True, 0, 0
     for _, chunk in _chunks(images):
         floats = chunk.to(torch.float32)
         least, most = floats.min().item(), floats.max().item()
         if not (math.isfinite(least) and math.isfinite(most)):
             raise source.error("floats in [0, 1]", "NaN or infinity")
         low, high = min(low, least), max(high, most)
-        beyond += int(((floats < 0) | (floats > 1)).sum())
+        outside += int(((floats < 0) | (floats > 1)).sum())
         levels = levels and torch.equal(to_float(to_uint8(floats)), floats.clamp(0, 1))
         if chunk.dtype == torch.float64:
             rounded += int((floats.double() != chunk).sum())
@@ -143,8 +147,8 @@ def _check_floats(source: Source, images: Tensor, notes: list[str]) -> bool:
         # As float32 prints: enough digits to identify the value.
         found = f"values from {np.float32(low)!s} to {np.float32(high)!s}"
         raise source.error("floats in [0, 1]", found)
-    if beyond:
-        notes.append(f"clipped {beyond} values outside [0, 1] by less than {ROUNDING:g}")
+    if outside:
+        notes.append(f"clipped {outside} values outside [0, 1] by less than {ROUNDING:g}")
     if rounded and not levels:
         notes.append(f"rounded {rounded} values from float64 to float32")
     return levels

@@ -24,15 +24,15 @@ class Dataset:
     """
 
     images: Tensor
-    """`(N, 3, H, W)`: uint8, or float32 in [0, 1] where 8 bits would change what was given."""
+    """`(N, 3, H, W)`: uint8, or float32 in [0, 1] if rounding to 8 bits would change the images."""
     labels: Tensor
     """int64 `(N,)` in `[0, len(classes))`."""
     classes: tuple[str, ...]
     """A name for each label."""
     name: str
-    """Where the data came from: a file's name or a built-in set's."""
+    """The name of the file or of the built-in data set."""
     changes: tuple[str, ...] = ()
-    """What was resized, skipped, clipped or guessed on reading, each counted: one line each."""
+    """What was resized, skipped, clipped or guessed in reading, with counts; one line each."""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -72,7 +72,7 @@ class Dataset:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def limit(self, count: int) -> Dataset:
-        """The first `count` images, or all when there are fewer."""
+        """The first `count` images, or all if there are fewer."""
         return replace(self, images=self.images[:count], labels=self.labels[:count])
 
     def in_8_bits(self) -> Dataset:

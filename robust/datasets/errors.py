@@ -13,9 +13,9 @@ class DatasetError(ValueError):
         self.expected = expected
         self.found = found
 
-    def __reduce__(self) -> tuple[Any, ...]:  # sent from process to process
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between processes
         return partial(type(self), expected=self.expected, found=self.found), (self.source,)
 
 
 class TooManyToFit(DatasetError):
-    """More images need resizing than the limit allows; raised before any is resized."""
+    """More images need resizing than the limit; raised before any is resized."""

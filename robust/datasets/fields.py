@@ -1,4 +1,4 @@
-"""Which of the names in a file are the images, which the labels, and which the class names."""
+"""Finds the images, labels and class names among the names in a file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EXPECTED = f"images named {', '.join(IMAGES)} (or x_test, ...) and labels named 
 def image_and_label_names(
     source: Source, names: Iterable[str], *, labels_elsewhere: bool = False
 ) -> tuple[str, str | None]:
-    """The name of the images and that of the labels among `names`, whatever their case.
+    """The name of the images and that of the labels among `names`, ignoring case.
 
-    Of names for both parts, as `x_train` and `x_test`, those of the wanted part are taken. Raises
-    DatasetError, with the names that were found and those that are taken, when one is missing or
-    two could be meant. With `labels_elsewhere` the labels may be missing (None).
+    Of `x_train` and `x_test` it takes the one for the requested split. With `labels_elsewhere` the
+    labels may be missing (None). Raises DatasetError, which lists the names, if one is missing or
+    ambiguous.
     """
     found = list(names)
     images = _matches(found, IMAGES, source.train)
@@ -37,24 +37,23 @@ def image_and_label_names(
 
 
 def class_name_field(names: Iterable[str]) -> str | None:
-    """The name of the class names among `names`; None where there is none."""
+    """The name of the class names among `names`; None if there is none."""
     return next((name for name in names if name.lower() in CLASSES), None)
 
 
 def _matches(names: list[str], known: Collection[str], train: bool) -> list[str]:
+    """The known names without a split, and those of the requested split or else of the other."""
     plain = [name for name in names if name.lower() in known]
-    wanted = ("train",) if train else ("test", "val", "valid", "validation")
-    other = ("test", "val", "valid", "validation") if train else ("train",)
-    for parts in (wanted, other):
-        for part in parts:
-            found = [name for name in names if _of_part(name.lower(), part) in known]
-            if found:
-                return plain + found
+    train_names, test_names = ("train",), ("test", "val", "valid", "validation")
+    for split in (*train_names, *test_names) if train else (*test_names, *train_names):
+        found = [name for name in names if _without_split(name.lower(), split) in known]
+        if found:
+            return plain + found
     return plain
 
 
-def _of_part(name: str, part: str) -> str:
-    """`x_test` and `test_x` without their part; the empty string for other names."""
-    if name.endswith(f"_{part}"):
-        return name.removesuffix(f"_{part}")
-    return name.removeprefix(f"{part}_") if name.startswith(f"{part}_") else ""
+def _without_split(name: str, split: str) -> str:
+    """`x` for `x_test` and `test_x`; the empty string for names without the split."""
+    if name.endswith(f"_{split}"):
+        return name.removesuffix(f"_{split}")
+    return name.removeprefix(f"{split}_") if name.startswith(f"{split}_") else ""

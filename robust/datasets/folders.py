@@ -24,9 +24,9 @@ _SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
     ".heic .heif .avif .jp2 .j2k .jxl .jxr".split()
 )
-_DEEPEST = 8  # deepest level of subfolders that is searched
+_MAX_DEPTH = 8  # levels of subfolders that are searched
 _EXPECTED = "one folder of images per class"
-_NAMED = 5  # most files named in a note
+_MAX_NAMED = 5  # files named in a note
 
 Parts = tuple[str, ...]
 Read = Callable[[int | None], bytes]
@@ -34,7 +34,7 @@ Read = Callable[[int | None], bytes]
 
 
 def read_folder(source: Source) -> Dataset:
-    """Build a Dataset of `path/CLASS/IMAGE` or `path/PART/CLASS/IMAGE`.
+    """Build a Dataset of `path/CLASS/IMAGE` or `path/SPLIT/CLASS/IMAGE`.
 
     Class names are sorted, numerically if all are numbers. Images are recognized by content or by
     extension; other files, hidden ones and broken links are skipped and noted. Raises DatasetError
@@ -43,24 +43,24 @@ def read_folder(source: Source) -> Dataset:
     """
     path = source.path
     assert path is not None
-    files, nowhere = _files(path)
+    files, broken_links = _files(path)
     images, changes = _images(
         {file.relative_to(path).parts: partial(_read_file, file) for file in files}
     )
-    part = _part(source, images)
-    if part:
-        images = {parts[1:]: read for parts, read in images.items() if parts[0] == part}
-        changes.append(f"read its folder {part}")
-    folders = {folder.name for folder in (path / part).iterdir() if folder.is_dir()}
+    split = _split(source, images)
+    if split:
+        images = {parts[1:]: read for parts, read in images.items() if parts[0] == split}
+        changes.append(f"read its folder {split}")
+    folders = {folder.name for folder in (path / split).iterdir() if folder.is_dir()}
     empty = {name for name in folders if not _hidden((name,))} - {parts[0] for parts in images}
     if images and empty:
         raise source.error(_EXPECTED, f"no image in {min(empty)}")
-    if nowhere:
-        changes.append(_skipped(nowhere, "link to nowhere", "links to nowhere"))
+    if broken_links:
+        changes.append(_skipped(broken_links, "broken link", "broken links"))
     return _read(source, images, changes)
 
 
-def _part(source: Source, images: Mapping[Parts, Read]) -> str:
+def _split(source: Source, images: Mapping[Parts, Read]) -> str:
     """The split folder to read, such as `test` of `data/test/CLASS/IMAGE`, or an empty string.
 
     Raises DatasetError if the requested split does not exist.
@@ -69,30 +69,33 @@ def _part(source: Source, images: Mapping[Parts, Read]) -> str:
     if not found or not found <= {*TRAIN, *TEST} or any(len(parts) != 3 for parts in images):
         return ""
     wanted = TRAIN if source.train else TEST
-    part = next((name for name in wanted if name in found), "")
-    if not part:
+    split = next((name for name in wanted if name in found), "")
+    if not split:
         raise source.error(f"a folder {' or '.join(wanted)}", ", ".join(sorted(found)))
-    return part
+    return split
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
-    """Files under `path`, following links, which may form a cycle; and broken links."""
-    files, nowhere = [], []
+    """The files under `path`, following links, and the broken links.
+
+    Limits the depth, as links may form a cycle.
+    """
+    files, broken_links = [], []
     for folder, folders, names in os.walk(path, followlinks=True):
-        if len(Path(folder).relative_to(path).parts) == _DEEPEST:
+        if len(Path(folder).relative_to(path).parts) == _MAX_DEPTH:
             folders.clear()
         for name in names:
             file = Path(folder, name)
             if file.is_file():
                 files.append(file)
             elif file.is_symlink() and not file.exists():
-                nowhere.append(str(file.relative_to(path)))
-    return sorted(files), sorted(nowhere)
+                broken_links.append(str(file.relative_to(path)))
+    return sorted(files), sorted(broken_links)
 
 
-def _read_file(path: Path, most: int | None) -> bytes:
+def _read_file(path: Path, limit: int | None) -> bytes:
     with path.open("rb") as file:
-        return file.read(-1 if most is None else most)
+        return file.read(-1 if limit is None else limit)
 
 
 def read_folder_zip(source: Source) -> Dataset:
@@ -105,7 +108,7 @@ def read_folder_zip(source: Source) -> Dataset:
         for name, info in archive.members.items():
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or name.startswith("/") or "\\" in name:
-                raise source.error("plain relative names", "another")
+                raise source.error("relative member names", repr(name[:100]))
             if info.file_size > MAX_IMAGE_BYTES:
                 expected = f"members of at most {MAX_IMAGE_BYTES} bytes"
                 raise source.error(expected, f"{info.file_size} bytes")
@@ -116,8 +119,8 @@ def read_folder_zip(source: Source) -> Dataset:
         return _read(source, images, changes)
 
 
-def _read_member(archive: Archive, name: str, most: int | None) -> bytes:
-    return bytes(archive.read(name, most))
+def _read_member(archive: Archive, name: str, limit: int | None) -> bytes:
+    return bytes(archive.read(name, limit))
 
 
 def _hidden(parts: Parts) -> bool:
@@ -126,7 +129,7 @@ def _hidden(parts: Parts) -> bool:
 
 def _skipped(names: Sequence[str], one: str, many: str) -> str:
     """`skipped 2 hidden files: a, b`, with the first few names."""
-    shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
     return f"skipped {len(names)} {one if len(names) == 1 else many}: {shown}"[:500]
 
 
@@ -146,7 +149,7 @@ def _images(files: Mapping[Parts, Read]) -> tuple[dict[Parts, Read], list[str]]:
     if hidden:
         changes.append(_skipped(hidden, "hidden file", "hidden files"))
     if others:
-        changes.append(_skipped(others, "file that is no image", "files that are no images"))
+        changes.append(_skipped(others, "file that is not an image", "files that are not images"))
     return images, changes
 
 

@@ -33,7 +33,7 @@ def read_huggingface(source: Source) -> Dataset:
     except ImportError as error:
         raise source.error("PyArrow: pip install 'robust[data]'", "no such package") from error
     assert source.path is not None
-    files = [source.path] if source.path.is_file() else _part(source, source.path)
+    files = [source.path] if source.path.is_file() else _split_files(source, source.path)
     try:
         tables = [_table(path) for path in files]
         images_name, labels_name = image_and_label_names(source, tables[0].column_names)
@@ -59,23 +59,23 @@ def read_huggingface(source: Source) -> Dataset:
     return fitted.dataset(targets, names, changes=notes)
 
 
-def _part(source: Source, folder: Path) -> list[Path]:
+def _split_files(source: Source, folder: Path) -> list[Path]:
     """The files of the requested split, in order; all files if they name no split."""
     files = [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
-    named = {path: _part_of(path.relative_to(folder)) for path in files}
-    parts = {part for part in named.values() if part}
-    if not parts:
+    split_of = {path: _split_in_name(path.relative_to(folder)) for path in files}
+    splits = {split for split in split_of.values() if split}
+    if not splits:
         return files
-    for part in TRAIN if source.train else TEST:
-        found = [path for path in files if named[path] == part]
+    for split in TRAIN if source.train else TEST:
+        found = [path for path in files if split_of[path] == split]
         if found:
             return found
     wanted = " or ".join(TRAIN if source.train else TEST)
-    raise source.error(f"a part {wanted}", ", ".join(sorted(parts)))
+    raise source.error(f"a split {wanted}", ", ".join(sorted(splits)))
 
 
-def _part_of(path: Path) -> str:
-    """`test` of `data/test-00000-of-00001.parquet` and of `test/data-00000-of-00001.arrow`."""
+def _split_in_name(path: Path) -> str:
+    """`test` for `test-00000-of-00001.parquet` and `test/data-00000-of-00001.arrow`; else empty."""
     for text in (path.name, *reversed(path.parent.parts)):
         match = re.match(r"(train|test|validation|valid|val)\b", text)
         if match:

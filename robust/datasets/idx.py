@@ -24,24 +24,24 @@ _PARTS = {True: ("train",), False: ("t10k", "test")}
 def read_idx(source: Source) -> Dataset:
     """Images of an idx file, with the labels of the matching file in the same folder.
 
-    `t10k-images-idx3-ubyte` goes with `t10k-labels-idx1-ubyte`, either of them also with `.gz`.
+    The labels of `t10k-images-idx3-ubyte` are in `t10k-labels-idx1-ubyte`; either may end in `.gz`.
     Raises DatasetError.
     """
     path = source.path
     if path is None or "images" not in path.name:
         raise source.error("an idx file of images, such as t10k-images-idx3-ubyte", source.name)
     stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    beside = [path.with_name(stem), path.with_name(f"{stem}.gz")]
-    labels = next((file for file in beside if file.is_file()), None)
+    candidates = [path.with_name(stem), path.with_name(f"{stem}.gz")]
+    labels = next((file for file in candidates if file.is_file()), None)
     if labels is None:
-        raise source.error(f"its labels in {stem} beside it", "none")
+        raise source.error(f"its labels in {stem}, in the same folder", "none")
     return dataset_from_arrays(
         source, images=_read(source, path), labels=_read(source, labels, dimensions=1)
     )
 
 
 def read_idx_folder(source: Source) -> Dataset:
-    """The training or the test part of a folder of MNIST's four files."""
+    """The training or the test split of a folder of MNIST's four files."""
     path = source.path
     assert path is not None
     files = sorted([*path.glob("*images*-ubyte"), *path.glob("*images*-ubyte.gz")])

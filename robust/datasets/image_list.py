@@ -16,7 +16,7 @@ from robust.image_decoding import open_image
 from robust.image_headers import ImageError
 from robust.images import fit_image
 
-_MANY_SIZES = 3
+_MAX_SIZES = 3  # image sizes with a note each; more have one note in all
 
 
 class ImageList:
@@ -33,14 +33,14 @@ class ImageList:
         self._animated = 0
 
     def add_bytes(self, data: bytes) -> None:
-        """Decode and add an image of any format that folders may hold. Raises ImageError."""
+        """Decode and add an image of any format allowed in folders. Raises ImageError."""
         size, limits = self.source.size, self.source.limits
         opened = open_image(data, size=size, max_pixels=limits.max_pixels, any_format=True)
         self._animated += opened.frames > 1
         self._add(opened.image, opened.size)
 
     def add_image(self, image: Image.Image) -> None:
-        """Add a decoded image. Raises ImageError for one without 8 or 16 bits a channel."""
+        """Add a decoded image. Raises ImageError unless it has 8 or 16 bits per channel."""
         if image.width * image.height > self.source.limits.max_pixels:
             found = f"{image.width}x{image.height}"
             expected = f"at most {self.source.limits.max_pixels} pixels"
@@ -52,11 +52,11 @@ class ImageList:
         self.images[self.count] = self.images[index]
         self.count += 1
 
-    def _add(self, image: Image.Image, given: tuple[int, int]) -> None:
+    def _add(self, image: Image.Image, original_size: tuple[int, int]) -> None:
         self.images[self.count] = fit_image(image, self.source.size)
         self.count += 1
-        if given != (self.source.size,) * 2:
-            self._sizes[given] += 1
+        if original_size != (self.source.size,) * 2:
+            self._sizes[original_size] += 1
 
     def dataset(
         self, labels: Tensor, classes: Sequence[str], *, changes: Sequence[str] = ()
@@ -65,15 +65,15 @@ class ImageList:
         assert self.count == len(self.images)
         notes = list(changes)
         size, total = self.source.size, self._sizes.total()
-        if len(self._sizes) > _MANY_SIZES:
+        if len(self._sizes) > _MAX_SIZES:
             sides = sorted(self._sizes, key=lambda side: side[0] * side[1])
             low, high = ("x".join(map(str, side)) for side in (sides[0], sides[-1]))
             notes.append(
                 f"resized {total} images of {len(sides)} sizes, {low} to {high}, to {size}x{size}, "
-                "those that are not square cropped to the square in the center"
+                "after cropping those that are not square to the square in the center"
             )
         else:
-            notes += [resize_note(n, *given, size) for given, n in self._sizes.items()]
+            notes += [resize_note(n, *sides, size) for sides, n in self._sizes.items()]
         if self._animated:
             notes.append(f"used the first frame of {self._animated} files with several")
         return Dataset(

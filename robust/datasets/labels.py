@@ -31,7 +31,7 @@ def numeric_tensor(source: Source, what: str, values: Array) -> Tensor:
 
 
 def read_labels(source: Source, values: Array, *, count: int) -> Tensor:
-    """Labels as int64 `(N,)`, of `count` images.
+    """The labels of `count` images, int64 (count,).
 
     Accepts integers of any type and booleans, `(N,)` or `(N, 1)`, and one-hot rows `(N, K)`.
     Raises DatasetError for fractions, soft labels, a wrong count, and more than MAX_CLASSES
@@ -61,7 +61,7 @@ def read_labels(source: Source, values: Array, *, count: int) -> Tensor:
 
 
 def class_names(source: Source, labels: Tensor, classes: Sequence[str] | None) -> tuple[str, ...]:
-    """The given class names, checked against the int64 labels, or `0`, `1`, ... when None."""
+    """The class names, checked against the labels; `0`, `1`, ... if `classes` is None."""
     needed = int(labels.max()) + 1
     if classes is None:
         return tuple(str(label) for label in range(needed))
@@ -72,7 +72,7 @@ def class_names(source: Source, labels: Tensor, classes: Sequence[str] | None) -
 
 
 def _from_one_hot(source: Source, rows: Tensor) -> Tensor:
-    """Index of the one in each row `(N, K)` of zeros and a single one."""
+    """The index of the single one in each row (N, K) of zeros. Raises DatasetError."""
     hot = rows != 0
     if rows.shape[1] > MAX_CLASSES or not bool(((rows == 1) == hot).all()):
         raise source.error("labels (N,), or one-hot rows", f"other values {tuple(rows.shape)}")

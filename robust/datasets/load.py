@@ -60,9 +60,9 @@ def load_upload(
             max_fitted=max_fitted,
             max_bytes=max_bytes,
             max_pixels=max_pixels,
-            # A list of tensors has a member for each, another for each label, and a few more.
+            # A list of tensors has a member per image, one per label, and a few more.
             max_members=10_000 + 4 * max_images,
-            # A PIL image takes some 30 operations, with rich metadata 100.
+            # A PIL image takes some 30 operations, or 100 with rich metadata.
             max_steps=10_000 + 200 * max_images,
         ),
     )

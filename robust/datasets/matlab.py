@@ -9,7 +9,7 @@ from robust.datasets.dataset import Dataset
 from robust.datasets.fields import image_and_label_names
 from robust.datasets.source import Source
 
-_TEN = 10  # SVHN's label of the digit 0
+_SVHN_ZERO = 10  # label of the digit 0
 
 
 def read_mat(source: Source) -> Dataset:
@@ -38,8 +38,12 @@ def read_mat(source: Source) -> Dataset:
     if images.ndim == 4 and images.shape[-1] == len(labels) != images.shape[0]:
         images = images.transpose(3, 0, 1, 2)
     notes = []
-    if labels.dtype.kind in "ui" and labels.size and (labels.min(), labels.max()) == (1, _TEN):
-        count = int((labels == _TEN).sum())
-        labels = np.where(labels == _TEN, 0, labels)
+    if (
+        labels.dtype.kind in "ui"
+        and labels.size
+        and (labels.min(), labels.max()) == (1, _SVHN_ZERO)
+    ):
+        count = int((labels == _SVHN_ZERO).sum())
+        labels = np.where(labels == _SVHN_ZERO, 0, labels)
         notes.append(f"read {count} labels 10 as 0, as in SVHN")
     return dataset_from_arrays(source, images=images, labels=labels, changes=notes)

@@ -1,4 +1,4 @@
-"""Data sets with a name: CIFAR through torchvision, handwritten digits through scikit-learn."""
+"""Built-in data sets: CIFAR through torchvision, handwritten digits through scikit-learn."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _read_cifar(source: Source, kind: str, name: str) -> Dataset:
             warnings.simplefilter("ignore")
             data = cifar(str(folder), train=source.train, download=path is None)
     except (OSError, RuntimeError) as error:
-        found = "none or changed ones" if path else f"no download ({type(error).__name__})"
+        found = "missing or modified ones" if path else f"no download ({type(error).__name__})"
         raise source.error(f"its files in {folder}", found) from error
     return dataset_from_arrays(
         source,
@@ -61,10 +61,10 @@ def _read_cifar(source: Source, kind: str, name: str) -> Dataset:
 
 
 def read_digits(source: Source) -> Dataset:
-    """scikit-learn's handwritten digits, enlarged from 8x8 gray: 1,500 to train on, 297 to test.
+    """scikit-learn's handwritten digits: 1,500 training or 297 test images.
 
-    Their 17 levels are rounded to 8 bits. The split is stratified and fixed. Raises DatasetError
-    without scikit-learn.
+    They are enlarged from 8x8 gray, and their 17 levels are rounded to 8 bits. The split is
+    stratified and fixed. Raises DatasetError without scikit-learn.
     """
     try:
         from sklearn.datasets import load_digits

@@ -16,7 +16,7 @@ from robust.datasets.dataset import Dataset
 from robust.datasets.fields import class_name_field, image_and_label_names
 from robust.datasets.source import Source
 
-LABELS_BESIDE = "labels.npy"
+LABELS_FILE = "labels.npy"
 
 _HEADER = re.compile(
     rb"\{\s*'descr':\s*'([<>|=]?)([a-zA-Z])(\d*)',\s*'fortran_order':\s*(True|False),"
@@ -27,13 +27,13 @@ _LONGEST_HEADER = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayHeader:
-    """The header of a .npy, checked against the length of the file."""
+    """The header of a .npy, which matches the length of the file."""
 
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
     fortran: bool
     start: int
-    """Where the values begin."""
+    """Offset of the values in bytes."""
 
 
 def read_npz(source: Source) -> Dataset:
@@ -44,22 +44,25 @@ def read_npz(source: Source) -> Dataset:
     """
     with source.archive() as archive:
         arrays = [name.removesuffix(".npy") for name in archive.members if name.endswith(".npy")]
-        beside = labels_beside(source)
-        images, labels = image_and_label_names(source, arrays, labels_elsewhere=beside is not None)
+        separate = labels_file(source)
+        images, labels = image_and_label_names(
+            source, arrays, labels_elsewhere=separate is not None
+        )
         classes = class_name_field(arrays)
         pixels = _read_member(source, archive, images, are_images=True)
         if labels is not None:
             targets, notes = _read_member(source, archive, labels), []
         else:
-            assert beside is not None
-            targets, notes = read_npy_file(source, beside), [f"read the labels from {beside.name}"]
+            assert separate is not None
+            targets = read_npy_file(source, separate)
+            notes = [f"read the labels from {separate.name}"]
         names = None if classes is None else _texts(source, _read_member(source, archive, classes))
     return dataset_from_arrays(source, images=pixels, labels=targets, classes=names, changes=notes)
 
 
-def labels_beside(source: Source) -> Path | None:
+def labels_file(source: Source) -> Path | None:
     """`labels.npy` in the folder of a file; None if there is none, and for uploads."""
-    path = source.path and source.path.parent / LABELS_BESIDE
+    path = source.path and source.path.parent / LABELS_FILE
     return path if path is not None and path.is_file() and path != source.path else None
 
 

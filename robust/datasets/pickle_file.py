@@ -1,4 +1,4 @@
-"""Files of `torch.save`, in its zip and its older format, and of `pickle.dump`; nothing runs."""
+"""Reads files of `torch.save`, in both its formats, and of `pickle.dump`, without running them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _LEGACY_MAGIC = re.compile(
 _PICKLE_MAGIC = re.compile(rb"\x80[\x02-\x05]")
 _LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 _BYTES_PER_STEP = 4
-"""Bytes of the file for each operation of its pickle, on average; a PIL image takes some 100."""
+"""Smallest average number of file bytes per pickle operation; a PIL image has some 100."""
 
 
 def read_pickle_file(source: Source) -> Dataset:
     """Build a Dataset of a file of `torch.save` or `pickle.dump`, recognized by content.
 
     Accepts a dict or an object with images and labels, a pair, a list of pairs, or a TensorDataset;
-    images as a tensor, an array or a list of either or of PIL images. Nothing in it runs. Raises
-    DatasetError for anything else.
+    images as a tensor, an array or a list of either or of PIL images. Nothing in the file is run.
+    Raises DatasetError for anything else.
     """
     head = source.head(32)
     if head.startswith(b"PK"):

@@ -1,4 +1,4 @@
-"""The names that a pickle may contain. None is imported because a pickle contains it."""
+"""The names that a pickle may contain; they are never imported because of a pickle."""
 
 import re
 import sys
@@ -9,11 +9,11 @@ class Role(Enum):
     """How a name is treated."""
 
     DATA = "data"
-    """pickled.py builds tensors, arrays and images from it."""
+    """Tensors, arrays and images, which pickled.py builds."""
     STAND_IN = "stand-in"
-    """A data set class: holds attributes, takes no arguments."""
+    """A data set class, kept as a record of its attributes; calls with arguments are refused."""
     INERT = "inert"
-    """Part of a transform or of an image's metadata: never built."""
+    """Part of a transform or of an image's metadata; never built."""
 
 
 _DATA = frozenset(

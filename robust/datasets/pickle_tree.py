@@ -14,7 +14,7 @@ from robust.datasets.errors import DatasetError
 from robust.datasets.fields import class_name_field, image_and_label_names
 from robust.datasets.image_list import ImageList
 from robust.datasets.labels import Array, class_names, read_labels
-from robust.datasets.npz import labels_beside, read_npy_file
+from robust.datasets.npz import labels_file, read_npy_file
 from robust.datasets.pickled import Builder, is_array, is_image, is_scalar
 from robust.datasets.source import Source
 from robust.datasets.unpickle import Record
@@ -34,6 +34,8 @@ def dataset_from_tree(source: Source, tree: object, builder: Builder, budget: in
 
 
 class _Finder:
+    """Builds a Dataset from a tree; methods raise DatasetError."""
+
     def __init__(self, source: Source, builder: Builder, budget: int) -> None:
         self.source = source
         self.builder = builder
@@ -88,25 +90,27 @@ class _Finder:
                 raise self._bad("a TensorDataset of images and labels", _outline(tensors))
             return tensors[0], tensors[1], None
         values = {_text(key): value for key, value in fields.items() if value is not None}
-        beside = labels_beside(self.source)
+        separate = labels_file(self.source)
         images, labels = image_and_label_names(
-            self.source, values, labels_elsewhere=beside is not None
+            self.source, values, labels_elsewhere=separate is not None
         )
-        if labels is None:
-            assert beside is not None
-            self.changes.append(f"took the labels of {beside.name}")
-        targets = read_npy_file(self.source, beside) if labels is None and beside else None
+        if labels is not None:
+            targets = values[labels]
+        else:
+            assert separate is not None
+            targets = read_npy_file(self.source, separate)
+            self.changes.append(f"read the labels from {separate.name}")
         name = class_name_field(values)
         classes = values[name] if name is not None else None
         named = isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)
         return (
             values[images],
-            targets if labels is None else values[labels],
+            targets,
             [str(c) for c in classes] if named and isinstance(classes, list | tuple) else None,
         )
 
     def _pair(self, item: object) -> tuple[object, object] | None:
-        """The image and the label of an entry of a list, `(image, label)` or a dict of both."""
+        """The image and label of a list entry, `(image, label)` or a dict, or None."""
         if isinstance(item, dict):
             try:
                 images, labels = image_and_label_names(self.source, map(_text, item))
@@ -153,7 +157,7 @@ class _Finder:
         return self.builder.array(value)
 
     def _labels(self, value: object) -> Array:
-        if isinstance(value, np.ndarray):  # from a file beside
+        if isinstance(value, np.ndarray):  # from labels.npy
             return value
         if is_array(value):
             return self.builder.array(value)
@@ -188,7 +192,7 @@ def is_number(value: object) -> bool:
 
 
 def _text(key: object) -> str:
-    """A key as text: pickles of Python 2 have bytes."""
+    """A key as text; pickles from Python 2 have bytes."""
     return key.decode("latin-1") if isinstance(key, bytes) else str(key)
 
 

@@ -1,4 +1,4 @@
-"""Build tensors, arrays and images from the records of a pickle that was read as data.
+"""Builds tensors, arrays and images from the records of a pickle that was read as data.
 
 Every shape is checked against the available bytes before anything is allocated.
 """
@@ -20,7 +20,7 @@ from robust.datasets.source import Source
 from robust.datasets.unpickle import ByteText, Global, Persistent, Record
 
 Storages = Callable[[object], Tensor]
-"""From a reference, or a storage pickled in place, to a flat tensor of its elements."""
+"""Returns the flat tensor of a storage, given a reference or a storage pickled in place."""
 
 _DTYPES = {
     "ByteStorage": torch.uint8,
@@ -71,7 +71,7 @@ class Builder:
         self._storages = storages
 
     def array(self, value: object) -> Array:
-        """A tensor or NumPy array of any shape; call only where `is_array` says so."""
+        """The tensor or NumPy array of a value for which `is_array` is true."""
         assert isinstance(value, Record)
         if value.path == _PARAMETER:
             inner = value.args[0] if value.args else None
@@ -110,9 +110,9 @@ class Builder:
             raise self._bad("a PIL image", "one without its state")
         info, mode, size, palette, data = state[:5]
         pixels, sides = self._bytes(data), self._sides(size, "image")
-        most = self.source.limits.max_pixels
-        if len(sides) != 2 or not isinstance(mode, str) or not 0 < math.prod(sides) <= most:
-            raise self._bad(f"an image of 1 to {most} pixels", "another size")
+        limit = self.source.limits.max_pixels
+        if len(sides) != 2 or not isinstance(mode, str) or not 0 < math.prod(sides) <= limit:
+            raise self._bad(f"an image of 1 to {limit} pixels", "another size")
         if mode != "1" and mode not in _BYTES_PER_PIXEL:
             raise self._bad("an image of 8 or 16 bits a channel", f"mode {mode[:8]!r}")
         width, height = sides
@@ -132,7 +132,7 @@ class Builder:
         return image
 
     def image_bytes(self, value: object) -> int:
-        """The number of pixel bytes that a PIL image was saved with."""
+        """The number of pixel bytes in the record of a PIL image."""
         state = value.state if isinstance(value, Record) else None
         data = state[4] if isinstance(state, list | tuple) and len(state) > 4 else b""
         if isinstance(data, Record) and data.args and isinstance(data.args[0], str):
@@ -147,7 +147,7 @@ class Builder:
         sides, steps = self._sides(size, "tensor"), self._sides(stride, "tensor")
         last = sum((side - 1) * step for side, step in zip(sides, steps, strict=True))
         count = math.prod(sides)
-        # A stride of 0 would make a large tensor of a small storage, so elements are counted too.
+        # Elements are counted too, as a stride of 0 could make a huge tensor of a small storage.
         if count and (offset + last >= len(flat) or count > len(flat)):
             raise self._bad("a tensor inside its storage", f"one beyond its {len(flat)} elements")
         return flat.as_strided(sides, steps, offset) if count else flat.new_empty(sides)
@@ -170,7 +170,7 @@ class Builder:
         return values.reshape(sides, order="F" if fortran else "C")
 
     def _bytes(self, value: object) -> bytes:
-        # Protocol 2 has no bytes: they are written as latin-1 text and a call that encodes it.
+        # Protocol 2 has no bytes: it writes latin-1 text and a call that encodes it.
         if isinstance(value, bytes):
             return value
         if isinstance(value, ByteText):

@@ -25,19 +25,19 @@ class Form:
 
     title: str
     summary: str
-    """What is in it; Markdown, for docs/formats.md."""
+    """What it contains, in Markdown for docs/formats.md."""
     reader: str
     """`module:function` in this package; the function takes a Source and returns a Dataset."""
     suffixes: tuple[str, ...] = ()
-    """Ends of file names, in lower case."""
+    """Endings of file names, in lower case."""
     names: tuple[str, ...] = ()
     """Names given in place of a path."""
     folders: tuple[str, ...] = ()
     """A folder is of this form if its name, or one of its files, matches one of these patterns."""
     upload: bool = False
-    """Whether the service takes it as an upload, recognized by content."""
+    """Whether the service accepts it as an upload, recognized by content."""
     extra: str = ""
-    """The optional dependencies that it needs: `pip install 'robust[EXTRA]'`."""
+    """The optional dependencies that it needs, for `pip install 'robust[EXTRA]'`."""
 
     def load(self) -> Reader:
         """Import and return the reader."""
@@ -212,7 +212,7 @@ def markdown_table() -> str:
 
 
 def _given(form: Form, quote: str = "") -> list[str]:
-    """How to give a format to `--data`."""
+    """What to pass to `--data` for a format."""
     names = [*form.names, *(f"*{suffix}" for suffix in form.suffixes)]
     folders = [pattern for pattern in form.folders if pattern != "*"]
     return [

@@ -14,7 +14,7 @@ from robust.datasets.archive import MAX_BYTES, MAX_MEMBERS, Archive, open_archiv
 from robust.datasets.errors import DatasetError, TooManyToFit
 from robust.image_headers import MAX_PIXELS
 
-TRAIN, TEST = ("train",), ("test", "validation", "valid", "val")  # names of parts, best first
+TRAIN, TEST = ("train",), ("test", "validation", "valid", "val")  # names of splits, best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class Limits:
 
     max_images: int | None = None
     max_fitted: int | None = None
-    """Images that are brought to the wanted size one by one, some 50 us each."""
+    """Images that are resized one by one, which takes some 50 us each."""
     max_bytes: int = MAX_BYTES
-    """Bytes of an archive once inflated, and of the images that come out."""
+    """Decompressed bytes of an archive, and bytes of the resulting images."""
     max_pixels: int = MAX_PIXELS
-    """Width times height of an image, before it is fitted."""
+    """Width times height of an image before it is resized."""
     max_members: int = MAX_MEMBERS
     """Files in an archive."""
     max_steps: int = sys.maxsize
@@ -39,15 +39,15 @@ class Source:
     """A data set to read."""
 
     name: str
-    """Names it in messages and in the Dataset."""
+    """The name in messages and in the Dataset."""
     size: int
-    """Pixels a side of the images that come out."""
+    """Width and height in pixels of the resulting images."""
     path: Path | None = None
     """The file or folder; None for an upload or a name."""
     data: bytes | None = None
     """The bytes of an upload."""
     train: bool = True
-    """Which part of a set that has two."""
+    """Whether to read the training split of data that has two."""
     limits: Limits = field(default_factory=Limits)
 
     @cached_property
@@ -78,29 +78,22 @@ class Source:
             yield archive
 
     def error(self, expected: str, found: str) -> DatasetError:
-        """The error that names this source."""
+        """An error that names this source."""
         return DatasetError(self.name, expected=expected, found=found)
 
     def check_count(self, count: int) -> None:
         """Raise DatasetError if there are more images than the limit, or none."""
         if count == 0:
             raise self.error("at least one image", "none")
-        most = self.limits.max_images
-        if most is not None and count > most:
-            raise self.error(f"at most {most} images", str(count))
+        limit = self.limits.max_images
+        if limit is not None and count > limit:
+            raise self.error(f"at most {limit} images", str(count))
 
     def check_fitted(self, count: int) -> None:
         """Raise TooManyToFit if more images need resizing than the limit."""
-        most = self.limits.max_fitted
-        if most is not None and count > most:
-            raise TooManyToFit(self.name, expected=f"at most {most} to resize", found=str(count))
-
-    def check_pixels(self, width: int, height: int) -> None:
-        """Raise DatasetError if an image has more pixels than the limit."""
-        if width * height > self.limits.max_pixels:
-            raise self.error(
-                f"images of at most {self.limits.max_pixels} pixels", f"{width}x{height}"
-            )
+        limit = self.limits.max_fitted
+        if limit is not None and count > limit:
+            raise TooManyToFit(self.name, expected=f"at most {limit} to resize", found=str(count))
 
     def check_output(self, count: int, bytes_per_value: int) -> None:
         """Raise DatasetError if `count` images at `size` would need more memory than the limit."""

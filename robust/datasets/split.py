@@ -8,7 +8,7 @@ def stratified_split(labels: Tensor, held_out: int | float, *, seed: int) -> tup
     """The indices of the kept and of the held-out images, each class in proportion.
 
     Labels int64 (N,); `held_out` is a count, or a fraction in (0, 1). Returns two sorted int64
-    tensors that depend only on labels and seed. The held-out count is exact (largest remainders).
+    tensors that depend only on labels and seed. The held-out count is exact, by largest remainders.
     Every class keeps at least one image, unless the count can only be reached by holding out
     classes with a single image. Raises ValueError if the count can't be reached, or if a part
     would be empty.
@@ -26,9 +26,9 @@ def stratified_split(labels: Tensor, held_out: int | float, *, seed: int) -> tup
         raise ValueError(f"expected to hold out at most {most} of {n} images, got {held_out}")
     share = counts * wanted  # in n-ths of an image, so that remainders are exact
     quota = share // n
-    order_of_need = (share - quota * n).argsort(descending=True, stable=True).tolist()
+    by_remainder = (share - quota * n).argsort(descending=True, stable=True).tolist()
     while int(quota.sum()) < wanted:
-        open_classes = [k for k in order_of_need if quota[k] < limit[k]]
+        open_classes = [k for k in by_remainder if quota[k] < limit[k]]
         for k in open_classes[: wanted - int(quota.sum())]:
             quota[k] += 1
     generator = torch.Generator().manual_seed(seed)

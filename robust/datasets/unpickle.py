@@ -1,4 +1,4 @@
-"""Reads a pickle as data: a tree of plain values; nothing is called, imported or looked up.
+"""Reads a pickle as a tree of plain values; nothing is called, imported or looked up.
 
 A pickle is a program. This interpreter runs only its stack operations; instead of calling
 anything, it records the call as a Record. `pickle_names.py` lists the allowed names, and
@@ -21,14 +21,14 @@ EXPECTED = "a pickle of tensors, arrays, images and plain containers"
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle mentions, allowed but not imported."""
+    """An allowed name in the pickle, which is not imported."""
 
     path: str
     role: Role
 
 
 class ByteText(str):
-    """A string of Python 2, which may be text or bytes (as latin-1)."""
+    """A string from Python 2: text, or bytes decoded as latin-1."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +67,8 @@ def unpickle(
 
 
 class _Machine:
+    """The stack machine that a pickle is a program for."""
+
     def __init__(self, source: str, data: bytes, start: int) -> None:
         self.source = source
         self.data = data
@@ -177,7 +179,7 @@ class _Machine:
         found = role_of(module, name)
         if found is None:
             shown = re.sub(r"[^A-Za-z0-9_.<>]", "?", f"{module}.{name}"[:100])
-            raise self.refused(f"the name {shown}, refused")
+            raise self.refused(f"the name {shown}, which is not allowed")
         self.push(Global(*found))
 
     def call(self, function: object, args: object) -> None:
@@ -185,7 +187,7 @@ class _Machine:
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise self.refused("a call of something that is not a name")
         if function.role is Role.STAND_IN and args:
-            raise self.refused(f"a call of {function.path[:100]} with arguments, refused")
+            raise self.refused(f"a call of {function.path[:100]} with arguments")
         is_dict = function.path == "collections.OrderedDict"
         if is_dict and args:
             raise self.refused("an OrderedDict with arguments")

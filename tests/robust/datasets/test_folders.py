@@ -66,8 +66,8 @@ def test_other_files_are_skipped_and_noted(folder: Path) -> None:
     assert len(dataset) == 4
     assert dataset.changes == (
         "skipped 1 hidden file: cat/.DS_Store",
-        "skipped 1 file that is no image: cat/notes.txt",
-        "skipped 1 link to nowhere: cat/gone.png",
+        "skipped 1 file that is not an image: cat/notes.txt",
+        "skipped 1 broken link: cat/gone.png",
     )
     (folder / "cat" / "gone.png").unlink()
     (folder / "__MACOSX").mkdir()
@@ -162,7 +162,7 @@ def test_zips_that_point_elsewhere_are_refused(folder: Path, name: str) -> None:
     before = sorted(folder.parent.rglob("*"))
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, (folder / "cat" / "1.png").read_bytes())
-    assert refusal(path).expected == "plain relative names"
+    assert refusal(path).expected == "relative member names"
     assert sorted(folder.parent.rglob("*")) == before
 
 

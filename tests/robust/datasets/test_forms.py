@@ -189,7 +189,7 @@ def test_the_part_of_a_hub_folder(tmp_path: Path) -> None:
     assert same(load_dataset(hub(tmp_path)), ROWS[:2], LABELS[:2])
     for file in (tmp_path / "data").glob("train*"):
         file.unlink()
-    with pytest.raises(DatasetError, match="expected a part train, found test"):
+    with pytest.raises(DatasetError, match="expected a split train, found test"):
         load_dataset(tmp_path)
 
 
@@ -237,7 +237,9 @@ def test_broken_idx_and_mat_files(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="a complete gzip file t10k-labels-idx1"):
         load_dataset(path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DatasetError, match="its labels in t10k-labels-idx1-ubyte beside it"):
+    with pytest.raises(
+        DatasetError, match="its labels in t10k-labels-idx1-ubyte, in the same folder"
+    ):
         load_dataset(path)
     (tmp_path / "a.mat").write_bytes(bytes(200))
     with pytest.raises(DatasetError, match="a MATLAB file"):

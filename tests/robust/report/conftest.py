@@ -102,7 +102,7 @@ EVALUATION: dict[str, Any] = {
         "scored": 120,
         "scored_sha256": "f" * 64,
         "dtype": "float32",
-        "changes": ["skipped 1 link to nowhere: cat/gone.png"],
+        "changes": ["skipped 1 broken link: cat/gone.png"],
     },
     "n": 120,
     "total": 120,

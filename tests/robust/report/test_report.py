@@ -213,7 +213,7 @@ def test_manifest(page: Page, house: Path) -> None:
     assert rows["SHA-256 of the data"] == "e" * 64
     assert rows["SHA-256 of the images scored"] == "f" * 64
     assert rows["type of the images"] == "float32"
-    assert rows["changed on reading"] == "skipped 1 link to nowhere: cat/gone.png"
+    assert rows["changed on reading"] == "skipped 1 broken link: cat/gone.png"
     assert rows["precision"] == "fp32"
     assert rows["seed"] == "5"
     assert "somebody" not in " ".join(page.words)
