@@ -49,7 +49,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) 
     if format not in writers:
         raise ValueError(f"expected format to be one of {', '.join(FORMATS)}, got {format!r}")
     data, usage = writers[format](checkpoint, path)
-    files.write_atomic(path, lambda file: file.write(data))
+    files.write_bytes(path, data)
     return usage
 
 
@@ -63,8 +63,8 @@ def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
     weights, _ = _safetensors(checkpoint, folder)
     card = model_card(checkpoint, name).encode()
     weights_name, card_name, config_name = HUB_FILES
-    files.write_atomic(folder / weights_name, lambda file: file.write(weights))
-    files.write_atomic(folder / card_name, lambda file: file.write(card))
+    files.write_bytes(folder / weights_name, weights)
+    files.write_bytes(folder / card_name, card)
     files.write_json(folder / config_name, hub_config(checkpoint))
     return f"import robust; model = robust.load_model({name!r})"
 

@@ -67,9 +67,7 @@ def parse_sidecar(text: bytes) -> Sidecar:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"expected JSON, got text that breaks off or is malformed: {error}"
-        ) from None
+        raise ValueError(f"expected JSON, got incomplete or malformed text: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     version = values.get("format_version")

@@ -1,4 +1,4 @@
-"""Builds a report from a checkpoint, its run, evaluations of it and a few images."""
+"""Builds a report from a checkpoint, its training run, its evaluations and a few images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_report(
 ) -> Document:
     """The whole report; sections without data say so.
 
-    `made_with` are the versions of the software. The same input gives the same report.
+    `made_with` are the versions of the software. Equal inputs give equal reports.
     """
     sidecar = checkpoint.sidecar
     classes = sidecar.classes
@@ -57,16 +57,14 @@ def build_report(
 
 def _summary(measurements: Sequence[Measurement]) -> Section:
     blocks: list[Block] = []
-    widest = max(measurements, key=lambda item: item.n, default=None)
-    if widest is None:
-        blocks.append(
-            Text(text="There are no accuracies, neither from an evaluation nor on record.")
-        )
-        return Section(title="Summary", blocks=tuple(blocks))
-    shown = [(item, result) for item in measurements for result in _worth_a_card(item, widest)]
+    largest = max(measurements, key=lambda item: item.n, default=None)
+    if largest is None:
+        text = "There are no accuracies: no evaluation was given, and the sidecar has none."
+        return Section(title="Summary", blocks=(Text(text=text),))
+    shown = [(item, result) for item in measurements for result in _highlighted(item, largest)]
     blocks.append(Highlights(items=tuple(_card(item, result) for item, result in shown)))
     text = (
-        "An image counts as robust when it is classified correctly, both as it is and at "
+        "An image counts as robust if it is classified correctly, without the attack and at "
         "everything the attack tries within the ball. The interval is a 95% confidence interval "
         "(Wilson) of the accuracy on images of this kind."
     )
@@ -74,12 +72,14 @@ def _summary(measurements: Sequence[Measurement]) -> Section:
     return Section(title="Summary", blocks=tuple(blocks))
 
 
-def _worth_a_card(item: Measurement, widest: Measurement) -> list[Result]:
-    clean = [item.clean] if item is widest and item.clean else []
+def _highlighted(item: Measurement, largest: Measurement) -> list[Result]:
+    """The robust accuracy of a measurement; of the one with most images the clean one too."""
+    clean = [item.clean] if item is largest and item.clean else []
     return [*clean, *([item.robust] if item.robust else [])]
 
 
 def _card(item: Measurement, result: Result) -> tuple[str, str, str]:
+    """A highlight: the accuracy, the attack, and the interval with the images."""
     name = result.attack
     if result.attack == WORST:
         name = f"under {listed([attack.attack for attack in item.attacks])}, {result.ball}"
@@ -91,23 +91,23 @@ def _card(item: Measurement, result: Result) -> tuple[str, str, str]:
 
 
 def _training_cost(run: TrainingRun | None, seconds: float | None) -> list[tuple[str, ...]]:
-    """Rows of phase, epochs, images/s, time, and the share of it for scoring."""
+    """Rows of phase, epochs, images/s, time, and the part of it for scoring."""
     rows: list[tuple[str, ...]] = []
     begin = 0.0
     for phase, group in groupby(run.epochs if run else (), key=lambda row: row.get("phase")):
-        epochs = list(group)
-        end = finite(epochs[-1].get("seconds"))
+        rows_of_phase = list(group)
+        end = finite(rows_of_phase[-1].get("seconds"))
         spent = None if end is None else end - begin
         begin = begin if end is None else end
-        scoring = _sum(epochs, "scoring_seconds")
-        speeds = [finite(row.get("images_per_second")) for row in epochs]
+        scoring = _sum(rows_of_phase, "scoring_seconds")
+        speeds = [finite(row.get("images_per_second")) for row in rows_of_phase]
         known = [speed for speed in speeds if speed]
-        # Of all images over all time: the harmonic mean, as epochs are equally long.
+        # The harmonic mean, as every epoch has the same number of images.
         mean = len(known) / sum(1 / speed for speed in known) if known else None
         rows.append(
             (
                 f"{phase} phase",
-                count(len(epochs)),
+                count(len(rows_of_phase)),
                 count(mean),
                 duration(spent),
                 duration(scoring),
@@ -115,8 +115,8 @@ def _training_cost(run: TrainingRun | None, seconds: float | None) -> list[tuple
         )
     if rows and seconds is not None:
         scoring = _sum(run.epochs if run else (), "scoring_seconds")
-        epochs_in_all = len(run.epochs) if run else 0
-        rows.append(("all", count(epochs_in_all), "–", duration(seconds), duration(scoring)))
+        epochs = len(run.epochs) if run else 0
+        rows.append(("all", count(epochs), "–", duration(seconds), duration(scoring)))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A report as plain data, from which both HTML and PDF are rendered, so they can't differ."""
+"""A report as plain data, from which both HTML and PDF are rendered, so that they agree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A small photograph as PNG, with what it shows in words."""
+    """A small picture as PNG, with an alternative text."""
 
     png: bytes
     alt: str
@@ -41,7 +41,7 @@ class Highlights:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under a header; the first cell of each row names it. All rows are as long as it."""
+    """Rows under a header of the same length; the first cell of each row names it."""
 
     caption: str
     header: tuple[str, ...]
@@ -52,7 +52,7 @@ class Table:
             raise ValueError(f"expected rows of {len(self.header)} cells in {self.caption!r}")
 
     def is_numeric(self, column: int) -> bool:
-        """Whether all cells of a column are numbers, or dashes for none."""
+        """Whether all cells of a column are numbers, or dashes for missing ones."""
         cells = [row[column] for row in self.rows]
         texts = [cell for cell in cells if isinstance(cell, str)]
         return len(texts) == len(cells) > 0 and all(map(_is_number, texts))
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawing as SVG, its color for text and axes being `INK`, with what it shows in words."""
+    """A plot as SVG with an alternative text; its text and axes have the color `INK`."""
 
     caption: str
     alt: str
@@ -76,7 +76,7 @@ class Subsection:
 
 Block = Text | Notice | Highlights | Table | Plot | Subsection
 
-INK = "#010203"  # in SVG; HTML shows it in the color of its text
+INK = "#010203"  # placeholder in SVG, which HTML replaces with the color of its text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from robust.report.words import images_of
 from robust.sidecar import Sidecar
 
 CLEAN, WORST = "clean", "worst case"
-_WHOLE = "the JSON of robust evaluate --json"
+_EXPECTED = "the JSON of robust evaluate --json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Accuracy under one attack, or ``clean``. Sizes in pixel units, shares in [0, 1]."""
+    """Accuracy under one attack, or ``clean``. Sizes are in pixel units, shares in [0, 1]."""
 
     attack: str
     correct: int
@@ -31,7 +31,7 @@ class Result:
     eps: float | None = None
     eps_text: str = ""
     stages: tuple[dict[str, Any], ...] = ()
-    fooled: tuple[int, ...] | None = None  # images, of a finished attack of several stages
+    fooled: tuple[int, ...] | None = None  # indices of images; only of multi-stage attacks
     settings: dict[str, Any]
     forwards: int | None = None
     backwards: int | None = None
@@ -39,7 +39,7 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """The share of images that are right."""
+        """The share of images that are classified correctly."""
         return self.correct / self.n
 
     @property
@@ -51,7 +51,7 @@ class Result:
 
     @property
     def ball(self) -> str:
-        """Norm and eps in words; empty for clean."""
+        """Norm and eps as text; empty for clean."""
         return f"{self.norm} {self.eps_text}".strip()
 
 
@@ -68,12 +68,12 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One evaluation. `recorded` means that it is from a sidecar, which stores less."""
+    """One evaluation. If `recorded`, it is from a sidecar, which stores less."""
 
     source: str  # the file's name
     data: str
     results: tuple[Result, ...]
-    worst: Result | None = None  # over all attacks together, where there are several
+    worst: Result | None = None  # over all attacks together, if there are several
     curve: tuple[CurvePoint, ...] = ()
     probes: dict[str, Any] | None = None
     times: dict[str, float] | None = None  # of the evaluation and of its passes, in seconds
@@ -123,18 +123,18 @@ def read_evaluation(path: Path, *, sidecar: Sidecar, sha256: str) -> Measurement
     try:
         values = files.read_json(path)
     except FileNotFoundError:
-        raise ReportError(path, _WHOLE, "no such file") from None
+        raise ReportError(path, _EXPECTED, "no such file") from None
     except IsADirectoryError:
-        raise ReportError(path, _WHOLE, "a folder") from None
+        raise ReportError(path, _EXPECTED, "a folder") from None
     except ValueError as error:
-        raise ReportError(path, _WHOLE, f"text that breaks off or is malformed: {error}") from None
+        raise ReportError(path, _EXPECTED, f"incomplete or malformed text: {error}") from None
     return parse_evaluation(values, source=path.name, sidecar=sidecar, sha256=sha256)
 
 
 def parse_evaluation(values: Any, *, source: str, sidecar: Sidecar, sha256: str) -> Measurement:
-    """The measurement in its JSON values. Raises ReportError, also for another checkpoint."""
+    """The measurement with these JSON values. Raises ReportError, also for another checkpoint."""
     if not isinstance(values, dict) or not {"weights_sha256", "results", "data"} <= set(values):
-        raise ReportError(source, _WHOLE, "something else")
+        raise ReportError(source, _EXPECTED, "something else")
     found = values["weights_sha256"]
     if found != sha256:
         raise ReportError(
@@ -148,7 +148,7 @@ def parse_evaluation(values: Any, *, source: str, sidecar: Sidecar, sha256: str)
     try:
         return _measurement(values, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(source, _WHOLE, f"a part missing or malformed ({error!r})") from None
+        raise ReportError(source, _EXPECTED, f"a part missing or malformed ({error!r})") from None
 
 
 def _measurement(values: dict[str, Any], source: str) -> Measurement:

@@ -12,11 +12,11 @@ from robust.prediction import AttackOutcome, top_classes
 from robust.report import plots
 from robust.report.document import Cell, Picture, Plot, Section, Table, Text
 from robust.report.examples import Examples, Surface
-from robust.report.words import decimal, percent
+from robust.report.words import decimal, images_of, percent
 from robust.threat_model import format_eps
 
-SHOWN = 128  # pixels a side: viewers smooth what they enlarge themselves
-_NO_DATA = "No images to show: a checkpoint contains none, and no data was given (--data)."
+SHOWN = 128  # pixels a side, because viewers that enlarge an image smooth it
+_NO_DATA = "No images to show: no data was given (--data)."
 
 
 def gallery(examples: Examples | None) -> Section:
@@ -26,9 +26,9 @@ def gallery(examples: Examples | None) -> Section:
         return Section(title=title, blocks=(Text(text=_NO_DATA),))
     settings = examples.settings
     text = (
-        f"{len(examples.outcomes)} images of {examples.data.name}, not selected by outcome, "
+        f"{images_of(len(examples.outcomes), examples.data.name)}, not selected by outcome, "
         f"attacked with {settings.label} within {settings.threat_model}. Perturbations are "
-        "amplified to the full range; gray is none. Predictions are those of the image "
+        "amplified to the full range; gray means no change. Predictions are those of the image "
         "rounded to 8 bits."
     )
     classes = examples.data.classes
@@ -48,14 +48,14 @@ def _row(k: int, outcome: AttackOutcome, image: Tensor, classes: Sequence[str]) 
     pictures = (
         (image, f"image {k + 1}, of class {label}"),
         (outcome.perturbation, f"the perturbation of image {k + 1}, amplified"),
-        (outcome.image, f"image {k + 1} with it"),
+        (outcome.image, f"image {k + 1} with the perturbation"),
     )
     return (
         str(k + 1),
         label,
         *(Picture(png=encode_png(_enlarge(pixels)), alt=alt) for pixels, alt in pictures),
-        _leader(outcome.before, classes),
-        _leader(outcome.after, classes),
+        _top_class(outcome.before, classes),
+        _top_class(outcome.after, classes),
         _outcome(outcome),
     )
 
@@ -65,16 +65,16 @@ def _enlarge(pixels: Tensor) -> Tensor:
     return pixels.cpu().repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
 
-def _leader(probabilities: Tensor, classes: Sequence[str]) -> str:
+def _top_class(probabilities: Tensor, classes: Sequence[str]) -> str:
     (best,) = top_classes(probabilities, classes, 1)
     return f"{best.label} {percent(best.probability, 0)}%"
 
 
 def _outcome(outcome: AttackOutcome) -> str:
     if outcome.already_wrong:
-        return "wrong before"
+        return "misclassified before"
     if not outcome.success:
-        return "held"
+        return "robust"
     return f"fooled, linf {format_eps(outcome.linf)}, l2 {outcome.l2:.2f}"
 
 
@@ -85,19 +85,19 @@ def surface(examples: Examples | None) -> Section:
         return Section(title=title, blocks=(Text(text=_NO_DATA),))
     surfaces, threat_model = examples.surfaces, examples.settings.threat_model
     if not surfaces:
-        text = "None of the images above was right before the attack."
+        text = "None of the images above was classified correctly before the attack."
         return Section(title=title, blocks=(Text(text=text),))
     eps_text = format_eps(threat_model.eps)
     text = (
         "The loss around the image (cross) along two directions: the gradient, which an attack "
-        "follows, and a random one. A loss that rises evenly to the right and hardly changes up "
-        "and down is easy for gradient attacks; ridges, spikes or a flat center would hide the "
-        "way up from them. The white line is the decision boundary."
+        "follows, and a random one. Gradient attacks work if the loss rises evenly to the right "
+        "and hardly changes up and down; ridges, spikes or a flat center would mislead them. The "
+        "white line is the decision boundary."
     )
     classes = examples.data.classes
     plot = Plot(
-        caption=f"Cross-entropy within {threat_model} of {len(surfaces)} images that are right; "
-        "the sides are in units of eps",
+        caption=f"Cross-entropy within {threat_model} of {len(surfaces)} correctly classified "
+        "images; axes in units of eps",
         alt="Maps of the loss. "
         + " ".join(
             f"Image {item.number + 1}: {decimal(item.at_image, 2)} at the image, "
@@ -126,6 +126,6 @@ def surface(examples: Examples | None) -> Section:
 def _surface_row(item: Surface, classes: Sequence[str]) -> tuple[str, ...]:
     values: list[Any] = [item.at_image, item.along_gradient, item.at_random, item.loss.max()]
     values += [item.along_gradient - item.at_image, item.expected]
-    verdict = "follows the gradient" if item.follows_gradient else "gradient is not the way up"
+    verdict = "follows the gradient" if item.follows_gradient else "gradient misleads"
     shown = (decimal(float(value), 2) for value in values)
     return (str(item.number + 1), classes[item.label], *shown, verdict)

@@ -27,14 +27,14 @@ SIDE = 21  # points along each direction
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """The cross-entropy of an image over two directions, each from -eps to eps.
+    """The cross-entropy around an image in two directions, each from -eps to eps.
 
     `loss` and `margin` are (SIDE, SIDE): columns go along the steepest direction of the gradient,
     rows along a random one; the margin is above 0 where the image is misclassified.
     `expected` is the rise of the loss at eps along the gradient, by linear extrapolation.
     """
 
-    number: int  # of the image, from 0
+    number: int  # index of the image in the gallery, from 0
     label: int
     loss: np.ndarray[tuple[int, int], np.dtype[np.float64]]
     margin: np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -52,7 +52,7 @@ class Surface:
 
     @property
     def at_random(self) -> float:
-        """The larger loss at eps along the random direction, one way or the other."""
+        """The larger loss at eps along the random direction, forward or backward."""
         return float(max(self.loss[0, SIDE // 2], self.loss[-1, SIDE // 2]))
 
     @property
@@ -103,7 +103,7 @@ def show_examples(
 def measure_surface(
     model: Model, x: Tensor, label: int, *, threat_model: ThreatModel, number: int
 ) -> Surface:
-    """Of the image `x`, float32 (1, 3, H, W)."""
+    """The loss surface around the image `x`, float32 (1, 3, H, W). Raises ModelError."""
     passes, y = Passes(model), torch.tensor([label], device=x.device)
 
     def cross_entropy(logits: Tensor, part: slice) -> Tensor:
@@ -112,20 +112,20 @@ def measure_surface(
     generator = torch.Generator().manual_seed(number)
     random = torch.randn(x.shape, generator=generator).to(x.device)
     _, _, gradient = passes.gradient(x, cross_entropy)
-    uphill = threat_model.eps * threat_model.steepest(gradient)
-    sideways = threat_model.eps * threat_model.steepest(random)
+    along_gradient = threat_model.eps * threat_model.steepest(gradient)
+    along_random = threat_model.eps * threat_model.steepest(random)
     steps = torch.linspace(-1, 1, SIDE, device=x.device).view(SIDE, 1, 1, 1)
-    loss, lead = [], []
+    loss, margins = [], []
     for step in steps.flatten().tolist():
-        logits = passes.logits((x + step * sideways + steps * uphill).clamp(0, 1))
-        everywhere = y.expand(SIDE)
-        loss.append(F.cross_entropy(logits, everywhere, reduction="none").double().cpu().numpy())
-        lead.append(margin(logits, everywhere).double().cpu().numpy())
+        logits = passes.logits((x + step * along_random + steps * along_gradient).clamp(0, 1))
+        labels = y.expand(SIDE)
+        loss.append(F.cross_entropy(logits, labels, reduction="none").double().cpu().numpy())
+        margins.append(margin(logits, labels).double().cpu().numpy())
     return Surface(
         number=number,
         label=label,
         loss=np.stack(loss),
-        margin=np.stack(lead),
-        # Of the step that [0, 1] leaves room for.
-        expected=float((gradient * ((x + uphill).clamp(0, 1) - x)).sum()),
+        margin=np.stack(margins),
+        # For the part of the step that stays in [0, 1].
+        expected=float((gradient * ((x + along_gradient).clamp(0, 1) - x)).sum()),
     )

@@ -21,7 +21,7 @@ from robust.report.document import (
     Text,
 )
 
-LONG = 40  # characters of a cell that may go over several lines
+LONG = 40  # characters above which the text of a cell may wrap
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1b1b1a; --soft: #5d5d58;
   --line: #d9d8d3; --band: #f3f2ee; --link: #005a91; --good: #00664a; --warn: #a23b00; }
@@ -78,7 +78,7 @@ td img { display: block; width: 4.5rem; height: 4.5rem; image-rendering: pixelat
 
 
 def render_html(document: Document) -> str:
-    """The page: valid HTML with headings in order, alternative texts and table headers."""
+    """The report as one page of valid HTML, with ordered headings, alt texts and table headers."""
     links = "".join(
         f'<li><a href="#{_anchor(section.title)}">{escape(section.title)}</a></li>'
         for section in document.sections
@@ -159,7 +159,7 @@ def _table(table: Table) -> str:
         for name, number in zip(table.header, numeric, strict=True)
     )
     rows = "\n".join(f"<tr>{_row(row, numeric)}</tr>" for row in table.rows)
-    # Reached by keyboard, as it scrolls where the page is narrow.
+    # Focusable by keyboard, because it scrolls on narrow pages.
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(table.caption)}">'
         f"<table><caption>{escape(table.caption)}</caption>\n"
@@ -192,12 +192,12 @@ def _class(number: bool, *, long: bool = False) -> str:
 
 def _plot(plot: Plot, number: int) -> str:
     svg = plot.svg.replace(INK, "currentColor")
-    # Ids are those of the page, and so must differ from plot to plot.
+    # Ids must be unique within the page.
     svg = re.sub(r'( id="|href="#|url\(#)i', rf"\1plot{number}-", svg)
     label = escape(plot.alt)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     caption = escape(plot.caption)
-    # The figure scrolls where the page is narrow.
+    # The figure scrolls on narrow pages.
     return (
         f'<figure><div class="scroll" tabindex="0" role="group" aria-label="{caption}">\n{svg}\n'
         f"</div><figcaption>{caption}</figcaption>\n</figure>"

@@ -1,4 +1,4 @@
-"""The section of a report that identifies what was measured, and with what software."""
+"""The section of a report that identifies the model, the data and the software."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def manifest(
     *,
     made_with: Mapping[str, str],
 ) -> Section:
-    """Hashes, seeds, versions, precision and devices."""
+    """Hashes, seeds, versions, precision and devices of model, evaluations and report."""
     header = ("what", "value")
     blocks: list[Block] = [
         Table(caption="The checkpoint", header=header, rows=_filled(_checkpoint(checkpoint)))
@@ -35,7 +35,7 @@ def manifest(
     rows = [("made with", _versions(made_with))]
     if examples is not None:
         rows += [
-            ("images shown", f"{len(examples.data)} of {examples.data.name}"),
+            ("images shown", images_of(len(examples.data), examples.data.name)),
             ("SHA-256 of these images", examples.data.sha256),
             ("attack on them", f"{examples.settings.label}, seed {examples.settings.seed}"),
         ]
@@ -45,7 +45,7 @@ def manifest(
 
 def _checkpoint(checkpoint: Checkpoint) -> list[Row]:
     sidecar, data = checkpoint.sidecar, checkpoint.sidecar.data
-    network, limit = sidecar.architecture, sidecar.threat_model
+    network, threat_model = sidecar.architecture, sidecar.threat_model
     weights = sum(parameter.numel() for parameter in checkpoint.classifier.parameters())
     stem = "" if network.stem == "own" else f"{network.stem} stem"
     size = f"{count(weights)} weights" if weights else ""
@@ -60,7 +60,7 @@ def _checkpoint(checkpoint: Checkpoint) -> list[Row]:
         ("mean and std of pixels", f"{_numbers(network.mean)} and {_numbers(network.std)}"),
         *((word, ", ".join(found).replace("_", " ")) for word, found in names.items()),
         *(("on loading", note) for note in checkpoint.notes),
-        ("threat model", "" if limit is None else str(limit)),
+        ("threat model", "" if threat_model is None else str(threat_model)),
         ("training data", "" if data is None else f"{data.name}, {count(data.count)} images"),
         ("SHA-256 of the training data", "" if data is None else data.sha256),
         ("seed", "" if sidecar.seed is None else str(sidecar.seed)),
@@ -79,7 +79,7 @@ def _measurement(item: Measurement) -> list[Row]:
     rows.append(("type of the images", str(data.get("dtype", ""))))
     changes = data.get("changes", [])
     if isinstance(changes, list):
-        rows += [("changed on reading", str(change)) for change in changes]
+        rows += [("changed in reading", str(change)) for change in changes]
     scored = str(data.get("scored_sha256", ""))
     if scored != data.get("sha256"):
         rows.append(("SHA-256 of the images scored", scored))

@@ -1,4 +1,4 @@
-"""A report as PDF, with its plots as vectors, by fpdf2."""
+"""Renders a report as PDF, with vector plots, by fpdf2."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from robust.report.document import (
     Table,
     Text,
 )
-from robust.report.words import plain
+from robust.tables import plain
 
-FONT = "DejaVu Sans"  # comes with matplotlib, and has Latin, Greek, Cyrillic and more
+FONT = "DejaVu Sans"  # part of matplotlib; has Latin, Greek, Cyrillic and more
 MARGIN = 18.0  # mm
 BODY, SMALL, TINY = 9.0, 7.5, 6.5  # points
 SOFT, LINE = (90, 90, 86), (200, 200, 196)
 COLORS = {"warning": (162, 59, 0), "good": (0, 102, 74), "note": SOFT}
 PICTURE = 15.0  # mm
-HEADING = 22.0  # mm of a column's heading in one line
+HEADING = 22.0  # mm above which a column heading may wrap
 POINT = 25.4 / 72  # mm
-PADDING = (0.7, 1.2)  # mm of a table's cell, above and below, left and right
-FIRST_ROWS = 4  # of a long table that stay with its heading
-MOST_ROWS = 40  # of a table that may be kept on one page
+PADDING = (0.7, 1.2)  # mm in a table cell: above and below, left and right
+FIRST_ROWS = 4  # rows of a long table on the page of its heading
+MAX_ROWS = 40  # rows of a table that may be kept on one page
 
 
 def render_pdf(document: Document) -> bytes:
-    """A4 pages with bookmarks and page numbers; the same bytes for the same document."""
+    """The report as A4 pages with bookmarks; equal documents give equal bytes."""
     pdf = _Pages(document)
     for section in document.sections:
         pdf.section(section)
@@ -51,14 +51,14 @@ def render_pdf(document: Document) -> bytes:
 
 
 class _Pages(FPDF):
-    """Puts blocks under each other, and keeps together what belongs together."""
+    """Lays out blocks one below the other, and keeps headings with what follows them."""
 
     def __init__(self, document: Document) -> None:
         super().__init__(format="A4", unit="mm")
         fonts = Path(mpl.get_data_path()) / "fonts" / "ttf"
         self.add_font(FONT, "", fonts / "DejaVuSans.ttf")
         self.add_font(FONT, "B", fonts / "DejaVuSans-Bold.ttf")
-        self.set_creation_date(datetime(2000, 1, 1, tzinfo=UTC))  # none that is true: see above
+        self.set_creation_date(datetime(2000, 1, 1, tzinfo=UTC))  # fixed, for equal bytes
         self.set_title(document.title)
         self.set_lang("en")
         self.running_title = document.title
@@ -79,7 +79,7 @@ class _Pages(FPDF):
 
     def section(self, section: Section) -> None:
         """A section with its heading and bookmark."""
-        self._need(17 + self._opening(section.blocks))
+        self._ensure_room(17 + self._opening_height(section.blocks))
         if self.y > self.t_margin + 1:
             self.ln(5)
             self.line(self.l_margin, self.y, self.l_margin + self.epw, self.y)
@@ -88,11 +88,11 @@ class _Pages(FPDF):
         self._write(section.title, 13, bold=True, after=1.5)
         for k, block in enumerate(section.blocks):
             if isinstance(block, Subsection):
-                self._need(10 + self._opening(section.blocks[k + 1 :]))
+                self._ensure_room(10 + self._opening_height(section.blocks[k + 1 :]))
             self._block(block)
 
-    def _opening(self, blocks: Sequence[Block]) -> float:
-        """Height in mm of the first blocks, up to one that is not text, or what of it must fit."""
+    def _opening_height(self, blocks: Sequence[Block]) -> float:
+        """Height in mm of the first blocks, up to and including the first that is not text."""
         height = 0.0
         for block in blocks:
             height += self._height(block)
@@ -101,7 +101,7 @@ class _Pages(FPDF):
         return height
 
     def _height(self, block: Block) -> float:
-        """Of a block in mm, about; of a long table its first rows."""
+        """Approximate height of a block in mm; for a long table, of its first rows."""
         if isinstance(block, Plot):
             width, height = _size(block.svg)
             return height * min(1.0, self.epw / width) + 8
@@ -110,14 +110,14 @@ class _Pages(FPDF):
         return 4 + 5 * (len(block.text) // 100 + 1) if isinstance(block, Text) else 18.0
 
     def _table_height(self, table: Table) -> float:
-        """Of caption, header and rows in mm; of a long table the first rows only."""
+        """Height of caption, header and rows in mm; for a long table, of its first rows."""
         size, widths = self._table_layout(table)
         pictures = _has_pictures(table)
-        few = table.rows[: FIRST_ROWS if len(table.rows) > MOST_ROWS else None]
+        considered = table.rows[: FIRST_ROWS if len(table.rows) > MAX_ROWS else None]
         first = 6 + self._row_height(table.header, size, widths, bold=True)
-        heights = [self._row_height(row, size, widths) for row in few]
+        heights = [self._row_height(row, size, widths) for row in considered]
         whole = first + sum(heights)
-        if len(few) == len(table.rows) and whole < (0.9 if pictures else 0.4) * self.eph:
+        if len(considered) == len(table.rows) and whole < (0.9 if pictures else 0.4) * self.eph:
             return whole
         lead = first + sum(heights[:FIRST_ROWS])
         return lead if lead < 0.6 * self.eph else first + heights[0]
@@ -125,14 +125,14 @@ class _Pages(FPDF):
     def _row_height(
         self, row: Sequence[Cell], size: float, widths: Sequence[float], *, bold: bool = False
     ) -> float:
-        """Of a table's row in mm: of its highest cell, and the padding."""
+        """Height of a row in mm: that of its tallest cell, with padding."""
         self._font(size, bold=bold)
         heights = []
         for cell, width in zip(row, widths, strict=True):
             if isinstance(cell, Picture):
                 heights.append(PICTURE)
                 continue
-            text = _cut(cell) if bold else plain(cell)
+            text = _truncate(cell) if bold else plain(cell)
             line = size * POINT * 1.3
             above, beside = PADDING
             padding = Padding(above, beside, above, beside)
@@ -144,11 +144,11 @@ class _Pages(FPDF):
         return max(heights) + 2 * PADDING[0]
 
     def _table_layout(self, table: Table) -> tuple[float, list[float]]:
-        """Size of the text in points, and the widths of the columns in mm."""
+        """The font size in points and the column widths in mm."""
         widths = self._widths(table, SMALL)
         if sum(widths) <= self.epw:
             return SMALL, widths
-        return TINY, _narrowed(self._widths(table, TINY), self.epw)
+        return TINY, _narrow(self._widths(table, TINY), self.epw)
 
     def _block(self, block: Block) -> None:
         if isinstance(block, Text):
@@ -166,7 +166,7 @@ class _Pages(FPDF):
             self._plot(block)
 
     def _notice(self, block: Notice) -> None:
-        self._need(18)
+        self._ensure_room(18)
         color, top, page = COLORS[block.kind], self.y, self.page
         self.set_left_margin(MARGIN + 4)
         self._write(block.title, BODY, bold=True, color=color)
@@ -181,7 +181,7 @@ class _Pages(FPDF):
         columns = min(4, len(block.items))
         width = self.epw / columns
         for start in range(0, len(block.items), columns):
-            self._need(22)
+            self._ensure_room(22)
             top, lowest = self.y, self.y
             for k, (value, name, note) in enumerate(block.items[start : start + columns]):
                 self.set_left_margin(MARGIN + k * width)
@@ -195,17 +195,17 @@ class _Pages(FPDF):
             self.ln(2.5)
 
     def _plot(self, plot: Plot) -> None:
-        self._need(self._height(plot))
+        self._ensure_room(self._height(plot))
         width, height = _size(plot.svg)
         scale = min(1.0, self.epw / width)
-        # fpdf2 reads SVG with black for what is not black as well: the ink is black on paper.
+        # Black, because fpdf2 draws some colors as black anyway.
         data = io.BytesIO(plot.svg.replace(INK, "#000000").encode())
         self.image(data, w=width * scale, h=height * scale, alt_text=plot.alt)
         self._write(plot.caption, SMALL, color=SOFT, after=3)
 
     def _table(self, table: Table) -> None:
         size, widths = self._table_layout(table)
-        self._need(self._height(table))
+        self._ensure_room(self._height(table))
         self._write(table.caption, SMALL, color=SOFT, after=0.5)
         self._font(size)
         aligns = tuple(
@@ -222,7 +222,7 @@ class _Pages(FPDF):
             padding=PADDING,
             wrapmode=WrapMode.WORD,
         ) as rendered:
-            rendered.row([_cut(name) for name in table.header])
+            rendered.row([_truncate(name) for name in table.header])
             for row in table.rows:
                 line = rendered.row()
                 for cell in row:
@@ -233,11 +233,11 @@ class _Pages(FPDF):
         self.ln(3.5)
 
     def _widths(self, table: Table, size: float) -> list[float]:
-        """What each column needs, in mm."""
+        """The width that each column needs, in mm."""
         widths = []
         for k, name in enumerate(table.header):
             self._font(size, bold=True)
-            # A long heading may go over several lines, a word may not.
+            # A long heading may wrap between words.
             whole = self.get_string_width(name)
             words = [self.get_string_width(word) for word in name.split()]
             needed = [whole] if whole < HEADING else words
@@ -249,8 +249,8 @@ class _Pages(FPDF):
     def _cell_width(self, cell: Cell) -> float:
         return PICTURE if isinstance(cell, Picture) else float(self.get_string_width(plain(cell)))
 
-    def _need(self, height: float) -> None:
-        """Begin a new page unless so many mm are left, or nothing is on this one."""
+    def _ensure_room(self, height: float) -> None:
+        """Start a new page unless `height` mm are left on this one, or it is empty."""
         if self.will_page_break(height) and self.y > self.t_margin + 1:
             self.add_page()
 
@@ -276,7 +276,7 @@ class _Pages(FPDF):
 
 
 def _size(svg: str) -> tuple[float, float]:
-    """Width and height in mm, which the element gives in points."""
+    """Width and height of an SVG element in mm."""
     head = svg[: svg.index(">")]
     width, height = (
         float(head.split(f' {name}="')[1].split("pt")[0]) for name in ("width", "height")
@@ -284,8 +284,8 @@ def _size(svg: str) -> tuple[float, float]:
     return width * POINT, height * POINT
 
 
-def _narrowed(widths: Sequence[float], room: float) -> list[float]:
-    """Widths that fit the room: the widest columns give way, as their text can be wrapped."""
+def _narrow(widths: Sequence[float], room: float) -> list[float]:
+    """The widths reduced to fit `room`: the widest columns shrink, as their text can wrap."""
     low, high = 0.0, max(widths)
     for _ in range(40):
         middle = (low + high) / 2
@@ -297,6 +297,6 @@ def _has_pictures(table: Table) -> bool:
     return any(isinstance(cell, Picture) for row in table.rows for cell in row)
 
 
-def _cut(name: str) -> str:
+def _truncate(name: str) -> str:
     name = plain(name)
     return name if len(name) <= 40 else f"{name[:39]}…"

@@ -1,4 +1,4 @@
-"""Plots by matplotlib, as deterministic SVG.
+"""Draws plots with matplotlib, as deterministic SVG.
 
 The colors are Okabe and Ito's, which color-blind readers can distinguish; line styles and markers
 differ as well, for gray prints. Text and axes have the color `INK`; the background is transparent.
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from robust.report.document import INK
-from robust.report.words import plain
+from robust.tables import plain
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, GRAY = "#CC79A7", "#56B4E9", "#808080"
@@ -36,7 +36,7 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
     (SKY, "P", "-"),
 )
 WIDTH = 6.9  # inches: the text of an A4 page
-MOST_ANNOTATED = 12  # classes up to which a confusion matrix has its numbers in it
+MAX_ANNOTATED = 12  # classes up to which a confusion matrix shows its numbers
 
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor")
 _PARAMETERS: Any = {
@@ -60,12 +60,12 @@ _PARAMETERS: Any = {
     "legend.frameon": False,
     **dict.fromkeys((*_INKED, "xtick.color", "ytick.color"), INK),
 }
-_ONE_AT_A_TIME = Lock()  # matplotlib's settings are global
+_lock = Lock()  # matplotlib's settings are global
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line: points, their intervals (optional), and whether points are joined."""
+    """The points of one line or set of markers, with optional intervals."""
 
     label: str
     x: tuple[float, ...]
@@ -75,14 +75,14 @@ class Series:
 
 
 def render(draw: Callable[[Figure], None], *, height: float, square: bool = False) -> str:
-    """The SVG element of what `draw` puts into an empty figure, `height` in inches.
+    """The SVG element of a figure that `draw` fills, `height` inches high.
 
-    `square` says that its panels keep their shape, which needs another layout.
+    With `square`, panels keep their aspect ratio, which needs another layout.
     """
     settings: Any = {**mpl.rcParamsDefault, **_PARAMETERS}
-    settings.pop("backend", None)  # not to be settled here
-    with _ONE_AT_A_TIME, mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a box stands for what is not drawn
+    settings.pop("backend", None)  # setting it would load the backend
+    with _lock, mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # missing glyphs are drawn as boxes
         layout: Any = "compressed" if square else "constrained"
         figure = Figure(figsize=(WIDTH, height), layout=layout)
         draw(figure)
@@ -94,7 +94,7 @@ def render(draw: Callable[[Figure], None], *, height: float, square: bool = Fals
 
 
 def _number_ids(svg: str) -> str:
-    """Ids in order instead of at random; only those that are pointed at."""
+    """`svg` with consecutive instead of random ids, and without ids that nothing refers to."""
     numbers: dict[str, str] = {}
     for name in re.findall(r'(?:href="#|url\(#)([^")]+)', svg):
         numbers.setdefault(name, f"i{len(numbers)}")
@@ -105,7 +105,7 @@ def _number_ids(svg: str) -> str:
 
 
 def learning_curves(epochs: Sequence[dict[str, Any]], *, kept: int | None) -> str:
-    """Accuracies above, loss and learning rate below, phases set apart by a dotted line."""
+    """Accuracies above, loss and learning rate below; dotted lines separate the phases."""
 
     def draw(figure: Figure) -> None:
         panels: dict[str, Axes] = figure.subplot_mosaic(
@@ -179,19 +179,19 @@ def _phases(axes: Axes, epochs: Sequence[dict[str, Any]], *, named: bool) -> Non
 def accuracy_against_eps(
     series: Sequence[Series], *, ticks: dict[float, str], chance: float, norm: str
 ) -> str:
-    """Accuracy in percent against eps, on a scale that doubles; below the first tick straight."""
+    """Accuracy in percent against eps on a log2 scale, which is linear below the first tick."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        apart = 0.0  # markers at the same eps stand beside each other
+        shift = 0.0  # so that markers at the same eps don't overlap
         for item, (color, marker, dashes) in zip(series, cycle(STYLES), strict=False):
-            apart += 0 if item.joined else 0.07
+            shift += 0 if item.joined else 0.07
             y = 100 * np.array(item.y)
-            spread = 100 * np.abs(np.array(item.intervals).T - np.array(item.y))
+            errors = 100 * np.abs(np.array(item.intervals).T - np.array(item.y))
             axes.errorbar(
-                [eps * (1 if item.joined else 1 + apart) for eps in item.x],
+                [eps * (1 if item.joined else 1 + shift) for eps in item.x],
                 y,
-                yerr=spread,
+                yerr=errors,
                 color=color,
                 marker=marker,
                 linestyle=dashes if item.joined else "none",
@@ -211,12 +211,12 @@ def accuracy_against_eps(
             ha="right",
             color=GRAY,
         )
-        least = min((eps for eps in ticks if eps > 0), default=1.0)
-        axes.set_xscale("symlog", base=2, linthresh=least)
+        smallest = min((eps for eps in ticks if eps > 0), default=1.0)
+        axes.set_xscale("symlog", base=2, linthresh=smallest)
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
         axes.set(ylim=(0, 100), xlabel=f"eps ({norm})", title="Accuracy, %, with 95% intervals")
-        axes.set_xlim(-least / 4, max(ticks) * 1.2 or 1.0)
+        axes.set_xlim(-smallest / 4, max(ticks) * 1.2 or 1.0)
         axes.legend(loc="upper right")
 
     return render(draw, height=3.1)
@@ -229,11 +229,11 @@ def accuracy_by_class(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        places, width = np.arange(len(classes)), 0.8 / max(1, len(accuracies))
+        centers, width = np.arange(len(classes)), 0.8 / max(1, len(accuracies))
         for k, (label, shares) in enumerate(accuracies):
             heights = [100 * share if share is not None else 0 for share in shares]
-            at = places + (k - (len(accuracies) - 1) / 2) * width
-            color = (BLUE, SKY, GREEN, ORANGE)[k % 4]  # dark, light, ...: gray print
+            at = centers + (k - (len(accuracies) - 1) / 2) * width
+            color = (BLUE, SKY, GREEN, ORANGE)[k % 4]  # dark and light in turn, for gray prints
             axes.bar(
                 at,
                 heights,
@@ -243,8 +243,8 @@ def accuracy_by_class(
                 edgecolor=INK,
                 linewidth=0.4,
             )
-        rotation = 0 if len(classes) <= MOST_ANNOTATED else 90
-        axes.set_xticks(places, [_short(name) for name in classes], rotation=rotation)
+        rotation = 0 if len(classes) <= MAX_ANNOTATED else 90
+        axes.set_xticks(centers, [_short(name) for name in classes], rotation=rotation)
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         axes.set(ylim=(0, 100), title="Accuracy by class, %")
@@ -257,7 +257,7 @@ def confusions(
     classes: Sequence[str], matrices: Sequence[tuple[str, Sequence[Sequence[int]]]]
 ) -> str:
     """For each class (row) the percentage predicted as each class (column); darker is more."""
-    annotated = len(classes) <= MOST_ANNOTATED
+    annotated = len(classes) <= MAX_ANNOTATED
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
@@ -294,8 +294,8 @@ def _write_numbers(axes: Axes, shares: Any) -> None:
             )
 
 
-def loss_surfaces(titles: Sequence[str], grids: Sequence[Any], wrong: Sequence[Any]) -> str:
-    """The loss (S, S) around each image, a line where `wrong`, a margin (S, S), crosses 0.
+def loss_surfaces(titles: Sequence[str], grids: Sequence[Any], margins: Sequence[Any]) -> str:
+    """The loss (S, S) around each image, with a line where the margin (S, S) crosses 0.
 
     Rows go along the random direction, columns along the gradient, both from -eps to eps.
     """
@@ -306,9 +306,9 @@ def loss_surfaces(titles: Sequence[str], grids: Sequence[Any], wrong: Sequence[A
         top = max(float(np.max(grid)) for grid in grids)
         levels = np.linspace(0, max(top, 1e-6), 25)
         filled = None
-        for axes, title, grid, margin in zip(panels, titles, grids, wrong, strict=True):
+        for axes, title, grid, margin in zip(panels, titles, grids, margins, strict=True):
             filled = axes.contourf(steps, steps, grid, levels=levels, cmap="cividis")
-            filled.set(edgecolor="face", linewidth=0.4)  # else viewers leave gaps between levels
+            filled.set(edgecolor="face", linewidth=0.4)  # or viewers leave gaps between levels
             if float(np.min(margin)) < 0 < float(np.max(margin)):
                 for color, width in (("#000000", 2.6), ("#ffffff", 1.3)):
                     axes.contour(steps, steps, margin, levels=[0.0], colors=color, linewidths=width)

@@ -1,4 +1,4 @@
-"""The sections of a report about what was measured."""
+"""The sections of a report on the results of evaluations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from robust.report.document import Block, Plot, Section, Subsection, Table, Text
 from robust.report.evaluations import CLEAN, Measurement, Result
 from robust.report.words import NONE, count, decimal, duration, interval, listed, percent
 
-MOST_CLASSES = 12  # of a confusion matrix that a page holds
-MOST_INDICES = 10  # of images, in a cell of a table
-MOST_CONFUSIONS = 20  # rows where it does not
+MAX_CLASSES = 12  # classes of a confusion matrix that fits on a page
+MAX_INDICES = 10  # indices of images in a table cell
+MAX_CONFUSIONS = 20  # rows of the table that replaces a larger confusion matrix
 
 
 def accuracies(measurements: Sequence[Measurement]) -> Table:
@@ -47,17 +47,17 @@ def _row(
 
 
 def differences(measurements: Sequence[Measurement]) -> list[Table]:
-    """Images that only one of two attacks of several stages fooled, also in two evaluations."""
+    """Images that only one of two multi-stage attacks fooled, in the same or two evaluations."""
     found = [(item, result) for item in measurements for result in item.results]
     rows = []
-    for (one, result), (other, beside) in permutations(found, 2):
-        if result.fooled is None or beside.fooled is None or result.attack == beside.attack:
+    for (one, first), (other, second) in permutations(found, 2):
+        if first.fooled is None or second.fooled is None or first.attack == second.attack:
             continue
-        if one.scored and (one.scored, result.ball) == (other.scored, beside.ball):
-            only = sorted(set(result.fooled) - set(beside.fooled))
-            shown = ", ".join(map(count, only[:MOST_INDICES])) + " ..." * (len(only) > MOST_INDICES)
-            names = (result.attack, beside.attack, result.ball)
-            rows.append((*names, f"{count(len(only))} of {count(result.n)}", shown or NONE))
+        if one.scored and (one.scored, first.ball) == (other.scored, second.ball):
+            only = sorted(set(first.fooled) - set(second.fooled))
+            shown = ", ".join(map(count, only[:MAX_INDICES])) + " ..." * (len(only) > MAX_INDICES)
+            names = (first.attack, second.attack, first.ball)
+            rows.append((*names, f"{count(len(only))} of {count(first.n)}", shown or NONE))
     header = ("fooled by", "but not by", "ball", "images", "index, from 0")
     caption = "Images that only one of two attacks fooled"
     return [Table(caption=caption, header=header, rows=tuple(rows))] if rows else []
@@ -78,9 +78,9 @@ def against_eps(measurements: Sequence[Measurement], *, classes: int) -> Section
         return Section(title=title, blocks=(Text(text=text), *tables))
     text = (
         "A larger eps can only make an attack stronger, and at an eps that turns every image into "
-        "the same gray no model is right more often than by chance. A curve that stays high there, "
-        "or rises, is a sign of a failing attack and not of a robust model. Lines are "
-        f"{CURVE_ATTACK} at growing eps; open markers are the attacks of the evaluation."
+        "the same gray no model is better than chance. A curve that stays high there, or rises, "
+        "is a sign of a failing attack and not of a robust model. Lines are "
+        f"{CURVE_ATTACK} at increasing eps; open markers are the attacks of the evaluation."
     )
     blocks: list[Block] = [Text(text=text)]
     for norm in norms:
@@ -140,12 +140,12 @@ def _curves(measurements: Sequence[Measurement], norm: str, classes: int) -> lis
         series, ticks=dict(sorted(ticks.items())), chance=1 / classes, norm=norm
     )
     header = ("what", "eps", "accuracy %", "95% interval", "correct")
-    points_of_it = Table(caption=f"Accuracy at each eps, {norm}", header=header, rows=tuple(rows))
+    table = Table(caption=f"Accuracy at each eps, {norm}", header=header, rows=tuple(rows))
     if not any(item.joined for item in series):
-        return [points_of_it]
-    told = listed([f"{row[2]}% at {row[1]} ({row[0]})" for row in rows])
-    plot = Plot(caption=f"Accuracy against eps, {norm}", alt=f"Accuracy: {told}.", svg=svg)
-    return [plot, points_of_it]
+        return [table]
+    values = listed([f"{row[2]}% at {row[1]} ({row[0]})" for row in rows])
+    plot = Plot(caption=f"Accuracy against eps, {norm}", alt=f"Accuracy: {values}.", svg=svg)
+    return [plot, table]
 
 
 def by_class(measurements: Sequence[Measurement], classes: Sequence[str]) -> Section:
@@ -201,17 +201,17 @@ def _confusions(results: Sequence[Result], classes: Sequence[str]) -> list[Block
         return []
     blocks: list[Block] = []
     if len(classes) <= 100:
-        told = "; ".join(f"{_title(r)}: {_commonest(r, classes)}" for r in found)
+        confusions = "; ".join(f"{_title(r)}: {_most_common(r, classes)}" for r in found)
         blocks.append(
             Plot(
                 caption="Percentage of each class (row) predicted as each class (column)",
-                alt=f"Matrices of {len(classes)} classes. Most common confusions: {told}.",
+                alt=f"Matrices of {len(classes)} classes. Most common confusions: {confusions}.",
                 svg=plots.confusions(classes, [(_title(r), r.confusion) for r in found]),
             )
         )
     for result in found:
-        wide = len(classes) <= MOST_CLASSES
-        blocks.append(_matrix(result, classes) if wide else _commonest_rows(result, classes))
+        fits = len(classes) <= MAX_CLASSES
+        blocks.append(_matrix(result, classes) if fits else _most_common_table(result, classes))
     return blocks
 
 
@@ -235,13 +235,13 @@ def _pairs(result: Result) -> list[tuple[int, int, int]]:
     return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))
 
 
-def _commonest(result: Result, classes: Sequence[str]) -> str:
+def _most_common(result: Result, classes: Sequence[str]) -> str:
     pairs = _pairs(result)[:3]
     return listed([f"{n} {classes[a]} as {classes[b]}" for n, a, b in pairs]) or "none"
 
 
-def _commonest_rows(result: Result, classes: Sequence[str]) -> Table:
-    rows = [(classes[a], classes[b], count(n)) for n, a, b in _pairs(result)[:MOST_CONFUSIONS]]
+def _most_common_table(result: Result, classes: Sequence[str]) -> Table:
+    rows = [(classes[a], classes[b], count(n)) for n, a, b in _pairs(result)[:MAX_CONFUSIONS]]
     return Table(
         caption=f"The most common confusions, {_title(result)}",
         header=("class", "predicted", "images"),
@@ -250,10 +250,10 @@ def _commonest_rows(result: Result, classes: Sequence[str]) -> Table:
 
 
 def cost(measurements: Sequence[Measurement], training: Sequence[tuple[str, ...]]) -> Section:
-    """What training and evaluation took; `training` are rows of phase, epochs, speed, time."""
+    """The time of training and evaluation; `training` are rows as in `columns`."""
     blocks: list[Block] = []
     if training:
-        columns = ("training", "epochs", "images/s", "time", "of it scoring")
+        columns = ("training", "epochs", "images/s", "time", "scoring time")
         blocks.append(Table(caption="Cost of training", header=columns, rows=tuple(training)))
     rows = [
         (
@@ -276,8 +276,8 @@ def cost(measurements: Sequence[Measurement], training: Sequence[tuple[str, ...]
             *("passes per image", "evaluation"),
         )
         text = (
-            "A pass is one forward or backward pass of one image. An attack stops at an image once "
-            "it is misclassified, and skips images that were wrong before the attack."
+            "A pass is one forward or backward pass of one image. An attack on an image ends once "
+            "it is misclassified, and skips images that were misclassified before the attack."
         )
         blocks += [
             Text(text=text),
@@ -289,12 +289,12 @@ def cost(measurements: Sequence[Measurement], training: Sequence[tuple[str, ...]
             blocks.append(
                 Text(
                     text=f"{item.source}: {spent['evaluation']} s in all, of which passes took "
-                    f"{spent['passes']} s. At the best rate seen on this machine as many passes "
-                    f"take {spent['limit']} s."
+                    f"{spent['passes']} s. At the rate of the fastest batch size, as many passes "
+                    f"would take {spent['limit']} s."
                 )
             )
     if not blocks:
-        blocks.append(Text(text="No times are on record."))
+        blocks.append(Text(text="No times were recorded."))
     return Section(title="Throughput and cost", blocks=tuple(blocks))
 
 

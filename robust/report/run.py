@@ -22,7 +22,7 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A finished run: `manifest` has recipe, data, seed and versions, `epochs` a row for each."""
+    """A finished run: `manifest` has recipe, data, seed and versions; `epochs` has the metrics."""
 
     name: str
     manifest: dict[str, Any]
@@ -40,7 +40,7 @@ def read_run(folder: Path) -> TrainingRun:
     except FileNotFoundError:
         raise ReportError(folder, f"a training run with its {MANIFEST}", "none") from None
     except ValueError as error:
-        raise ReportError(path, "JSON", f"text that breaks off or is malformed: {error}") from None
+        raise ReportError(path, "JSON", f"incomplete or malformed text: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
         raise ReportError(path, "the recipe of a run", "none")
     epochs = _read_metrics(folder / METRICS)
@@ -59,14 +59,14 @@ def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
     except FileNotFoundError:
         raise ReportError(path.parent, f"a training run with its {METRICS}", "none") from None
     except UnicodeDecodeError:
-        raise ReportError(path, "lines of JSON", "bytes that are no text") from None
+        raise ReportError(path, "lines of JSON", "bytes that are not text") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
             shown = line[-20:]
-            found = f"line {number} breaking off or malformed, at {shown!r}"
+            found = f"an incomplete or malformed line {number}, at {shown!r}"
             raise ReportError(path, "a JSON object in each line", found) from None
         if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
             raise ReportError(path, "an epoch in each line", f"none in line {number}")
@@ -76,7 +76,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
 
 def check_belongs(run: TrainingRun, sidecar: Sidecar, checkpoint: Path) -> None:
     """Raise ReportError unless this run wrote the checkpoint."""
-    added = ("kept_epoch", "init", "minutes")  # by the end of the run
+    added = ("kept_epoch", "init", "minutes")  # added to the recipe by the run
     recipe = {name: value for name, value in sidecar.recipe.items() if name not in added}
     data = None if sidecar.data is None else vars(sidecar.data)
     for name, found in (("recipe", recipe), ("data", data), ("seed", sidecar.seed)):

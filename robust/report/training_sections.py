@@ -1,4 +1,4 @@
-"""The sections of a report about how a model was trained."""
+"""The sections of a report on the training of the model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from robust.report.words import count, decimal, duration, finite, listed, percen
 from robust.sidecar import Sidecar
 from robust.threat_model import format_eps
 
-MOST_EPOCHS = 40  # rows of the table of epochs
-_SELECTED = {"pgd": "PGD-10 accuracy", "mean": "mean of clean and PGD-10 accuracy"}
+MAX_EPOCHS = 40  # rows of the table of epochs, approximately
+_SELECTED = {
+    "pgd": "PGD-10 accuracy",
+    "clean": "clean accuracy",
+    "mean": "mean of clean and PGD-10 accuracy",
+}
 _SETTINGS = {
     "optimizer": "optimizer",
     "momentum": "momentum",
     "weight_decay": "weight decay",
     "batch_size": "images in a batch",
     "label_smoothing": "label smoothing",
-    "gradient_clip": "gradients clipped to length",
+    "gradient_clip": "gradients clipped to norm",
     "ema_decay": "decay of the averaged weights",
-    "zero_init_residual": "residual branches start at zero",
+    "zero_init_residual": "residual branches initialized to zero",
     "precision": "precision of training",
     "held_out": "share of the data held out",
-    "monitor_limit": "most held-out images scored after an epoch",
+    "monitor_limit": "held-out images scored after an epoch, at most",
 }
 _AUGMENTATIONS = {
     "crop_padding": "random crop, {} pixels of padding",
@@ -54,14 +58,14 @@ def method(sidecar: Sidecar) -> Section:
         )
     recipe = sidecar.recipe
     if not recipe:
-        blocks.append(Text(text="How it was trained is not on record."))
+        blocks.append(Text(text="No training recipe was recorded."))
         return Section(title="Method and recipe", blocks=tuple(blocks))
-    name = recipe.get("name", "without a name")
+    name = recipe.get("name", "unnamed")
     ball = ""
     if sidecar.threat_model is not None:
         ball = (
-            f" Adversarial images lie within {sidecar.threat_model.norm} "
-            f"{format_eps(sidecar.threat_model.eps)} of theirs, in pixels of [0, 1]."
+            f" Adversarial images are within {sidecar.threat_model.norm} "
+            f"{format_eps(sidecar.threat_model.eps)} of the originals, for pixels in [0, 1]."
         )
     blocks.append(Text(text=f"The recipe is {name!r}.{ball}"))
     phases = [phase for phase in recipe.get("phases", ()) if isinstance(phase, dict)]
@@ -128,7 +132,7 @@ def _value(value: Any) -> str:
 
 
 def learning(run: TrainingRun | None, sidecar: Sidecar) -> Section:
-    """Curves and figures of each epoch."""
+    """Learning curves and the metrics of each epoch."""
     title = "Learning curves"
     if run is None or not run.epochs:
         return Section(
@@ -143,8 +147,8 @@ def learning(run: TrainingRun | None, sidecar: Sidecar) -> Section:
         "with FGSM and PGD-10 in the model's ball. "
     )
     if kept is not None:
-        best = f" It has the best {selected}." if selected else ""
-        text += f"Epoch {kept} of {len(epochs)} is the one in the checkpoint.{best} "
+        best = f" It had the best {selected}." if selected else ""
+        text += f"The checkpoint is epoch {kept} of {len(epochs)}.{best} "
     text += (
         "Losses of different phases can't be compared: adversarial images are harder. The epoch "
         "was selected by these held-out images, so their accuracy is slightly optimistic; the "
@@ -164,7 +168,7 @@ def learning(run: TrainingRun | None, sidecar: Sidecar) -> Section:
 
 
 def _epochs(run: TrainingRun, kept: int | None) -> Table:
-    every = -(-len(run.epochs) // MOST_EPOCHS)
+    every = -(-len(run.epochs) // MAX_EPOCHS)
     last = run.epochs[-1]["epoch"]
     shown = [r for r in run.epochs if r["epoch"] % every == 0 or r["epoch"] in (1, last, kept)]
     rows = [
@@ -185,5 +189,5 @@ def _epochs(run: TrainingRun, kept: int | None) -> Table:
         *("epoch", "phase", "loss", "learning rate", "clean %", "FGSM %", "PGD-10 %"),
         *("images/s", "time since the start"),
     )
-    some = f", every {every}th, the first, the last and the kept one" if every > 1 else ""
-    return Table(caption=f"The epochs{some}", header=header, rows=tuple(rows))
+    some = f": one in {every}, and the first, the last and the kept one" if every > 1 else ""
+    return Table(caption=f"Epochs{some}", header=header, rows=tuple(rows))

@@ -9,17 +9,17 @@ from robust.report.evaluations import Measurement
 from robust.report.examples import Surface
 from robust.report.words import count, finite, images_of, listed
 
-FEW = 1000  # images, below which the interval is wider than 6 points
+FEW = 1000  # images below which the interval is up to 6 points wide or wider
 
 
 def trust(measurements: Sequence[Measurement], surfaces: Sequence[Surface] | None) -> Section:
-    """Flags, notes, and what was not checked; `surfaces` is None where there are none."""
+    """Flags, notes, and what was not checked; `surfaces` is None if no images were given."""
     blocks: list[Block] = [*_flags(measurements)]
     checked = [item for item in measurements if item.probes is not None]
     if checked and not blocks:
         text = (
-            "The checks of the evaluation found no sign of masked gradients, of an answer that "
-            "changes from call to call, or of an attack that fails where it should not."
+            "The checks of the evaluation found no sign of masked gradients, of random outputs, or "
+            "of an attack that fails where it should not."
         )
         blocks.append(Notice(kind="good", title="No sign of a problem", text=text))
     blocks += _limits(measurements, surfaces)
@@ -45,12 +45,12 @@ def _limits(
     if any(item.recorded for item in measurements):
         yield Notice(
             kind="note",
-            title="Recorded figures",
-            text="No evaluation was given, so the accuracies are those that the checkpoint's "
-            "sidecar has on record. It keeps no curve, no confusion and no checks.",
+            title="Recorded accuracies",
+            text="No evaluation was given, so the accuracies are those in the checkpoint's "
+            "sidecar, which has no curve, confusion matrix or checks.",
         )
     if not measurements:
-        text = "Neither an evaluation nor accuracies on record: nothing is known of this model."
+        text = "No evaluation was given and the sidecar has none: the accuracy is unknown."
         yield Notice(kind="warning", title="Not evaluated", text=text)
         return
     attacks = {result.attack for item in measurements for result in item.attacks}
@@ -76,8 +76,8 @@ def _limits(
             yield Notice(
                 kind="warning",
                 title="Loss surface",
-                text=f"Around {len(odd)} of {len(surfaces)} images the gradient is not the way "
-                "up: it may be masked. Run autoattack, and look at square.",
+                text=f"Around {len(odd)} of {len(surfaces)} images the loss does not rise most "
+                "along the gradient, which may be masked. Run autoattack, and look at square.",
             )
 
 
@@ -88,15 +88,15 @@ def _probes(item: Measurement) -> str:
     normalized = probes.get("right_normalized", probes.get("right_normalised"))  # older results
     known = normalized is not None
     same = (
-        "the same answer twice"
+        "the same logits in two passes"
         if not difference or difference < 1e-4
-        else (f"answers that differ by {difference:.1%} of the largest logit")
+        else f"logits that differ by {difference:.1%} of the largest in two passes"
     )
     return (
-        f"{item.source}: the model gave {same} to {n} probe images; "
+        f"{item.source}: the model computed {same} over {n} probe images; "
         f"of {count(probes.get('differentiated')) or n} of them "
-        f"{count(probes.get('zero_gradients'))} had no gradient and "
-        f"{count(probes.get('nan_gradients'))} had NaN in theirs. "
+        f"{count(probes.get('zero_gradients'))} had a gradient of zero and "
+        f"{count(probes.get('nan_gradients'))} had NaN in it. "
         f"{count(probes.get('right'))} were classified correctly"
         + (f", and at most {count(normalized)} when normalized a second time." if known else ".")
     )

@@ -12,11 +12,6 @@ _PHRASES = {  # for data whose name is not a data set's
 }
 
 
-def plain(text: str) -> str:
-    """`text` without line breaks or control characters: names come from files of others."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 def finite(value: object) -> float | None:
     """`value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -25,25 +20,25 @@ def finite(value: object) -> float | None:
 
 
 def percent(share: object, digits: int = 2) -> str:
-    """A share in percent, without the sign."""
+    """A share in percent, without the percent sign."""
     number = finite(share)
     return NONE if number is None else f"{100 * number:.{digits}f}"
 
 
 def decimal(value: object, digits: int = 3) -> str:
-    """A number with so many digits after the point."""
+    """A number with `digits` digits after the point."""
     number = finite(value)
     return NONE if number is None else f"{number:.{digits}f}"
 
 
 def significant(value: object, digits: int = 3) -> str:
-    """A number with so many digits that count."""
+    """A number with `digits` significant digits."""
     number = finite(value)
     return NONE if number is None else f"{number:.{digits}g}"
 
 
 def count(value: object) -> str:
-    """A whole number, thousands set apart."""
+    """A whole number with thousands separators."""
     number = finite(value)
     return NONE if number is None else f"{round(number):,}"
 

@@ -107,7 +107,7 @@ def test_the_users_own_code(
         ("absent", "a function absent, found torch, nn, make_model, function, softmax"),
         ("wrong", "a callable from images to logits, found a int"),
         ("features", r"logits \(2, K\) of 2 images, found \(2, 4, 30, 30\)"),
-        ("broken", r"a model of images \(2, 3, 32, 32\) \(else set --input-size\)"),
+        ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set --input-size\)"),
     ],
 )
 def test_code_that_makes_no_classifier(name: str, words: str, code: Path) -> None:

@@ -45,16 +45,16 @@ def test_labels_that_are_taken_as_numbers_are_told() -> None:
 def test_names_that_are_numbers_are_names() -> None:
     digits = tuple(str(k) for k in range(10))
     assert match_classes(dataset(("3", "5"), [0, 1, 1]), digits).labels.tolist() == [3, 5, 5]
-    with pytest.raises(DatasetError, match="does not know 10"):
+    with pytest.raises(DatasetError, match="does not have 10"):
         match_classes(dataset(tuple(str(k) for k in range(1, 11)), [0, 9]), digits)
 
 
 @pytest.mark.parametrize(
     ("classes", "labels", "message"),
     [
-        (("cat", "wolf"), [0, 1], "does not know wolf"),
+        (("cat", "wolf"), [0, 1], "does not have wolf"),
         (("a", "b"), [0, 1], "expected the model's classes cat, dog, frog, ship"),
-        ((*CLASSES, "wolf"), [0, 4], "does not know wolf"),
+        ((*CLASSES, "wolf"), [0, 4], "does not have wolf"),
         (("0", "1", "2", "3", "4"), [0, 4], "labels from 0 to 3"),
     ],
 )

@@ -70,16 +70,16 @@ def train(data: Data, *, eps: float, epochs: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = make_network()
-        optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
         for _ in range(epochs):
             for index in torch.randperm(len(data[0])).split(100):
                 x, y = data[0][index].float() / 255, data[1][index]
                 if eps:
                     ball = ThreatModel(eps=eps)
                     x = pgd(network, x, y, threat_model=ball, alpha=eps / 2, steps=3).x_adv
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 F.cross_entropy(network(x), y).backward()
-                optimiser.step()
+                optimizer.step()
     return network.eval().requires_grad_(False)
 
 

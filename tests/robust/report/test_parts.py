@@ -80,7 +80,7 @@ def test_what_only_one_of_two_attacks_fooled_is_told(evaluation: Values, sidecar
     assert differences([found[0], parsed(elsewhere, sidecar)]) == []  # other images
     told = [block.text for block in cost(found, []).blocks if isinstance(block, Text)]
     assert "12.0 s in all, of which passes took 11.0 s" in told[-1]
-    assert told[-1].endswith("as many passes take 10.5 s.")
+    assert told[-1].endswith("as many passes would take 10.5 s.")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_classes_and_confusions(page: Page) -> None:
 
 
 def test_learning_curves_in_numbers(page: Page) -> None:
-    rows = table(page, "The epochs")
+    rows = table(page, "Epochs")
     first = ["1", "clean", "1.853", "0.00125", "53.5", "30.0", "1.9", "50", "60.0 s"]
     assert rows[1] == first or rows[1] == [*first[:2], "1.852", *first[3:]]
     # A loss that is no number is a dash.
@@ -198,8 +198,12 @@ def test_flags_notes_and_limits_are_told(page: Page) -> None:
 def test_pictures_of_a_few_images(page: Page) -> None:
     rows = table(page, "pgd-20 on each image")
     assert len(rows) == 4
-    assert [row[-1] == "wrong before" for row in rows[1:]] == [False, True, False]
-    assert {row[-1].split(",")[0] for row in rows[1:]} <= {"held", "fooled", "wrong before"}
+    assert [row[-1] == "misclassified before" for row in rows[1:]] == [False, True, False]
+    assert {row[-1].split(",")[0] for row in rows[1:]} <= {
+        "robust",
+        "fooled",
+        "misclassified before",
+    }
     assert len(table(page, "The loss at a distance of 8/255")) == 3
     pictures = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(pictures) == 9
@@ -213,7 +217,7 @@ def test_manifest(page: Page, house: Path) -> None:
     assert rows["SHA-256 of the data"] == "e" * 64
     assert rows["SHA-256 of the images scored"] == "f" * 64
     assert rows["type of the images"] == "float32"
-    assert rows["changed on reading"] == "skipped 1 broken link: cat/gone.png"
+    assert rows["changed in reading"] == "skipped 1 broken link: cat/gone.png"
     assert rows["precision"] == "fp32"
     assert rows["seed"] == "5"
     assert "somebody" not in " ".join(page.words)
@@ -276,13 +280,13 @@ def test_without_evaluation_and_data(
     assert "recorded in the sidecar" in out
     page = Page((tmp_path / "report.html").read_text())
     text = " ".join(page.words)
-    assert "Recorded figures" in text
+    assert "Recorded accuracies" in text
     assert "no data was given" in text
     # The newest first, those of the hold-out last.
     assert [row[-2] for row in table(page, "All accuracies")[1:]] == [
         *("test.npz", "held out from training")
     ]
-    assert table(page, "The epochs")  # of the run beside the checkpoint
+    assert table(page, "Epochs")  # of the run beside the checkpoint
 
 
 def test_a_checkpoint_without_a_run_or_a_sidecar(house: Path, tmp_path: Path) -> None:
@@ -333,14 +337,14 @@ def ruin(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("runs/none", ["runs/none", "folder of a training run", "none of that name"]),
         ("model.pt", ["model.pt", "folder of a training run", "a file"]),
         ("runs/bare", ["runs/bare", "run.json", "none"]),
-        ("runs/torn", ["run.json", "breaks off"]),
+        ("runs/torn", ["run.json", "incomplete or malformed"]),
         ("runs/cut", ["metrics.jsonl", "line 3"]),
         ("runs/unfinished", ["a finished run", "after 3 epochs", "--resume"]),
         ("runs/other", ["other.pt", "another seed"]),
         ("runs/model --checkpoint none.pt", ["none.pt", "no such file"]),
         ("runs/model --evaluation none.json", ["none.json", "no such file"]),
         ("runs/model --evaluation runs", ["runs", "a folder"]),
-        ("runs/model --evaluation cut.json", ["cut.json", "breaks off"]),
+        ("runs/model --evaluation cut.json", ["cut.json", "incomplete or malformed"]),
         ("runs/model --evaluation list.json", ["list.json", "robust evaluate --json"]),
         ("runs/model --evaluation weights.json", ["weights.json", "SHA-256", "0000000000000000…"]),
         ("runs/model --evaluation classes.json", ["classes.json", "classes of the checkpoint"]),
