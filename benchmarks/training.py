@@ -42,7 +42,7 @@ from robust.attacks import frozen
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
 from robust.datasets import Dataset
 from training.monitor import Progress
-from training.optimise import autocast
+from training.optimizer import autocast
 from training.recipe import Phase, Recipe
 from training.recipes import named_recipe
 from training.run import Stopped, train

@@ -24,11 +24,12 @@ def make_adversarial(
     divergence: bool = False,
     shard: Shard | None = None,
 ) -> Tensor:
-    """Attack images float32 (N, 3, H, W) in [0, 1] as `part` says; same shape, in eval mode.
+    """Adversarial images of the same shape, for images float32 (N, 3, H, W) in [0, 1].
 
-    `targets` (N, K) are distributions: labels, or with `divergence` (TRADES) the model's own
-    clean prediction. `n-fgsm` leaves the ball on purpose, see `AdversarialPart`. `shard` is the
-    place of these images in the whole batch, for the random numbers; default: they are all of it.
+    The attack is that of `part`, on the model in eval mode. `targets` (N, K) are distributions:
+    labels, or with `divergence` (TRADES) the model's own clean prediction. `n-fgsm` leaves the ball
+    on purpose, see `AdversarialPart`. `shard` is the position of these images in the whole batch,
+    for the random numbers; by default they are all of it.
     """
     eps, kind = threat_model.eps, part.kind
     if kind == "clean" or eps == 0:
@@ -54,7 +55,7 @@ def make_adversarial(
 
 
 def default_alpha(part: AdversarialPart, eps: float) -> float:
-    """Step size, in pixel units, of a part that has no `alpha`."""
+    """The step size, in pixel units, of a part without `alpha`."""
     if part.kind == "fgsm-rs":
         return 1.25 * eps
     if part.kind == "pgd":

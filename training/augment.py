@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device, with parameters drawn per image."""
+"""Augments a whole batch on its device, with random parameters per image."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def jitter(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
 
 
 def _gray(x: Tensor) -> Tensor:
-    """Luminance of RGB images, (N, 1, H, W); no tensor of weights that a GPU would wait for."""
+    """Luminance of RGB images, (N, 1, H, W), without a tensor of weights to copy to a GPU."""
     red, green, blue = x.unbind(dim=1)
     return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
@@ -100,6 +100,6 @@ def mixup(
     return mixed, share.view(-1, 1) * targets + (1 - share.view(-1, 1)) * targets[partner]
 
 
-def _uniform(x: Tensor, reach: float, generator: torch.Generator) -> Tensor:
+def _uniform(x: Tensor, limit: float, generator: torch.Generator) -> Tensor:
     noise = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-    return (2 * noise - 1) * reach
+    return (2 * noise - 1) * limit

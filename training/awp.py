@@ -22,7 +22,7 @@ def perturbed(
 
     Each convolution and matrix moves along its own gradient by `gamma` times its own norm; batch
     norms and biases stay. Computing that direction does not change the running statistics. Compute
-    loss and backward pass within the block. `gamma` 0 does nothing. Where each rank has a shard of
+    loss and backward pass within the block. `gamma` 0 does nothing. If each rank has a shard of
     the batch, `all_reduce_sum` sums the gradients over the ranks, in place.
     Source: Wu et al. 2020, arXiv:2004.05884.
     """

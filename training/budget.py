@@ -1,9 +1,9 @@
 """``--minutes``: fits the number of epochs to the available time.
 
-Before the first epoch a few steps of each phase and part of a scoring are timed. The epochs of all
-phases are then fitted to the remaining time, in the recipe's proportions, and fitted again
-whenever a phase begins. If steps get slower within a phase, the phase is shortened; the last phase
-is extended if time is left. So the run ends in time, and its learning-rate schedule is complete.
+Before the first epoch, a few steps of each phase and part of a scoring are timed. The epochs of all
+phases are then fitted to the remaining time, in the recipe's proportions, and fitted again at the
+start of each phase. A phase whose steps get slower is shortened, and the last phase is extended if
+time is left. So the run ends in time, and its learning-rate schedule is complete.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from training.state import TrainingError
 
 logger = logging.getLogger(__name__)
 
-LEAST_MARGIN, MARGIN = 3.0, 0.01  # seconds, and share of the whole time, left for what is not timed
+MIN_MARGIN, MARGIN = 3.0, 0.01  # seconds, and share of the time, reserved for what is not timed
 USUAL_SCORE = 0.7  # typical time of a scoring relative to one in which no image is fooled
-SCORE_GROWTH = 1.15  # time of the next scoring relative to the last: fewer images are fooled
+SCORE_GROWTH = 1.15  # time of the next scoring relative to the last, as fewer images are fooled
 WINDOW = 50  # clock readings over which the speed of a phase is measured
 _imported = time.monotonic()
 
@@ -35,7 +35,7 @@ def process_age() -> float:
     """Seconds since this process started, or since this import if the system does not say."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        ticks = int(fields[19])  # since boot, when the process began
+        ticks = int(fields[19])  # from boot to the start of the process
         boot = time.clock_gettime(time.CLOCK_BOOTTIME)
         return boot - ticks / os.sysconf("SC_CLK_TCK")
     except (AttributeError, OSError, ValueError, IndexError):
@@ -44,10 +44,10 @@ def process_age() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Deadline:
-    """When a run must have written its checkpoint."""
+    """The time by which a run must have written its checkpoint."""
 
     minutes: float  # from the start of the process
-    started: float  # when that was, on `clock`
+    started: float  # that start, on `clock`
     clock: Callable[[], float] = time.monotonic  # seconds
 
     @classmethod
@@ -57,13 +57,13 @@ class Deadline:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the process began."""
+        """Seconds since the process started."""
         return self.clock() - self.started
 
     @property
     def margin(self) -> float:
         """Seconds reserved for everything that is not timed."""
-        return max(LEAST_MARGIN, MARGIN * 60 * self.minutes)
+        return max(MIN_MARGIN, MARGIN * 60 * self.minutes)
 
     @property
     def left(self) -> float:
@@ -75,13 +75,13 @@ class Deadline:
 class Costs:
     """Measured times of the parts of a run on this machine, in seconds."""
 
-    steps: int  # of an epoch
+    steps: int  # per epoch
     step: tuple[float, ...]  # seconds of a step, by phase
     score: float  # seconds of a scoring in which no image is fooled, the slowest case
     finish: float  # seconds of the final scoring, on all held-out images, in the same case
 
     def epochs(self, phase: int, count: int, score_every: int) -> float:
-        """Seconds of `count` epochs of a phase, scores included."""
+        """Seconds of `count` epochs of a phase, including their scores."""
         scores = math.ceil(count / score_every)
         return count * self.steps * self.step[phase] + scores * USUAL_SCORE * self.score
 
@@ -92,9 +92,9 @@ class Budget:
     def __init__(self, recipe: Recipe, deadline: Deadline, costs: Costs, world: World) -> None:
         self.recipe, self.deadline, self.costs, self.world = recipe, deadline, costs, world
         self.score_seconds = USUAL_SCORE * costs.score
-        self._phase = -1  # that `_looks` are of
-        self._looks: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # steps done, and when
-        self._scoring = 0.0  # seconds of all scores, which `_looks` leave out
+        self._phase = -1  # the phase of `_readings`
+        self._readings: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # steps done, and the time
+        self._scoring = 0.0  # seconds of all scores, which `_readings` exclude
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in the run's manifest, as JSON values."""
@@ -120,10 +120,10 @@ class Budget:
 
         left, epochs = self.deadline.left, [min(1, n) for n in wanted]
         if first == 0 and seconds(epochs) > left:
-            whole = self.deadline.elapsed + seconds(epochs)
-            least = max(whole + LEAST_MARGIN, whole / (1 - MARGIN)) / 60
+            total = self.deadline.elapsed + seconds(epochs)
+            minimum = max(total + MIN_MARGIN, total / (1 - MARGIN)) / 60
             raise TrainingError(
-                f"--minutes: expected at least {math.ceil(10 * least + 0.5) / 10:.1f}, for an "
+                f"--minutes: expected at least {math.ceil(10 * minimum + 0.5) / 10:.1f}, for an "
                 f"epoch of each phase, got {self.deadline.minutes:g}; "
                 f"{self._explain(recipe, first)}"
             )
@@ -145,9 +145,10 @@ class Budget:
             if k >= first and phase.epochs
         )
         return (
-            f"{deadline.elapsed:.0f} s are gone, {deadline.margin + costs.finish:.0f} s kept for "
-            f"the last score and the file; an epoch is {costs.steps} steps of {steps}, and a "
-            f"score about {USUAL_SCORE * costs.score:.1f} s"
+            f"{deadline.elapsed:.0f} s have passed, {deadline.margin + costs.finish:.0f} s are "
+            "reserved for the last score and the file; an epoch is "
+            f"{costs.steps} steps of {steps}, and a score takes about "
+            f"{USUAL_SCORE * costs.score:.1f} s"
         )
 
     def scored(self, seconds: float) -> None:
@@ -165,10 +166,10 @@ class Budget:
     def _fit_steps(self, recipe: Recipe, phase: int, done: int, total: int) -> int:
         if self._phase != phase:
             self._phase = phase
-            self._looks.clear()
-        self._looks.append((done, self.deadline.clock() - self._scoring))
-        (first, began), (_, now) = self._looks[0], self._looks[-1]
-        if len(self._looks) < 3 or now <= began:
+            self._readings.clear()
+        self._readings.append((done, self.deadline.clock() - self._scoring))
+        (first, began), (_, now) = self._readings[0], self._readings[-1]
+        if len(self._readings) < 3 or now <= began:
             return total
         step = (now - began) / (done - first)
         slowdown = max(1.0, step / self.costs.step[phase])
@@ -179,7 +180,7 @@ class Budget:
         return done + max(1, fits if not later else min(fits, total - done))
 
     def _steps_within(self, left: float, step: float, done: int, *, every: int) -> int:
-        """The most steps that fit in `left` seconds, scored after every `every` and at the end."""
+        """Maximum steps in `left` seconds, with a score after each `every` steps and at the end."""
         steps = math.floor((left - self.score_seconds) / step)
         while steps > 0 and steps * step + self._scores(done, steps, every) > left:
             steps -= 1
@@ -191,7 +192,7 @@ class Budget:
 
 
 def fit_epochs(wanted: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[int]:
-    """The most epochs per phase that fit, in proportion to `wanted` and at least one each.
+    """Maximum epochs per phase that fit, in proportion to `wanted` and at least one each.
 
     A phase with 0 in `wanted` gets 0.
     """
@@ -206,7 +207,7 @@ def fit_epochs(wanted: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> 
 
     while fits(with_one_more(behind())):
         epochs = with_one_more(behind())
-    for k in phases:  # the remaining time may be enough for an epoch of a cheaper phase
+    for k in phases:  # the remaining time may be enough for an epoch of another phase
         if fits(with_one_more(k)):
             epochs = with_one_more(k)
     return epochs

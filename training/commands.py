@@ -27,7 +27,7 @@ set_option = click.option(
     "assignments",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="Change a field of the recipe (batch_size=512) or of a phase (adversarial.epochs=20). "
+    help="Set a field of the recipe (batch_size=512) or of a phase (adversarial.epochs=20). "
     "Repeat for more.",
 )
 
@@ -164,10 +164,10 @@ def train(
     device = resolve_device(device_name)
     if out.suffix != ".pt":
         raise click.UsageError(f"expected --out to end in .pt, got {out.name}")
-    # Before signals are caught, so that SIGTERM ends a process that waits for others forever.
+    # Before signals are caught, so that SIGTERM ends a process that is waiting for the others.
     world, device = click.get_current_context().with_resource(init_distributed(device))
     configure_logging(quiet=not world.is_rank0)
-    beginning = None if init is None else load_checkpoint(init)
+    initial = None if init is None else load_checkpoint(init)
     dataset = load_images(data, size=recipe.input_size, classes=names)
     validation = None
     if val is not None:
@@ -203,7 +203,7 @@ def train(
                 out=out,
                 device=device,
                 seed=seed,
-                init=beginning,
+                init=initial,
                 validation=validation,
                 resume=resume or was_restarted(),
                 deadline=None if minutes is None else Deadline.of_this_process(minutes),
@@ -214,7 +214,7 @@ def train(
         except Stopped:
             display.close()
             if world.is_rank0:
-                click.echo("stopped; the run is saved, --resume continues it", err=True)
+                click.echo("stopped; the run is saved, continue it with --resume", err=True)
             raise SystemExit(128 + (stop.signal or signal.SIGTERM)) from None
         finally:
             display.close()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust.attacks import frozen
-from training.optimise import autocast
+from training.optimizer import autocast
 from training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def compiled_loss(model: nn.Module, x: Tensor, *, bf16: bool) -> nn.Module:
 def compiled_attack(model: nn.Module, x: Tensor, *, bf16: bool, predicts: bool) -> nn.Module:
     """`model` compiled for the gradient at images like `x`, frozen and in eval mode.
 
-    With `predicts` also for predictions. `bf16` is for a model that needs autocast.
+    With `predicts` also for predictions without a gradient. `bf16`: under autocast.
     """
 
     def attempt(fast: nn.Module) -> None:
@@ -56,7 +56,7 @@ def compiled_attack(model: nn.Module, x: Tensor, *, bf16: bool, predicts: bool) 
 def _compiled(model: nn.Module, attempt: Callable[[nn.Module], None]) -> nn.Module:
     """`model` compiled, if `attempt` at its passes succeeds.
 
-    So no later step waits for the compiler, and a failing compiler is only a warning at the start.
+    Then no later step waits for the compiler, and a failing compiler is only an early warning.
     Leaves the model, its running statistics and its gradients unchanged.
     """
     before = {key: value.clone() for key, value in model.state_dict().items()}

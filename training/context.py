@@ -1,4 +1,4 @@
-"""The objects of a run, and its position."""
+"""The state of a training run, and what happens at the ends of its epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robust.environment import versions
 from training.budget import Budget, with_epochs
 from training.data import TrainingData
 from training.monitor import Board, Observer, Progress, score, warnings_for, write_metrics
-from training.optimise import learning_rate
+from training.optimizer import learning_rate
 from training.recipe import Phase, Recipe
 from training.result import keep_if_best
 from training.state import RunFolder, RunState, StateWriter
@@ -29,7 +29,7 @@ GPU_STEPS = 10  # between readings of the loss, which synchronize with the GPU
 
 @dataclass(kw_only=True)
 class Run:
-    """The objects of a run, and its position."""
+    """A training run: its recipe, data, trainer, files and position."""
 
     recipe: Recipe
     seed: int
@@ -41,11 +41,11 @@ class Run:
     writer: StateWriter
     should_stop: Callable[[], bool]
     observe: Observer
-    board: Board | None = None  # rank 0 has one
+    board: Board | None = None  # only on rank 0
     budget: Budget | None = None  # with `--minutes`
 
     def __post_init__(self) -> None:
-        self.steps = len(self.data.images) // self.recipe.batch_size  # of an epoch
+        self.steps = len(self.data.images) // self.recipe.batch_size  # per epoch
         self.began = time.monotonic() - self.state.seconds
         self.saved = time.monotonic()
         on_cpu = self.trainer.device.type == "cpu"
@@ -77,7 +77,7 @@ class Run:
         return self.state.epoch * self.steps + self.state.step
 
     def learning_rate(self, step: int) -> float:
-        """Rate of a step of the current phase, from 0."""
+        """The learning rate at a step of the current phase, counted from 0."""
         return learning_rate(self.phase, step, self.phase_steps)
 
     def generator(self, *, step: int, device: torch.device | str) -> torch.Generator:
@@ -92,16 +92,16 @@ class Run:
 
 
 def begin_files(run: Run) -> Board:
-    """Bring the run's files into line with its state, and open its reports."""
+    """Write the run's files to match its state; returns its TensorBoard writer."""
     if not run.state.model:
-        run.folder.put_aside()
+        run.folder.archive_finished_run()
     write_manifest(run)
     write_metrics(run.folder.metrics, run.state.history)
     return Board(run.folder.tensorboard, done=len(run.state.history))
 
 
 def write_manifest(run: Run) -> None:
-    """Write `run.json`, with the recipe as it runs."""
+    """Write `run.json`, with the current recipe."""
     run.manifest["recipe"] = run.recipe.to_dict()
     if run.is_rank0:
         files.write_json(run.folder.manifest, {**run.manifest, "versions": versions()})
@@ -157,7 +157,7 @@ def end_fitted(run: Run) -> None:
     """Record the fitted number of steps of a phase, and its epochs; the last may be partial."""
     epochs = [phase.epochs for phase in run.recipe.phases]
     logger.info(
-        "--minutes: the phase %s had %d steps and not %d: its steps took other times than expected",
+        "--minutes: the phase %s had %d steps instead of %d, as its steps were slower or faster",
         run.phase.name,
         run.phase_steps,
         run.phase.epochs * run.steps,
@@ -173,7 +173,7 @@ def progress(run: Run, rate: float, speed: float, row: dict[str, Any] | None = N
     state, phase = run.state, run.phase
     later = run.recipe.phases[state.phase + 1 :]
     steps = float(run.phase_steps - run.done)
-    # Later phases are converted to steps of this one by their number of passes.
+    # Steps of later phases count in proportion to their passes.
     steps += sum(other.epochs * run.steps * other.passes / phase.passes for other in later)
     return Progress(
         phase=phase,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from robust.classifier import Architecture, Classifier
 from training.display import time_left
-from training.optimise import autocast, uses_bf16
+from training.optimizer import autocast, uses_bf16
 from training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-PROBE_PIXELS = 16 * 32 * 32  # of the pass that is timed
-OVERHEAD = 1.2  # factor for allocators and kernels, on top of the counted tensors
+PROBE_PIXELS = 16 * 32 * 32  # pixels of the timed pass
+OVERHEAD = 1.2  # factor on the counted tensors, for allocators and kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Cost:
 
     steps: int
     data_bytes: int  # all images, which stay on the device
-    model_bytes: int  # weights, gradients, optimizer and average
-    activation_bytes: int  # what a batch keeps for its backward pass
+    model_bytes: int  # weights, gradients, optimizer state and averaged weights
+    activation_bytes: int  # tensors that a batch saves for its backward pass
     seconds: float
 
     @property
@@ -43,7 +43,7 @@ def estimate(
 ) -> Cost:
     """The cost of a run on `images` training images, from one timed pass of a few of them.
 
-    `ranks` share every batch. Time leaves out scoring and compiling.
+    `ranks` share every batch. The time excludes scoring and compiling.
     """
     architecture = Architecture(
         arch=recipe.arch,
@@ -93,10 +93,10 @@ def describe_cost(
 
 
 def _saved_bytes(model: nn.Module, x: Tensor, *, bf16: bool) -> int:
-    """Bytes that a training pass keeps for its backward pass, weights left out."""
+    """Bytes that a training pass saves for its backward pass, without the weights."""
     weights = {id(p) for p in model.parameters()}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no id is used twice
+    kept: list[Tensor] = []  # keeps the tensors alive, so that no id is reused
 
     def pack(tensor: Tensor) -> Tensor:
         if id(tensor) not in weights:
@@ -112,7 +112,7 @@ def _saved_bytes(model: nn.Module, x: Tensor, *, bf16: bool) -> int:
 
 
 def _seconds_per_image(architecture: Architecture, device: torch.device, *, bf16: bool) -> float:
-    """Seconds of one pass of one image: a third of a forward and a backward pass, timed."""
+    """Seconds of one pass of one image: a third of a timed forward and backward pass."""
     with torch.random.fork_rng(devices=[]):
         model = Classifier(architecture)
     model = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -120,14 +120,16 @@ def _seconds_per_image(architecture: Architecture, device: torch.device, *, bf16
     x = torch.full((max(2, PROBE_PIXELS // size**2), 3, size, size), 0.5, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     seconds = 0.0
-    for _ in range(2):  # the first makes kernels and buffers, which matters for short ones only
+    for _ in range(2):  # the first also prepares kernels and buffers
         started = time.perf_counter()
         with autocast(bf16, device):
             loss = model(x).sum()
         loss.backward()
-        float(next(p.grad for p in model.parameters() if p.grad is not None).sum())  # waits
+        float(
+            next(p.grad for p in model.parameters() if p.grad is not None).sum()
+        )  # waits for the device
         seconds = time.perf_counter() - started
-        if seconds > 1:
+        if seconds > 1:  # long enough to neglect the preparation
             break
     return seconds / (3 * len(x))
 

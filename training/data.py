@@ -1,4 +1,4 @@
-"""The images of a run: those to train on, those held out, and warnings about them."""
+"""The training images and the held-out images of a run, and warnings about them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """The images of a run: those to train on, on the device as bytes, and those held out."""
+    """The training images of a run, as uint8 on the device, and its held-out images."""
 
     images: Tensor  # uint8 (N, 3, H, W), on the device
     labels: Tensor  # int64 (N,), on the device
@@ -36,8 +36,8 @@ class TrainingData:
     held_labels: Tensor
     monitored: Tensor  # indices of the held-out images that are scored during the run
     counts: tuple[ClassCount, ...]
-    held_source: dict[str, str]  # what a sidecar says of the held-out images
-    class_weights: Tensor | None  # of the loss, float32 (K,), on the device
+    held_source: dict[str, str]  # describes the held-out images in the sidecar
+    class_weights: Tensor | None  # for the loss, float32 (K,), on the device
 
     @classmethod
     def split(
@@ -49,9 +49,9 @@ class TrainingData:
         device: torch.device,
         validation: Dataset | None = None,
     ) -> TrainingData:
-        """Hold some images of `dataset` out, or all of `validation`; log warnings about them.
+        """Hold out some images of `dataset`, or use `validation`; logs warnings about them.
 
-        Raises TrainingError for images of another size, or too few to train on.
+        Raises TrainingError for images of another size, or for too few.
         """
         _check_size(dataset, recipe.input_size)
         if validation is None:
@@ -110,7 +110,7 @@ def _log(counts: tuple[ClassCount, ...], recipe: Recipe, shared: int) -> None:
         messages.append(few)
     if shared:
         messages.append(
-            f"{shared} of the held-out images are also trained on: their scores say nothing "
+            f"{shared} of the held-out images are also training images: their scores say nothing "
             "about new images"
         )
     for message in messages:

@@ -1,4 +1,4 @@
-"""Warnings about the images of a run, before it trains on them."""
+"""Warnings about the images of a run, before training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from robust.evaluation import wilson_interval
 
 IMBALANCE = 10  # ratio of the largest to the smallest class that gives a warning
 FEW_HELD_OUT = 100  # with fewer, an accuracy of 50% has an error of at least 10 points
-_NAMED = 8  # classes that a message names
+_MAX_NAMED = 8  # classes named in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCount:
-    """How many images of a class are trained on, and how many are held out."""
+    """The numbers of training images and held-out images of a class."""
 
     name: str
     train: int
@@ -33,7 +33,7 @@ class ClassCount:
 def count_classes(
     classes: Sequence[str], labels: Tensor, held_labels: Tensor
 ) -> tuple[ClassCount, ...]:
-    """The images per class, of labels int64 (N,) to train on and (M,) held out."""
+    """The counts per class, from the training labels int64 (N,) and held-out labels (M,)."""
     train, held = (part.cpu().bincount(minlength=len(classes)) for part in (labels, held_labels))
     return tuple(
         ClassCount(name=name, train=int(train[k]), held_out=int(held[k]))
@@ -42,10 +42,10 @@ def count_classes(
 
 
 def describe_counts(counts: Sequence[ClassCount]) -> str:
-    """The images per class in one line; of more than 20 classes the smallest and largest."""
+    """The images per class in one line; for more than 20 classes only the extremes and median."""
     if len(counts) <= 20:
         each = (f"{item.name} {item.train} + {item.held_out}" for item in counts)
-        return f"images per class, to train on + held out: {', '.join(each)}"
+        return f"images per class, training + held out: {', '.join(each)}"
     ordered = sorted(counts, key=lambda item: item.total)
     ends = f"{ordered[0].total} ({ordered[0].name}) to {ordered[-1].total} ({ordered[-1].name})"
     return f"images per class: {ends}, median {ordered[len(ordered) // 2].total}"
@@ -64,7 +64,7 @@ def class_warnings(counts: Sequence[ClassCount], *, class_weights: str = "none")
             "that it never learns"
         )
     if untrained:
-        found.append(f"{_listed('class', untrained)} held out only, with no image to train on")
+        found.append(f"{_listed('class', untrained)} without training images, only held out")
     if unscored:
         names = [f"{item.name} ({_images(item.total)})" for item in unscored]
         found.append(
@@ -126,5 +126,5 @@ def _listed(noun: str, names: Sequence[str]) -> str:
     """``class a``, ``3 classes: a, b, c`` or ``20 classes: a, b, ...``, shortened."""
     if len(names) == 1:
         return f"{noun} {names[0]}"
-    more = ", ..." if len(names) > _NAMED else ""
-    return f"{len(names)} {noun}es ({', '.join(names[:_NAMED])}{more})"
+    more = ", ..." if len(names) > _MAX_NAMED else ""
+    return f"{len(names)} {noun}es ({', '.join(names[:_MAX_NAMED])}{more})"

@@ -3,8 +3,8 @@
 Every rank holds all images and weights, and draws the same random numbers for the whole batch, as
 they depend on seed and position only. It takes its shard of the batch, attacks it, and runs the
 forward and backward pass on it; there is no communication during an attack. One all-reduce then
-sums the gradients, so every rank takes the same step. torch's DistributedDataParallel would do so
-in pieces, and after every backward pass, also that of AWP.
+sums the gradients, so every rank takes the same step. torch's DistributedDataParallel would reduce
+in several buckets, and after every backward pass, including that of AWP.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def was_restarted() -> bool:
 class Shard:
     """One rank's part of a batch of `n` images: every `step`-th image from `first` on.
 
-    Not a contiguous range: the parts of a loss differ in cost, and so each rank gets about equally
-    many images of each.
+    Not a contiguous range, so that each rank gets about as many images of every part of the loss;
+    the parts differ in cost.
     """
 
     n: int
@@ -46,7 +46,7 @@ class Shard:
         return len(range(self.first, self.n, self.step)) / self.n
 
     def within(self, start: int, stop: int) -> tuple[slice, Shard]:
-        """Images `start` to `stop` of the batch: their slice of this shard, and their Shard."""
+        """The part of this shard in images `start` to `stop` of the batch: its slice and Shard."""
         before, after = (len(range(self.first, edge, self.step)) for edge in (start, stop))
         first = (self.first - start) % self.step
         return slice(before, after), Shard(n=stop - start, first=first, step=self.step)
@@ -57,7 +57,7 @@ class Shard:
         x: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """`noise` for the images `x` of this shard: drawn for all n, so each image has its own."""
+        """`noise` for the images `x` of this shard, taken from a draw for the whole batch."""
         return self.of(noise(x.new_empty((self.n, *x.shape[1:])), generator))
 
 
@@ -66,14 +66,14 @@ class Collectives:
 
     def __init__(self, world: World = SINGLE) -> None:
         self.world = world
-        self.bytes = 0  # handed to all-reduces so far
+        self.bytes = 0  # sent through all-reduces so far
 
     def shard(self, n: int) -> Shard:
         """This rank's images of a batch of n."""
         return Shard(n=n, first=self.world.rank, step=self.world.size)
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        """Put the sum over all ranks into each tensor, by one all-reduce of them all."""
+        """Replace each tensor by its sum over the ranks, in one all-reduce for all tensors."""
         if self.world.size == 1:
             return
         import torch.distributed as dist
@@ -88,8 +88,8 @@ class Collectives:
     def add_gradients(self, model: nn.Module, loss: Tensor) -> Tensor:
         """Sum gradients and loss over the ranks; returns the loss of the whole batch, a scalar.
 
-        Where norms are `local` their running statistics become the mean over the ranks, so every
-        image counts and all ranks keep the same model. The variance between shards is left out.
+        The running statistics of `local` norms become the mean over the ranks, so every image
+        counts and all ranks keep the same model. The variance between shards is ignored.
         """
         loss = loss.detach().clone()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -101,12 +101,12 @@ class Collectives:
         return loss
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether `flag` is true on any rank."""
         if self.world.size == 1:
             return flag
-        said = torch.tensor([float(flag)])
-        self.all_reduce_sum([said])
-        return bool(said.item())
+        flags = torch.tensor([float(flag)])
+        self.all_reduce_sum([flags])
+        return bool(flags.item())
 
     def with_global_norms(self, model: nn.Module) -> nn.Module:
         """`model` with batch norms that use the statistics of the whole batch.
@@ -127,7 +127,7 @@ class Collectives:
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the images of all ranks, on any device; in eval mode a plain one."""
+    """Batch norm over the images of all ranks, on any device; in eval mode an ordinary one."""
 
     def __init__(self, norm: nn.BatchNorm2d, collectives: Collectives) -> None:
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
@@ -141,7 +141,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         values = x.to(self.weight.dtype)
         var, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
-        mean, var = mean.double(), var.double()  # so that the square of the mean costs no digits
+        mean, var = mean.double(), var.double()  # the square of the mean needs the digits
         count = mean.new_tensor([x.numel() / x.shape[1]])
         sums = torch.cat([count * mean, count * (var + mean.square()), count])
         sums = _SumOverRanks.apply(sums, self.collectives)
@@ -149,14 +149,14 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         mean, square = (sums[:-1] / count).chunk(2)
         var = square - mean.square()
         if self.track_running_stats:
-            self._follow(mean.detach(), var.detach() * count / (count - 1))
+            self._update_running_statistics(mean.detach(), var.detach() * count / (count - 1))
         scale = self.weight * (var + self.eps).rsqrt().to(values.dtype)
         shift = self.bias - mean.to(values.dtype) * scale
         y: Tensor = values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
         return y.to(x.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, var: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -167,7 +167,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over the ranks, returned to each; its gradient is the sum of the ranks' gradients."""
+    """The sum over the ranks, on each; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, values, collectives):  # type: ignore[no-untyped-def]

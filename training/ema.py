@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class AveragedModel:
-    """A copy of `model`, `module`, whose weights are the moving average of those of `model`.
+    """Keeps `module`, a copy of `model` whose weights are the moving average of the model's.
 
     `decay` is per step; in the first steps it is (1 + t) / (10 + t) if that is lower, so that the
-    random start is soon forgotten. With 0 the copy equals the model at every step.
+    initial weights are soon forgotten. With 0 the copy equals the model at every step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.steps = 0
-        # Tensors of the average and of the model; loading a state dict keeps them.
+        # Pairs of tensors, which stay the same objects when a state dict is loaded.
         mine, theirs = self.module.state_dict(), model.state_dict()
         pairs = [(mine[key], theirs[key]) for key in mine]
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]

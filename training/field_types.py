@@ -30,7 +30,7 @@ class Limits:
 
 
 class _SizeMark:
-    """Marks a size in pixel units, which text such as ``8/255`` may give."""
+    """Marks a size in pixel units, which may be written as text such as ``8/255``."""
 
 
 Size = Annotated[float, Limits(0), _SizeMark()]
@@ -38,7 +38,7 @@ Size = Annotated[float, Limits(0), _SizeMark()]
 
 
 def hints(kind: type[Any]) -> dict[str, Any]:
-    """The annotations of a dataclass by field, with what `Annotated` adds."""
+    """The annotations of a dataclass by field, including the extras of `Annotated`."""
     return get_type_hints(kind, include_extras=True)
 
 
@@ -56,10 +56,10 @@ def is_size(hint: Any) -> bool:
 
 
 def check_fields(value: Any, path: str = "") -> None:
-    """Raise ValueError for a field that its annotation does not allow, dataclasses inside too.
+    """Raise ValueError for a field that its annotation does not allow, also in nested dataclasses.
 
-    The message is ``PATH: expected ..., got ...``. An item that has a name stands by that name in
-    the path, others by their index.
+    The message is ``PATH: expected ..., got ...``. An item is identified in the path by its name
+    or, without a name, by its index.
     """
     for name, hint in hints(type(value)).items():
         _check(getattr(value, name), hint, f"{path}.{name}".lstrip("."))
@@ -76,7 +76,7 @@ def _check(value: Any, hint: Any, path: str) -> None:
         check_fields(value, path)
         return
     limits = next((extra for extra in extras if isinstance(extra, Limits)), None)
-    if not _is_of(value, bare) or not (limits is None or limits.allow(value)):
+    if not _has_type(value, bare) or not (limits is None or limits.allow(value)):
         expected = " ".join(filter(None, (_in_words(bare), str(limits or ""))))
         raise ValueError(f"{path}: expected {expected}, got {value!r}"[:300])
 
@@ -91,7 +91,7 @@ def _check_tuple(value: Any, items: tuple[Any, ...], path: str) -> None:
         _check(item, items[0], name if isinstance(name, str) and name else f"{path}.{index}")
 
 
-def _is_of(value: Any, bare: Any) -> bool:
+def _has_type(value: Any, bare: Any) -> bool:
     if get_origin(bare) is Literal:
         return value in get_args(bare)
     if bare is float:

@@ -12,9 +12,9 @@ from robust.networks import family_of
 
 
 class FoldedCopy(nn.Module):
-    """A frozen copy of `model` in eval mode, for images and logits as those of `model`.
+    """A frozen copy of `model` in eval mode, which maps the same images to the same logits.
 
-    A batch norm after a convolution is folded into it, and convolutions and matrices are in
+    Each batch norm after a convolution is folded into it, and convolutions and matrices are in
     `dtype`, so passes have half as many layers and need no autocast. `refresh` copies the current
     weights and running statistics of `model` into the same tensors. Raises ValueError for a
     network whose family does not list its pairs of convolution and norm.
@@ -30,7 +30,7 @@ class FoldedCopy(nn.Module):
         self.normalizes, self.mean, self.std = own.architecture.normalizes, own.mean, own.std
         self.net = own.net
         self._norms: list[nn.BatchNorm2d] = []
-        self._filters: list[tuple[Tensor, Tensor]] = []  # of the model, and folded
+        self._filters: list[tuple[Tensor, Tensor]] = []  # weights of the model, folded weights
         self._biases: list[Tensor] = []
         for conv_name, norm_name in list(pairs(self.net)):
             conv, norm = self.net.get_submodule(conv_name), model.net.get_submodule(norm_name)

@@ -11,11 +11,11 @@ _TRAIN = ("train", "training")
 _VALIDATION = ("val", "valid", "validation", "dev")
 _TEST = ("test", "testing")
 _SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm".split())
-_DEEPEST = 3  # folders within folders that are looked into
+_MAX_DEPTH = 3  # levels of folders that are searched
 
 
 def check_layout(path: Path) -> None:
-    """Raise DatasetError if `path` is a folder of splits, or a folder around the one of classes.
+    """Raise DatasetError if `path` contains splits, or a folder that contains the classes.
 
     The message says which folder to give to which option. `load_dataset` handles everything else.
     """
@@ -43,7 +43,7 @@ def check_layout(path: Path) -> None:
 
 def _class_folder(path: Path) -> Path | None:
     """`path` or the only folder below it that holds one folder of images per class."""
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         if _has_classes(path):
             return path
         inner = [folder for folder in _folders(path) if any(_folders(folder))]

@@ -15,11 +15,11 @@ from training.recipe import Phase, Recipe
 
 
 def load_images(source: str, *, size: int, classes: tuple[str, ...] = ()) -> Dataset:
-    """Labeled images in any format of `load_dataset`, with labels in the order of `classes`.
+    """Labeled 8-bit images in any format of `load_dataset`, with labels in the order of `classes`.
 
-    Class names of the data are matched with `classes`; data without names is assumed to be labeled
-    in that order; floats are rounded to 8 bits, as `Dataset.changes` records. Raises DatasetError,
-    also for images of a single class, and for a folder of splits (naming the option for each).
+    Class names in the data are matched with `classes`; without names, labels are assumed to be in
+    that order. `Dataset.changes` records floats that were rounded. Raises DatasetError, also for
+    images of a single class, and for a folder of splits, where it names the option for each.
     """
     if source not in by_name():
         check_layout(Path(source))

@@ -1,4 +1,4 @@
-"""A run's reports: progress, held-out accuracies, warnings, metrics.jsonl, TensorBoard."""
+"""Reports on a run: progress, held-out accuracies, warnings, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from robust.evaluation import evaluate
 from robust.threat_model import ThreatModel
 from training.recipe import Phase
 
-COLLAPSE_GAP = 0.15  # FGSM accuracy minus PGD-10 accuracy
-OVERFIT_DROP = 0.03  # below the best PGD-10 accuracy so far
-PATIENCE = 3  # scores in a row below it
+COLLAPSE_GAP = 0.15  # FGSM accuracy minus PGD-10 accuracy that means collapse
+OVERFIT_DROP = 0.03  # drop from the best PGD-10 accuracy that means robust overfitting
+PATIENCE = 3  # consecutive scores with that drop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Progress:
     epochs: int
     step: int  # from 1, within the epoch
     steps: int
-    loss: float  # mean of the epoch so far; on a GPU up to some steps ago
+    loss: float  # mean over the epoch so far; on a GPU some steps old
     learning_rate: float
     images_per_second: float
     seconds_left: float  # of the whole run without scoring; infinite before the first step
@@ -52,7 +52,7 @@ class SpeedMeter:
 
     @property
     def images_per_second(self) -> float:
-        """Images of the epoch over the time since it began, or was resumed."""
+        """Images per second since the epoch began or was resumed."""
         return self.steps * self.batch_size / (time.monotonic() - self.began)
 
 
@@ -111,21 +111,21 @@ def warnings_for(history: list[dict[str, Any]]) -> list[str]:
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     """Write the whole history, one JSON line an epoch, atomically. Raises OSError."""
     text = "".join(json.dumps(row) + "\n" for row in history)
-    files.write_atomic(path, lambda file: file.write(text.encode()))
+    files.write_bytes(path, text.encode())
 
 
 class Board(AbstractContextManager["Board"]):
     """TensorBoard's event files of a run."""
 
     def __init__(self, folder: Path, *, done: int) -> None:
-        # Slow to import, and only training needs it.
+        # Imported here because it is slow to import.
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events past `done` were written by a run that was killed before it saved its state.
+        # Later events were written by a run that was killed before it saved its state.
         self._writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def add(self, row: dict[str, Any]) -> None:
-        """One point for each number of an epoch."""
+        """Add a point for each metric of an epoch."""
         for name in ("loss", "learning_rate", "clean", "fgsm", "pgd", "images_per_second"):
             if row[name] is None:  # an epoch that was not scored
                 continue

@@ -1,4 +1,4 @@
-"""The loss of one batch: clean and attacked parts, or TRADES."""
+"""The loss of one batch, from clean and attacked parts or as in TRADES."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def adversarial_batches(
     generator: torch.Generator,
     shard: Shard | None = None,
 ) -> list[Tensor]:
-    """The batches for `objective`: the images x, float32 (N, 3, H, W) in [0, 1], attacked.
+    """The batches for `objective`, made by attacking the images x, float32 (N, 3, H, W) in [0, 1].
 
     `targets` float32 (N, K) are distributions. Attacks see the model in eval mode. Returns one
     batch of all images if the phase is `split`, otherwise one per part; for TRADES the clean and
@@ -82,7 +82,7 @@ def objective(
     label_smoothing: float,
     class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean loss, a scalar with gradient, of what `adversarial_batches` returned.
+    """Mean loss of the batches from `adversarial_batches`, a scalar with gradient.
 
     `targets` float32 (N, K) are distributions; the model runs in the mode it is in. With
     `class_weights` float32 (K,) each image's loss counts by the weight of its target.
@@ -115,7 +115,7 @@ def _trades(
     label_smoothing: float,
     weights: Tensor | None,
 ) -> Tensor:
-    """Source: Zhang et al. 2019, arXiv:1901.08573."""
+    """The loss of TRADES. Source: Zhang et al. 2019, arXiv:1901.08573."""
     x, x_adv = batches
     logits, logits_adv = model(x), model(x_adv)
     natural = _cross_entropy(logits, targets, label_smoothing, weights)
@@ -131,7 +131,7 @@ def _trades(
 def _cross_entropy(
     logits: Tensor, targets: Tensor, label_smoothing: float, weights: Tensor | None
 ) -> Tensor:
-    """Mean cross-entropy, of each image times its weight."""
+    """Mean cross-entropy, with the loss of each image times its weight."""
     if weights is None:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     each = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")

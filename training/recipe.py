@@ -48,8 +48,9 @@ class AdversarialPart:
     """One part of the loss: images attacked in a given way."""
 
     kind: Literal["clean", "fgsm", "fgsm-rs", "n-fgsm", "pgd"]
-    """`fgsm`: no start. `fgsm-rs`: uniform start in the ball (Wong et al. 2020). `n-fgsm`: noise
-    of twice eps and no clipping to the ball, does not collapse (de Jorge et al. 2022)."""
+    """`fgsm`: starts at the image. `fgsm-rs`: uniform start in the ball (Wong et al. 2020).
+    `n-fgsm`: noise of twice eps and no clipping to the ball, which prevents collapse (de Jorge et
+    al. 2022)."""
     share: Share = 1.0
     """Weight in the loss; the shares of a phase add up to 1."""
     steps: AtLeastOne = 1
@@ -72,11 +73,11 @@ class Phase:
     """Some epochs with one kind of loss and one learning-rate schedule."""
 
     name: str
-    """Begins with a letter; letters, digits, ``-`` and ``_``. Names the phase in ``--set``."""
+    """Letters, digits, ``-`` and ``_``, a letter first. Identifies the phase in ``--set``."""
     epochs: Count
-    """Passes over the training images. 0: the phase is left out."""
+    """Passes over the training images. 0: the phase is skipped."""
     parts: tuple[AdversarialPart, ...] = CLEAN
-    """What the loss is made of."""
+    """The parts of the loss."""
     loss: Literal["cross-entropy", "trades"] = "cross-entropy"
     """`trades`: clean loss plus `trades_beta` times the divergence of the attacked prediction
     from the clean one (Zhang et al. 2019); takes exactly one attacked part."""
@@ -89,8 +90,7 @@ class Phase:
     warmup: BelowOne = 0.05
     """Share of the phase's steps in which the rate rises linearly. 0: none."""
     final_rate: BelowOne = 0.0
-    """Where the cosine ends, relative to the peak, so that the next phase can continue from
-    there."""
+    """Rate at the end of the cosine, relative to the peak; the next phase can continue from it."""
     teacher: BelowOne = 0.0
     """Share of the target that is the averaged model's own prediction of the clean image
     (Tarvainen & Valpola 2017; against robust overfitting, Dong et al. 2022). 0: labels alone."""
@@ -120,7 +120,7 @@ class Phase:
             attack, loss = sum(part.share * steps for part, steps in pairs), 3.0
         else:
             attack, loss = float(sum(attacks)), 3.0 * len(self.parts)
-        perturbed = 1 - self.awp_from if self.awp else 0.0  # AWP takes the loss once more
+        perturbed = 1 - self.awp_from if self.awp else 0.0  # AWP computes the loss twice
         return attack + loss * (1 + perturbed) + (1 if self.teacher else 0)
 
 
@@ -137,7 +137,7 @@ class Recipe:
     arch: str = "resnet50"
     """A network that `robust.networks` builds."""
     variant: str = ""
-    """Tells networks of the same name apart, see the family's file."""
+    """Distinguishes networks of the same name, see the family's file."""
     stem: Stem = "imagenet"
     activation: Activation = "relu"
     input_size: Annotated[int, Limits(8, 1024)] = 32
@@ -165,8 +165,8 @@ class Recipe:
     label_smoothing: BelowOne = 0.1
     """Share of the target spread over all classes. 0: none."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the loss in every phase. `balanced`: each image counts n / (K n_k), for n images
-    in K classes and n_k in its own, so that all classes count alike."""
+    """Class weights of the loss in every phase. `balanced`: an image counts n / (K n_k), for n
+    images in K classes and n_k in its own, so that all classes count alike."""
     gradient_clip: NotNegative = 1.0
     """Largest global L2 norm of the gradient. 0: no clipping."""
     ema_decay: BelowOne = 0.999
@@ -185,13 +185,13 @@ class Recipe:
     """Stratified share of the training images that is held out to select the model; unused when
     validation images are given (``--val``)."""
     monitor_limit: Count = 1000
-    """Held-out images of a score. 0: all."""
+    """Held-out images scored after an epoch. 0: all."""
     score_every: Annotated[int, Limits(1)] = 1
     """Epochs between scores on held-out images; the last epoch of a phase is always scored."""
     select: Literal["pgd", "mean", "clean", "last"] = "pgd"
-    """Which model is kept: the one with the best accuracy on held-out images under PGD-10 (`pgd`),
-    without an attack (`clean`), or the best mean of both (`mean`); or the `last`. Of equals the
-    later."""
+    """The model that is kept: with the best accuracy on held-out images under PGD-10 (`pgd`),
+    without an attack (`clean`), or the best mean of both (`mean`), the later one in a tie; or the
+    `last`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,4 +1,4 @@
-"""Finding a recipe: by name, in a TOML or JSON file, or as a function of your own."""
+"""Loads a recipe by name, from a TOML or JSON file, or from a function of your own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.recipe_values import recipe_from_values
 from training.recipes import RECIPES, named_recipe
 
 FORMS = "FILE.toml, FILE.json or package.module:function"
-_RECORDED = ("kept_epoch", "init", "minutes")  # of a run, beside its recipe's fields in a sidecar
+_RECORDED = ("kept_epoch", "init", "minutes")  # added by a run to the recipe in its sidecar
 
 
 def load_recipe(source: str) -> Recipe:
@@ -72,7 +72,7 @@ def _from_function(source: str) -> Recipe:
     module_name, _, name = source.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does; an installed command does not
+        sys.path.insert(0, here)  # like `python -m`, but unlike an installed command
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Recipes as plain values: reads and writes TOML and JSON, and overrides fields."""
+"""Converts recipes to and from the values of TOML and JSON, and overrides fields."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _toml_value(value: Any, *, size: bool = False) -> str:
 
 
 def _build(kind: Any, values: object, path: str) -> Any:
-    """A dataclass from a mapping of its fields; its own checks follow on construction."""
+    """A dataclass from a mapping of its fields, which checks itself."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{path or 'recipe'}: expected a table of fields, got {_shown(values)}")
     known = hints(kind)
@@ -131,7 +131,7 @@ def _is_named(value: object) -> bool:
 
 
 def _item_path(item: object, path: str, index: int) -> str:
-    """Phases are named in errors as in ``--set``, by their name."""
+    """The path of an item for errors: its name as in ``--set``, or its index without a name."""
     name = item.get("name") if isinstance(item, Mapping) else None
     return name if isinstance(name, str) and name else f"{path}.{index}"
 
@@ -176,7 +176,7 @@ def _parse(text: str) -> Any:
 
 
 def _choices(name: object, known: Iterable[str]) -> str:
-    """The known names, with a close match first, and the name that was given."""
+    """The known names, a close match first, and the given name, as text for an error."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
     ordered = [*close, *(item for item in names if item not in close)]

@@ -18,7 +18,7 @@ RAN: dict[str, str] = {}
 
 NOT_IN_FULL = "not in full"
 
-# The values of the run whose figures `gpu` gives; `gpu-further` and `fast` build on them.
+# As in the run whose results `gpu` reports; `gpu-further` and `fast` build on it.
 _EVERY_IMAGE_PGD_2 = (AdversarialPart(kind="pgd", steps=2, alpha=8 / 255),)
 _EVERY_IMAGE_PGD_3 = (AdversarialPart(kind="pgd", steps=3),)
 
@@ -107,9 +107,9 @@ def cpu() -> Recipe:
     ran="90 minutes, mostly on one core of a Xeon with AMX: CIFAR-10 clean 64.2%, PGD-20 37.0%",
 )
 def cpu_further() -> Recipe:
-    """Continue what `cpu` made for another hour and a half, with `--init`.
+    """Continue the training of `cpu` for another hour and a half, with `--init`.
 
-    Every image attacked, a lower peak rate and a longer average of the weights.
+    Every image is attacked, at a lower peak rate and with a longer average of the weights.
     """
     return replace(
         cpu(),
@@ -132,13 +132,13 @@ def cpu_further() -> Recipe:
     "PGD-20 0.5%",
 )
 def plain() -> Recipe:
-    """Train an ordinary ResNet-18 (CIFAR stem) without attacks, to compare robust models with.
+    """Train an ordinary ResNet-18 (CIFAR stem) without attacks, as a baseline for robust models.
 
-    A single clean phase with a short schedule and a high peak rate. It aims at 91% clean accuracy
+    A single clean phase with a short schedule and a high peak rate. The goal is 91% clean accuracy
     on CIFAR-10 in about an hour on a CPU; robust accuracy ends near 0. A training step of 128
-    images needs 0.43 TFLOP, so an hour for the 8 epochs takes 0.4 TFLOP/s: some two cores with
-    AMX, or eight without. `--minutes` fits the epochs to a slower machine. No mixup and no cutout:
-    8 epochs have nothing to overfit.
+    images needs 0.43 TFLOP, so 8 epochs in an hour take 0.4 TFLOP/s: some two cores with AMX, or
+    eight without. `--minutes` fits the epochs to a slower machine. No mixup and no cutout, because
+    8 epochs are too few to overfit.
     """
     return Recipe(
         name="plain",
@@ -220,11 +220,11 @@ def gpu() -> Recipe:
 
 @recipe("gpu-further", ran=NOT_IN_FULL)
 def gpu_further() -> Recipe:
-    """Continue what `gpu` made for another nine minutes on one H200, with `--init`.
+    """Continue the training of `gpu` for another nine minutes on one H200, with `--init`.
 
     No clean phase, half the peak rate, and the averaged model as a teacher from the first step.
-    It makes as many passes as `gpu`: 24 x 8 + 3 x 13 = 231 epochs of one pass, against 230. Keep
-    the data in the order and the seed of the first run, so that the same images stay held out.
+    It makes as many passes as `gpu`: 24 x 8 + 3 x 13 = 231 per image, against 230. Use the seed of
+    the first run and the same data in the same order, so that the same images are held out.
     """
     recipe = gpu()
     _, adversarial, strong = recipe.phases
@@ -273,9 +273,9 @@ def fast() -> Recipe:
 def classic() -> Recipe:
     """Train with the baseline's schedule: 100 clean epochs, then 50 half clean and half attacked.
 
-    Of each adversarial batch a quarter is FGSM and a quarter PGD-20. The baseline's mistakes are
-    left out: the model is picked on held-out images by PGD accuracy, attacks leave batch norm
-    alone, and averaged weights are kept. Hours on a GPU.
+    A quarter of each adversarial batch is FGSM and a quarter PGD-20. The baseline's mistakes are
+    fixed: the model is selected on held-out images by PGD accuracy, attacks don't change batch
+    norm, and averaged weights are kept. Takes hours on a GPU.
     """
     augmentation = Augmentation(rotation=10, jitter=0.1, cutout=8)
     return Recipe(
@@ -310,8 +310,8 @@ def classic() -> Recipe:
 def classic_cpu() -> Recipe:
     """Train `classic` in about as many passes as `cpu`, to compare the two on one machine.
 
-    Two thirds of the epochs are clean, as in `classic`; the averaged weights span 1.3 epochs, as
-    in `cpu`.
+    Two thirds of the epochs are clean, as in `classic`; the weights are averaged over 1.3 epochs,
+    as in `cpu`.
     """
     recipe = classic()
     clean, adversarial = recipe.phases
@@ -320,7 +320,7 @@ def classic_cpu() -> Recipe:
 
 
 def named_recipe(name: str) -> Recipe:
-    """Build the recipe of that name. Raises ValueError that lists the names there are."""
+    """Build the recipe of that name. Raises ValueError that lists the names."""
     if name not in RECIPES:
         raise ValueError(f"expected recipe to be one of {', '.join(RECIPES)}, got {name[:40]!r}")
     return RECIPES[name]()

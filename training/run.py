@@ -95,7 +95,7 @@ def train(
             if state is None:
                 logger.info("%s: this run is finished; %s is its result", folder.path, out)
                 return world.on_rank0(lambda: load_checkpoint(out).sidecar)
-            if "minutes" in manifest:  # resumed: with the epochs that were fitted
+            if "minutes" in manifest:  # a resumed run keeps its fitted epochs
                 epochs = [phase["epochs"] for phase in manifest["recipe"]["phases"]]
                 recipe, deadline = with_epochs(recipe, epochs), None
             data = TrainingData.split(
@@ -135,7 +135,7 @@ def train(
                 run_phase(run)
             run.writer.wait()
             return write_result(trainer, data, state, folder, manifest, classes=dataset.classes)
-        except BrokenPipeError:  # of an observer's output, not of the run's files
+        except BrokenPipeError:  # from an observer's output, not from the run's files
             raise
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
@@ -148,7 +148,8 @@ def run_phase(run: Run) -> None:
     if run.budget is not None and state.phase and not run.done:
         run.recipe = run.budget.fit(run.recipe, state.phase)
         write_manifest(run)
-    while state.step or run.done < run.phase_steps:  # stopped at its last step: not scored yet
+    # A run that stopped at the last step of a phase still has to score it.
+    while state.step or run.done < run.phase_steps:
         run_epoch(run)
     if state.phase_steps:
         end_fitted(run)
@@ -161,7 +162,7 @@ def run_epoch(run: Run) -> None:
     """Train the rest of an epoch, and score it."""
     state, data, phase, n = run.state, run.data, run.phase, run.recipe.batch_size
     order = torch.randperm(len(data.images), generator=run.generator(step=0, device="cpu"))
-    order = order.to(run.trainer.device)  # once: a copy to a GPU waits for it
+    order = order.to(run.trainer.device)  # once per epoch, as a copy to a GPU synchronizes
     meter = SpeedMeter(n)
     losses: list[Tensor] = []
     while state.step < run.epoch_steps:
@@ -200,7 +201,7 @@ def add_losses(run: Run, losses: list[Tensor]) -> None:
             raise TrainingError(
                 f"the loss became {value} in phase {run.phase.name}, epoch {state.epoch + 1}, "
                 f"step {step}; lower learning_rate or set gradient_clip"
-                + (f"; {run.folder.state} holds the last state before it" if kept else "")
+                + (f"; the last state before it is in {run.folder.state}" if kept else "")
             )
         state.epoch_loss += value
     losses.clear()
@@ -227,7 +228,7 @@ def keep_in_time(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Begin to write the state."""
+    """Start writing the state."""
     run.saved = time.monotonic()
     if run.is_rank0:
         run.state.seconds = run.saved - run.began

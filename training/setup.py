@@ -1,4 +1,4 @@
-"""Set-up of a run before its first step: its record, its images and its model."""
+"""Sets up a run before its first step: its manifest, its state and its model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_manifest(
         "data": _record(dataset),
         "validation": validation and _record(validation),
         "seed": seed,
-        "init": init and init.sha256,  # of the weights it begins with
+        "init": init and init.sha256,  # of the initial weights
     }
 
 
@@ -75,8 +75,8 @@ def open_run(
     saved = folder.read_manifest()
     if resume and not saved and folder.state.exists():
         raise TrainingError(
-            f"{folder.state}: expected {folder.manifest.name} beside it to say which run it is "
-            "of, found none; remove that folder to start over"
+            f"{folder.state}: expected {folder.manifest.name} of the same run in the same folder, "
+            "found none; remove that folder to start over"
         )
     if resume and saved:
         if _is_own_result(init, folder, saved):
@@ -90,7 +90,7 @@ def open_run(
         for key, value in files.from_json(files.to_json(manifest)).items():
             found = saved.get(key)
             if key == "recipe":
-                found = _with_defaults(_as_asked(saved["recipe"], fitted))
+                found = _with_defaults(_as_requested(saved["recipe"], fitted))
             if found != value:
                 raise TrainingError(
                     f"{folder.path}: expected to resume with the same recipe, data, seed and "
@@ -104,13 +104,13 @@ def open_run(
             return manifest, load_state(folder.state)
     elif folder.state.exists():
         raise TrainingError(
-            f"{folder.path}: holds an unfinished run; pass --resume to go on with it, or "
-            "remove that folder to start over"
+            f"{folder.path}: contains an unfinished run; continue it with --resume, or remove that "
+            "folder to start over"
         )
     return manifest, RunState()
 
 
-def _as_asked(recipe: dict[str, Any], fitted: dict[str, Any] | None) -> dict[str, Any]:
+def _as_requested(recipe: dict[str, Any], fitted: dict[str, Any] | None) -> dict[str, Any]:
     """The recipe of a manifest with its original epochs, before `--minutes` fitted them."""
     if not fitted:
         return recipe
@@ -166,11 +166,11 @@ def build_model(
     if init is not None:
         logger.info("%s", load_initial_weights(model, init, dataset.classes))
         if validation is None:
-            _warn_of_seen_images(init.sidecar, dataset, seed)
+            _warn_about_seen_images(init.sidecar, dataset, seed)
     return model
 
 
-def _warn_of_seen_images(earlier: Sidecar, dataset: Dataset, seed: int) -> None:
+def _warn_about_seen_images(earlier: Sidecar, dataset: Dataset, seed: int) -> None:
     same_data = earlier.data is not None and earlier.data.sha256 == dataset.sha256
     if same_data and earlier.seed != seed:
         logger.warning(

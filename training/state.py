@@ -25,7 +25,7 @@ class TrainingError(ValueError):
 
 @dataclass(kw_only=True)
 class Best:
-    """The kept model so far."""
+    """The best model so far."""
 
     score: float
     epoch: int
@@ -42,7 +42,7 @@ class RunState:
     phase: int = 0
     epoch: int = 0  # within the phase
     step: int = 0  # within the epoch
-    phase_steps: int = 0  # as `--minutes` fitted them; 0: those of all its epochs
+    phase_steps: int = 0  # as fitted by `--minutes`; 0: the steps of all its epochs
     seconds: float = 0.0  # of training so far
     epoch_loss: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def read_manifest(self) -> dict[str, Any]:
-        """Content of `manifest`; empty if there is no such file. Raises TrainingError."""
+        """The content of `manifest`; empty if there is no such file. Raises TrainingError."""
         if not self.manifest.exists():
             return {}
         try:
@@ -97,16 +97,16 @@ class RunFolder:
                 "remove that folder to start over"
             ) from error
 
-    def put_aside(self) -> None:
+    def archive_finished_run(self) -> None:
         """Move the files of an earlier, finished run to ``runs/NAME.1``, or the next number."""
         if not self.metrics.exists() or not self.metrics.stat().st_size:
             return
         numbered = (self.path.with_name(f"{self.path.name}.{k}") for k in count(1))
-        aside = next(path for path in numbered if not path.exists())
-        aside.mkdir()
+        archive = next(path for path in numbered if not path.exists())
+        archive.mkdir()
         for path in (self.manifest, self.metrics, self.tensorboard):
             if path.exists():
-                path.rename(aside / path.name)
+                path.rename(archive / path.name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -124,8 +124,8 @@ class RunFolder:
                 f"{self.path}: expected a folder that can be written to, found: {reason.lower()}"
             ) from error
         try:
-            for left in self.path.glob(".*.tmp"):
-                left.unlink(missing_ok=True)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
             yield
         finally:
             with suppress(OSError):  # a folder that is not empty stays

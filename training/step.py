@@ -1,4 +1,4 @@
-"""One training step: the model, its average, its optimizer, and the step that updates them.
+"""The training step: the model, its average, its optimizer, and how a batch updates them.
 
 A `Trainer` can be used alone: `Trainer.step` is a whole step, and its parts (`prepare`, `attack`,
 `backward`, `update`) are called one by one by the benchmarks and the tests.
@@ -23,7 +23,7 @@ from training.distributed import Collectives, Shard
 from training.ema import AveragedModel
 from training.folded import FoldedCopy
 from training.objective import adversarial_batches, distilled_targets, objective
-from training.optimise import autocast, make_optimizer, uses_bf16
+from training.optimizer import autocast, make_optimizer, uses_bf16
 from training.recipe import Phase, Recipe
 from training.state import RunState
 
@@ -34,9 +34,9 @@ class Trainer:
     `model` has the trained weights, `averaged` their moving average, which is scored and saved.
     Each rank has a Trainer; `collectives` keep them equal.
 
-    The loss uses `loss_model`, the model itself or its compiled graph. Attacks use `attack_model`:
-    a copy with folded norms that each step refreshes, or the model itself under autocast without
-    `fold` and for networks that can't be folded.
+    The loss uses `loss_model`, the model itself or its compiled graph. Attacks use `attack_model`,
+    a copy with folded norms that each step refreshes; without `fold`, and for networks that can't
+    be folded, it is the model itself under autocast.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Trainer:
         fold: bool = True,
     ) -> None:
         self.recipe, self.device = recipe, device
-        self.class_weights = class_weights  # float32 (K,), of the loss
+        self.class_weights = class_weights  # float32 (K,), for the loss
         self.collectives = collectives or Collectives()
         self.num_classes = model.architecture.num_classes
         self.threat_model = ThreatModel(norm=recipe.norm, eps=recipe.eps)
@@ -96,7 +96,7 @@ class Trainer:
             )
 
     def _example(self) -> Tensor:
-        """Images of the shape that the model is given in training."""
+        """Images of the same shape as in training."""
         size, n = self.recipe.input_size, self.recipe.batch_size
         x = torch.full((n, 3, size, size), 0.5, device=self.device)
         return self.collectives.shard(n).of(x).contiguous(memory_format=torch.channels_last)
@@ -106,14 +106,14 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, self.recipe)
 
     def load_state(self, state: RunState) -> None:
-        """Take weights, average and optimizer from `state`."""
+        """Load weights, average and optimizer from `state`."""
         self.model.load_state_dict(state.model)
         self.averaged.module.load_state_dict(state.averaged)
         self.averaged.steps = state.averaged_steps
         self.optimizer.load_state_dict(state.optimizer)
 
     def save_state(self, state: RunState) -> None:
-        """Put weights, average and optimizer into `state`: the tensors themselves, no copies."""
+        """Put weights, average and optimizer into `state`, without copying the tensors."""
         state.model = self.model.state_dict()
         state.averaged = self.averaged.module.state_dict()
         state.averaged_steps = self.averaged.steps

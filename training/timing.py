@@ -21,7 +21,7 @@ from training.step import Trainer
 def time_costs(
     trainer: Trainer, data: TrainingData, recipe: Recipe, clock: Callable[[], float]
 ) -> Costs:
-    """Time a few steps of each phase and part of a score; leaves the trainer as it was."""
+    """The costs, from a few steps of each phase and part of a score; restores the trainer."""
     before = RunState()
     trainer.save_state(before)
     before = copy.deepcopy(before)
@@ -36,7 +36,7 @@ def time_costs(
     return Costs(
         steps=len(data.images) // recipe.batch_size,
         step=step,
-        # Passes of an image: 1, FGSM's 3 and PGD-10's 21, against PGD-20's 41.
+        # Passes per image: 1 clean, 3 of FGSM and 21 of PGD-10, against 41 of PGD-20.
         score=image * len(data.monitored) * 25 / 45,
         finish=image * held_out,
     )
@@ -73,7 +73,7 @@ def _time_step(
 def _time_score(
     trainer: Trainer, data: TrainingData, count: int, clock: Callable[[], float]
 ) -> float:
-    """Seconds of the final scoring on that many images if none is fooled."""
+    """Seconds of the final scoring of `count` images if none is fooled."""
     model, images = trainer.averaged.module, data.held_images[:count]
     with torch.no_grad():
         labels = model(to_float(images.to(trainer.device))).argmax(dim=1).cpu()

@@ -46,15 +46,15 @@ def test_validation_images_take_the_place_of_the_share(
     assert len(data.images) == len(colors)
     assert data.held_labels.tolist() == [0, 1, 2, 3] * 3  # in the order of the training classes
     assert data.held_source["data"] == "colors"
-    assert "also trained on" not in caplog.text
+    assert "also training images" not in caplog.text
     split(colors, tiny, colors.subset([0, 1, 2, 3, 40]))
-    assert "5 of the held-out images are also trained on" in caplog.text
+    assert "5 of the held-out images are also training images" in caplog.text
 
 
 def test_validation_images_that_do_not_fit_are_refused(tiny: Recipe, colors: Dataset) -> None:
     with pytest.raises(TrainingError, match="colors: expected images of 16 x 16 pixels"):
         split(colors, tiny, replace(colors, images=colors.images[:, :, :8, :8]))
-    with pytest.raises(DatasetError, match="does not know pink"):
+    with pytest.raises(DatasetError, match="does not have pink"):
         split(colors, tiny, replace(colors, classes=("red", "green", "blue", "pink")))
     with pytest.raises(TrainingError, match="expected held-out images, found none"):
         split(colors, tiny, colors.subset([]))
@@ -67,7 +67,7 @@ def test_what_is_odd_about_the_classes_is_logged(
     labels = torch.where(colors.labels == 3, 1, colors.labels)
     labels[0] = 3  # one image of the class yellow
     data = split(replace(colors, labels=labels), replace(tiny, class_weights="balanced"))
-    assert "images per class, to train on + held out: red 15 + 4, green 32 + 8" in caplog.text
+    assert "images per class, training + held out: red 15 + 4, green 32 + 8" in caplog.text
     assert "class yellow (1 image) without held-out images" in caplog.text
     assert "green has 32 images to train on, 32 times as many as yellow (1)" in caplog.text
     assert "only 16 images held out: a measured accuracy of 50% may be" in caplog.text

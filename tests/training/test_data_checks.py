@@ -23,7 +23,7 @@ def test_images_are_counted_per_class() -> None:
     found = count_classes(("a", "b", "c"), torch.tensor([0, 0, 2]), torch.tensor([2]))
     assert found == counts(a=(2, 0), b=(0, 0), c=(1, 1))
     line = describe_counts(found)
-    assert line == "images per class, to train on + held out: a 2 + 0, b 0 + 0, c 1 + 1"
+    assert line == "images per class, training + held out: a 2 + 0, b 0 + 0, c 1 + 1"
     many = tuple(ClassCount(name=f"k{k}", train=k, held_out=0) for k in range(1, 31))
     assert describe_counts(many) == "images per class: 1 (k1) to 30 (k30), median 16"
 
@@ -60,7 +60,7 @@ def test_ten_times_the_smallest_is_uneven(large: int, warned: bool) -> None:
 
 def test_a_class_that_is_only_held_out_is_named() -> None:
     (message,) = class_warnings(counts(a=(90, 10), b=(0, 3)))
-    assert message == "class b held out only, with no image to train on"
+    assert message == "class b without training images, only held out"
 
 
 def test_few_held_out_images_come_with_their_interval() -> None:

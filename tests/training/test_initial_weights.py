@@ -47,9 +47,9 @@ def test_imagenet_weights_get_a_new_head_and_the_normalization_of_the_recipe(
     assert torch.equal(ours["fc.weight"], head)
     assert model.architecture.mean == IMAGENET_MEAN
     assert "resnet18.pth: took 120 of 122 tensors" in words
-    assert "the head is new, for 4 classes where the file has 1000" in words
-    assert "trained on at 64 pixels" in words
-    assert "activation, mean, std as the recipe says, which the file does not" in words
+    assert "new head for 4 classes, as the file has 1000" in words
+    assert "continued at 64 instead of" in words
+    assert "activation, mean, std from the recipe, as the file does not have them" in words
     assert "--set mean=imagenet" not in words
     assert "add --set mean=imagenet" in load_initial_weights(fresh(), init, CLASSES)
 
@@ -68,9 +68,7 @@ def test_our_own_checkpoint_says_everything(checkpoint_path: Path) -> None:
     words = load_initial_weights(fresh(), init, CLASSES)
     assert words.endswith("took 122 of 122 tensors")
     others = tuple(reversed(CLASSES))
-    assert "for 4 classes where the file has 4 others" in load_initial_weights(
-        fresh(), init, others
-    )
+    assert "for 4 classes, as the file has 4 others" in load_initial_weights(fresh(), init, others)
     with pytest.raises(TrainingError) as caught:
         load_initial_weights(fresh(activation="silu", mean=IMAGENET_MEAN), init, CLASSES)
     assert "architecture, activation silu, mean 0.485,0.456,0.406, found activation relu" in str(

@@ -109,6 +109,6 @@ def test_names_of_the_data_are_matched_in_any_order(colors: Dataset, tmp_path: P
     images(tmp_path, "b/1.png", "a/1.png", "a/2.png")
     dataset = load_images(str(tmp_path), size=8, classes=("b", "a"))
     assert dataset.labels.tolist() == [1, 1, 0]
-    with pytest.raises(DatasetError, match="does not know b"):
+    with pytest.raises(DatasetError, match="does not have b"):
         load_images(str(tmp_path), size=8, classes=("a", "c"))
     assert replace(colors, name="x").classes == colors.classes

@@ -95,7 +95,7 @@ def test_epochs_fill_the_time_in_the_proportions_of_the_recipe(
     assert adversarial == -(-fitted // 4)
     assert 0 < steps[-1].learning_rate < 0.01 * tiny.phases[1].learning_rate
     message = next(text for text in caplog.messages if text.startswith("--minutes 5: "))
-    for part in (f"{clean} clean, ", "s are gone", "4 steps of 1.000 s (clean), 3.000 s"):
+    for part in (f"{clean} clean, ", "s have passed", "4 steps of 1.000 s (clean), 3.000 s"):
         assert part in message
     manifest = json.loads(RunFolder.of(out).manifest.read_text())
     assert manifest["minutes"] == {

@@ -6,7 +6,7 @@ from torch import nn
 
 from robust.classifier import Architecture, Classifier, Stem
 from training.ema import AveragedModel
-from training.optimise import learning_rate, make_optimizer, uses_bf16
+from training.optimizer import learning_rate, make_optimizer, uses_bf16
 from training.recipe import Phase
 from training.recipes import quick
 from training.state import TrainingError
