@@ -1,17 +1,16 @@
-"""What does each technique of the pipeline add or cost? One short training each, one line each.
+"""Measures what each technique of the training pipeline gains and costs, by short trainings.
 
     python -m benchmarks.ablation --data train.npz --json ablation.jsonl
     python -m benchmarks.ablation --table ablation.jsonl
 
-Each run goes through `training.run.train` with the recipe `base` and one thing changed: ResNet-18,
-10,000 of the training images, 3 clean and then 5 adversarial epochs. It is scored on 2,000 further
-training images that no run sees, the same for all; test images are never touched. Each
-finished run is one line of the JSON file and is not repeated: stop at any moment, and the same
-command goes on with the rest (delete the lines of what you changed). The first seed of
-every run comes before the second of any.
+Each run is `training.run.train` with the recipe `base` and one change: ResNet-18, 10,000 of the
+training images, 3 clean and then 5 adversarial epochs. It is scored on 2,000 other training images,
+the same for all runs; test images are never used. Each finished run is one line of the JSON file
+and is not repeated, so a stopped command continues when started again (delete the lines of what you
+changed). All runs with the first seed come before those with the second.
 
-Seconds are those of training without its scoring: of the processor on the CPU (one thread:
-OMP_NUM_THREADS=1), so that what else the machine does counts little, and of the clock on a GPU.
+Seconds exclude scoring. On the CPU they are processor time (use one thread: OMP_NUM_THREADS=1),
+which other load on the machine changes little; on a GPU they are wall-clock time.
 """
 
 from __future__ import annotations
@@ -50,16 +49,16 @@ ATTACKS = ("fgsm", "pgd-20")
 
 
 def base() -> Recipe:
-    """Two phases with N-FGSM; everything that costs nothing is on, as in the recipe `cpu`."""
+    """Two phases with N-FGSM and, as in the recipe `cpu`, every technique that costs no time."""
     return Recipe(
         name="base",
         arch="resnet18",
         optimizer="adamw",
         weight_decay=0.05,
         zero_init_residual=True,
-        ema_decay=0.98,  # a window of 50 steps, of 600
+        ema_decay=0.98,  # a window of 50 of the 600 steps
         held_out=0.01,
-        select="last",  # so many images could not pick one, and a collapse is to be seen
+        select="last",  # held-out images are too few to select, and a collapse should show
         phases=(
             Phase(name="clean", epochs=CLEAN_EPOCHS, learning_rate=2e-3, warmup=0.1),
             Phase(
@@ -87,7 +86,7 @@ def attack(kind: Any, steps: int = 1, **changes: Any) -> Recipe:
 
 
 def augmented(**changes: Any) -> Recipe:
-    """Both phases with an augmentation more or less."""
+    """`base` with another augmentation in both phases."""
     recipe = base()
     phases = [
         replace(phase, augmentation=replace(Augmentation(), **changes)) for phase in recipe.phases
@@ -96,7 +95,7 @@ def augmented(**changes: Any) -> Recipe:
 
 
 def one_phase(epochs: int) -> Recipe:
-    """Adversarial from the first step on."""
+    """`base` with only the adversarial phase."""
     recipe = base()
     return replace(recipe, phases=(replace(recipe.phases[1], epochs=epochs, warmup=0.1),))
 
@@ -115,7 +114,7 @@ def sgd() -> Recipe:
 
 
 def scaled_classic() -> Recipe:
-    """The baseline's schedule in as many epochs, two thirds of them clean; all else is its own."""
+    """The recipe `classic` in as many epochs as `base`, two thirds of them clean."""
     recipe, total = classic(), CLEAN_EPOCHS + ADVERSARIAL_EPOCHS
     clean, adversarial = recipe.phases
     first = round(total * clean.epochs / recipe.epochs)
@@ -127,7 +126,7 @@ def scaled_classic() -> Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of the table."""
+    """A line of the table: its title and its recipe."""
 
     what: str
     recipe: Callable[[], Recipe]
@@ -138,13 +137,13 @@ HALF_CLEAN = (
     AdversarialPart(kind="n-fgsm", share=0.5),
 )
 
-# By importance: what comes first is done first.
+# Run in this order, the most important first.
 LINES: dict[str, Line] = {
     "base": Line(what="base: 3 clean, 5 N-FGSM epochs", recipe=base),
     "clean-only": Line(what="8 clean epochs", recipe=clean_only),
     "one-phase": Line(what="one phase: 8 N-FGSM epochs", recipe=lambda: one_phase(8)),
     "one-phase-passes": Line(
-        what="one phase of as many passes: 7 N-FGSM epochs", recipe=lambda: one_phase(7)
+        what="one phase with as many passes: 7 N-FGSM epochs", recipe=lambda: one_phase(7)
     ),
     "fgsm": Line(what="FGSM, no start", recipe=lambda: attack("fgsm")),
     "fgsm-rs": Line(what="FGSM from a random start", recipe=lambda: attack("fgsm-rs")),
@@ -200,12 +199,12 @@ class Job:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What must be the same for a finished run to count."""
+        """The values that identify a finished run."""
         return {"name": self.name, "seed": self.seed, "images": self.images, "n": self.scored}
 
 
 def split(job: Job) -> tuple[Dataset, Dataset]:
-    """Images to train on and, apart from them, those to score; the same for every run."""
+    """The training images and the scored images, which are the same for every run."""
     dataset = load_dataset(job.data, size=LINES[job.name].recipe().input_size)
     chosen, _ = stratified_split(dataset.labels, len(dataset) - job.images - job.scored, seed=0)
     dataset = dataset.subset(chosen)
@@ -214,7 +213,7 @@ def split(job: Job) -> tuple[Dataset, Dataset]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train and score; the line of the JSON file."""
+    """Train and score; returns the line for the JSON file."""
     recipe, device = LINES[job.name].recipe(), resolve_device(job.device)
     images, scored = split(job)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -227,7 +226,7 @@ def run(job: Job) -> dict[str, Any]:
             spent += now - began
         else:
             rows.append(progress.row)
-        began = now  # the time until here was a step's, or scoring's
+        began = now  # the time before was spent on a step, or on scoring
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.pt"
@@ -258,7 +257,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
-    """Rows of the JSON file; a line that a kill cut short is left out."""
+    """The rows of the JSON file, without a line that was cut short by a kill."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -269,7 +268,7 @@ def finished(path: Path) -> list[dict[str, Any]]:
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
-    """One line more, apart from one that was cut short."""
+    """Append a line, on a new line even if the last one was cut short."""
     cut = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
         file.write("\n" * cut + json.dumps(row) + "\n")
@@ -292,11 +291,11 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean over the seeds, Wilson's 95% interval of one run's n, change against base."""
+    """A Markdown table: means over seeds, 95% intervals for the n of one run, change from base."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:  # the latest of the same name and seed
         runs.setdefault(row["name"], {})[row["seed"]] = row
-    head = "what|seeds|clean %|FGSM %|PGD-20 %|95%|against base|sd|seconds|passes".split("|")
+    head = "what|seeds|clean %|FGSM %|PGD-20 %|95%|change from base|sd|seconds|passes".split("|")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name in [name for name in LINES if name in runs]:
         lines.append(_line(LINES[name].what, list(runs[name].values()), runs.get("base", {})))
@@ -325,15 +324,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="train.npz", help="training images, any form")
+    parser.add_argument("--data", default="train.npz", help="training images, in any format")
     parser.add_argument("--json", type=Path, default=Path("ablation.jsonl"), help="results")
-    parser.add_argument("--table", type=Path, help="print Markdown of such a file, and end")
+    parser.add_argument("--table", type=Path, help="print the table of such a file and exit")
     parser.add_argument("--only", nargs="+", choices=LINES, default=list(LINES), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=10_000, help="to train on")
-    parser.add_argument("--scored", type=int, default=2_000, help="further ones to score")
+    parser.add_argument("--images", type=int, default=10_000, help="training images")
+    parser.add_argument("--scored", type=int, default=2_000, help="scored images")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel")
     args = parser.parse_args()
     if args.table:
         click.echo(table(finished(args.table)))

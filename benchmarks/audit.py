@@ -1,12 +1,12 @@
-"""Which attacks, in which order, find what AutoAttack finds, and for how many passes?
+"""Compares sequences of attacks with AutoAttack: what they find, and in how many passes.
 
     python benchmarks/audit.py --data cifar10 --sequence pma-10,malt,square-check
 
-Trains small networks, none of them the one that ships: clean, against single steps, against PGD
-and by TRADES. Then every candidate attacks every image that is classified correctly, so that any
-sequence of them can be costed afterwards: each stage pays only for the images that the ones before
-left standing. A pass is one image forward or backward. Networks and outcomes are kept in `--folder`
-and not made again. `docs/attacks.md` has the table.
+Trains small networks with single-step, PGD and TRADES adversarial training; the shipped model is
+not among them. Every candidate then attacks every correctly classified image, so that the cost of
+any sequence can be computed afterwards: each stage counts only the images that no earlier stage
+fooled. A pass is a forward or a backward pass of one image. Networks and results are cached in
+`--folder`. The table is in `docs/attacks.md`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAINED_ON, BATCH = 10_000, 100
 SIZE = 16  # pixels: half of CIFAR-10's
 STEPS, TRADES_BETA = 3, 6.0
 AUTOATTACK = REGISTRY["autoattack"].stages
-# A name of the registry with its budget; after a slash how many classes it aims at.
+# Attacks with their budget and, after a slash, the number of target classes.
 CANDIDATES = (
     *("pgd-margin-10", "pma-10", "pma-20", "pma-50", "apgd-ce-20", "malt-20", "malt-50", "malt"),
     *("malt/1", "apgd-t-50/3", "fab-t-20/3", "square-check"),
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 def plain(classes: int) -> nn.Module:
-    """Three convolutions."""
+    """A network of three convolutions."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((3, 12, 2), (12, 24, 1), (24, 48, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -68,7 +68,7 @@ def plain(classes: int) -> nn.Module:
 
 
 def residual(classes: int) -> nn.Module:
-    """Two residual blocks."""
+    """A network of two residual blocks."""
     enter = [nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU()]
     blocks = [Block(12, 24, 1), Block(24, 48, 2)]
     leave = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, classes)]
@@ -80,7 +80,7 @@ def clean_loss(model: nn.Module, x: Tensor, y: Tensor, ball: ThreatModel) -> Ten
 
 
 def single_step_loss(model: nn.Module, x: Tensor, y: Tensor, ball: ThreatModel) -> Tensor:
-    """One step of length eps from a random point. Source: Wong et al. 2020, arXiv:2001.03994."""
+    """The loss after one step from a random point. Source: Wong et al. 2020, arXiv:2001.03994."""
     adversarial = pgd(model, x, y, alpha=1.25 * ball.eps, steps=1, threat_model=ball)
     return F.cross_entropy(model(adversarial.x_adv), y)
 
@@ -120,7 +120,7 @@ class Subject:
     loss: Train
     epochs: int
     eps: str
-    data: str = ""  # a name of a data set; that of the command line if empty
+    data: str = ""  # name of a data set; empty: the one on the command line
 
     def train(self, x: Tensor, y: Tensor) -> nn.Module:
         torch.manual_seed(0)
@@ -157,7 +157,7 @@ SUBJECTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one attack did to the images of a network that are classified correctly."""
+    """The results of one attack on the correctly classified images of a network."""
 
     fooled: Tensor  # bool (N,)
     passes: Tensor  # int64 (N,)
@@ -168,14 +168,14 @@ def attack(name: str, model: nn.Module, x: Tensor, y: Tensor, ball: ThreatModel)
     settings = resolve_attack(base, ball)
     algorithm = settings.algorithm()
     if targets:
-        aimed = "targets" if settings.name == "malt" else "runs"
-        algorithm = replace(algorithm, **{aimed: int(targets)})
+        field = "targets" if settings.name == "malt" else "runs"
+        algorithm = replace(algorithm, **{field: int(targets)})
     found = run_algorithm(model, algorithm, x, y, threat_model=ball, batch_size=256)
     return Measured(fooled=found.success, passes=found.forwards + found.backwards)
 
 
 def in_turn(stages: Sequence[str], measured: dict[str, Measured]) -> list[tuple[int, int, int]]:
-    """Of each stage the images attacked, those fooled, and passes."""
+    """Images attacked, images fooled and passes of each stage."""
     fooled = torch.zeros_like(measured[stages[0]].fooled)
     rows = []
     for stage in stages:
@@ -192,7 +192,8 @@ def union(stages: Sequence[str], measured: dict[str, Measured]) -> Tensor:
 
 
 def measure(subject: Subject, data: str, n: int, folder: Path) -> dict[str, Measured]:
-    dataset = load_dataset(subject.data or data, size=SIZE)
+    """The results of every attack on a network, which is trained unless it is cached."""
+    dataset = load_dataset(subject.data or data, size=SIZE).in_8_bits()
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     x, y = dataset.images[order].float() / 255, dataset.labels[order]
     name = "".join(c if c.isalnum() else "-" for c in subject.name)
@@ -204,19 +205,19 @@ def measure(subject: Subject, data: str, n: int, folder: Path) -> dict[str, Meas
         model = subject.train(x[n:][:TRAINED_ON], y[n:][:TRAINED_ON])
         torch.save(model.state_dict(), weights)
     x, y = x[:n], y[:n]
-    right = torch.cat([model(part).argmax(dim=1) for part in x.split(BATCH)]) == y
-    x, y, ball = x[right], y[right], ThreatModel(eps=parse_eps(subject.eps))
-    click.echo(f"{subject.name}: {len(x)} of {n} right", err=True)
+    correct = torch.cat([model(part).argmax(dim=1) for part in x.split(BATCH)]) == y
+    x, y, ball = x[correct], y[correct], ThreatModel(eps=parse_eps(subject.eps))
+    click.echo(f"{subject.name}: {len(x)} of {n} correct", err=True)
     measured: dict[str, Measured] = {}
-    left = torch.ones_like(y, dtype=torch.bool)  # what AutoAttack has left standing
+    left = torch.ones_like(y, dtype=torch.bool)  # images that AutoAttack has not fooled
     for stage in dict.fromkeys((*AUTOATTACK, *CANDIDATES)):
-        # Square's 5,000 queries are the dearest by far, and only AutoAttack runs them.
+        # Square's 5,000 queries cost by far the most, and only AutoAttack needs them.
         rows = left if stage == "square" else torch.ones_like(left)
-        kept = folder / f"{name} {zlib.crc32(f'{stage} {n}'.encode()):08x}.pt"
-        if not kept.exists():
+        cached = folder / f"{name} {zlib.crc32(f'{stage} {n}'.encode()):08x}.pt"
+        if not cached.exists():
             found = attack(stage, model, x[rows], y[rows], ball)
-            torch.save((found.fooled, found.passes), kept)
-        fooled, passes = torch.load(kept, weights_only=True)
+            torch.save((found.fooled, found.passes), cached)
+        fooled, passes = torch.load(cached, weights_only=True)
         every = torch.zeros_like(left), torch.zeros_like(y)
         every[0][rows], every[1][rows] = fooled, passes
         measured[stage] = Measured(fooled=every[0], passes=every[1])
@@ -227,12 +228,12 @@ def measure(subject: Subject, data: str, n: int, folder: Path) -> dict[str, Meas
 
 
 @click.command(help=__doc__.splitlines()[0])
-@click.option("--data", required=True, help="CIFAR-10 or the like, to train and to attack.")
+@click.option("--data", required=True, help="Images to train on and to attack, such as cifar10.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("build/audit"))
-@click.option("--n", default=150, help="Images attacked, none of them trained on.")
-@click.option("--only", multiple=True, help="Names of networks; again for more.")
+@click.option("--n", default=150, help="Images to attack; they are not trained on.")
+@click.option("--only", multiple=True, help="Name of a network; repeat for more.")
 @click.option("--threads", default=1)
-@click.option("--sequence", multiple=True, help="Stages to cost, with commas; again for more.")
+@click.option("--sequence", multiple=True, help="Comma-separated stages; repeat for more.")
 def main(
     data: str, folder: Path, n: int, only: tuple[str, ...], threads: int, sequence: tuple[str, ...]
 ) -> None:
@@ -240,7 +241,15 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [subject for subject in SUBJECTS if not only or subject.name in only]
     everything = {subject.name: measure(subject, data, n, folder) for subject in chosen}
-    header = ("network", "right", "AutoAttack leaves", "passes", "misses", "adds", "passes, share")
+    header = (
+        "network",
+        "correct",
+        "robust to AutoAttack",
+        "its passes",
+        "misses",
+        "adds",
+        "share of passes",
+    )
     for stages in [line.split(",") for line in sequence]:
         rows = []
         for name, measured in everything.items():

@@ -1,4 +1,4 @@
-"""Compare robust.attacks with the reference implementation of AutoAttack on one model.
+"""Compares robust.attacks with the reference implementation of AutoAttack on one model.
 
     python benchmarks/autoattack.py --reference /path/to/auto-attack
 
@@ -70,7 +70,7 @@ class SmallNet(nn.Module):
 
 
 def train(x: Tensor, y: Tensor, threat_model: ThreatModel, epochs: int) -> SmallNet:
-    """A network trained against single steps, half of each batch clean."""
+    """A network trained on batches that are half FGSM and half clean."""
     torch.manual_seed(0)
     model = SmallNet(int(y.max()) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -88,11 +88,11 @@ def train(x: Tensor, y: Tensor, threat_model: ThreatModel, epochs: int) -> Small
     return model.eval()
 
 
-# (a) The parts, one by one.
+# (a) The parts
 
 
 def projections(reference: Any) -> Table:
-    """Steps to a hyperplane in the pixel range: ours, the reference's, and how far both miss."""
+    """Compares the steps to a hyperplane within the pixel range, and how far they fall short."""
     generator = torch.Generator().manual_seed(0)
     table = []
     for norm, project in (("linf", reference.projection_linf), ("l2", reference.projection_l2)):
@@ -114,24 +114,24 @@ def projections(reference: Any) -> Table:
                     "n": n,
                     "largest difference": (ours - theirs).abs().max().item(),
                     "length ours / theirs": (size / lengths(theirs, norm).flatten()).max().item(),
-                    "lacking, ours": _lacking(w, ours, gap, reach),
-                    "lacking, theirs": _lacking(w, theirs, gap, reach),
+                    "shortfall, ours": _shortfall(w, ours, gap, reach),
+                    "shortfall, theirs": _shortfall(w, theirs, gap, reach),
                 }
             )
     return table
 
 
-def _lacking(w: Tensor, step: Tensor, gap: Tensor, reach: float) -> float:
-    """The fraction of the gap by which a step misses the hyperplane, or the end of the range."""
+def _shortfall(w: Tensor, step: Tensor, gap: Tensor, reach: float) -> float:
+    """The largest fraction of the reachable gap by which a step misses the hyperplane."""
     want = gap.double() / max(reach, 1)
     reached = (w.double() * step.double()).flatten(1).sum(dim=1)
     return float(((want - reached).abs() / want).max())
 
 
 def square_sides(reference: Any) -> Table:
-    """Sides of the squares over 5000 queries, measured on what a never-fooled model is shown.
+    """Compares the sides of the squares over 5000 queries of a model that is never fooled.
 
-    The tallest change within each interval: a square may fall where it changes nothing.
+    Takes the tallest change within each interval, as a square may change nothing.
     """
     table = []
     bounds = (0, 10, 50, 200, 500, 1000, 2000, 4000, 5000)
@@ -169,7 +169,7 @@ def square_sides(reference: Any) -> Table:
 
 
 class Recorder:
-    """An algorithm that records what it has scored, image by image."""
+    """Wraps an algorithm and records every scored iterate."""
 
     def __init__(self, algorithm: Algorithm[Any]) -> None:
         self._algorithm = algorithm
@@ -190,7 +190,7 @@ class Recorder:
 def run_recorded(
     model: nn.Module, algorithm: Algorithm[Any], x: Tensor, y: Tensor, eps: float
 ) -> Any:
-    """The rows an algorithm scored, and its results in the order of the images."""
+    """The rows that an algorithm scored, and the distances it reached, in the order of images."""
     recorder = Recorder(algorithm)
     sizes = torch.full((len(x),), eps)
     parts = list(search(model, recorder, x, y, eps=sizes, seed=0))  # type: ignore[arg-type]
@@ -202,10 +202,10 @@ def run_recorded(
 def apgd_trajectories(
     reference: Any, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, eps: float
 ) -> Table:
-    """Iterates from the same start, step by step.
+    """Compares the iterates from the same start, step by step.
 
-    The control is the reference against itself with the start moved by a rounding error: in
-    float32, trajectories diverge wherever a gradient is about to change its sign.
+    The control compares the reference with itself from a start that differs by a rounding error:
+    in float32, trajectories diverge wherever a gradient is close to changing its sign.
     """
     table = []
     for loss in ("ce", "dlr", "dlr-targeted"):
@@ -269,7 +269,7 @@ def reference_apgd(
 def fab_trajectories(
     reference: Any, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, eps: float
 ) -> Table:
-    """Where each step ends, and the closest adversarial image of the run for the first target."""
+    """Compares the end of each step, and the closest adversarial image for the first target."""
     huge = 1.0 if norm == "linf" else 1e3
     seen, nearest = run_recorded(model, FAB(norm=norm, steps=100, early_stop=False), x, y, huge)
     ours = torch.zeros(101, *x.shape)
@@ -316,7 +316,7 @@ def reference_fab(
     attack = reference.FABAttack_PT(
         recorded, norm=NAMES[norm], n_iter=100, targeted=True, device="cpu"
     )
-    attack.target_class = 2  # the likeliest after the first
+    attack.target_class = 2  # the second likeliest class
     found = attack.attack_single_run(x, y, is_targeted=True)
     return inputs[3::2], distance(found, x, norm)
 
@@ -332,7 +332,7 @@ def square_success(
     queries: int,
     seeds: int,
 ) -> Table:
-    """Images fooled within a number of queries, for each seed."""
+    """Compares the images fooled within a number of queries, averaged over seeds."""
     marks = [mark for mark in (10, 50, 200, 500, 1000, 2000, 5000) if mark <= queries]
     counts: dict[str, list[list[int]]] = {"ours": [], "theirs": []}
     for seed in range(seeds):
@@ -378,7 +378,7 @@ def _share_same(a: Tensor, b: Tensor) -> float:
     return float((_apart(a, b) < SAME).float().mean())
 
 
-# (b) The protocol as a whole.
+# (b) The whole protocol
 
 
 def whole_protocol(
@@ -393,7 +393,7 @@ def whole_protocol(
     batch_size: int,
     seed: int,
 ) -> Table:
-    """Images that stand after each stage of AutoAttack, with the seconds it took.
+    """Compares the images that are robust after each stage of AutoAttack, and its seconds.
 
     The reference's APGD starts where ours does, so that only Square is random.
     """
@@ -405,7 +405,7 @@ def whole_protocol(
     )
     auto.square.n_queries = queries
     for attack in (auto.apgd, auto.apgd_targeted):
-        start_as_we_do(attack, norm, eps, seed)
+        use_our_starts(attack, norm, eps, seed)
     for stage in REGISTRY["autoattack"].stages:
         steps = queries if stage == "square" else None
         settings = resolve_attack(stage, threat_model, steps=steps, seed=seed)
@@ -415,10 +415,10 @@ def whole_protocol(
             result = settings.run(
                 model, x[left], y[left], early_stop=True, batch_size=min(batch_size, len(left))
             )
-            # Verified: fooled when queried again, and within eps.
-            holds = _predictions(model, result.x_adv, batch_size) != y[left]
-            holds &= distance(result.x_adv, x[left], norm) <= eps + 1e-6
-            ours[left] = ~holds
+            # Verified by another pass, and by the distance.
+            confirmed = _predictions(model, result.x_adv, batch_size) != y[left]
+            confirmed &= distance(result.x_adv, x[left], norm) <= eps + 1e-6
+            ours[left] = ~confirmed
         seconds = time.perf_counter() - begin
         begin = time.perf_counter()
         left = theirs.nonzero().squeeze(1)
@@ -433,8 +433,8 @@ def whole_protocol(
     return table
 
 
-def start_as_we_do(attack: Any, norm: Norm, eps: float, seed: int) -> None:
-    """Make each run of the reference's APGD start where ours does."""
+def use_our_starts(attack: Any, norm: Norm, eps: float, seed: int) -> None:
+    """Make each run of the reference's APGD start at the same point as ours."""
     perturb, single, runs = attack.perturb, attack.attack_single_run, [0]
 
     def perturb_anew(*args: Any, **kwargs: Any) -> Any:
@@ -453,7 +453,7 @@ def start_as_we_do(attack: Any, norm: Norm, eps: float, seed: int) -> None:
 def chance(
     reference: Any, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, eps: float, *, seeds: int
 ) -> Table:
-    """Images that stand after each kind of APGD, with random starts of their own, over seeds."""
+    """Compares the images robust to each APGD, with each tool's own random starts, over seeds."""
     table = []
     for stage in ("apgd-ce", "apgd-t"):
         counts: dict[str, list[int]] = {"ours": [], "theirs": []}
@@ -468,8 +468,8 @@ def chance(
             x_adv = auto.run_standard_evaluation(x, y, bs=len(x))
             counts["theirs"].append(int((_predictions(model, x_adv, len(x)) == y).sum()))
         row: dict[str, Any] = {"norm": norm, "attack": stage, "of": len(x)}
-        for who, stand in counts.items():
-            row |= {who: sum(stand) / seeds, f"{who}, seed by seed": stand}
+        for who, robust in counts.items():
+            row |= {who: sum(robust) / seeds, f"{who}, seed by seed": robust}
         table.append(row)
     return table
 
@@ -478,7 +478,7 @@ def _compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
     return {
         "ours": round(ours.float().mean().item(), 4),
         "theirs": round(theirs.float().mean().item(), 4),
-        "stands only in ours": int((ours & ~theirs).sum()),
+        "robust only in ours": int((ours & ~theirs).sum()),
         "only in theirs": int((theirs & ~ours).sum()),
     }
 
@@ -488,11 +488,11 @@ def _predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
         return torch.cat([model(part).argmax(dim=1) for part in x.split(batch_size)])
 
 
-# The command.
+# The command
 
 
 def load_reference(path: Path) -> SimpleNamespace:
-    """The parts of the reference, gathered in one place."""
+    """The classes and functions of the reference."""
     where = {
         "AutoAttack": "autoattack",
         "APGDAttack": "autoattack.autopgd_base",
@@ -502,7 +502,7 @@ def load_reference(path: Path) -> SimpleNamespace:
         "projection_linf": "autoattack.fab_projections",
         "projection_l2": "autoattack.fab_projections",
     }
-    own = sys.path.pop(0)  # this script has the name of the reference's package
+    own = sys.path.pop(0)  # this script has the same name as the reference's package
     sys.path.insert(0, str(path.resolve()))
     try:
         return SimpleNamespace(
@@ -513,7 +513,7 @@ def load_reference(path: Path) -> SimpleNamespace:
 
 
 def show(title: str, table: Table) -> None:
-    """Print a table as Markdown, its columns in the order they first appear."""
+    """Print a table as Markdown, with columns in the order of their first appearance."""
     names = list(dict.fromkeys(name for row in table for name in row))
     click.echo(f"\n### {title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in table:
@@ -527,9 +527,9 @@ def _cell(value: Any) -> str:
 @click.command(help=__doc__)
 @click.option("--reference", type=click.Path(exists=True, file_okay=False, path_type=Path),
               required=True, help="A checkout of fra31/auto-attack.")  # fmt: skip
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Attack this model instead.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Model to attack instead.")
 @click.option("--data", default="digits", show_default=True, help="Images, as for robust train.")
-@click.option("--size", default=16, show_default=True, help="Side of the images.")
+@click.option("--size", default=16, show_default=True, help="Width and height of the images.")
 @click.option("--limit", default=500, show_default=True, help="Images attacked.")
 @click.option(
     "--traced", default=200, show_default=True, help="Images whose iterates are compared."
@@ -539,12 +539,12 @@ def _cell(value: Any) -> str:
 @click.option("--eps-linf", default="0.15", show_default=True, help="Pixel units, or 8/255.")
 @click.option("--eps-l2", default="2", show_default=True, help="Pixel units.")
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS,
-              show_default=True, help="What to compare; repeat for several.")  # fmt: skip
+              show_default=True, help="What to compare; repeat for more.")  # fmt: skip
 @click.option(
     "--epochs", default=20, show_default=True, help="Epochs of training the small network."
 )
 @click.option("--queries", default=5000, show_default=True, help="Queries of Square.")
-@click.option("--seeds", default=5, show_default=True, help="Seeds of what is random.")
+@click.option("--seeds", default=5, show_default=True, help="Number of seeds.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", default=250, show_default=True)
 @click.option("--threads", default=1, show_default=True)
@@ -583,24 +583,27 @@ def main(
         record("Sides of Square's squares", square_sides(modules))
     for norm in norms if set(parts) - {"projections", "squares"} else ():
         eps = sizes[norm]
-        dataset = load_dataset(data, size=size)
+        dataset = load_dataset(data, size=size).in_8_bits()
         model, x, y = _model_and_images(checkpoint, dataset, limit, norm, eps, epochs)
         with frozen(model, x.device):
             correct = _predictions(model, x, batch_size) == y
-            right = x[correct], y[correct]
-            way = x[correct][:traced], y[correct][:traced]
-            click.echo(f"\n{norm}, eps {format_eps(eps)}: {len(right[0])} of {len(x)} are right")
+            attacked = x[correct], y[correct]
+            traced_images = x[correct][:traced], y[correct][:traced]
+            click.echo(
+                f"\n{norm}, eps {format_eps(eps)}: {len(attacked[0])} of {len(x)} are correct"
+            )
             if "apgd" in parts:
-                found = apgd_trajectories(modules, model, *way, norm, eps)
+                found = apgd_trajectories(modules, model, *traced_images, norm, eps)
                 record("APGD's trajectories", found)
             if "fab" in parts:
-                record("FAB-T's trajectories", fab_trajectories(modules, model, *way, norm, eps))
+                found = fab_trajectories(modules, model, *traced_images, norm, eps)
+                record("FAB-T's trajectories", found)
             if "chance" in parts:
-                found = chance(modules, model, *right, norm, eps, seeds=seeds)
-                record("APGD from starts of their own", found)
+                found = chance(modules, model, *attacked, norm, eps, seeds=seeds)
+                record("APGD from each tool's own starts", found)
             if "square" in parts:
                 found = square_success(
-                    modules, model, *right, norm, eps, queries=queries, seeds=seeds
+                    modules, model, *attacked, norm, eps, queries=queries, seeds=seeds
                 )
                 record("Square's successes", found)
             if "autoattack" in parts:
@@ -618,7 +621,7 @@ def main(
 def _model_and_images(
     checkpoint: Path | None, dataset: Dataset, limit: int, norm: Norm, eps: float, epochs: int
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model, and `limit` images: the last ones, if the others are needed to train it."""
+    """The model, and `limit` images that it was not trained on."""
     images, labels = dataset.images.float() / 255, dataset.labels
     if checkpoint is not None:
         from robust.checkpoint import load_checkpoint

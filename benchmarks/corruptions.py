@@ -1,12 +1,12 @@
-"""How accurate is a checkpoint on images that weather, lenses and files have changed?
+"""Measures the accuracy of a checkpoint on corrupted images.
 
     python benchmarks/corruptions.py --data test.npz [--checkpoint PATH] [--json FILE]
     python benchmarks/corruptions.py --data CIFAR-10-C
 
-Given a folder of CIFAR-10-C (Hendrycks & Dietterich 2019, arXiv:1903.12261), prints the accuracy
-for each corruption at its five severities, and their mean, which compares with published figures.
-Given other images, makes a few corruptions of the same kinds at three severities each; those
-compare checkpoints with one another and not with published figures.
+For a folder of CIFAR-10-C (Hendrycks & Dietterich 2019, arXiv:1903.12261), prints the accuracy for
+each corruption at its five severities, and their mean, which can be compared with published
+results. For other images, applies a few similar corruptions at three strengths each; those results
+can be used to compare checkpoints, but not with published results.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ class Row:
     n: int
 
 
-def made_here(
+def self_corrupted(
     model: Callable[[Tensor], Tensor], data: Dataset, device: torch.device
 ) -> Iterator[Row]:
+    """The accuracy without corruption, and with each of ours at each strength."""
     images, labels, n = data.images, data.labels, len(data)
     yield Row("none", "", count_correct(model, images, labels, device), n)
     for name, (corrupt, strengths, unit) in CORRUPTIONS.items():
@@ -130,7 +131,7 @@ def published(
     classes: Sequence[str],
     limit: int | None,
 ) -> Iterator[Row]:
-    """One file per corruption: a fifth of its images for each severity, mildest first."""
+    """The accuracy for each file, which has a fifth of its images per severity, mildest first."""
     for file in files:
         data = match_classes(load_dataset(file, size=size), classes).in_8_bits()
         for change in data.changes:
@@ -141,19 +142,19 @@ def published(
             )
         for severity, part in enumerate(data.images.chunk(SEVERITIES)):
             labels = data.labels.chunk(SEVERITIES)[severity]
-            order = picked(len(part), limit)
+            order = random_order(len(part), limit)
             correct = count_correct(model, part[order], labels[order], device)
             yield Row(file.stem, f"severity {severity + 1}", correct, len(order))
 
 
-def picked(n: int, limit: int | None) -> Tensor:
+def random_order(n: int, limit: int | None) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 @click.command(help=__doc__)
 @click.option("--data", required=True, metavar="PATH")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default="models/robust_model.pt")
-@click.option("--limit", type=click.IntRange(min=1), help="Images, picked at random. Default: all.")
+@click.option("--limit", type=click.IntRange(min=1), help="Number of random images. Default: all.")
 @click.option("--device", "device_name", default="auto", show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
@@ -170,7 +171,7 @@ def main(
         dataset = match_classes(load_dataset(data, size=size, train=False), classes).in_8_bits()
         for change in dataset.changes:
             click.echo(f"note: {change}", err=True)
-        rows = made_here(model, dataset.subset(picked(len(dataset), limit)), device)
+        rows = self_corrupted(model, dataset.subset(random_order(len(dataset), limit)), device)
     click.echo(f"{checkpoint} ({loaded.sha256[:12]}), {Path(data).name}; accuracy in percent\n")
     click.echo("| corruption | strength | n | accuracy % | 95% interval |\n|---|---|---|---|---|")
     done = []
@@ -183,7 +184,7 @@ def main(
         done.append(row)
     corrupted = [row.correct / row.n for row in done if row.corruption != "none"]
     mean = sum(corrupted) / len(corrupted)
-    click.echo(f"\nmean over {len(corrupted)} corruptions: {100 * mean:.2f}")
+    click.echo(f"\nmean over {len(corrupted)} corrupted sets: {100 * mean:.2f}")
     if json_path is not None:
         report = {"sha256": loaded.sha256, "mean": mean, "rows": [asdict(row) for row in done]}
         json_path.write_text(json.dumps(report, indent=1) + "\n")

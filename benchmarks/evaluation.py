@@ -1,12 +1,12 @@
-"""How fast is an evaluation, and does it find as much as the peers'?
+"""Compares our evaluation with other tools: how fast it is, and how much it finds.
 
     python benchmarks/evaluation.py --data test.npz --reference CHECKOUT_OF_AUTO_ATTACK
 
-Every tool runs in a process of its own, those of the package index in an environment of their
-own, and gets the same images, labels, eps, steps and batch size. They take turns, one part of the
-images after the other, each part in another order. The adversarial images of the peers are scored
-here, in float32, as ours are by the evaluation itself. Times of a peer are those of its attack
-alone; ours are those of the whole evaluation.
+Every tool runs in its own process, peers in a separate environment, with the same images, labels,
+eps, steps and batch size. The tools take turns on one part of the images after the other, in
+another order for each part. The adversarial images of the peers are scored here in float32; ours
+are scored by the evaluation itself. The time of a peer is that of its attack alone, ours that of
+the whole evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
-from benchmarks.environments import environment_of_peers
+from benchmarks.environments import peer_environment
 from robust.checkpoint import load_checkpoint
 from robust.classifier import resolve_device
 from robust.datasets import load_dataset
@@ -41,19 +41,19 @@ from robust.files import write_json
 from robust.threat_model import parse_eps
 
 HERE = Path(__file__).resolve().parent
-QUIET = 0.05  # share of a core that other work may take before it disturbs the times
+MAX_OTHER_LOAD = 0.05  # cores that other processes may use before they disturb the times
 PEERS = ("torchattacks", "foolbox", "art")
 
 
-class OtherWork:
-    """How many cores processes other than this one and its children have kept busy since."""
+class OtherLoad:
+    """Measures how many cores other processes keep busy, without this one and its children."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
         self._busy, self._own = _busy_seconds(), _own_seconds()
 
     def cores(self) -> float | None:
-        """Over the time so far; None where the system does not say."""
+        """Mean number of busy cores so far; None if the system does not say."""
         busy = _busy_seconds()
         if busy is None or self._busy is None:
             return None
@@ -63,12 +63,12 @@ class OtherWork:
     def __str__(self) -> str:
         cores = self.cores()
         if cores is None:
-            return "this system does not say what other work ran"
-        return f"other work took {cores:.2f} cores"
+            return "the load of other processes is unknown on this system"
+        return f"other processes used {cores:.2f} cores"
 
 
 def _busy_seconds() -> float | None:
-    """CPU seconds of all processes since boot, and those that the machine's host took away."""
+    """CPU seconds of all processes since boot, including those stolen by the host."""
     try:
         words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     except OSError:
@@ -78,7 +78,7 @@ def _busy_seconds() -> float | None:
 
 
 def _own_seconds() -> float:
-    """CPU seconds of this process and of its children, the running ones too."""
+    """CPU seconds of this process and its children, including running ones."""
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -91,7 +91,7 @@ def _own_seconds() -> float:
 
 @dataclass
 class Tool:
-    """A process that attacks, and what came of it."""
+    """A tool's process, with its times and results."""
 
     name: str
     process: subprocess.Popen[str]
@@ -99,21 +99,22 @@ class Tool:
     correct: list[int] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
 
-    def ask(self, **what: Any) -> dict[str, Any]:
+    def request(self, **what: Any) -> dict[str, Any]:
+        """The tool's response to a request. Raises SystemExit if its process ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended before it answered")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            raise SystemExit(f"{self.name} ended without a response")
+        response: dict[str, Any] = json.loads(line)
+        return response
 
 
 @contextmanager
 def started(name: str, python: Path, arguments: list[str]) -> Iterator[Tool]:
-    # Threads that wait must not spin while another tool has its turn.
+    # Idle threads must not spin while another tool runs.
     quiet = os.environ | {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
     process = subprocess.Popen(
         [str(python), str(HERE / "evaluation_worker.py"), name, *arguments],
@@ -131,20 +132,20 @@ def started(name: str, python: Path, arguments: list[str]) -> Iterator[Tool]:
 
 
 def take_turns(tools: list[Tool], parts: list[tuple[int, int]], judge: Judge, **what: Any) -> None:
-    """Each tool on each part, the first of a part another one than before."""
+    """Run each tool on each part; the order rotates from part to part."""
     for turn, rows in enumerate(parts):
-        for place in range(len(tools)):
-            tool = tools[(turn + place) % len(tools)]
-            answer = tool.ask(rows=rows, **what)
+        for k in range(len(tools)):
+            tool = tools[(turn + k) % len(tools)]
+            answer = tool.request(rows=rows, **what)
             correct = answer.get("correct")
             if correct is None:
-                correct = judge.right(np.load(answer["file"]), rows, what["eps"])
+                correct = judge.count_robust(np.load(answer["file"]), rows, what["eps"])
             tool.seconds.append(answer["seconds"])
             tool.correct.append(correct)
             tool.answers.append(answer)
             click.echo(
                 f"{what['attack']} {rows[0]}-{rows[1]} {tool.name}: "
-                f"{answer['seconds']:.1f} s, {correct} right",
+                f"{answer['seconds']:.1f} s, {correct} robust",
                 err=True,
             )
 
@@ -156,7 +157,8 @@ class Judge:
         self.model = load_checkpoint(checkpoint).classifier
         self.x, self.y = images.float() / 255, labels
 
-    def right(self, x_adv: np.ndarray, rows: tuple[int, int], eps: float) -> int:
+    def count_robust(self, x_adv: np.ndarray, rows: tuple[int, int], eps: float) -> int:
+        """The number of images that are correct clean and not fooled within eps."""
         x, y = self.x[slice(*rows)], self.y[slice(*rows)]
         found = torch.from_numpy(x_adv)
         away = (found - x).abs().flatten(1).amax(dim=1)
@@ -211,7 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="labeled images, as robust evaluate takes")
     parser.add_argument("--checkpoint", type=Path, default=Path("models/robust_model.pt"))
-    parser.add_argument("--weak", type=Path, help="a checkpoint without defence, for its cost")
+    parser.add_argument("--weak", type=Path, help="an undefended checkpoint, for its cost")
     parser.add_argument(
         "--reference", help="a checkout of AutoAttack, github.com/fra31/auto-attack"
     )
@@ -219,15 +221,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eps", default="8/255")
     parser.add_argument("--n", type=int, default=1024, help="images under PGD-20")
-    parser.add_argument("--part", type=int, default=256, help="images of a turn")
+    parser.add_argument("--part", type=int, default=256, help="images per turn")
     parser.add_argument("--n-autoattack", type=int, default=100)
     parser.add_argument("--part-autoattack", type=int, default=50)
     parser.add_argument("--scaling", type=int, nargs="*", default=[128, 256, 512, 1024])
-    parser.add_argument("--limit", type=int, nargs="*", default=[1, 8, 64], help="n by the limit")
-    parser.add_argument("--attack-limit", default="pgd-20", help="attack of the limit")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        nargs="*",
+        default=[1, 8, 64],
+        help="image counts to compare with passes alone",
+    )
+    parser.add_argument("--attack-limit", default="pgd-20", help="attack of --limit")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     return parser.parse_args()
 
 
@@ -235,8 +243,9 @@ def main() -> None:
     arguments = parse_arguments()
     device = resolve_device(arguments.device)
     loaded = load_checkpoint(arguments.checkpoint)
-    data = load_dataset(arguments.data, size=loaded.classifier.architecture.input_size)
-    # Spread over the set, which may be sorted by class, and in another order than it.
+    size = loaded.classifier.architecture.input_size
+    data = load_dataset(arguments.data, size=size).in_8_bits()
+    # A random order, as the data may be sorted by class.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     most = max([arguments.n, arguments.n_autoattack, *arguments.scaling, *arguments.limit])
     images, labels = data.images[order[:most]], data.labels[order[:most]]
@@ -252,10 +261,10 @@ def main() -> None:
         "reference": arguments.reference,
     }
     report: dict[str, Any] = {"versions": versions(), "device": device_in_words(device)}
-    others = OtherWork()
+    others = OtherLoad()
     peers = Path()
     if arguments.n or (arguments.reference and arguments.n_autoattack):
-        peers = environment_of_peers(arguments.peers, HERE / "peers.txt")
+        peers = peer_environment(arguments.peers, HERE / "peers.txt")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "images.npz"
         np.savez(file, images=images.numpy(), labels=labels.numpy())
@@ -267,11 +276,11 @@ def main() -> None:
 
         ours = start("robust", arguments.checkpoint)
         warm_up = {**what, "rows": (0, min(64, most)), "attack": "pgd-2", "steps": 2}
-        ours.ask(**warm_up)
+        ours.request(**warm_up)
         if arguments.n:
             tools = [ours, *(start(name, arguments.checkpoint) for name in PEERS)]
             for tool in tools[1:]:
-                tool.ask(**warm_up)
+                tool.request(**warm_up)
             take_turns(tools, parts_of(arguments.n, arguments.part), judge, attack="pgd-20", **what)
             report["pgd-20"] = table(tools, arguments.n)
             show(f"PGD-20, {data.name}, Linf {arguments.eps}", report["pgd-20"])
@@ -281,7 +290,7 @@ def main() -> None:
         report["scaling"] = scaling(ours, arguments.scaling, "the checkpoint", what)
         if arguments.weak:
             weak = start("robust", arguments.weak)
-            report["weak"] = scaling(weak, arguments.scaling[-1:], "without defence", what)
+            report["weak"] = scaling(weak, arguments.scaling[-1:], "an undefended checkpoint", what)
         if arguments.reference and arguments.n_autoattack:
             ours.seconds, ours.correct, ours.answers = [], [], []
             tools = [ours, start("autoattack", arguments.checkpoint)]
@@ -292,27 +301,29 @@ def main() -> None:
             show(f"AutoAttack standard, {data.name}, Linf {arguments.eps}", report["autoattack"])
     click.echo(f"\n{report['device']}, batches of {arguments.batch}, {report['versions']}")
     report["other_work"] = others.cores()
-    report["undisturbed"] = report["other_work"] is not None and report["other_work"] < QUIET
+    report["undisturbed"] = (
+        report["other_work"] is not None and report["other_work"] < MAX_OTHER_LOAD
+    )
     if not report["undisturbed"]:
-        click.echo(f"Not undisturbed: {others}. Compare the ratios only.")
+        click.echo(f"Times may be disturbed: {others}. Compare only ratios.")
     if arguments.json:
         write_json(arguments.json.resolve(), report)
 
 
 def limits(tool: Tool, sizes: list[int], what: dict[str, Any]) -> list[dict[str, Any]]:
-    """Seconds of an evaluation beside those of its passes alone, at a batch that n images fill."""
+    """Compares the time of an evaluation with that of its passes alone."""
     found = []
     for n in sizes:
-        answer = tool.ask(rows=(0, n), **what)
+        answer = tool.request(rows=(0, n), **what)
         alone = {"attack": "rates", "batch": min(n, what["batch"])}
-        rates = tool.ask(**what | alone | {"precision": answer["precision"]})
-        plain = n + answer["forwards"] - answer["backwards"]  # n of the images as they are
+        rates = tool.request(**what | alone | {"precision": answer["precision"]})
+        plain = n + answer["forwards"] - answer["backwards"]  # forward passes without gradient
         limit = answer["backwards"] * rates["gradient"] + plain * rates["forward"]
         passes = n + answer["passes"]
         row = {"n": n, "seconds": answer["seconds"], "limit": limit, "passes": passes}
         found.append(row | {"ratio": answer["seconds"] / limit, "precision": answer["precision"]})
     if found:
-        click.echo(f"\n{what['attack']} beside its passes alone\n")
+        click.echo(f"\n{what['attack']} compared with its passes alone\n")
         click.echo("| n | seconds | passes | passes alone | ratio | precision |")
         click.echo("| --- | --- | --- | --- | --- | --- |")
     for row in found:
@@ -324,10 +335,10 @@ def limits(tool: Tool, sizes: list[int], what: dict[str, Any]) -> list[dict[str,
 
 
 def scaling(tool: Tool, sizes: list[int], name: str, what: dict[str, Any]) -> list[dict[str, Any]]:
-    """Seconds for growing n: twice the images, twice the time."""
+    """Seconds for increasing n, which should be proportional to it."""
     found = []
     for n in sizes:
-        answer = tool.ask(rows=(0, n), attack="pgd-20", **what)
+        answer = tool.request(rows=(0, n), attack="pgd-20", **what)
         found.append({"n": n, "seconds": answer["seconds"], "passes": answer["passes"]})
     if found:
         click.echo(f"\nPGD-20 of {name}, n: seconds (passes an image)\n")

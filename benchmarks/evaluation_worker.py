@@ -1,8 +1,8 @@
-"""One tool of benchmarks/evaluation.py, in a process of its own, told what to do line by line.
+"""Runs one tool of benchmarks/evaluation.py in its own process.
 
-Runs in this project's environment for `robust`, in that of the peers for the others, and so
-imports no more than its tool needs. A line of JSON asks for an attack on some images; the answer
-is a line of JSON with the seconds it took, and for peers a file with the adversarial images.
+For `robust` it runs in this project's environment, for peers in theirs, so it imports only what its
+tool needs. It reads requests for attacks on some images, one line of JSON each, and writes a line
+of JSON with the seconds and, for peers, the file of adversarial images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-RATED = 7  # passes of a size, of whose seconds the median counts
+REPEATS = 7  # timed passes, whose median counts
 
 Attack = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Tensor]
 
 
 class Normalized(nn.Module):
-    """torchvision's network with the sidecar's stem and activation, and its normalization first."""
+    """torchvision's network as described by the sidecar, with its normalization in front."""
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
@@ -50,26 +50,28 @@ class Normalized(nn.Module):
         return logits
 
 
-def torchattacks(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+def torchattacks(model: nn.Module, x: Tensor, y: Tensor, request: dict[str, Any]) -> Tensor:
     import torchattacks as peer
 
     attack = peer.PGD(
-        model, eps=ask["eps"], alpha=ask["alpha"], steps=ask["steps"], random_start=True
+        model, eps=request["eps"], alpha=request["alpha"], steps=request["steps"], random_start=True
     )
-    parts = zip(x.split(ask["batch"]), y.split(ask["batch"]), strict=True)
+    parts = zip(x.split(request["batch"]), y.split(request["batch"]), strict=True)
     return torch.cat([attack(images, labels) for images, labels in parts])
 
 
-def foolbox(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+def foolbox(model: nn.Module, x: Tensor, y: Tensor, request: dict[str, Any]) -> Tensor:
     import foolbox as peer
 
     wrapped = peer.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    attack = peer.attacks.LinfPGD(abs_stepsize=ask["alpha"], steps=ask["steps"], random_start=True)
-    parts = zip(x.split(ask["batch"]), y.split(ask["batch"]), strict=True)
-    return torch.cat([attack(wrapped, i, n, epsilons=ask["eps"])[1] for i, n in parts])
+    attack = peer.attacks.LinfPGD(
+        abs_stepsize=request["alpha"], steps=request["steps"], random_start=True
+    )
+    parts = zip(x.split(request["batch"]), y.split(request["batch"]), strict=True)
+    return torch.cat([attack(wrapped, i, n, epsilons=request["eps"])[1] for i, n in parts])
 
 
-def art(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
+def art(model: nn.Module, x: Tensor, y: Tensor, request: dict[str, Any]) -> Tensor:
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
@@ -77,31 +79,31 @@ def art(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
         model,
         loss=nn.CrossEntropyLoss(),
         input_shape=tuple(x.shape[1:]),
-        nb_classes=int(ask["classes"]),
+        nb_classes=int(request["classes"]),
         clip_values=(0.0, 1.0),
         device_type="gpu" if x.is_cuda else "cpu",
     )
     attack = ProjectedGradientDescentPyTorch(
         classifier,
-        eps=ask["eps"],
-        eps_step=ask["alpha"],
-        max_iter=ask["steps"],
+        eps=request["eps"],
+        eps_step=request["alpha"],
+        max_iter=request["steps"],
         num_random_init=1,
-        batch_size=ask["batch"],
+        batch_size=request["batch"],
         verbose=False,
     )
     return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x.device)
 
 
-def reference(model: nn.Module, x: Tensor, y: Tensor, ask: dict[str, Any]) -> Tensor:
-    sys.path.insert(0, ask["reference"])
+def reference(model: nn.Module, x: Tensor, y: Tensor, request: dict[str, Any]) -> Tensor:
+    sys.path.insert(0, request["reference"])
     from autoattack import AutoAttack
 
     attack = AutoAttack(
-        model, norm="Linf", eps=ask["eps"], version="standard", device=str(x.device), seed=0,
+        model, norm="Linf", eps=request["eps"], version="standard", device=str(x.device), seed=0,
         verbose=False,
     )  # fmt: skip
-    found: Tensor = attack.run_standard_evaluation(x, y, bs=ask["batch"])
+    found: Tensor = attack.run_standard_evaluation(x, y, bs=request["batch"])
     return found
 
 
@@ -114,7 +116,7 @@ PEERS: dict[str, Attack] = {
 
 
 def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, Any]], Any]:
-    """Ours, as `robust evaluate` runs it: clean pass, probes and last exact pass included."""
+    """Runs our whole evaluation, with clean pass, probes and verification."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from robust.attacks import resolve_attack
     from robust.attacks.passes import Passes
@@ -126,20 +128,20 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
 
     model = load_checkpoint(weights, device=x.device).classifier
 
-    def run(ask: dict[str, Any]) -> dict[str, Any]:
-        rows = slice(*ask["rows"])
-        parameters = {"alpha": ask["alpha"]} if ask["attack"].startswith("pgd") else {}
-        attack = resolve_attack(ask["attack"], ThreatModel(eps=ask["eps"]), **parameters)
+    def run(request: dict[str, Any]) -> dict[str, Any]:
+        rows = slice(*request["rows"])
+        parameters = {"alpha": request["alpha"]} if request["attack"].startswith("pgd") else {}
+        attack = resolve_attack(request["attack"], ThreatModel(eps=request["eps"]), **parameters)
         begin = time.perf_counter()
         result = evaluate(
             model,
             (x[rows] * 255).round().to(torch.uint8),
             y[rows],
-            num_classes=ask["classes"],
+            num_classes=request["classes"],
             attacks=[attack],
             device=x.device,
-            batch_size=ask["batch"],
-            precision=ask["precision"],
+            batch_size=request["batch"],
+            precision=request["precision"],
         )
         seconds = time.perf_counter() - begin
         (item,) = result.attacks
@@ -156,11 +158,11 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
             "precision": result.precision,
         }
 
-    def rates(ask: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of a pass and of a gradient, an image each, in the precision asked for."""
-        images, labels = x[: ask["batch"]], y[: ask["batch"]]
+    def rates(request: dict[str, Any]) -> dict[str, Any]:
+        """Seconds per image of a forward pass and of a gradient, in the requested precision."""
+        images, labels = x[: request["batch"]], y[: request["batch"]]
         search = for_inference(model, x.device)
-        if ask["precision"].startswith("bf16"):
+        if request["precision"].startswith("bf16"):
             search = in_bf16(search, x.device)
         passes = Passes(search)
 
@@ -168,7 +170,7 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
             return nn.functional.cross_entropy(logits, labels[part], reduction="none")
 
         spent: dict[str, list[float]] = {"forward": [], "gradient": []}
-        for _ in range(RATED):
+        for _ in range(REPEATS):
             for name, call in (
                 ("forward", lambda: passes.logits(images)),
                 ("gradient", lambda: passes.gradient(images, loss)),
@@ -180,7 +182,7 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
                 spent[name].append((time.perf_counter() - begin) / len(images))
         return {name: statistics.median(seconds) for name, seconds in spent.items()}
 
-    return lambda ask: rates(ask) if ask["attack"] == "rates" else run(ask)
+    return lambda request: rates(request) if request["attack"] == "rates" else run(request)
 
 
 def peer_worker(
@@ -188,10 +190,10 @@ def peer_worker(
 ) -> Callable[[dict[str, Any]], Any]:
     model = Normalized(weights).to(x.device).eval()
 
-    def run(ask: dict[str, Any]) -> dict[str, Any]:
-        rows = slice(*ask["rows"])
+    def run(request: dict[str, Any]) -> dict[str, Any]:
+        rows = slice(*request["rows"])
         begin = time.perf_counter()
-        x_adv = PEERS[name](model, x[rows], y[rows], ask)
+        x_adv = PEERS[name](model, x[rows], y[rows], request)
         if x.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
@@ -207,7 +209,7 @@ def main() -> None:
     with np.load(data) as arrays:
         x = torch.from_numpy(arrays["images"]).to(device).float() / 255
         y = torch.from_numpy(arrays["labels"]).to(device).long()
-    out, sys.stdout = sys.stdout, sys.stderr  # what tools print is not an answer
+    out, sys.stdout = sys.stdout, sys.stderr  # keeps what tools print out of the responses
     if name == "robust":
         run = robust_worker(Path(weights), x, y)
     else:

@@ -1,11 +1,11 @@
-"""The pictures of README and model card: docs/attack.png and docs/curve.png.
+"""Draws the pictures of the README and the model card: docs/attack.png and docs/curve.png.
 
     robust evaluate --data test.npz --curve 500 --json test.json
     python benchmarks/figures.py test.json
 
-`attack.png` is one photograph as the model sees it, what PGD-20 within 8/255 added, amplified, and
-their sum. `curve.png` is accuracy under PGD-20 against eps with 95% Wilson intervals, from the JSON
-of an evaluation. Needs the extra report.
+`attack.png` shows a photograph at the model's input size, the perturbation by PGD-20 within 8/255
+(amplified), and their sum. `curve.png` shows accuracy under PGD-20 against eps with 95% Wilson
+intervals, from the JSON of an evaluation. Needs the extra report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from robust.evaluation.intervals import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-SIDE, GAP = 256, 16  # pixels of a panel and between two
+SIDE, GAP = 256, 16  # pixels: side of a panel, and space between panels
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""How fast is each way to run a classifier? Prints images/s: forward of all, gradient of torch's.
+"""Compares the speed of the ways to run a classifier: images/s of forward and gradient.
 
     python benchmarks/inference.py --arch resnet50 --batch 1 8 32 100 200
 
-`classifier` is the network as trained, `for inference` its copy; `onnxruntime` and `openvino` run
-the graph that is built of the copy, on a CPU and where they are installed (OpenVINO in float32).
-All take turns, so that a machine that others use slows all; given are the median and, after it, the
-slowest and fastest of the repeats. `gap` is how far the logits are from the classifier's at most.
+`classifier` is the network as trained, `for inference` its faster copy; `onnxruntime` and
+`openvino` run the graph of that copy in float32 on a CPU, if they are installed. Only torch
+computes gradients. All take turns, so that other load slows all of them. Printed are the median
+and, in parentheses, the slowest and fastest of the repeats. `gap` is the largest difference of a
+logit from the classifier's.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def forward(model: Model, x: Tensor) -> None:
 
 
 def gradient(model: Model, x: Tensor) -> None:
-    """What a step of an attack costs."""
+    """The computation of one step of an attack."""
     x = x.detach().requires_grad_()
     torch.autograd.grad(model(x)[:, 0].sum(), x)
 
@@ -96,13 +97,13 @@ def main() -> None:
         show(stem, "", "batch", list(models))
         show(stem, "gap", 8, [f"{gap(model, classifier):.1g}" for model in models.values()])
         for run in (forward, gradient):
-            taking_part = list(models.values())[: None if run is forward else 2]
+            compared = list(models.values())[: None if run is forward else 2]
             for n in args.batch:
                 x = torch.rand(n, 3, args.size, args.size, device=device)
-                for model in taking_part:  # warm up
+                for model in compared:  # warm up
                     seconds(run, model, x)
                 turns = [
-                    [seconds(run, model, x) for model in taking_part] for _ in range(args.repeats)
+                    [seconds(run, model, x) for model in compared] for _ in range(args.repeats)
                 ]
                 show(
                     stem,
@@ -114,7 +115,7 @@ def main() -> None:
 
 
 def models_of(classifier: Classifier) -> dict[str, Model]:
-    """The ways to run it that there are here, torch's own first."""
+    """The available ways to run `classifier`, torch's first."""
     fast = for_inference(classifier)
     models: dict[str, Model] = {"classifier": classifier, "for inference": fast}
     if fast.device.type != "cpu":
@@ -127,7 +128,7 @@ def models_of(classifier: Classifier) -> dict[str, Model]:
 
 
 def openvino(graph: bytes, threads: int) -> Model:
-    """The graph in OpenVINO. Raises ImportError where it is not installed."""
+    """The graph in OpenVINO. Raises ImportError if it is not installed."""
     from openvino import Core
 
     core = Core()
@@ -146,7 +147,7 @@ def openvino(graph: bytes, threads: int) -> Model:
 
 
 def gap(model: Model, classifier: Classifier) -> float:
-    """The largest difference of a logit on some images."""
+    """The largest difference of a logit on a few images."""
     side = classifier.architecture.input_size
     x = examples(8, side).to(classifier.mean.device)
     with torch.no_grad():

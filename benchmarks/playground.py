@@ -1,14 +1,14 @@
-"""The page in a real Chromium: how fast it is, and its pictures in docs/.
+"""Measures the playground in Chromium, or takes its screenshots for docs/.
 
     python benchmarks/playground.py
     python benchmarks/playground.py --pictures
 
-Starts `robust serve` with the shipped models, or takes a service by its --address, and measures
-from a click to the painted picture, in the browser's own clock: page usable, FGSM after a move of
-the slider, PGD-20, the same attack on the model compared with, and the smallest eps that breaks
-the image. Prints median and worst of --repeats, with load and machine. With --pictures it writes
-docs/playground.png, docs/playground-dark.png and docs/playground-phone.png instead, of a
-photograph that comes with the project. Needs Chromium and the extra dev.
+Starts `robust serve` with the shipped models, or uses a running service at --address. Measures the
+time until the page is usable and, from a click to the painted picture on the browser's clock, FGSM
+and PGD-20 after a move of the slider, FGSM on both models, and the smallest eps. Prints median and
+worst of --repeats, with the load and the machine. With --pictures it writes docs/playground.png,
+docs/playground-dark.png and docs/playground-phone.png instead, with an example photograph. Needs
+Chromium and the extra dev.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from tests.support.browser import chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 WAIT = 120_000  # ms
-COLORS = 256  # of a picture's palette: a third of the bytes, and hardly seen
-# Changes a control and resolves with the milliseconds until the mark on <html> says what it should
-# and the image has been painted; rejects where it does not come to say so.
+COLORS = 256  # in a picture's palette: a third of the bytes, with hardly visible loss
+# Changes controls and resolves to the milliseconds until the data attribute `mark` of <html> is
+# `wanted` and the image is painted; rejects after 20 seconds.
 CLICK = """([change, mark, wanted, image]) => new Promise((resolve, reject) => {
     const root = document.documentElement;
     setTimeout(() => reject(new Error(`${mark} is ${root.dataset[mark]}, not ${wanted}`)), 20000);
@@ -66,7 +66,7 @@ CLICK = """([change, mark, wanted, image]) => new Promise((resolve, reject) => {
 
 @contextmanager
 def service(address: str | None) -> Iterator[str]:
-    """The address of a service, which is started here where none is given."""
+    """The address of a service, which is started if none is given."""
     if address is not None:
         yield address
         return
@@ -76,14 +76,14 @@ def service(address: str | None) -> Iterator[str]:
     command = [sys.executable, "-m", "robust_cli", "serve", "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        until_ready(address, process)
+        wait_until_ready(address, process)
         yield address
     finally:
         process.terminate()
         process.wait()
 
 
-def until_ready(address: str, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(address: str, process: subprocess.Popen[bytes]) -> None:
     while process.poll() is None:
         try:
             if httpx.get(f"{address}/readyz").is_success:
@@ -95,7 +95,7 @@ def until_ready(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def opened(browser: Browser, address: str, query: str = "", **context: object) -> Page:
-    """The page, once everything on it has been computed."""
+    """The page after everything on it has been computed."""
     page = browser.new_context(**context).new_page()  # type: ignore[arg-type]
     page.goto(f"{address}/{query}")
     settle(page)
@@ -109,11 +109,11 @@ def settle(page: Page) -> None:
     page.wait_for_timeout(500)
 
 
-# How fast
+# Measurements
 
 
 def measure(browser: Browser, address: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each, `repeats` times."""
+    """Milliseconds of each measurement, `repeats` times."""
     compared = httpx.get(f"{address}/model").json().get("compare") is not None
     found = {"page usable": [usable(browser, address) for _ in range(repeats)]}
     page = opened(browser, address, "?compare=no")
@@ -150,7 +150,7 @@ def series(move: Callable[[int], float], repeats: int, page: Page) -> list[float
 
 
 def usable(browser: Browser, address: str) -> float:
-    """From the address to a page whose controls work."""
+    """Milliseconds from opening the address to a usable page."""
     page = browser.new_context().new_page()
     page.goto(address)
     expect(page.locator("html")).to_have_attribute("data-ready", "true", timeout=WAIT)
@@ -160,7 +160,7 @@ def usable(browser: Browser, address: str) -> float:
 
 
 def smallest(browser: Browser, address: str) -> float:
-    """From the click on the button to the attack at the smallest eps, found from nothing."""
+    """Milliseconds from the click on the button to the attack at the smallest eps."""
     page = browser.new_context().new_page()
     page.goto(f"{address}/?compare=no&example=dog")
     expect(page.locator("html")).to_have_attribute("data-shown", re.compile("."), timeout=WAIT)
@@ -187,7 +187,7 @@ def machine() -> str:
     return names[0] if names else "unknown processor"
 
 
-# What it looks like
+# Screenshots
 
 
 def pictures(browser: Browser, address: str) -> None:
@@ -200,7 +200,7 @@ def pictures(browser: Browser, address: str) -> None:
         page = opened(
             browser, address, viewport={"width": width, "height": height}, color_scheme=scheme
         )
-        page.wait_for_timeout(6000)  # the curve goes on to its right end
+        page.wait_for_timeout(6000)  # until the curve is complete
         page.mouse.move(0, 0)
         write(page.screenshot(), ROOT / "docs" / f"{name}.png")
         page.context.close()
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--address", help="of a service that runs already")
+    parser.add_argument("--address", help="address of a running service")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--pictures", action="store_true")
     arguments = parser.parse_args()

@@ -1,11 +1,10 @@
-"""What does a prediction wait while an evaluation runs? Prints p50 and p99, idle and then.
+"""Measures how long predictions wait while an evaluation runs, against an idle service.
 
     python benchmarks/priority.py --checkpoint models/robust_model.pt --seconds 20
 
-One client asks for one image at a time over HTTP. Printed beside is a step, the longest pass of
-an evaluation: the gradient of as many images as the service lets into one, in the precision that
-the service searches in. The goal is a p50
-during an evaluation of at most twice the idle one plus a step.
+One client requests one prediction at a time over HTTP; printed are p50 and p99. A step is the
+longest pass of an evaluation: the gradient of a full evaluation batch, in the precision of the
+service's search. The goal is a p50 during the evaluation of at most twice the idle p50 plus a step.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def waits(client: httpx.Client, data: bytes, seconds: float) -> list[float]:
-    """Of predictions one after the other, in milliseconds."""
+    """Milliseconds of consecutive predictions."""
     found, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()
@@ -51,7 +50,7 @@ def shown(name: str, values: list[float]) -> str:
 
 
 def step(model: ServedModel, images: int, repeats: int = 7) -> float:
-    """Milliseconds for a gradient of so many images, the median of some."""
+    """Median milliseconds of a gradient of `images` images."""
     torch.set_num_threads(min(torch.get_num_threads(), available_processors()))
     search = model.bf16 or model.logits
     x = torch.rand(images, 3, model.input_size, model.input_size, requires_grad=True)
@@ -64,14 +63,14 @@ def step(model: ServedModel, images: int, repeats: int = 7) -> float:
 
 
 def labeled(n: int, size: int, classes: int) -> bytes:
-    """An upload of random images: a set that keeps an evaluation at work."""
+    """An upload of `n` random labeled images, to keep an evaluation busy."""
     generator, buffer = np.random.default_rng(0), io.BytesIO()
     images = generator.integers(0, 256, (n, 3, size, size), dtype=np.uint8)
     np.savez(buffer, images=images, labels=generator.integers(0, classes, n))
     return buffer.getvalue()
 
 
-def started(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
     while process.poll() is None:
         try:
             if client.get("/readyz").status_code == 200:
@@ -87,8 +86,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models" / "robust_model.pt")
-    parser.add_argument("--seconds", type=float, default=20, help="of predictions, each time")
-    parser.add_argument("--images", type=int, default=5000, help="to evaluate")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="seconds of predictions, idle and busy"
+    )
+    parser.add_argument("--images", type=int, default=5000, help="images to evaluate")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
 
@@ -111,7 +112,7 @@ def main() -> None:
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            started(client, process)
+            wait_until_ready(client, process)
             searched = client.get("/model").json()["search_precision"]
             data = encode_png(photo)
             waits(client, data, 1)  # warm up
@@ -119,17 +120,17 @@ def main() -> None:
             job = client.post(
                 "/evaluate", files={"file": upload}, data={"attack": ["pgd-200"]}
             ).raise_for_status()
-            at = job.headers["Location"]
-            while client.get(at).json()["state"] == "queued":
+            location = job.headers["Location"]
+            while client.get(location).json()["state"] == "queued":
                 time.sleep(0.05)
             busy = waits(client, data, args.seconds)
-            state = client.get(at).json()["state"]
-            client.delete(at)
+            state = client.get(location).json()["state"]
+            client.delete(location)
     finally:
         process.terminate()
         process.wait(60)
     if state != "running":
-        raise SystemExit(f"the evaluation is {state}: take more --images or fewer --seconds")
+        raise SystemExit(f"the evaluation is {state}: use more --images or fewer --seconds")
     precision: Precision = "bf16" if searched.startswith("bf16") else "fp32"
     model = load_model(args.checkpoint, cpu, attacks_only=True, precision=precision)
     longest = step(model, args.batch)

@@ -1,4 +1,4 @@
-"""A private PostgreSQL server in a temporary folder, reached through a socket in it."""
+"""A private PostgreSQL server in a temporary folder, with a socket in that folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = "-c listen_addresses='' -c fsync=off -c max_connections=200"
 
 
 def find_programs() -> Path | None:
-    """The folder of PostgreSQL's programs, which Debian keeps out of the PATH."""
+    """The folder of PostgreSQL's programs, which are not on the PATH in Debian."""
     if found := shutil.which("pg_ctl"):
         return Path(found).resolve().parent
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
@@ -24,7 +24,7 @@ def find_programs() -> Path | None:
 
 
 def why_not() -> str | None:
-    """Why there can't be one here, or None."""
+    """Why no server can be started here, or None."""
     if find_programs() is None:
         return "PostgreSQL is not installed"
     if os.geteuid() == 0 and _owner() is None:
@@ -33,7 +33,7 @@ def why_not() -> str | None:
 
 
 class PrivatePostgres:
-    """A cluster that lives as long as the block. Raises RuntimeError where there can be none."""
+    """A cluster that runs during the block. Raises RuntimeError if none can be started."""
 
     def __enter__(self) -> PrivatePostgres:
         if reason := why_not():
@@ -41,11 +41,11 @@ class PrivatePostgres:
         programs = find_programs()
         assert programs is not None
         self._programs, self._databases = programs, 0
-        self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path is short
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # socket paths must be short
         if owner := _owner():
             shutil.chown(self.folder, owner)
         self.folder.chmod(0o711)
-        self._do("initdb", "-D", "data", "-U", "robust", "-A", "trust", "--no-sync")
+        self._run("initdb", "-D", "data", "-U", "robust", "-A", "trust", "--no-sync")
         self.start()
         return self
 
@@ -54,17 +54,17 @@ class PrivatePostgres:
         shutil.rmtree(self.folder)
 
     def start(self) -> None:
-        """Start the server, and wait until it answers."""
+        """Start the server and wait until it is ready."""
         options = f"{OPTIONS} -k {self.folder}"
-        self._do("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
+        self._run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
 
     def stop(self) -> None:
-        """Stop the server at once, as a crash would."""
-        self._do("pg_ctl", "-D", "data", "-m", "immediate", "-w", "stop")
+        """Stop the server immediately, as in a crash."""
+        self._run("pg_ctl", "-D", "data", "-m", "immediate", "-w", "stop")
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """All its processes are stopped by SIGSTOP while the block runs: it is up, and silent."""
+        """Suspend all its processes during the block, so that it is up but does not respond."""
         processes = self._processes()
         for process in processes:
             os.kill(process, signal.SIGSTOP)
@@ -76,23 +76,23 @@ class PrivatePostgres:
                     os.kill(process, signal.SIGCONT)
 
     def _processes(self) -> list[int]:
-        """The server, and those that it has started."""
+        """The ids of the server process and its children."""
         server = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
         return [server, *map(int, children)]
 
     def log(self) -> str:
-        """What it has logged since it was made."""
+        """The server's log."""
         return (self.folder / "log").read_text()
 
     def database(self) -> str:
-        """The address of a new, empty database."""
+        """The URL of a new, empty database."""
         self._databases += 1
         name = f"robust{self._databases}"
-        self._do("createdb", "-h", str(self.folder), "-U", "robust", name)
+        self._run("createdb", "-h", str(self.folder), "-U", "robust", name)
         return f"postgresql://robust@/{name}?host={self.folder}"
 
-    def _do(self, program: str, *arguments: str) -> None:
+    def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
             [self._programs / program, *arguments],
             cwd=self.folder,
@@ -107,7 +107,7 @@ class PrivatePostgres:
 
 
 def _owner() -> str | None:
-    """The user it has to run as: PostgreSQL refuses to be root."""
+    """The user to run as if this is root, which PostgreSQL refuses; otherwise None."""
     if os.geteuid() != 0:
         return None
     try:

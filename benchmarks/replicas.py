@@ -1,12 +1,12 @@
-"""Two replicas behind nginx, one killed while it runs an evaluation and both answer predictions.
+"""Kills one of two replicas behind nginx, during an evaluation and under load.
 
     python benchmarks/replicas.py
 
-starts a private PostgreSQL in a temporary folder, two `robust serve`, and nginx with
-`deploy/replicas/nginx.conf`; runs an evaluation undisturbed, and then again under the load of a few
-clients, where it kills the replica that runs it with SIGKILL. It exits with 1 unless every
-prediction was answered and the evaluation ended elsewhere with the same result. Needs the extra
-postgres, and Debian's packages postgresql and nginx.
+Starts a private PostgreSQL in a temporary folder, two `robust serve`, and nginx with
+`deploy/replicas/nginx.conf`. Runs an evaluation undisturbed, and then again while a few clients
+request predictions, and kills the replica that runs it with SIGKILL. Exits with 1 unless every
+prediction was answered and the evaluation finished on the other replica with the same result.
+Needs the extra postgres, and Debian's packages postgresql and nginx.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from robust.images import to_float  # noqa: E402
 
 PHOTO = ROOT / "examples" / "cat.jpg"
 CONFIGURATION = ROOT / "deploy" / "replicas" / "nginx.conf"
-LIMIT_SECONDS = 1800.0  # for any one thing that is waited for
+TIMEOUT_SECONDS = 1800.0  # for each wait
 
 
 @dataclass
 class Replica:
-    """One `robust serve`."""
+    """A `robust serve` process."""
 
     name: str
     process: subprocess.Popen[str]
@@ -56,14 +56,14 @@ class Replica:
 
 
 def missing() -> str | None:
-    """What is not installed here, in words."""
+    """The reason if something is not installed here, else None."""
     if shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
         return "nginx is not installed"
     return why_not()
 
 
 def main() -> int:
-    """Run it and print what was seen; the exit status."""
+    """Run the experiment; returns the exit status."""
     options = parse()
     if reason := missing():
         click.echo(f"not run: {reason}", err=True)
@@ -76,7 +76,7 @@ def main() -> int:
             stack.enter_context(replica(name, database, folder, options)) for name in ("A", "B")
         ]
         url = stack.enter_context(nginx(folder, replicas))
-        tell(f"replicas A and B on one PostgreSQL, nginx before them at {url}")
+        say(f"replicas A and B on one PostgreSQL, nginx in front of them at {url}")
         return show(url, replicas, folder, options)
 
 
@@ -84,62 +84,62 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     add = parser.add_argument
     add("--checkpoint", type=Path, default=ROOT / "models" / "robust_model.pt")
-    add("--images", type=int, default=200, help="of the evaluation")
+    add("--images", type=int, default=200, help="images to evaluate")
     add("--attack", default="pgd-40")
     add("--eps", default="2/255")
-    add("--clients", type=int, default=4, help="that ask for predictions, one after the other")
-    add("--kill-at", type=float, default=0.4, help="share of the evaluation that is done by then")
+    add("--clients", type=int, default=4, help="clients that request predictions")
+    add("--kill-at", type=float, default=0.4, help="share of the evaluation done at the kill")
     add("--lost-seconds", type=float, default=10.0, help="ROBUST_LOST_SECONDS")
-    add("--threads", type=int, default=1, help="of each replica")
+    add("--threads", type=int, default=1, help="threads per replica")
     return parser.parse_args()
 
 
 def show(url: str, replicas: list[Replica], folder: Path, options: argparse.Namespace) -> int:
-    """Evaluate twice, the second time with a kill; compare."""
+    """Evaluate twice, the second time with a kill, and compare; returns the exit status."""
     data = labeled(options.checkpoint, options.images)
     with httpx.Client(base_url=url, timeout=120) as client:
-        begun = time.monotonic()
+        start = time.monotonic()
         expected = finished(client, submit(client, data, options, "undisturbed"))
-        tell(f"undisturbed: {accuracies(expected)}, {time.monotonic() - begun:.1f} s")
+        say(f"undisturbed: {accuracies(expected)}, {time.monotonic() - start:.1f} s")
         with load(url, options.clients) as answers:
-            begun = time.monotonic()
+            start = time.monotonic()
             id = submit(client, data, options, "disturbed")
-            victim, heir = kill(client, id, replicas, options)
+            killed, survivor = kill(client, id, replicas, options)
             found = finished(client, id)
-            tell(f"disturbed: {accuracies(found)}, {time.monotonic() - begun:.1f} s")
+            say(f"disturbed: {accuracies(found)}, {time.monotonic() - start:.1f} s")
     different = differences(without_seconds(expected), without_seconds(found))
-    tell(f"the same result: {'NO: ' + '; '.join(different[:10]) if different else 'yes'}")
+    say(f"the same result: {'NO: ' + '; '.join(different[:10]) if different else 'yes'}")
     lost = {status: count for status, count in answers.items() if status != "200"}
-    tell(f"predictions: {answers['200']} answered, {sum(lost.values())} not {lost or ''}")
-    tell(f"{repeats(folder / 'access.log')} of them were with {victim.name}, or sent to it when it "
-         f"was dead, and answered by {heir.name}")  # fmt: skip
+    say(f"predictions: {answers['200']} answered, {sum(lost.values())} not {lost or ''}")
+    say(f"{repeats(folder / 'access.log')} of them were sent to {killed.name} first, and then "
+        f"answered by {survivor.name}")  # fmt: skip
     return 1 if different or lost else 0
 
 
 def kill(
     client: httpx.Client, id: str, replicas: list[Replica], options: argparse.Namespace
 ) -> tuple[Replica, Replica]:
-    """Kill the replica that runs the evaluation; that one, and the one that goes on with it."""
+    """Kill the replica that runs the evaluation; returns it and the one that takes over."""
     wait(lambda: done(client, id) >= options.kill_at)
-    victim = next(item for item in replicas if works(item))
-    heir = next(item for item in replicas if item is not victim)
-    share, killed = done(client, id), time.monotonic()
-    victim.process.kill()
-    victim.process.wait()
-    tell(f"killed {victim.name}, which had done {100 * share:.0f}% of it, "
-         f"while {options.clients} clients asked for predictions")  # fmt: skip
-    wait(lambda: works(heir))
-    tell(f"{heir.name} took it up after {time.monotonic() - killed:.1f} s")
-    return victim, heir
+    killed = next(item for item in replicas if is_evaluating(item))
+    survivor = next(item for item in replicas if item is not killed)
+    share, killed_at = done(client, id), time.monotonic()
+    killed.process.kill()
+    killed.process.wait()
+    say(f"killed {killed.name}, which had done {100 * share:.0f}% of it, "
+        f"while {options.clients} clients requested predictions")  # fmt: skip
+    wait(lambda: is_evaluating(survivor))
+    say(f"{survivor.name} took over after {time.monotonic() - killed_at:.1f} s")
+    return killed, survivor
 
 
-def tell(line: str) -> None:
-    """Print it at once, also into a pipe."""
+def say(line: str) -> None:
+    """Print a line and flush it, also to a pipe."""
     click.echo(line)
 
 
 def labeled(checkpoint: Path, n: int) -> bytes:
-    """An npz of random images with the labels that the model itself gives them."""
+    """An npz of random images, labeled with the model's own predictions."""
     classifier = load_checkpoint(checkpoint).classifier
     size = classifier.architecture.input_size
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def labeled(checkpoint: Path, n: int) -> bytes:
 
 
 def submit(client: httpx.Client, data: bytes, options: argparse.Namespace, key: str) -> str:
-    """Start the evaluation; its id."""
+    """Start the evaluation; returns its id."""
     answer = client.post(
         "/evaluate",
         files={"file": data},
@@ -165,7 +165,7 @@ def submit(client: httpx.Client, data: bytes, options: argparse.Namespace, key: 
 
 
 def status(client: httpx.Client, id: str) -> dict[str, Any]:
-    """Where the evaluation is, as the replica says that nginx picks."""
+    """The state of the evaluation, from whichever replica nginx picks."""
     found: dict[str, Any] = client.get(f"/evaluate/{id}").raise_for_status().json()
     return found
 
@@ -177,7 +177,7 @@ def done(client: httpx.Client, id: str) -> float:
 
 
 def finished(client: httpx.Client, id: str) -> dict[str, Any]:
-    """The result of the evaluation, waited for."""
+    """Wait for the evaluation; returns its result."""
     wait(lambda: status(client, id)["state"] not in ("queued", "running"))
     job = status(client, id)
     if job["state"] != "done":
@@ -186,8 +186,8 @@ def finished(client: httpx.Client, id: str) -> dict[str, Any]:
     return result
 
 
-def works(replica: Replica) -> bool:
-    """Whether the replica runs an evaluation, by its own metrics."""
+def is_evaluating(replica: Replica) -> bool:
+    """Whether the replica runs an evaluation, according to its metrics."""
     text = httpx.get(f"{replica.url}/metrics", timeout=60).text
     found = re.search(r'^robust_queued_forwards\{kind="evaluate"\} (\S+)$', text, re.MULTILINE)
     return found is not None and float(found[1]) > 0
@@ -195,11 +195,11 @@ def works(replica: Replica) -> bool:
 
 @contextmanager
 def load(url: str, clients: int) -> Iterator[Counter[str]]:
-    """Predictions without a pause, as long as the block runs; what came, counted."""
+    """Request predictions without a pause during the block; yields the count by status."""
     answers: Counter[str] = Counter()
     photo, stop, lock = PHOTO.read_bytes(), threading.Event(), threading.Lock()
 
-    def ask() -> None:
+    def run_client() -> None:
         with httpx.Client(base_url=url, timeout=120) as client:
             while not stop.is_set():
                 try:
@@ -209,7 +209,7 @@ def load(url: str, clients: int) -> Iterator[Counter[str]]:
                 with lock:
                     answers[answer] += 1
 
-    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    threads = [threading.Thread(target=run_client) for _ in range(clients)]
     for thread in threads:
         thread.start()
     try:
@@ -224,7 +224,7 @@ def load(url: str, clients: int) -> Iterator[Counter[str]]:
 def replica(
     name: str, database: str, folder: Path, options: argparse.Namespace
 ) -> Iterator[Replica]:
-    """`robust serve` on a port of its own, its log beside it."""
+    """A `robust serve` on a free port, with its log in `folder`."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -254,7 +254,7 @@ def replica(
 
 @contextmanager
 def nginx(folder: Path, replicas: list[Replica]) -> Iterator[str]:
-    """nginx before the replicas; its address."""
+    """nginx in front of the replicas; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = CONFIGURATION.read_text().replace("127.0.0.1:8000", f"127.0.0.1:{port}")
@@ -278,7 +278,7 @@ def nginx(folder: Path, replicas: list[Replica]) -> Iterator[str]:
 
 
 def answers(url: str) -> bool:
-    """Whether there is an answer."""
+    """Whether `url` responds successfully."""
     try:
         return httpx.get(url, timeout=10).is_success
     except httpx.HTTPError:
@@ -286,13 +286,13 @@ def answers(url: str) -> bool:
 
 
 def repeats(log: Path) -> int:
-    """Predictions that nginx sent to a second replica."""
+    """The number of predictions that nginx sent to a second replica."""
     lines = [line.split() for line in log.read_text().splitlines()]
     return sum(line[:2] == ["POST", "/predict"] and line[3].endswith(",") for line in lines)
 
 
 def accuracies(result: dict[str, Any]) -> str:
-    """Accuracy by attack, in words."""
+    """The accuracy under each attack, as text."""
     return ", ".join(
         f"{item['attack']} {item['correct']}/{item['n']}" for item in result["results"]
     )
@@ -306,7 +306,7 @@ def without_seconds(value: Any) -> Any:
 
 
 def differences(expected: Any, found: Any, where: str = "") -> list[str]:
-    """Where two results differ, and the values there."""
+    """The paths where two results differ, with both values."""
     if isinstance(expected, dict) and isinstance(found, dict):
         names = dict.fromkeys([*expected, *found])
         pairs = [(f"{where}.{name}", expected.get(name), found.get(name)) for name in names]
@@ -320,11 +320,11 @@ def differences(expected: Any, found: Any, where: str = "") -> list[str]:
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    """Wait until it holds. Raises TimeoutError."""
-    latest = time.monotonic() + LIMIT_SECONDS
+    """Wait until `condition` is true. Raises TimeoutError."""
+    latest = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         if time.monotonic() > latest:
-            raise TimeoutError("waited in vain")
+            raise TimeoutError(f"nothing happened for {TIMEOUT_SECONDS:.0f} s")
         time.sleep(0.2)
 
 

@@ -1,19 +1,19 @@
-"""How fast does training run against what the device can do, and what takes the rest?
+"""Compares the speed of training with the limit of the device, and shows where the time goes.
 
     python -m benchmarks.training --recipe cpu
     python -m benchmarks.training --recipe gpu --device cuda --json training.json
     python -m benchmarks.training --recipe gpu --device cuda --profile
     python -m benchmarks.training --recipe cpu --compare-folding
 
-With `--profile` it names instead the kernels of the attack and of the loss, their calls and their
+With `--profile` it prints instead the kernels of the attack and of the loss, with their calls and
 share of the time, and how often the host waits for the GPU. With `--compare-folding` it times the
 attack through folded weights and through the model itself, in turns.
 
-The limit is the best rate of matrix products of the device in the precision of the run. What a
-pass has to compute is counted on the model, an addition and a multiplication as two operations; a
-share of the limit is those operations over time. A clean step, a step of the attack and an
-adversarial training step are timed whole, the last then part by part; the parts take turns, so
-that a machine that others use slows all of them. Given are medians, and the extremes in the JSON.
+The limit is the best rate of matrix products on the device in the precision of the run. The FLOP of
+a pass are counted on the model; a multiplication and an addition are two. A share of the limit is
+FLOP over time, relative to that rate. A clean step, a step of the attack and an adversarial
+training step are timed as a whole, the last one also part by part. The parts take turns, so that
+other load slows all of them. Printed are medians; the JSON has the extremes too.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Steps:
         self.step(self.phase, read=False)
 
     def augment(self) -> None:
-        """Bytes to augmented images."""
+        """Convert and augment the images."""
         self.trainer.prepare(self.images, self.labels, self.phase, self.generator)
 
     def attack(self, phase: Phase | None = None) -> None:
@@ -152,7 +152,7 @@ class Steps:
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Of one call, in a row of so many."""
+    """Mean seconds of a call, over `repeats` consecutive calls."""
     began = time.perf_counter()
     for _ in range(repeats):
         run()
@@ -164,7 +164,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
 def in_turns(
     parts: dict[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
-    """Times of each part; two calls in a row each time, so that a device can run ahead."""
+    """Times of each part, each over two consecutive calls, so that the host can run ahead."""
     for part in parts.values():
         seconds(part, device)  # warm up
     times: dict[str, list[float]] = {name: [] for name in parts}
@@ -185,9 +185,9 @@ def matrix_rate(device: torch.device, bf16: bool, repeats: int) -> float:
 
 
 class Operations(TorchDispatchMode):
-    """Counts those of products and convolutions, by torch's own formulas.
+    """Counts the FLOP of matrix products and convolutions, with torch's formulas.
 
-    torch's FlopCounterMode does not bear a gradient to the image alone.
+    torch's FlopCounterMode fails for a gradient with respect to the image alone.
     """
 
     def __init__(self) -> None:
@@ -205,7 +205,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations(recipe: Recipe, phase: Phase, n: int = 8) -> dict[str, float]:
-    """FLOP an image of each kind of step, counted on the model as it is, not compiled."""
+    """FLOP per image of each kind of step, counted on the model without compiling."""
     recipe = replace(recipe, compile="off", precision="fp32", batch_size=n)
     steps = Steps(recipe, phase, torch.device("cpu"))
     counted = {}
@@ -224,7 +224,7 @@ def operations(recipe: Recipe, phase: Phase, n: int = 8) -> dict[str, float]:
 
 
 def pipeline_rate(recipe: Recipe, phase: Phase, device: torch.device, count: int) -> float:
-    """Images a second of `training.run.train` itself, in the second half of `count` steps."""
+    """Images per second of `training.run.train`, in the second half of `count` steps."""
     n = recipe.batch_size * (count + 1)
     shape = n, 3, recipe.input_size, recipe.input_size
     dataset = Dataset(
@@ -258,7 +258,7 @@ def pipeline_rate(recipe: Recipe, phase: Phase, device: torch.device, count: int
 def measure(
     recipe: Recipe, phase: Phase, device: torch.device, repeats: int, count: int
 ) -> dict[str, Any]:
-    """All figures, as JSON values."""
+    """All results, as JSON values."""
     steps, n = Steps(recipe, phase, device), recipe.batch_size
     whole = {
         "clean_step": steps.clean_step,
@@ -349,7 +349,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def _parts(rows: dict[str, Any]) -> list[tuple[str, float, float | None]]:
-    """Name, seconds and share of the limit; what the parts leave of the step is a part too."""
+    """Name, seconds and share of the limit of each part of a step, and of the rest."""
     at = {name: row["seconds"] for name, row in rows.items()}
     parts = [
         ("passes of the attack", at["attack_passes"], rows["attack_passes"]["share"]),
@@ -361,11 +361,11 @@ def _parts(rows: dict[str, Any]) -> list[tuple[str, float, float | None]]:
         ("waiting for the loss", at["adversarial_step"] - at["unread_step"], None),
     ]
     rest = at["adversarial_step"] - sum(value for _, value, _ in parts)
-    return [*parts, ("all else, and what overlaps", rest, None)]
+    return [*parts, ("rest, and overlap", rest, None)]
 
 
 def profile(steps: Steps, repeats: int, rows: int = 15) -> str:
-    """Markdown: the kernels that the attack, the loss and the whole step spend their time in."""
+    """A Markdown table of the kernels of the attack, the loss and the whole step, by time."""
     on_cuda = steps.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_cuda:
@@ -398,9 +398,9 @@ def profile(steps: Steps, repeats: int, rows: int = 15) -> str:
 
 
 def compare_folding(recipe: Recipe, phase: Phase, device: torch.device, repeats: int) -> str:
-    """How many times faster the attack and the step are through folded weights, in turns.
+    """The speedup of the attack and of the step through folded weights, measured in turns.
 
-    On the CPU by processor time, which other processes disturb less.
+    On the CPU in processor time, which other processes disturb less.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     plain, folded = (Steps(recipe, phase, device, fold=fold) for fold in (False, True))
@@ -428,17 +428,21 @@ def main() -> None:
     )
     parser.add_argument("--recipe", help="default: gpu on CUDA, else cpu")
     parser.add_argument("--phase", help="name of an adversarial phase; default: the first")
-    parser.add_argument("--arch", choices=ARCHS, help="default: the recipe's, as for the next")
+    parser.add_argument(
+        "--arch", choices=ARCHS, help="default: the recipe's, as for stem to compile"
+    )
     parser.add_argument("--stem", choices=STEMS)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--compile", choices=("auto", "on", "off"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="of the pipeline itself")
+    parser.add_argument("--steps", type=int, default=8, help="steps of the whole pipeline")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"))
-    parser.add_argument("--profile", action="store_true", help="name the kernels instead")
-    parser.add_argument("--compare-folding", action="store_true", help="see above")
+    parser.add_argument("--profile", action="store_true", help="print the kernels instead")
+    parser.add_argument(
+        "--compare-folding", action="store_true", help="time folded weights instead"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = resolve_device(args.device)

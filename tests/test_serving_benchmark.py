@@ -81,7 +81,7 @@ def test_ratios_are_taken_within_a_turn() -> None:
         {"stem": "cifar", "turn": turn, "images_per_second": rate, "p50_ms": 15.0}
         for turn, rate in enumerate((100.0, 50.0))
     ]
-    ours, theirs = table.summarise(loads, limits)
+    ours, theirs = table.summarize(loads, limits)
     assert ours["throughput"] == {"median": 55, "least": 30, "most": 80}
     assert ours["to_limit"] == {"median": pytest.approx(0.7), "least": 0.6, "most": 0.8}
     assert ours["to_litserve"] == {"median": 3.5, "least": 3, "most": 4}

@@ -1,16 +1,16 @@
-"""How close to the limit of the machine does the service come, and how far are the peers?
+"""Compares the throughput of our service with that of peers and with the machine's limit.
 
     python benchmarks/serving --json serving.json
     python benchmarks/serving --precision bf16 --json serving-bf16.json
     python benchmarks/serving --soak 300
 
-The same network behind `robust serve` in one precision and behind the peers, and as the limit the
-forward alone in that precision at its best batch, by the fastest runtime, in a process of its own.
-They take turns, each turn
-in another order. Each server is started fresh, warmed, loaded by wrk with one small PNG and ended
-before the next one starts. The peers run torch, and first each setting of theirs is tried at each
-number of clients and the best kept. Given are medians over the turns and, in brackets, the least
-and the most; ratios are taken within a turn. The load generator shares the processors.
+Measures the same network behind `robust serve` in one precision, behind the peers (with torch), and
+as the limit the forward pass alone in that precision, in the fastest runtime at its best batch size
+in its own process. They take turns, in another order each turn. Each server is started, warmed up,
+loaded by wrk with one small PNG, and stopped before the next one starts. The best settings of each
+peer are first determined for each number of clients. Printed are medians over the turns and, in
+parentheses, minimum and maximum; ratios are computed within a turn. The load generator shares the
+processors with the servers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where it is not installed
 
 from app.engine.cpu_limits import available_processors
-from benchmarks.environments import environment_of_peers
+from benchmarks.environments import peer_environment
 from benchmarks.inference import hardware
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.limit import PRECISIONS
 from benchmarks.serving.load import version_of_wrk
 from benchmarks.serving.servers import KINDS
 from benchmarks.serving.soak import soak
-from benchmarks.serving.table import check_targets, print_table, summarise
+from benchmarks.serving.table import check_targets, print_table, summarize
 from robust.checkpoint import load_checkpoint, save_checkpoint
 from robust.classifier import STEMS, Classifier
 from robust.files import write_json
@@ -47,25 +47,25 @@ HERE = Path(__file__).resolve().parent
 
 
 def weights_for(stem: str, checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint where it has that stem, else random weights, which take as long."""
-    given = load_checkpoint(checkpoint)
-    if given.classifier.architecture.stem == stem:
+    """The checkpoint if it has that stem, else random weights, which are as fast."""
+    loaded = load_checkpoint(checkpoint)
+    if loaded.classifier.architecture.stem == stem:
         return checkpoint
-    architecture = replace(given.classifier.architecture, stem=stem)
+    architecture = replace(loaded.classifier.architecture, stem=stem)
     torch.manual_seed(0)
     classifier = Classifier(architecture).eval()
     path = folder / f"{stem}.pt"
     save_checkpoint(
-        path, classifier, Sidecar(architecture=architecture, classes=given.sidecar.classes)
+        path, classifier, Sidecar(architecture=architecture, classes=loaded.sidecar.classes)
     )
     return path
 
 
 def header(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The conditions of the measurement."""
     peers = {}
     if set(arguments.servers) - {"robust"} and not arguments.soak:
-        python = environment_of_peers(arguments.peers, HERE / "peers.txt")
+        python = peer_environment(arguments.peers, HERE / "peers.txt")
         peers = installed(python, ("fastapi", "litserve", "bentoml", "torch"))
     return {
         "machine": hardware(torch.device("cpu")),
@@ -81,13 +81,13 @@ def header(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def installed(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """The versions of those packages that an environment has."""
-    ask_for = (
+    """The versions of the packages in an environment, without missing ones."""
+    code = (
         "import json, sys; from importlib.metadata import distributions; "
         "print(json.dumps({d.name: d.version for d in distributions() if d.name in sys.argv}))"
     )
     done = subprocess.run(
-        [str(python), "-c", ask_for, *packages], check=True, capture_output=True, text=True
+        [str(python), "-c", code, *packages], check=True, capture_output=True, text=True
     )
     found: dict[str, str] = json.loads(done.stdout)
     return found
@@ -100,18 +100,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--servers", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--stem", nargs="+", choices=STEMS, default=list(STEMS))
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="of ours and of the limit"
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of our service and of the limit",
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=10, help="of each load")
+    parser.add_argument("--seconds", type=float, default=10, help="seconds per load")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--warm", type=float, default=3, help="seconds of load before the first")
     parser.add_argument(
-        "--tune", type=float, default=3, help="seconds of each load when tuning; 0 does not tune"
+        "--warm", type=float, default=3, help="seconds of load before the first measurement"
     )
-    parser.add_argument("--limit", type=float, default=2, help="seconds of each batch size alone")
-    parser.add_argument("--soak", type=float, help="watch ours under load for so many seconds")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument(
+        "--tune", type=float, default=3, help="seconds per load in tuning; 0: no tuning"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=2, help="seconds per batch size of the forward pass alone"
+    )
+    parser.add_argument("--soak", type=float, help="instead load our service for this many seconds")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     return parser.parse_args()
 
 
@@ -134,14 +141,14 @@ def main() -> None:
                 report |= {"loads": loads + bench.loads, "limits": limits + bench.limits}
                 write(report, arguments.json)
     if not arguments.soak:
-        report["summary"] = summarise(report["loads"], report["limits"])
+        report["summary"] = summarize(report["loads"], report["limits"])
         report["targets"] = check_targets(report["summary"])
         print_table(report)
     write(report, arguments.json)
 
 
 def write(report: dict[str, Any], path: Path | None) -> None:
-    """Keep what was measured so far, if it is to be kept."""
+    """Write the results so far, if a path is given."""
     if path:
         write_json(path.resolve(), report)
 

@@ -1,4 +1,4 @@
-"""One network behind each server in turn, and alone: what is measured, and how often."""
+"""Measures one network behind each server in turn, and alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import click
 import httpx
 
-from benchmarks.serving.load import ask, form, generate, small_png
+from benchmarks.serving.load import form, generate, predict, small_png
 from benchmarks.serving.servers import KINDS, START_SECONDS, Kind, Server, Settings, started
 from robust.checkpoint import load_checkpoint
 
@@ -25,7 +25,7 @@ SETTLE_SECONDS = 0.5
 
 
 class Bench:
-    """One network on this machine: what is measured with it, and what came of it."""
+    """The measurements of one network on this machine."""
 
     def __init__(self, arguments: argparse.Namespace, stem: str, weights: Path, folder: Path):
         self.arguments, self.stem, self.weights, self.folder = arguments, stem, weights, folder
@@ -38,11 +38,11 @@ class Bench:
         self.limits: list[dict[str, Any]] = []
 
     def check_agreement(self) -> None:
-        """All servers must see the same class, or they do not serve the same network."""
+        """Raise ValueError unless all servers predict the same class for the image."""
         seen = {}
         for name in self.arguments.servers:
             with self.started(KINDS[name], KINDS[name].settings[0]) as server:
-                seen[name] = class_in(ask(server.url, self.image))
+                seen[name] = class_in(predict(server.url, self.image))
         if len(set(seen.values())) > 1:
             raise ValueError(f"expected one class from all servers, got {seen}")
 
@@ -53,7 +53,7 @@ class Bench:
         return started(kind, python, self.weights, self.image, settings)
 
     def tune(self, kind: Kind) -> None:
-        """Find for each number of clients the settings with the highest throughput."""
+        """Find the settings with the highest throughput for each number of clients."""
         best: dict[int, tuple[float, Settings]] = {}
         tried = kind.settings if self.arguments.tune and len(kind.settings) > 1 else ()
         for settings in tried:
@@ -66,10 +66,10 @@ class Bench:
         }
 
     def turn(self, number: int) -> None:
-        """Each server and the limit once, the first of them another one than before."""
+        """Measure each server and the limit once; the order rotates from turn to turn."""
         names = ["limit", *self.arguments.servers]
-        for place in range(len(names)):
-            name = names[(number + place) % len(names)]
+        for k in range(len(names)):
+            name = names[(number + k) % len(names)]
             if name == "limit":
                 self.measure_limit(number)
                 continue
@@ -87,7 +87,7 @@ class Bench:
     def load(
         self, kind: Kind, settings: Settings, clients: list[int], seconds: float
     ) -> list[dict[str, Any]]:
-        """Start a server, load it with each number of clients, and end it."""
+        """The loads of a fresh server with each number of clients."""
         rows = []
         with self.started(kind, settings) as server:
             generate(server.url, self.body, clients=max(clients), seconds=self.arguments.warm)
@@ -109,7 +109,7 @@ class Bench:
         return rows
 
     def measure_limit(self, turn: int) -> None:
-        """The forward alone, in a process of its own."""
+        """Measure the forward pass alone, in its own process."""
         arguments = self.arguments
         given = [str(self.weights), str(self.folder), arguments.precision, str(arguments.limit)]
         done = subprocess.run(
@@ -143,14 +143,14 @@ class Bench:
 
 
 def settle(server: Server, image: bytes) -> None:
-    """Wait until nothing is left of the clients before: a server may go on for those who left.
+    """Wait until the server has finished requests of earlier clients.
 
-    Raises httpx.HTTPError when it refuses a single request for longer than a start takes.
+    Raises httpx.HTTPError if it refuses a single request for longer than START_SECONDS.
     """
     latest, answers = time.monotonic() + START_SECONDS, 0
     while answers < 2:
         try:
-            ask(server.url, image, seconds=START_SECONDS)
+            predict(server.url, image, seconds=START_SECONDS)
             answers += 1
         except httpx.HTTPStatusError:
             if time.monotonic() > latest:
@@ -160,7 +160,7 @@ def settle(server: Server, image: bytes) -> None:
 
 
 def class_in(answer: Any) -> int:
-    """The index of the likeliest class in the answer of any server."""
-    if isinstance(answer, list):  # of BentoML
+    """The index of the likeliest class in the response of any server."""
+    if isinstance(answer, list):  # from BentoML
         (answer,) = answer
     return int(answer["results"][0]["index"] if "results" in answer else answer["index"])

@@ -1,12 +1,11 @@
-"""How many images a second can this machine classify, without any server?
+"""Measures how many images per second this machine can classify without a server.
 
     python benchmarks/serving/limit.py WEIGHTS FOLDER PRECISION SECONDS BATCH...
 
-The forward alone in fp32 or bf16, by each runtime that is installed and has it, at each batch size,
-for so many seconds each.
-Prints JSON: for each runtime and batch the images a second and the median of a batch in ms, and
-which runtimes are missing. The graph as ONNX, the service's own, is kept in the folder for the
-next time.
+Runs the forward pass in fp32 or bf16, in each installed runtime that supports the precision, at
+each batch size for SECONDS each. Prints JSON: for each runtime and batch size the images per second
+and the median time of a batch in ms, and the missing runtimes. The ONNX graph, the same as the
+service's, is cached in FOLDER.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from robust.inference import for_inference
 
 Forward = Callable[[np.ndarray], np.ndarray]
 PRECISIONS = ("fp32", "bf16")
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.01}  # most that a probability may be off
-WARM_UP = 3  # passes of each shape
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.01}  # largest difference of a probability
+WARM_UP = 3  # passes per shape
 
 
 def torch_copy(checkpoint: Checkpoint, _: Path, precision: str) -> Forward:
-    """torch, with batch norm folded and channels last: what attacks and evaluations run."""
+    """The inference copy that attacks and evaluations use."""
     model: Callable[[Tensor], Tensor] = for_inference(checkpoint.classifier)
     if precision == "bf16":
         model = in_bf16(model, torch.device("cpu"))
@@ -75,7 +74,7 @@ def openvino(_: Checkpoint, onnx: Path, precision: str) -> Forward:
     requests: dict[int, Any] = {}
 
     def forward(x: np.ndarray) -> np.ndarray:
-        if len(x) not in requests:  # of a fixed shape each: none is faster
+        if len(x) not in requests:  # one per batch size, as fixed shapes are fastest
             model = core.read_model(onnx)
             model.reshape(list(x.shape))
             requests[len(x)] = core.compile_model(model, "CPU", config).create_infer_request()
@@ -93,7 +92,7 @@ RUNTIMES: dict[str, Callable[[Checkpoint, Path, str], Forward]] = {
 
 
 def measure(forward: Forward, x: np.ndarray, seconds: float) -> dict[str, float]:
-    """Images a second and the median of a pass in ms, of passes for so many seconds."""
+    """Images per second and the median pass in ms, over `seconds` seconds."""
     for _ in range(WARM_UP):
         forward(x)
     times = []

@@ -1,5 +1,5 @@
--- What wrk sends and counts: wrk -s load.lua URL -- BODY_FILE BOUNDARY
--- Prints one line of JSON at the end, after wrk's own report.
+-- Script for wrk: wrk -s load.lua URL -- BODY_FILE BOUNDARY
+-- Sends the body as a form, and prints one line of JSON after wrk's own report.
 
 local threads = {}
 

@@ -1,4 +1,4 @@
-"""The servers that are compared: how each is started, watched and ended."""
+"""The compared servers: how each is started, monitored and stopped."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.serving.load import ask
+from benchmarks.serving.load import predict
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 ROOT = HERE.parents[1]
 START_SECONDS = 300.0
-END_SECONDS = 30.0  # for a server that was asked to end
-LEFT_SECONDS = 3.0  # for what it has started, after it
-PORTS = range(20_000, 32_000)  # Linux gives those from 32,768 on to connections
+END_SECONDS = 30.0  # for a server to stop after SIGTERM
+LEFT_SECONDS = 3.0  # for its children to stop after it
+PORTS = range(20_000, 32_000)  # Linux uses ports from 32,768 on for outgoing connections
 TICKS = os.sysconf("SC_CLK_TCK")
 
 Settings = dict[str, str]
@@ -34,7 +34,7 @@ Settings = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A way to serve. `settings`, environment variables, are those worth trying."""
+    """A kind of server, with the environment variables to try in tuning as `settings`."""
 
     name: str
     command: Callable[[Path, Path, int], list[str]]  # of the peers' Python, weights and port
@@ -85,18 +85,18 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server that answers at `url`."""
+    """A running server that responds at `url`."""
 
     pid: int
     url: str
-    ready_seconds: float  # from the start to the first answer
+    ready_seconds: float  # from the start to the first response
 
     def cpu_seconds(self) -> float:
-        """Processor time so far, of its processes together."""
+        """CPU time of all its processes so far."""
         return sum(_cpu_seconds(pid) for pid in family(self.pid))
 
     def memory_bytes(self) -> int:
-        """Memory it holds, what its processes share counted once."""
+        """Memory of all its processes, with shared memory counted once."""
         return sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in family(self.pid)) * 1024
 
     def resident_bytes(self) -> int:
@@ -108,7 +108,7 @@ class Server:
 def started(
     kind: Kind, python: Path, weights: Path, image: bytes, settings: Settings | None = None
 ) -> Iterator[Server]:
-    """A fresh server, from its first answer to its end. Raises ValueError when none comes."""
+    """A fresh server, which has responded once. Raises ValueError if it does not start."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}/predict"
     ours = {name: value for name, value in os.environ.items() if not name.startswith("ROBUST_")}
@@ -127,7 +127,7 @@ def started(
             stderr=subprocess.STDOUT,
         )
         try:
-            if not _answers(process, url, image):
+            if not _responds(process, url, image):
                 log.seek(0)
                 raise ValueError(f"expected {kind.name} to serve: {log.read()[-2000:].decode()}")
             yield Server(pid=process.pid, url=url, ready_seconds=time.monotonic() - began)
@@ -136,10 +136,10 @@ def started(
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, of those that no connection is given as its own.
+    """A free port outside the range of outgoing connections.
 
-    Asking for a server at one of the latter before it listens can connect the asker to itself,
-    and then the server finds its port taken.
+    Polling a server on a port in that range before it listens can connect the client to itself,
+    and then the port is taken when the server starts.
     """
     for port in random.sample(PORTS, len(PORTS)):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -147,12 +147,12 @@ def _free_port() -> int:
     raise ValueError(f"expected a free port of {PORTS.start} to {PORTS.stop - 1}, got none")
 
 
-def _answers(process: subprocess.Popen[bytes], url: str, image: bytes) -> bool:
-    """Wait for the first answer; false when the server ends or takes too long."""
+def _responds(process: subprocess.Popen[bytes], url: str, image: bytes) -> bool:
+    """Wait for the first response; returns False if the server ends or takes too long."""
     latest = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < latest:
         try:
-            ask(url, image, seconds=END_SECONDS)
+            predict(url, image, seconds=END_SECONDS)
             return True
         except httpx.HTTPError:
             time.sleep(0.05)
@@ -160,7 +160,7 @@ def _answers(process: subprocess.Popen[bytes], url: str, image: bytes) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and the processes it has started, each by its own id."""
+    """Stop a server and its descendants, each by its own id."""
     left = family(process.pid)[1:]
     process.send_signal(signal.SIGTERM)
     try:
@@ -182,19 +182,19 @@ def _until_gone(pids: list[int]) -> None:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and (fields := _fields(int(folder.name))):
             parents[int(folder.name)] = int(fields[1])
     found = [pid]
-    for one in found:  # grows meanwhile
+    for one in found:  # the list grows in the loop
         found += [child for child, parent in parents.items() if parent == one]
     return found
 
 
 def _fields(pid: int) -> list[str]:
-    """What /proc/PID/stat says after the name, its state first; nothing of one that is gone."""
+    """The fields of /proc/PID/stat from the state on; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Does our service hold under load, and what does it take to start?"""
+"""Measures the memory of our service under sustained load, and its start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE_SECONDS = 1.0
 
 
 def soak(bench: Bench) -> dict[str, Any]:
-    """Load ours with 256 clients, its memory in view; and one client against the forward alone."""
+    """Load our service with 256 clients and track its memory; also measures a single client."""
     bench.measure_limit(0)
     with bench.started(KINDS["robust"], {}) as server:
         at_start = server.resident_bytes()
@@ -37,7 +37,7 @@ def soak(bench: Bench) -> dict[str, Any]:
         "ready_seconds": server.ready_seconds,
         "bytes_at_start": at_start,
         "bytes_most": max(sizes),
-        # Not the first: until then buffers are made for batches of every size.
+        # Not the first, in which buffers for batches of every size are allocated.
         "bytes_second_fifth": median(sizes[fifth : 2 * fifth] or sizes),
         "bytes_last_fifth": median(sizes[-fifth:]),
         "bytes_each_second": sizes,
@@ -66,13 +66,13 @@ def _show(found: dict[str, Any]) -> None:
     click.echo("| what | found |")
     click.echo("| --- | --- |")
     for what, value in (
-        ("from the start to the first answer", f"{found['ready_seconds']:.1f} s"),
+        ("from the start to the first response", f"{found['ready_seconds']:.1f} s"),
         ("memory then", f"{found['bytes_at_start'] / 1e6:.0f} MB"),
         (f"most memory with {CLIENTS} clients", f"{found['bytes_most'] / 1e6:.0f} MB"),
         ("growth from the second to the last fifth of the time", f"{growth / 1e6:+.1f} MB"),
         (
-            f"answers in {found['seconds']:.0f} s",
-            f"{found['statuses'].get(200, 0)}, {found['throughput']:.0f} a second",
+            f"responses in {found['seconds']:.0f} s",
+            f"{found['statuses'].get(200, 0)}, {found['throughput']:.0f} per second",
         ),
         ("other than 200", found["errors"] or "none"),
         ("p50 of one client", f"{found['p50_ms_one_client']:.1f} ms, {over:+.1f} to the forward"),

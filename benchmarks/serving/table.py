@@ -1,4 +1,4 @@
-"""From loads and limits to medians, ratios and a table."""
+"""Computes medians and ratios from loads and limits, and prints them as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-# Of ours: stem, clients, the figure, what is asked of it, and whether at least that or at most.
+# For our service: stem, clients, metric, target, and whether it is a minimum or a maximum.
 TARGETS = (
     ("cifar", 16, "throughput", 230, "at least"),
     ("cifar", 16, "to_limit", 0.85, "at least"),
@@ -17,15 +17,15 @@ TARGETS = (
     ("imagenet", 16, "to_limit", 0.45, "at least"),
 )
 WORDS = {
-    "throughput": "requests a second",
-    "to_limit": "throughput to that of the limit",
-    "to_litserve": "throughput to that of LitServe",
+    "throughput": "requests per second",
+    "to_limit": "throughput relative to the limit",
+    "to_litserve": "throughput relative to LitServe",
     "ms_over_forward": "p50 over the forward alone, in ms",
 }
 
 
-def summarise(loads: list[dict[str, Any]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each stem, number of clients and server: median, least and most over the turns."""
+def summarize(loads: list[dict[str, Any]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each stem, number of clients and server, with spreads over the turns."""
     by_turn = {
         (load["stem"], load["turn"], load["clients"], load["server"]): load for load in loads
     }
@@ -66,13 +66,13 @@ def summarise(loads: list[dict[str, Any]], limits: list[dict[str, Any]]) -> list
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:
-    """Median, least and most; None of nothing."""
+    """Median, minimum and maximum; None for no values."""
     found = list(values)
     return {"median": median(found), "least": min(found), "most": max(found)} if found else None
 
 
 def check_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is asked of our service, of what was measured: the figure, and whether it is met."""
+    """The measured targets of our service: value, target and whether it is met."""
     found = []
     for stem, clients, figure, target, bound in TARGETS:
         for row in rows:
@@ -88,7 +88,7 @@ def check_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The report as Markdown."""
+    """Print the report as Markdown."""
     versions = f"Runtimes {report['runtimes']}; peers {report['versions_of_peers']}"
     click.echo(f"\n{report['machine']}")
     click.echo(f"{versions}; {report['load_generator']}")
@@ -137,13 +137,13 @@ def print_table(report: dict[str, Any]) -> None:
     for target in report["targets"]:
         click.echo(
             f"{target['stem']} stem, {target['clients']} clients, {WORDS[target['figure']]}: "
-            f"{target['value']:.2f}, {target['bound']} {target['target']:g} asked for: "
+            f"{target['value']:.2f}, target {target['bound']} {target['target']:g}: "
             f"{'met' if target['met'] else 'not met'}"
         )
 
 
 def in_words(figure: dict[str, float] | None, form: str) -> str:
-    """`12 (11-13)`: the median, the least and the most."""
+    """`12 (11-13)`: median, minimum and maximum."""
     if figure is None:
         return "-"
     middle, least, most = (format(figure[name], form) for name in ("median", "least", "most"))

@@ -1,4 +1,4 @@
-"""BentoML with its adaptive batching, in SERVING_BATCH and SERVING_WAIT_MS. For `bentoml serve`."""
+"""BentoML with adaptive batching, set by SERVING_BATCH and SERVING_WAIT_MS; for `bentoml serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LitServe with its batching, in SERVING_BATCH and SERVING_WAIT_MS: python lit.py PORT."""
+"""LitServe with batching, set by SERVING_BATCH and SERVING_WAIT_MS: python lit.py PORT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Classify(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.network = load_network()
 
-    def decode_request(self, request) -> Tensor:  # with a type LitServe would take it for a query
+    def decode_request(self, request) -> Tensor:  # with a type LitServe would treat it as a query
         return to_input(Image.open(request["file"].file))
 
     def batch(self, inputs: list[Tensor]) -> Tensor:

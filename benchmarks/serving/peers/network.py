@@ -1,6 +1,6 @@
-"""The network and the image as the peers see them: torch and torchvision, nothing of this project.
+"""The network and its input for the peers, with torch and torchvision but not this project.
 
-The checkpoint is that of the environment variable SERVING_WEIGHTS, with its sidecar beside it.
+The environment variable SERVING_WEIGHTS is the path of the checkpoint, with its sidecar beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 
 def load_network() -> nn.Module:
-    """torchvision's network with the weights in it, in eval mode."""
+    """torchvision's network with the weights of the checkpoint, in eval mode."""
     weights = Path(os.environ["SERVING_WEIGHTS"])
     about = json.loads(weights.with_suffix(".json").read_text())["architecture"]
     if about["mean"] != [0, 0, 0] or about["std"] != [1, 1, 1]:
@@ -42,6 +42,6 @@ def to_input(image: object) -> Tensor:
 
 
 def answer(probabilities: Tensor) -> dict[str, int | float]:
-    """What a client gets: the likeliest class of probabilities (K,)."""
+    """The response: the likeliest class of probabilities (K,)."""
     index = int(probabilities.argmax())
     return {"index": index, "probability": float(probabilities[index])}

@@ -1,4 +1,4 @@
-"""FastAPI as a tutorial has it: a sync endpoint that runs the network. For uvicorn."""
+"""FastAPI as in a tutorial: a sync endpoint that runs the network. For uvicorn."""
 
 from __future__ import annotations
 
