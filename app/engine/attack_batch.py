@@ -1,4 +1,4 @@
-"""Attacks on images from several requests, which share their passes."""
+"""Attacks on single images, batched across requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from app.engine.engine import MAX_SHARED, Engine, Session
 from app.engine.queue import Kind, Work
 from app.engine.served_model import ServedModel
-from app.errors import FieldError, InvalidParameters
+from app.errors import InvalidParameters, invalid
 from robust.attacks import AttackSettings
 from robust.images import to_float
 from robust.prediction import AttackOutcome, attack_images, predict
@@ -34,9 +34,10 @@ async def attack_in_batch(
     *,
     deadline: float | None = None,
 ) -> list[AttackOutcome]:
-    """Run each of `attacks` on one image, batched with matching requests from others.
+    """Run each of `attacks` on one image, in a batch with other requests for the same attack.
 
-    Raises InvalidParameters when target and label are the same, and what `Engine.run_shared` does.
+    Raises InvalidParameters if target and label are the same, and the errors of
+    `Engine.run_shared`.
     """
     works = [
         Work(
@@ -71,9 +72,10 @@ async def compare_in_batch(
     *,
     deadline: float | None = None,
 ) -> list[list[tuple[AttackOutcome, Transfer]]]:
-    """Run each of `attacks` on the first model of each pair, and classify with the second.
+    """Attack the first model of each pair, and classify the adversarial image with the second.
 
-    Returns a list per pair, by attack. All are admitted together; raises like `attack_in_batch`.
+    Returns a list per pair, with a result per attack. All are admitted together. Raises what
+    `attack_in_batch` raises.
     """
     works = [
         Work(
@@ -93,12 +95,12 @@ async def compare_in_batch(
 
 
 def compare_cost(attacks: Sequence[AttackSettings]) -> int:
-    """Like `cost`, plus two passes of the other model for each attack."""
+    """`cost`, plus two passes of the other model for each attack."""
     return cost(attacks) + 2 * len(attacks)
 
 
 def cost(attacks: Sequence[AttackSettings]) -> int:
-    """Most forward and backward passes for an image, including those before and after."""
+    """The most forward and backward passes for an image, with the predictions before and after."""
     return sum(settings.cost + 2 for settings in attacks)
 
 
@@ -113,26 +115,26 @@ def _function(
             int(row.argmax()) if item.label is None else item.label
             for item, row in zip(items, before, strict=True)
         ]
-        good = torch.tensor(
+        valid = torch.tensor(
             [label != item.target for label, item in zip(labels, items, strict=True)]
         )
-        results: list[AttackOutcome | Exception] = [_same_class() for _ in items]
-        at = good.nonzero().flatten().tolist()
-        if at:
-            targets = [items[place].target for place in at]
+        results: list[AttackOutcome | Exception] = [_target_is_label() for _ in items]
+        indices = valid.nonzero().flatten().tolist()
+        if indices:
+            targets = [items[index].target for index in indices]
             outcomes = attack_images(
                 session,
-                x[good.to(x.device)],
-                [labels[place] for place in at],
+                x[valid.to(x.device)],
+                [labels[index] for index in indices],
                 settings=settings,
                 targets=None if None in targets else targets,  # all have one, or none has
-                before=before[good],
-                cancelled=lambda: session.cancelled()[good],
+                before=before[valid],
+                cancelled=lambda: session.cancelled()[valid],
                 batch_size=MAX_SHARED,
                 bf16=session.bf16,
             )
-            for place, outcome in zip(at, outcomes, strict=True):
-                results[place] = replace(outcome, seconds=session.seconds() - start)
+            for index, outcome in zip(indices, outcomes, strict=True):
+                results[index] = replace(outcome, seconds=session.seconds() - start)
         return results
 
     return run
@@ -160,23 +162,17 @@ def _function_with_transfer(
             else (
                 outcome,
                 Transfer(
-                    label=int(before[place].argmax()) if item.label is None else item.label,
+                    label=int(before[index].argmax()) if item.label is None else item.label,
                     target=item.target,
-                    before=before[place],
-                    after=after[place],
+                    before=before[index],
+                    after=after[index],
                 ),
             )
-            for place, (outcome, item) in enumerate(zip(outcomes, items, strict=True))
+            for index, (outcome, item) in enumerate(zip(outcomes, items, strict=True))
         ]
 
     return run
 
 
-def _same_class() -> InvalidParameters:
-    return InvalidParameters(
-        [
-            FieldError(
-                field="target", expected="another class than the label", got="the label itself"
-            )
-        ]
-    )
+def _target_is_label() -> InvalidParameters:
+    return invalid("target", "a class other than the label", "the label itself")

@@ -31,22 +31,22 @@ def load_compare(
     try:
         model = load_model(path, device, attacks_only=True, precision=precision)
         if difference := mismatch(model, served):
-            raise CheckpointError(path, f"what {served.name} has, to compare with it", difference)
+            raise CheckpointError(path, f"the same as {served.name}, to compare them", difference)
     except (CheckpointError, DeviceDisagrees) as error:
         if required:
             raise
-        logger.warning("there is no comparison model: %s", error)
+        logger.warning("serving without a comparison model: %s", error)
         return None
     return model
 
 
 def mismatch(model: ServedModel, served: ServedModel) -> str | None:
-    """Why the two models can't take the same images and labels, if so."""
+    """Why the two models can't share images and labels, or None."""
     if model.classes != served.classes:
-        return f"the classes {_listed(model)} beside {_listed(served)}"
+        return f"the classes {_listed(model)} instead of {_listed(served)}"
     if model.input_size != served.input_size:
         size, other = model.input_size, served.input_size
-        return f"images of {size} x {size} pixels beside {other} x {other}"
+        return f"images of {size} x {size} pixels instead of {other} x {other}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, inside or outside a container."""
+"""The number of CPUs that this process may use, in a container or not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def available_processors(
 ) -> int:
     """Whole CPUs allowed by affinity and by the quotas of all enclosing cgroups, at least 1.
 
-    Fractions are rounded down: an extra thread would use up the quota early and be stopped until
-    the next period, together with every thread that waits for it.
+    Fractions are rounded down: an extra thread would use up the quota early, and the kernel would
+    stop it until the next period, together with every thread that waits for it.
     """
     try:
         allowed = len(os.sched_getaffinity(0))
@@ -25,15 +25,15 @@ def available_processors(
 
 
 def device_threads(asked: int = 0) -> int:
-    """Number of CPU threads: the given number, else torch's number limited to the quota.
+    """The number of CPU threads: `asked`, or for 0 torch's number, limited to the quota.
 
-    torch counts the machine's CPUs and doesn't know a container's quota.
+    torch counts the machine's CPUs and doesn't know the container's quota.
     """
     return asked or min(torch.get_num_threads(), available_processors())
 
 
 def _folders(cgroups: Path, membership: Path) -> list[Path]:
-    """Folders with the quotas of this process: its cgroup and the enclosing ones, v2 and v1."""
+    """The folders of this process's cgroup and the enclosing ones, of cgroup v2 and v1."""
     found = []
     try:
         lines = membership.read_text().splitlines()
@@ -43,7 +43,7 @@ def _folders(cgroups: Path, membership: Path) -> list[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # v1 mounts each set of controllers under its name, often with a link per controller.
+        # v1 mounts each set of controllers under its name, often with a symlink per controller.
         mount = cgroups / controllers if (cgroups / controllers).is_dir() else cgroups / "cpu"
         folder = mount / path.lstrip("/") if controllers else cgroups / path.lstrip("/")
         top = mount if controllers else cgroups

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SHARED = 8  # attacks from several requests in one pass: more would delay predictions too long
+MAX_NESTED_ATTACKS = 4  # attacks begun and not finished: each waits for the one it yielded to
+PASSES_BEFORE_GROWTH = 100  # full passes that must succeed before the batch size is doubled again
 _STOPPED = EngineStopped("The device thread has stopped.")
-MAX_NESTED_ATTACKS = 4  # each waits for the one that it yielded to
-_FITTED_OFTEN = 100  # successful full passes after which the batch size is doubled
 
 
 class _DeviceLost(BaseException):
@@ -41,10 +41,10 @@ class _DeviceLost(BaseException):
 
 
 class Session:
-    """Model handle of a task on the device; yields to more urgent work.
+    """The model, as a task on the device calls it: maps images to logits, between urgent work.
 
-    Calling it maps images to logits. Before each call it runs more urgent work, and raises
-    Cancelled or DeadlineExceeded once no client waits for any of the results.
+    Before each call it runs more urgent work, and raises Cancelled or DeadlineExceeded once no
+    client waits for any of the task's results.
     """
 
     def __init__(self, engine: Engine, batch: list[Work]) -> None:
@@ -60,13 +60,13 @@ class Session:
         return self.model.logits(x)
 
     def _in_bf16(self, x: Tensor) -> Tensor:
-        """The same from the bfloat16 copy, for searches; `bf16` is this or None."""
+        """Logits from the bfloat16 copy, for searches."""
         assert self.model.bf16 is not None
         self.pause()
         return self.model.bf16(x)
 
     def exact(self, x: Tensor) -> Tensor:
-        """The same from the classifier itself instead of its faster copy."""
+        """Logits from the classifier itself, not from its faster copy."""
         self.pause()
         if self._exact is None:
             self._exact = self.model.exact()
@@ -74,24 +74,24 @@ class Session:
         return logits
 
     def cancelled(self) -> Tensor:
-        """Which of the works that share this session are cancelled, bool (n,)."""
+        """Mask of the session's works that are cancelled or past their deadline, bool (n,)."""
         return torch.tensor([error is not None for error in self.errors])
 
     def pause(self) -> None:
         """Run more urgent work; raise once no client waits for any of the results."""
         self._engine.serve(below=self._batch[0].kind)
         self._engine.serve_sooner(self._batch)
-        for place, work in enumerate(self._batch):
+        for index, work in enumerate(self._batch):
             try:
                 work.check()
             except ServiceError as error:
-                self.errors[place] = self.errors[place] or error
+                self.errors[index] = self.errors[index] or error
         first = self.errors[0]
         if first is not None and all(self.errors):
             raise first
 
     def seconds(self) -> float:
-        """Time on the device so far, without the work that ran in between."""
+        """Time on the device so far, excluding the work that ran in between."""
         return self._engine.own_seconds()
 
 
@@ -99,8 +99,8 @@ class Engine:
     """Runs predictions in shared batches, and attacks and evaluations one after another.
 
     The thread takes queued work as soon as the device is free. On a CPU, predictions first wait
-    briefly for images that are still being decoded. Predictions and attacks run between the steps
-    of an evaluation; predictions and small attacks of other clients between those of an attack.
+    briefly for images that are still being decoded. Between the steps of an evaluation, predictions
+    and attacks run; between the steps of an attack, predictions and other clients' small attacks.
     Works with equal `share` run as one batch.
     """
 
@@ -118,24 +118,25 @@ class Engine:
         self._tracing = tracing or Tracing()
         self._queue = WorkQueue(queue_limit, self._metrics, client_share=client_share)
         self._max_batch, self._threads = max_batch, threads
-        self._fitting = max_batch  # images known to fit in memory in one forward pass
-        self._fitted = 0  # successful passes in a row
+        self._batch_limit = max_batch  # images that fit in memory in one forward pass
+        self._full_passes = 0  # successful passes of that size in a row
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
-        self._started, self._nested = 0.0, 0.0  # of the work on top of the stack
-        self._depths: list[Kind] = []  # kinds of the nested running work, innermost last
+        self._started = 0.0  # when the innermost running work started
+        self._nested = 0.0  # seconds of work nested in it
+        self._running_kinds: list[Kind] = []  # innermost last
 
     @property
     def max_batch(self) -> int:
-        """Most images of a prediction's pass."""
+        """The most images of one forward pass of predictions."""
         return self._max_batch
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that owns the device runs."""
+        """Whether the device thread is running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the device thread."""
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> None:
@@ -149,16 +150,16 @@ class Engine:
     def retry_after(self, kind: Kind, *, ahead: int = 0) -> int:
         """Whole seconds until there should be room for work of that kind.
 
-        `ahead` counts forward passes that wait elsewhere.
+        `ahead` counts the forward passes of waiting work that is not in this queue.
         """
         return self._queue.retry_after(kind, ahead=ahead)
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Context manager to enter while the images of a prediction are decoded.
+        """Context manager for decoding the images of a prediction.
 
-        On a CPU the device then waits for them, because decoding needs the same cores: one batch
-        of all images takes less CPU time than two, and doesn't compete with decoding. The device
-        doesn't wait when a larger batch would save nothing.
+        On a CPU the device waits for them briefly, because decoding needs the same cores: one
+        batch of all images takes less CPU time than two, and doesn't compete with decoding. It
+        doesn't wait if a larger batch would save nothing.
         """
         return self._queue.decoding()
 
@@ -223,7 +224,7 @@ class Engine:
             work.abandon()
             self._tracing.work(work.kind.label, admitted=work.admitted, began=work.began)
 
-    # The following methods run on the device thread.
+    # The methods below run on the device thread.
 
     def serve(self, *, below: Kind) -> None:
         """Run the queued work that is more urgent than `below`."""
@@ -232,17 +233,15 @@ class Engine:
             self._do(work)
 
     def serve_sooner(self, batch: Sequence[Work]) -> None:
-        """Run attacks of other clients whose turn ends before that of the running `batch`."""
-        if batch[0].kind is not Kind.ATTACK or self._attacks_at_work() >= MAX_NESTED_ATTACKS:
+        """Run the attacks of other clients that are due before the running `batch`."""
+        running_attacks = self._running_kinds.count(Kind.ATTACK)
+        if batch[0].kind is not Kind.ATTACK or running_attacks >= MAX_NESTED_ATTACKS:
             return
         while work := self._queue.take_sooner(batch):
             self._do(work)
 
-    def _attacks_at_work(self) -> int:
-        return self._depths.count(Kind.ATTACK)
-
     def own_seconds(self) -> float:
-        """Time since the work on top of the stack began, without nested work."""
+        """Time since the innermost running work started, excluding work nested in it."""
         return time.perf_counter() - self._started - self._nested
 
     def _main(self) -> None:
@@ -252,7 +251,7 @@ class Engine:
                 while self._queue.wait():
                     if work := self._queue.take():
                         self._do(work)
-                    work = None  # otherwise it keeps its model alive until the next work comes
+                    work = None  # otherwise it keeps its model in memory until the next work
         except BaseException:
             logger.critical("the device thread died", exc_info=True)
         finally:
@@ -275,7 +274,7 @@ class Engine:
             self._predict(batch)
 
     def _begin(self, work: Work) -> bool:
-        """Whether to run this work: not if its client disconnected or its deadline has passed."""
+        """Mark `work` as running; False if it was cancelled or its deadline has passed."""
         if not work.future.set_running_or_notify_cancel():
             self._metrics.rejected.labels("cancelled").inc()
             return False
@@ -310,22 +309,23 @@ class Engine:
         """
         done: list[Tensor] = []
         while len(images):
-            size = min(self._fitting, len(images))
+            size = min(self._batch_limit, len(images))
             some = images if size == len(images) else images[:size]
-            part = _without_memory(lambda: self._forward(model, some))  # noqa: B023
+            part = _none_if_out_of_memory(lambda: self._forward(model, some))  # noqa: B023
             if part is None:
                 self._metrics.out_of_memory.inc()
                 _empty_cache(model)
                 if size == 1:
                     raise OutOfMemory("There is not enough memory for this now.")
-                self._fitting, self._fitted = size // 2, 0
-                logger.warning("out of memory with %d images; trying %d", size, self._fitting)
+                self._batch_limit, self._full_passes = size // 2, 0
+                logger.warning("out of memory with %d images; trying %d", size, self._batch_limit)
                 continue
             done.append(part)
             images = images[size:]
-            self._fitted += size == self._fitting < self._max_batch
-            if self._fitted >= _FITTED_OFTEN:
-                self._fitting, self._fitted = min(2 * self._fitting, self._max_batch), 0
+            self._full_passes += size == self._batch_limit < self._max_batch
+            if self._full_passes >= PASSES_BEFORE_GROWTH:
+                self._batch_limit = min(2 * self._batch_limit, self._max_batch)
+                self._full_passes = 0
         return done[0] if len(done) == 1 else torch.cat(done)
 
     def _forward(self, model: ServedModel, images: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ class Engine:
         return model.classify(images)
 
     def _run(self, batch: list[Work]) -> None:
-        """Run the function of the first work for all; after a failure, run each work alone."""
+        """Run the first work's function for all of `batch`; if it fails, run each work alone."""
         session = Session(self, batch)
         results = self._attempt(batch, lambda: _call(batch, session), each=self._run)
         if results is None:
@@ -347,10 +347,10 @@ class Engine:
     def _attempt(
         self, batch: list[Work], function: Callable[[], T], *, each: Callable[[list[Work]], None]
     ) -> T | None:
-        """The result of `function` for the batch; None if it failed, with the errors set.
+        """The result of `function` for the batch; None if it failed, with the futures' errors set.
 
-        Several works that fail together are tried again, `each` alone, after the exception and
-        its frames have released their memory on the device.
+        If several works fail together, `each` is called with every work alone. By then the
+        exception and its frames are gone, and with them their memory on the device.
         """
         try:
             with self._on_device(batch):
@@ -374,15 +374,16 @@ class Engine:
 
     @contextmanager
     def _on_device(self, batch: list[Work]) -> Iterator[None]:
-        """Charge the time to `batch`, not to the interrupted work.
+        """Charge the time of the block to `batch`, not to the work that it interrupts.
 
-        Also resets the interrupted work's precision and gradient mode.
+        The block runs in the default precision and gradient mode, whatever the interrupted work
+        has set.
         """
         kind, cost = batch[0].kind, sum(work.cost for work in batch)
         outer = self._started, self._nested
         self._started, self._nested = time.perf_counter(), 0.0
         self._queue.running += batch
-        self._depths.append(kind)
+        self._running_kinds.append(kind)
         token = logs.request_id.set(",".join(dict.fromkeys(work.request_id for work in batch)))
         try:
             with (
@@ -397,7 +398,7 @@ class Engine:
             self._metrics.device_seconds.labels(kind.label).inc(own)
             self._started, self._nested = outer[0], outer[1] + total
             del self._queue.running[-len(batch) :]
-            self._depths.pop()
+            self._running_kinds.pop()
             logs.request_id.reset(token)
 
 
@@ -416,10 +417,10 @@ def _fail(batch: list[Work]) -> None:
             work.future.set_exception(_STOPPED)
 
 
-def _without_memory(function: Callable[[], T]) -> T | None:
+def _none_if_out_of_memory(function: Callable[[], T]) -> T | None:
     """The result of `function`; None if memory ran out.
 
-    The exception ends here, so its frames release the tensors of the failed call.
+    The exception is handled here, so its frames release the tensors of the failed call.
     """
     try:
         return function()
@@ -430,7 +431,7 @@ def _without_memory(function: Callable[[], T]) -> T | None:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether every later call to the device will fail too, as after an illegal memory access."""
+    """Whether the device is unusable from now on, as after an illegal memory access."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
@@ -440,7 +441,7 @@ def _empty_cache(model: ServedModel) -> None:
 
 
 def _client_error(error: Exception) -> Exception:
-    """The error for the client; running out of memory may be temporary."""
+    """The error for the client: OutOfMemory, which may be temporary, or `error` itself."""
     if is_out_of_memory(error):
         return OutOfMemory("There is not enough memory for this now.")
     return error

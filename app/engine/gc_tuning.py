@@ -1,4 +1,4 @@
-"""Returns free memory to the system, and freezes objects out of garbage collection."""
+"""Memory: returns freed memory to the system, and keeps garbage collection short."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def release_memory() -> None:
 
 
 def freeze_objects() -> None:
-    """Freeze all live objects, so that garbage collection skips them.
+    """Exclude all live objects from garbage collection.
 
-    Torch alone creates some 300,000: a full collection pauses every request for 90 ms. Reference
-    counting still frees frozen objects.
+    Importing torch creates some 300,000 objects, and a full collection of them pauses every request
+    for 90 ms. Reference counting still frees frozen objects.
     """
     gc.unfreeze()
     gc.collect()
@@ -34,6 +34,6 @@ def freeze_objects() -> None:
 
 
 def refreeze_objects() -> None:
-    """Freeze again, if it was done before, after a new model has replaced the old one."""
+    """Freeze again after a new model has replaced the old one, if `freeze_objects` was called."""
     if gc.get_freeze_count():
         freeze_objects()

@@ -1,4 +1,4 @@
-"""Holds the served model, and loads a new checkpoint without dropping a request."""
+"""Keeps the served model, and replaces it by a new checkpoint without dropping a request."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from robust.prediction import predict
 
 logger = logging.getLogger(__name__)
 
-PROBED = 4  # images on which the bfloat16 search is compared: each pass delays predictions
+PROBE_IMAGES = 4  # to compare the bfloat16 search on; few, as each pass delays predictions
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class ModelReloader:
-    """Holds the model for new work; admitted work keeps the model it started with."""
+    """Keeps the model for new work; admitted work keeps the model it was admitted with."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class ModelReloader:
         self._options, self._fall_back = options, fall_back
         self._threads, self._precision = threads, precision
         self._current: ServedModel | None = None
-        self._seen: Signature = ()
-        self._asked = asyncio.Event()
+        self._signature: Signature = ()  # of the files that were loaded or refused last
+        self._check_now = asyncio.Event()
 
     @property
     def loaded(self) -> bool:
-        """Whether there is a model."""
+        """Whether a model is loaded."""
         return self._current is not None
 
     @property
@@ -91,39 +91,42 @@ class ModelReloader:
 
     def load(self) -> None:
         """Load the first model. Raises CheckpointError and DeviceDisagrees."""
-        self._seen = self._signature()
-        self._take(self._load())
+        self._signature = self._read_signature()
+        self._serve(self._load())
 
     def drop(self) -> None:
-        """Release the model, so that anything that outlives the service holds little memory."""
+        """Release the model, so that whatever outlives the service keeps little memory."""
         self._current = None
 
     async def warm(self, engine: Engine) -> None:
         """Warm up the first model. Raises ValueError if it returns NaN."""
-        self._take(await warm(engine, self.current, self._metrics, self._precision))
+        self._serve(await warm(engine, self.current, self._metrics, self._precision))
 
-    def ask(self) -> None:
-        """Check the files now, whether or not they changed."""
-        self._asked.set()
+    def reload(self) -> None:
+        """Load the files now, whether or not they have changed."""
+        self._check_now.set()
 
     async def watch(self, engine: Engine, seconds: float) -> None:
-        """Load every new checkpoint, until cancelled. A broken one is refused and logged."""
+        """Load every new checkpoint, until cancelled. A broken one is refused and logged.
+
+        The files are checked every `seconds`, and when `reload` is called.
+        """
         while True:
             try:
                 async with asyncio.timeout(seconds):
-                    await self._asked.wait()
+                    await self._check_now.wait()
             except TimeoutError:
                 pass
-            asked = self._asked.is_set()
-            self._asked.clear()
-            signature = await asyncio.to_thread(self._signature)
-            if signature == self._seen and not asked:
+            forced = self._check_now.is_set()
+            self._check_now.clear()
+            signature = await asyncio.to_thread(self._read_signature)
+            if signature == self._signature and not forced:
                 continue
-            self._seen = signature
+            self._signature = signature
             try:
                 model = await asyncio.to_thread(self._load)
-                if not asked and self._serves(model):
-                    continue  # seen between its two renames: taken over already
+                if not forced and self._is_served(model):
+                    continue  # it was already loaded between the renames of its two files
                 model = await warm(engine, model, self._metrics, self._precision)
             except Exception as error:
                 self._metrics.reloads.labels("failed").inc()
@@ -134,7 +137,7 @@ class ModelReloader:
                     exc_info=None if known else error,
                 )
             else:
-                self._take(model)
+                self._serve(model)
                 refreeze_objects()
                 self._metrics.reloads.labels("ok").inc()
                 logger.info("loaded the new checkpoint %s", model.sha256)
@@ -150,7 +153,7 @@ class ModelReloader:
             precision=self._precision,
         )
 
-    def _serves(self, model: ServedModel) -> bool:
+    def _is_served(self, model: ServedModel) -> bool:
         current = self._current
         return (
             current is not None
@@ -158,7 +161,7 @@ class ModelReloader:
             and current.sidecar == model.sidecar
         )
 
-    def _take(self, model: ServedModel) -> None:
+    def _serve(self, model: ServedModel) -> None:
         self._current = model
         self._metrics.model.info(
             {
@@ -168,14 +171,14 @@ class ModelReloader:
                 "precision": model.precision,
             }
         )
-        release_memory()  # of the runtimes that were not chosen, and of the model before
+        release_memory()  # of the runtimes that were not chosen, and of the previous model
         self._metrics.runtime_rate.clear()
         for choice in model.plan.choices if model.plan else ():
             labels = choice.runtime.name, str(choice.images)
             self._metrics.runtime_rate.labels(*labels).set(choice.rate)
 
-    def _signature(self) -> Signature:
-        return tuple(map(_stamp, (self._path, sidecar_path(self._path))))
+    def _read_signature(self) -> Signature:
+        return tuple(map(_file_signature, (self._path, sidecar_path(self._path))))
 
 
 async def warm(
@@ -183,10 +186,10 @@ async def warm(
 ) -> ServedModel:
     """Run `model` on the device thread, and return it with its runtimes and precisions chosen.
 
-    If bfloat16 is set but disagrees, predictions stay in float32 and the log says so: the answers
-    are no worse, and a new checkpoint must not be refused because of its rounding.
+    If bf16 is requested but disagrees, predictions stay in float32 and the log says so: they are no
+    worse, and a new checkpoint must not be refused because of rounding.
 
-    Other work continues in between. Raises ValueError if the model returns NaN.
+    Other work runs in between. Raises ValueError if the model returns NaN.
     """
 
     def choose(session: Session) -> ServedModel:
@@ -227,11 +230,11 @@ async def warm(
 def choose_search(
     model: ServedModel, precision: Precision, *, pause: Callable[[], None]
 ) -> SearchPrecision:
-    """The precision of searches by attacks and evaluations; successes are verified in float32."""
+    """The precision in which attacks and evaluations search; successes are verified in float32."""
     fast, bf16 = model.fast, model.bf16
     if fast is None or bf16 is None:
         return model.search
-    x = examples(PROBED, model.input_size).to(model.device)
+    x = examples(PROBE_IMAGES, model.input_size).to(model.device)
     try:
         pause()
         with torch.no_grad():
@@ -245,9 +248,9 @@ def choose_search(
 
 
 def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) -> None:
-    """Run every batch size up to `most` images, and a gradient, as far as memory allows.
+    """Run a gradient, and a pass of every batch size up to `most` images that fits in memory.
 
-    A device selects its kernels at the first pass of a batch size.
+    A device selects its kernels at the first pass of each batch size.
     """
     sizes = [2**power for power in range(bucket(most).bit_length())]
     x = examples(1, side).to(device).requires_grad_()
@@ -262,7 +265,7 @@ def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) ->
             return
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _file_signature(path: Path) -> tuple[int, int, int] | None:
     try:
         status = path.stat()
     except OSError:

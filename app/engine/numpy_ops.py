@@ -1,6 +1,6 @@
-"""Assembles batches of pixels without torch.
+"""Operations on small batches with numpy instead of torch.
 
-Every torch operation releases the GIL and waits to get it back, which under load costs more than
+Every torch operation releases the GIL and waits to get it back, which under load takes longer than
 the arithmetic of a small batch. numpy operations on a few kilobytes keep the GIL.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def concatenate(images: Sequence[Tensor]) -> Tensor:
-    """Concatenate batches on the CPU, uint8 or float32 in [0, 1], to one (n, 3, H, W).
+    """One batch (n, 3, H, W) from batches on the CPU that are uint8 or float32 in [0, 1].
 
-    The result stays uint8 if all are, a quarter of the bytes to copy to the device.
+    The result is uint8 if all are: a quarter of the bytes to copy to the device.
     """
     if len(images) == 1:
         return images[0]

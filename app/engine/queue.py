@@ -27,7 +27,7 @@ MAX_RETRY_SECONDS = 120
 current_client: ContextVar[str] = ContextVar("current_client", default="")
 """The client of this task's request: see `app.http.auth.Caller`."""
 
-PATIENCE_SECONDS = 0.01  # longest wait for predictions that are being decoded
+DECODE_WAIT_SECONDS = 0.01  # longest wait for predictions that are being decoded
 
 
 class Kind(IntEnum):
@@ -45,11 +45,11 @@ class Kind(IntEnum):
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """Something for the device: images to classify together with others, or a function to run.
+    """Work for the device: images to classify, or a function to run.
 
     `cost` counts forward plus backward passes; `deadline` is on the monotonic clock. Works of one
-    kind and model with the same `share` (not None) may run together: `function` of the first then
-    gets the `item` of each, and returns one result per item.
+    kind and model with the same `share` (not None) may run as one batch: the `function` of the
+    first then gets the `item` of each, and returns one result per item.
     """
 
     kind: Kind
@@ -79,7 +79,7 @@ class Work:
             raise DeadlineExceeded("The work did not finish before its deadline.")
 
     def abandon(self) -> None:
-        """Mark as cancelled: it is dropped from the queue, or stopped at its next step."""
+        """Cancel the work: it leaves the queue, or stops at its next step."""
         self.abandoned = True
         self.future.cancel()
         if self.leave_queue is not None:
@@ -87,16 +87,17 @@ class Work:
 
 
 class WorkQueue:
-    """A bounded queue for each kind of work, for one consuming thread and any producers.
+    """A bounded queue for each kind of work, for one consumer thread and any number of producers.
 
     Work is admitted if, together with the work ahead of it, it costs at most `limit` forward
-    passes, if its client's work costs at most `client_share` of that, and if it can finish before
-    its deadline at the measured rate. Evaluations are limited by their number elsewhere.
+    passes, if its client's work costs at most `client_share` of that, and if it can start before
+    its deadline at the measured rate. Evaluations are limited elsewhere, by their number.
 
-    Clients share the device by cost, with self-clocked fair queueing (Golestani 1994): in a virtual
-    time that advances with the started work, a client's work begins when its previous one ends, and
-    ends later by its cost; the work that ends first runs first. So small work runs before other
-    clients' large work, and no client gets ahead by more than the cost of one piece of work.
+    Clients share the device by cost, with self-clocked fair queueing (Golestani 1994). Each work
+    has a turn in virtual time, which advances with the work that starts: its turn begins when the
+    client's previous turn ends, and is as long as its cost. The work whose turn ends first runs
+    first. So small work runs before other clients' large work, and no client gets ahead by more
+    than the cost of one piece of work.
     """
 
     def __init__(self, limit: int, metrics: Metrics, *, client_share: float = 1.0) -> None:
@@ -108,24 +109,24 @@ class WorkQueue:
         self._changed = threading.Condition()
         self._queues: dict[Kind, list[Work]] = {kind: [] for kind in Kind}  # by `turn_ends`
         self._pending = dict.fromkeys(Kind, 0)  # admitted and not finished
-        self._pace: dict[Kind, float] = {}  # seconds for one forward pass, measured
+        self._pace: dict[Kind, float] = {}  # measured seconds per forward pass
         self.running: list[Work] = []  # the innermost last
         self._closed: EngineStopped | None = None
         self._decoding = 0
 
     def put(self, *works: Work) -> None:
-        """Admit work of one kind, all or none.
+        """Admit works of one kind, all or none.
 
-        Raises Overloaded past the limit, EngineStopped after `close`.
+        Raises Overloaded if a limit is reached, and EngineStopped after `close`.
         """
         with self._changed:
             if self._closed:
                 raise self._closed
             kind = works[0].kind
-            self._give_turns(works)
+            self._assign_turns(works)
             if kind is not Kind.EVALUATE and (reason := self._reason_against(works)):
                 self._metrics.rejected.labels("queue").inc()
-                retry_after = self._in_seconds(self._wait(kind))
+                retry_after = self._whole_seconds(self._wait(kind))
                 raise Overloaded(reason, retry_after=retry_after)
             for work in works:
                 self._count(work, work.cost)
@@ -172,36 +173,37 @@ class WorkQueue:
     def take_sharing(self, first: Work, most: int) -> list[Work]:
         """At most `most` works that can run with `first`, in order."""
         with self._changed:
-            queue = self._queues[first.kind]  # nearly free in addition to the first
+            queue = self._queues[first.kind]
+            # Out of turn: in the batch of the first they take nearly no extra time.
             same = [w for w in queue if w.share == first.share and w.model is first.model]
             for work in same[:most]:
                 queue.remove(work)
         return same[:most]
 
     def wait(self) -> bool:
-        """Sleep until there is work; False once closed.
+        """Wait until there is work; False once the queue is closed.
 
-        A prediction then waits briefly for others that are being decoded, as long as a larger
-        batch is cheaper per image.
+        If the work is a prediction, wait a little longer for others that are being decoded, as long
+        as a larger batch is cheaper per image.
         """
         waiting = self._queues[Kind.PREDICT]
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(self._queues.values()))
             if waiting and self._decoding:
-                enough = waiting[0].model.enough
+                enough = waiting[0].model.efficient_batch
                 self._changed.wait_for(
                     lambda: (
                         self._closed
                         or not self._decoding
                         or sum(work.cost for work in waiting) >= enough
                     ),
-                    PATIENCE_SECONDS,
+                    DECODE_WAIT_SECONDS,
                 )
             return self._closed is None
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While the block runs, a prediction's body has arrived and is being decoded."""
+        """Mark that a prediction is being decoded while the block runs."""
         with self._changed:
             self._decoding += 1
         try:
@@ -213,8 +215,8 @@ class WorkQueue:
                     self._changed.notify()
 
     def measure(self, kind: Kind, cost: int, seconds: float) -> None:
-        """Remember how long `cost` forward passes took."""
-        if not cost:  # a warm-up, slower than anything after it
+        """Update the measured rate: `cost` forward passes took `seconds`."""
+        if not cost:  # a warm-up, which is slower than later work
             return
         pace = seconds / cost
         with self._changed:
@@ -223,7 +225,7 @@ class WorkQueue:
             self._pace[kind] = keep * self._pace.get(kind, pace) + (1 - keep) * pace
 
     def close(self, reason: EngineStopped) -> None:
-        """Refuse further work and fail all queued work."""
+        """Refuse further work, and fail the queued work with `reason`."""
         with self._changed:
             self._closed = self._closed or reason
             waiting = [work for queue in self._queues.values() for work in queue]
@@ -237,12 +239,12 @@ class WorkQueue:
     def retry_after(self, kind: Kind, *, ahead: int = 0) -> int:
         """Whole seconds until the work ahead of new work of that kind should be done.
 
-        `ahead` counts forward passes of such work that is not admitted yet.
+        `ahead` counts the forward passes of such work that is not in this queue yet.
         """
         with self._changed:
-            return self._in_seconds(self._wait(kind) + ahead * self._pace.get(kind, 0.0))
+            return self._whole_seconds(self._wait(kind) + ahead * self._pace.get(kind, 0.0))
 
-    def _give_turns(self, works: tuple[Work, ...]) -> None:
+    def _assign_turns(self, works: tuple[Work, ...]) -> None:
         kind, client = works[0].kind, works[0].client
         begins = max(self._time[kind], self._ends[kind].get(client, 0.0))
         for work in works:
@@ -250,7 +252,7 @@ class WorkQueue:
             work.turn_ends = begins
 
     def _reason_against(self, works: tuple[Work, ...]) -> str | None:
-        """Why `works` are not admitted, if so."""
+        """The reason not to admit `works`, or None."""
         kind, deadline = works[0].kind, works[0].deadline
         cost = sum(work.cost for work in works)
         if self._held[kind][works[0].client] + cost > self._client_limit:
@@ -267,16 +269,16 @@ class WorkQueue:
         if work is not None and len(self._held[kind]) > (work.client in self._held[kind]):
             later = [w for w in self._queues[kind] if w.turn_ends > work.turn_ends]
             pending[kind] -= sum(w.cost for w in later)
-            if kind is Kind.ATTACK:  # which yields between its steps
+            if kind is Kind.ATTACK:  # a running attack yields between its steps
                 pending[kind] -= sum(w.cost for w in self.running if w.turn_ends > work.turn_ends)
         return sum(pending[k] * self._pace.get(k, 0.0) for k in Kind if k <= kind)
 
     @staticmethod
-    def _in_seconds(wait: float) -> int:
+    def _whole_seconds(wait: float) -> int:
         return min(max(math.ceil(wait), 1), MAX_RETRY_SECONDS)
 
     def _leave(self, work: Work, _: Future[Any] | None = None) -> None:
-        """Release the cost of work, once: it has ended or is cancelled."""
+        """Stop counting the cost of work that has ended or is cancelled; later calls do nothing."""
         kind = work.kind
         with self._changed:
             if work.leave_queue is None:
@@ -287,7 +289,7 @@ class WorkQueue:
                 self._queues[kind].remove(work)
                 if self._ends[kind].get(work.client) == work.turn_ends:
                     self._ends[kind][work.client] = work.turn_begins
-            if not self._held[kind]:  # idle: start again from zero
+            if not self._held[kind]:  # no work is left: restart virtual time
                 self._time[kind] = 0.0
                 self._ends[kind].clear()
 

@@ -30,15 +30,15 @@ class Runtime:
 
     name: str
     logits: Logits
-    precision: Dtype = "fp32"  # of its products
+    precision: Dtype = "fp32"  # of its matrix products
 
 
 def runtimes_for(
     model: InferenceClassifier, *, threads: int, metrics: Metrics, bf16: Logits | None = None
 ) -> tuple[Runtime, ...]:
-    """Torch and all other installed runtimes that support the model; on a GPU only torch.
+    """Torch and the other installed runtimes that can run the model; on a GPU only torch.
 
-    `bf16` is a bfloat16 copy of the model, if that should be tried.
+    `bf16` is a bfloat16 copy of the model, if bfloat16 should be tried.
     """
     runtimes = [Runtime(name=TORCH, logits=model)]
     if bf16 is not None:
@@ -79,9 +79,9 @@ def onnx_runtime(graph: bytes, threads: int) -> Logits:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # In small pieces: if one thread is kept off its core, another takes the rest.
+    # Small blocks of work: if one thread loses its core for a while, the others do its share.
     options.add_session_config_entry("session.dynamic_block_base", "4")
-    # Its threads spin within a pass; after it they would take the cores from torch's threads.
+    # Its threads spin during a pass; after the pass they would take cores from torch's threads.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
@@ -113,6 +113,6 @@ def openvino_bf16(graph: bytes, threads: int) -> Logits:
 
 
 def give_up(runtime: str, reason: str, metrics: Metrics, error: Exception) -> None:
-    """Count and log a failure of a runtime, which torch then replaces."""
+    """Count and log a runtime's failure; torch takes its place."""
     metrics.runtime_failures.labels(runtime, reason).inc()
     logger.error("%s %s, predictions use torch: %s", runtime, reason, error)

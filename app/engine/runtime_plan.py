@@ -1,7 +1,7 @@
 """Chooses the runtime for predictions: for each batch size the fastest that agrees with torch.
 
 Torch in float32 is the reference, and the fallback if a runtime fails or disagrees. All
-predictions of a model use one precision: bfloat16 if it is set or faster, and only if it agrees.
+predictions of a model use one precision: bfloat16 if it is requested or faster, and if it agrees.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ TOLERANCE = 1e-4  # largest difference of a probability, and of a logit relative
 BF16_TOLERANCE = 0.01  # largest difference of a probability in bfloat16; labels must be equal
 EXAMPLES = 8  # images that a runtime must agree on
 SIZES = (1, 4, 16, 64)  # batch sizes to measure
-SECONDS = 0.3  # for all measurements of a runtime; after that no larger size is tried
-TURN = 0.02  # seconds of repeated measurements of one batch size
-WORTH = 1.05  # smallest speedup per image of a larger batch size
-NO_SLOWER = 1.05  # most time of bfloat16 relative to float32, at any batch size
+SECONDS = 0.3  # of measurements per runtime, after which no larger batch size is measured
+SECONDS_PER_SIZE = 0.02  # of repeated measurements of one batch size
+MIN_SPEEDUP = 1.05  # per image, of a larger batch size over a smaller one
+MAX_SLOWDOWN = 1.05  # of bfloat16 relative to float32, at any batch size
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RuntimeChoice:
-    """The runtime for batches of up to `size` images, and its time for that many."""
+    """The runtime for batches of up to `images` images, and its time for that many."""
 
     images: int
     runtime: Runtime
@@ -52,7 +52,7 @@ class RuntimePlan:
     choices: tuple[RuntimeChoice, ...]  # by batch size, all of one precision
     torch: Runtime  # in float32, the fallback
     metrics: Metrics
-    reason: str = "as asked"  # why in this precision
+    reason: str = "as asked"  # for the precision
 
     @property
     def precision(self) -> Dtype:
@@ -60,7 +60,7 @@ class RuntimePlan:
         return self.choices[0].runtime.precision
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The logits of any number of images, without a gradient."""
+        """Logits (n, K) of any number of images, without gradients."""
         if len(x) <= self.choices[-1].images:
             return self._part(x)
         return torch.cat([self._part(part) for part in torch.split(x, self.choices[-1].images)])
@@ -99,12 +99,13 @@ def make_plan(
     device: torch.device = CPU,
     pause: Callable[[], None] = lambda: None,
 ) -> RuntimePlan:
-    """Compare `runtimes`, of which the first is torch in float32, on images of `side` pixels.
+    """The fastest of `runtimes` for each batch size, measured on images of `side` pixels.
 
-    All take turns, and the fastest turn counts, because other load can only slow a runtime down.
-    `precision` auto uses bfloat16 if it agrees and is faster, and bf16 if it agrees; the plan's
-    `reason` names the limit that ruled it out, or is `why_not_bf16` if none of `runtimes` uses it.
-    `pause` is called before each turn.
+    The first of `runtimes` is torch in float32. They are measured in turns, and the fastest time
+    counts, because other load can only slow a runtime down. With precision auto, bfloat16 is used
+    if it agrees and is faster; with bf16, if it agrees. The plan's `reason` names the limit that
+    ruled bfloat16 out, or is `why_not_bf16` if no runtime uses it. `pause` is called before each
+    turn.
     """
     torch_runtime, *others = runtimes
     x = examples(EXAMPLES, side).to(device)
@@ -114,11 +115,11 @@ def make_plan(
         expected = torch_runtime.logits(x).cpu()
         for runtime in others:
             pause()
-            fault = _fault(runtime, x, expected, metrics)
-            if not fault:
+            problem = _problem(runtime, x, expected, metrics)
+            if not problem:
                 able.append(runtime)
             elif runtime.precision == "bf16":
-                refused = f"{runtime.name} in bfloat16: {fault}"
+                refused = f"{runtime.name} in bfloat16: {problem}"
         able_bf16 = [runtime for runtime in able if runtime.precision == "bf16"]
         if precision == "bf16" and able_bf16:
             measured = _measure(able_bf16, side, device, pause)
@@ -127,15 +128,15 @@ def make_plan(
             measured = _measure(able, side, device, pause)
             reason = "as asked" if precision == "fp32" else refused
     if precision == "auto" and able_bf16:
-        taken, reason = _is_faster(measured)
+        use_bf16, reason = _is_faster(measured)
     else:
-        taken = precision == "bf16" and bool(able_bf16)
-    choices = _choices(measured, "bf16" if taken else "fp32")
+        use_bf16 = precision == "bf16" and bool(able_bf16)
+    choices = _choices(measured, "bf16" if use_bf16 else "fp32")
     return RuntimePlan(choices=choices, torch=torch_runtime, metrics=metrics, reason=reason)
 
 
 def examples(n: int, side: int) -> Tensor:
-    """Images float32 (n, 3, side, side) in [0, 1], from coarse patches to noise."""
+    """Images float32 (n, 3, side, side) in [0, 1], ranging from coarse patches to noise."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.rand(n, 3, 4, 4, generator=generator)
     noise = torch.rand(n, 3, side, side, generator=generator)
@@ -144,7 +145,7 @@ def examples(n: int, side: int) -> Tensor:
 
 
 def gap(logits: Tensor, expected: Tensor) -> float:
-    """Difference of two results: in probabilities, or relative to the largest logit."""
+    """The larger of two differences: of probabilities, and of logits relative to the largest."""
     if logits.shape != expected.shape or not bool(logits.isfinite().all()):
         return float("inf")
     scale = expected.abs().amax().clamp_min(1)
@@ -153,16 +154,17 @@ def gap(logits: Tensor, expected: Tensor) -> float:
     return float(torch.maximum(apart, probabilities))
 
 
-def _fault(runtime: Runtime, x: Tensor, expected: Tensor, metrics: Metrics) -> str:
+def _problem(runtime: Runtime, x: Tensor, expected: Tensor, metrics: Metrics) -> str:
     """The reason that rules the runtime out; empty if there is none."""
     try:
-        # Also a single image, which uses other kernels.
+        # A single image too, which uses other kernels.
         found = [runtime.logits(x[:n]).cpu() for n in (1, len(x))]
     except Exception as error:
         give_up(runtime.name, "failed", metrics, error)
         return f"failed with {error}"
     if runtime.precision == "bf16":
-        return next(filter(None, (_bf16_fault(part, expected[: len(part)]) for part in found)), "")
+        problems = (_bf16_problem(part, expected[: len(part)]) for part in found)
+        return next(filter(None, problems), "")
     off = max(gap(part, expected[: len(part)]) for part in found)
     if off <= TOLERANCE:
         return ""
@@ -170,7 +172,7 @@ def _fault(runtime: Runtime, x: Tensor, expected: Tensor, metrics: Metrics) -> s
     return f"off by {off:g}, above the limit of {TOLERANCE:g}"
 
 
-def _bf16_fault(logits: Tensor, expected: Tensor) -> str:
+def _bf16_problem(logits: Tensor, expected: Tensor) -> str:
     if logits.shape != expected.shape or not bool(logits.isfinite().all()):
         return "the logits are not finite"
     off = float((logits.softmax(dim=1) - expected.softmax(dim=1)).abs().amax())
@@ -180,7 +182,7 @@ def _bf16_fault(logits: Tensor, expected: Tensor) -> str:
     return f"{changed} of {len(expected)} labels differ, above the limit of 0" if changed else ""
 
 
-Seconds = dict[int, dict[Runtime, float]]  # of the fastest pass, by number of images and runtime
+Seconds = dict[int, dict[Runtime, float]]  # of the fastest pass, by batch size and runtime
 
 
 def _measure(
@@ -193,16 +195,16 @@ def _measure(
             break
         x = examples(size, side).to(device)
         best = measured[size] = dict.fromkeys(runtimes, float("inf"))
-        turns = 0.0
-        while turns <= TURN:
+        total = 0.0
+        while total <= SECONDS_PER_SIZE:
             for runtime in runtimes:
                 pause()
                 began = time.perf_counter()
-                runtime.logits(x).cpu()  # which waits for a GPU
+                runtime.logits(x).cpu()  # waits for a GPU to finish
                 took = time.perf_counter() - began
                 best[runtime] = min(best[runtime], took)
-                turns += took
-        spent += turns
+                total += took
+        spent += total
         rate = size / min(best.values())
     return measured
 
@@ -219,13 +221,13 @@ def _fastest(measured: Seconds, precision: Dtype) -> list[RuntimeChoice]:
 
 def _choices(measured: Seconds, precision: Dtype) -> tuple[RuntimeChoice, ...]:
     choices = _fastest(measured, precision)
-    while len(choices) > 1 and choices[-1].rate < WORTH * choices[-2].rate:
-        choices.pop()  # it gains nothing, and saves the memory of a large batch
+    while len(choices) > 1 and choices[-1].rate < MIN_SPEEDUP * choices[-2].rate:
+        choices.pop()  # a larger batch gains nothing, and needs more memory
     return tuple(choices)
 
 
 def _is_faster(measured: Seconds) -> tuple[bool, str]:
-    """Whether bfloat16 is worth its rounding, and the reason."""
+    """Whether bfloat16 is enough faster to be worth its rounding, and the reason."""
     bf16, fp32 = (_fastest(measured, precision) for precision in ("bf16", "fp32"))
     gain = max(choice.rate for choice in bf16) / max(choice.rate for choice in fp32)
     reason = f"bfloat16 answers {gain:.1f} times as many images a second as float32"
@@ -233,7 +235,7 @@ def _is_faster(measured: Seconds) -> tuple[bool, str]:
         return False, f"{reason}, below the limit of {MIN_SPEEDUP}"
     for one, other in zip(bf16, fp32, strict=True):
         longer = one.seconds / other.seconds
-        if longer > NO_SLOWER:
-            reason = f"{longer:.2f} times as long as float32, above the limit of {NO_SLOWER}"
-            return False, f"bfloat16 takes for {one.images} images {reason}"
+        if longer > MAX_SLOWDOWN:
+            reason = f"{longer:.2f} times as long as float32, above the limit of {MAX_SLOWDOWN}"
+            return False, f"for {one.images} images bfloat16 takes {reason}"
     return True, reason

@@ -1,4 +1,4 @@
-"""The served model, and how to load one from a checkpoint."""
+"""The served model, and loading one from a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ FP32 = SearchPrecision(bf16=False, reason="as asked")
 
 
 class HalfClassifier:
-    """A classifier whose weights fit in float16 without loss, in half the memory.
+    """A classifier stored in float16, in half the memory, because its weights lose nothing.
 
-    It is only for storage: evaluations, which need the exact classifier, convert it with `whole`.
+    Only for storage: `to_float32` makes the exact classifier, which evaluations need.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -44,16 +44,16 @@ class HalfClassifier:
         classifier.net.half()
 
     @staticmethod
-    def holds(classifier: Classifier) -> bool:
-        """Whether float16 holds all weights exactly; a whole network is never converted."""
+    def is_exact(classifier: Classifier) -> bool:
+        """Whether float16 holds all weights exactly; a network of other code never counts."""
         return not isinstance(classifier.net, GivenNetwork) and all(
             torch.equal(value.half().to(value.dtype), value)
             for value in classifier.net.state_dict().values()
             if value.is_floating_point()
         )
 
-    def whole(self) -> Classifier:
-        """The classifier in float32."""
+    def to_float32(self) -> Classifier:
+        """A copy of the classifier in float32."""
         classifier = copy.deepcopy(self._classifier)
         classifier.net.float()
         return classifier
@@ -61,7 +61,10 @@ class HalfClassifier:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedModel:
-    """A classifier in eval mode on its device. Work keeps the model it was admitted with."""
+    """A classifier in eval mode on its device, with everything known about it.
+
+    Work keeps the model that it was admitted with.
+    """
 
     classifier: Classifier | HalfClassifier
     sidecar: Sidecar
@@ -70,13 +73,13 @@ class ServedModel:
     loaded: datetime
     name: str = "model.pt"  # of the weights file
     fast: InferenceClassifier | None = None  # the same function in fewer operations
-    runtimes: tuple[Runtime, ...] = ()  # available for predictions, torch first
-    plan: RuntimePlan | None = None  # the chosen ones
+    runtimes: tuple[Runtime, ...] = ()  # candidates for predictions, torch first
+    plan: RuntimePlan | None = None  # the runtimes chosen from them
     bf16: Model | None = None  # `fast` in bfloat16, for searches, if that is chosen
     search: SearchPrecision = FP32  # of attacks and evaluations
-    guessed: Mapping[str, str] = field(default_factory=dict)  # property: how it was guessed
-    notes: tuple[str, ...] = ()  # how the file was interpreted
-    differentiable: bool = True  # an ONNX file or a service has no gradients
+    guessed: Mapping[str, str] = field(default_factory=dict)  # property to how it was guessed
+    notes: tuple[str, ...] = ()  # on how the file was interpreted
+    differentiable: bool = True  # False for an ONNX file or a remote service
 
     @property
     def precision(self) -> Dtype:
@@ -104,19 +107,19 @@ class ServedModel:
         return self.sidecar.architecture.input_size
 
     @property
-    def enough(self) -> int:
-        """Batch size above which a larger one is no cheaper per image; 0 on a GPU.
+    def efficient_batch(self) -> int:
+        """Batch size from which a larger one is no cheaper per image; 0 on a GPU.
 
-        On a GPU passes and decoding don't compete for the same cores.
+        On a GPU, waiting for a larger batch gains nothing: passes and decoding use different cores.
         """
         if self.plan is None or self.device.type != "cpu":
             return 0
         return self.plan.choices[-1].images
 
     def exact(self) -> Classifier:
-        """The classifier as trained, in eval mode; the only reference is the caller's."""
+        """The classifier as trained, in eval mode; perhaps a copy that only the caller holds."""
         if isinstance(self.classifier, HalfClassifier):
-            return self.classifier.whole().to(self.device)
+            return self.classifier.to_float32().to(self.device)
         return self.classifier
 
     def logits(self, x: Tensor) -> Tensor:
@@ -142,16 +145,19 @@ class ServedModel:
 def bucket(n: int) -> int:
     """The batch size that a pass of `n` images on a GPU is padded to.
 
-    Each batch size has its own kernels, chosen at its first pass, which would delay a request.
+    The next power of 2. The first pass of each batch size selects its kernels, which would delay a
+    request.
     """
     return 1 << max(n - 1, 0).bit_length()
 
 
-def why_not_tried(fast: InferenceClassifier, device: torch.device, precision: Precision) -> str:
-    """Why no bfloat16 copy is made; empty if one is.
+def reason_against_bf16(
+    fast: InferenceClassifier, device: torch.device, precision: Precision
+) -> str:
+    """The reason not to make a bfloat16 copy; empty to make one.
 
-    On a processor without bfloat16 instructions the copy is correct but slow, so there it is made
-    only if bf16 is set.
+    On a processor without bfloat16 instructions the copy is correct but slow, so there it is only
+    made if `precision` is bf16.
     """
     if precision == "fp32":
         return "as asked"
@@ -171,17 +177,17 @@ def load_model(
     attacks_only: bool = False,
     precision: Precision = "fp32",
 ) -> ServedModel:
-    """Read and validate a checkpoint, and build it in all its runtimes.
+    """Load and validate a checkpoint, and build it for all runtimes.
 
-    `options` describe a bare state dict. The bfloat16 copy is made for `warm`, which decides
-    whether to use it. With `attacks_only` the model is built only in torch, which attacks use. If
-    the device disagrees with the CPU, a warning is logged and, with `fall_back`, the CPU is used.
-    Raises CheckpointError and, without `fall_back`, DeviceDisagrees.
+    `options` describe a bare state dict. A bfloat16 copy is made here, and `warm` decides whether
+    to use it. With `attacks_only` the model is built for torch only, which attacks use. If the
+    device disagrees with the CPU, `fall_back` says to log a warning and use the CPU. Raises
+    CheckpointError and, without `fall_back`, DeviceDisagrees.
     """
-    # On the CPU first, so that the device holds only what serves in addition to the current model.
+    # On the CPU first: the device still holds the current model, and gets only what will be used.
     checkpoint = load_checkpoint(path, device=torch.device("cpu"), options=options)
     classifier = checkpoint.classifier
-    if not classifier.differentiable:  # it runs where it is
+    if not classifier.differentiable:  # it can't be moved to a device
         device = torch.device("cpu")
     fast = for_inference(classifier, device)
     try:
@@ -192,14 +198,14 @@ def load_model(
         logger.warning("%s: using the CPU", error)
         device = torch.device("cpu")
         fast = for_inference(classifier, device)
-    why_not = why_not_tried(fast, device, precision)
+    why_not = reason_against_bf16(fast, device, precision)
     bf16 = None if why_not else in_bf16(fast, device)
     runtimes: tuple[Runtime, ...] = ()
     if not attacks_only:
         runtimes = runtimes_for(
             fast, threads=device_threads(threads), metrics=metrics or Metrics(), bf16=bf16
         )
-    half = HalfClassifier.holds(classifier)
+    half = HalfClassifier.is_exact(classifier)
     model = ServedModel(
         name=path.name,
         classifier=HalfClassifier(classifier) if half else classifier.to(device),

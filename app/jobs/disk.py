@@ -1,4 +1,4 @@
-"""Jobs in a folder on disk, which survive a restart."""
+"""Stores jobs in a folder on disk, where they survive a restart."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _TABLE = "CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, created REAL, ab
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A job as it is stored: its id and everything else as JSON values."""
+class StoredJob:
+    """A job as it is stored: its id, and everything else as JSON values."""
 
     id: str
     about: dict[str, Any]
@@ -56,7 +56,7 @@ class JobFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise StoreError(f"{folder}: another service keeps its evaluations there") from None
+            raise StoreError(f"{folder}: another service stores its evaluations there") from None
         try:
             try:
                 self._db = _open(path)
@@ -68,13 +68,13 @@ class JobFolder:
             self._lock.close()
             raise StoreError(f"{path}: the evaluations can't be opened: {error}") from error
 
-    def all(self) -> list[Kept]:
-        """Every job, the oldest first."""
+    def all(self) -> list[StoredJob]:
+        """All jobs, oldest first."""
         rows = self._db.execute("SELECT id, about FROM jobs ORDER BY created, id").fetchall()
-        return [Kept(id=id, about=json.loads(about)) for id, about in rows]
+        return [StoredJob(id=id, about=json.loads(about)) for id, about in rows]
 
     def sweep(self) -> None:
-        """Remove files without a job, which a killed process left."""
+        """Remove files without a job, which a killed process left behind."""
         known = {id for (id,) in self._db.execute("SELECT id FROM jobs")}
         for path in self._folder.iterdir():
             if path.suffix in (".npz", ".journal", ".tmp") and path.stem not in known:
@@ -89,7 +89,7 @@ class JobFolder:
                     "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", (id, created, text)
                 )
         except sqlite3.Error as error:
-            raise StoreError(f"{self._folder}: a job could not be kept: {error}") from error
+            raise StoreError(f"{self._folder}: a job could not be stored: {error}") from error
 
     def forget(self, id: str) -> None:
         """Remove a job and its files. Raises StoreError, for example on a full disk."""
@@ -126,11 +126,11 @@ class JobFolder:
         except OSError as error:
             self._images(id).unlink(missing_ok=True)
             raise StoreError(
-                f"{self._folder}: a set could not be kept: {error.strerror}"
+                f"{self._folder}: a data set could not be stored: {error.strerror}"
             ) from error
 
     def get(self, id: str) -> Dataset:
-        """The images of a job. Raises StoreError where they are missing or damaged."""
+        """The images of a job. Raises StoreError if they are missing or damaged."""
         try:
             with np.load(self._images(id), allow_pickle=False) as arrays:
                 return Dataset(
@@ -143,7 +143,7 @@ class JobFolder:
             raise StoreError(f"{self._images(id)}: expected the images of a job") from error
 
     def close(self) -> None:
-        """Close the file and unlock the folder."""
+        """Close the database and unlock the folder."""
         self._db.close()
         self._lock.close()
 

@@ -1,4 +1,4 @@
-"""An evaluation job: what was requested, its state and its result."""
+"""The evaluation job: what was requested, its state and its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robust.threat_model import ThreatModel
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 ACTIVE: tuple[JobState, ...] = ("queued", "running")
 STATES: tuple[JobState, ...] = (*ACTIVE, "done", "failed", "cancelled")
-ROW_BYTES = 256  # of a journal, for each image and stage; a test measures it
+ROW_BYTES = 256  # most bytes of the journal per image and stage; a test measures it
 JOURNAL_BYTES = 64 * 1024  # of an empty journal
 
 
@@ -34,16 +34,16 @@ class Job:
     created: datetime
     curve: int = 0  # images of the accuracy-against-eps curve
     precision: Precision = "auto"  # auto for jobs from before it was recorded
-    digest: str = ""  # of everything that decides the result
-    key: str | None = None  # the client's own name for it; see `scoped_key`
+    digest: str = ""  # of everything that determines the result
+    key: str | None = None  # the Idempotency-Key; see `scoped_key`
     owner: str | None = None  # who may see it: a hash of an API key; None without keys
-    bytes: int = 0  # that its images, journal and result may need
+    bytes: int = 0  # the most that its images, journal and result need
     state: JobState = "queued"
     result: dict[str, Any] | None = None  # the evaluation so far, as JSON values
     error: str | None = None
     finished: datetime | None = None
     version: int = 0  # incremented by every change
-    run: int | None = None  # number of the run, where another replica can take over
+    run: int | None = None  # number of the run, if another replica can take over
 
     @property
     def active(self) -> bool:
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def cost(self) -> int:
-        """Forward passes, a backward pass as one."""
+        """The number of forward passes, counting a backward pass as one."""
         return self.images * (1 + sum(attack.cost for attack in self.attacks))
 
     def about(self) -> dict[str, Any]:
@@ -81,9 +81,9 @@ class Job:
 
 
 def bytes_for(dataset: Dataset, attacks: Sequence[AttackSettings], curve: int) -> int:
-    """The most that a running job stores: its images, labels and journal."""
+    """The most bytes that a running job stores: its images, labels and journal."""
     stages = 1 + sum(len(attack.stages) for attack in attacks)
-    points = len(CURVE) + 2  # eps itself, and one to spare
+    points = len(CURVE) + 2  # the eps of the evaluation too, and one to spare
     rows = len(dataset) * stages + min(curve, len(dataset)) * points
     return dataset.images.nbytes + dataset.labels.nbytes + JOURNAL_BYTES + ROW_BYTES * rows
 
@@ -96,16 +96,16 @@ def digest_of(
     precision: Precision,
     owner: str | None = None,
 ) -> str:
-    """SHA-256 of everything that decides the result of an evaluation, and of whose it is."""
+    """SHA-256 of everything that determines the result of an evaluation, and of its owner."""
     settings = [_attack_to_dict(attack) for attack in attacks]
-    decisive = [model, dataset.sha256, settings, curve, precision]
+    values = [model, dataset.sha256, settings, curve, precision]
     if owner is not None:
-        decisive.append(owner)
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        values.append(owner)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def scoped_key(key: str | None, owner: str | None) -> str | None:
-    """The client's name for a job, made unique among the names that other owners use."""
+    """The client's idempotency key, made distinct from the same key of other owners."""
     if key is None or owner is None:
         return key
     return hashlib.sha256(f"{owner} {key}".encode()).hexdigest()

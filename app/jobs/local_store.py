@@ -1,4 +1,4 @@
-"""The jobs of a single service: in memory, and on disk where a folder is set."""
+"""The jobs of a single service: in memory, and on disk if a folder is set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from app.jobs.disk import JobFolder, Kept
+from app.jobs.disk import JobFolder, StoredJob
 from app.jobs.job import Job, JobState
 from app.jobs.store import (
     MAX_FINISHED,
@@ -30,11 +30,11 @@ from robust.datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 1.0  # between writes of the result so far, which the next service shows
+SAVE_SECONDS = 1.0  # between writes of the result so far to the disk
 
 
 class LocalStore:
-    """A `JobStore` for one service. Jobs expire by the monotonic clock, even if clocks are set."""
+    """A `JobStore` for one service. Jobs expire by the monotonic clock, which nobody can set."""
 
     alone = True
     show_seconds = 0.0
@@ -46,8 +46,8 @@ class LocalStore:
         self._folder = None if settings.jobs is None else JobFolder(settings.jobs)
         self._jobs: dict[str, Job] = {}
         self._expires: dict[str, float] = {}  # on the monotonic clock
-        self._saved = 0.0  # when a result so far was kept last, on the same clock
-        self._images: dict[str, Dataset] = {}  # where there is no folder
+        self._saved = 0.0  # when a result so far was last written, on the same clock
+        self._images: dict[str, Dataset] = {}  # only without a folder
         self._queue: deque[Job] = deque()
         self._queued = asyncio.Event()
         self._current: tuple[Job, asyncio.Task[None]] | None = None
@@ -62,17 +62,17 @@ class LocalStore:
         """Restore the jobs of the folder, finished and unfinished."""
         if self._folder is not None:
             self._folder.sweep()
-            for kept in self._folder.all():
-                self._restore(self._folder, kept)
+            for stored in self._folder.all():
+                self._restore(self._folder, stored)
         self._worker = asyncio.create_task(self._work(run))
 
-    def _restore(self, folder: JobFolder, kept: Kept) -> None:
+    def _restore(self, folder: JobFolder, stored: StoredJob) -> None:
         try:
-            job = _from_kept(kept)
+            job = _from_stored(stored)
         except (KeyError, TypeError, ValueError) as error:
-            logger.error("evaluation %s can't be read and is dropped: %r", kept.id, error)
+            logger.error("evaluation %s is unreadable and removed: %r", stored.id, error)
             with suppress(StoreError):  # the next service tries again
-                folder.forget(kept.id)
+                folder.forget(stored.id)
             return
         self._jobs[job.id] = job
         if job.active:
@@ -87,7 +87,7 @@ class LocalStore:
         if same := self._same(job):
             return same
         self._check_room(job)
-        self._jobs[job.id] = job  # counted from here on, while its images are written
+        self._jobs[job.id] = job  # so that it counts while its images are being written
         try:
             if self._folder is None:
                 self._images[job.id] = dataset
@@ -120,7 +120,7 @@ class LocalStore:
         check_room(
             job,
             active=sum(other.active for other in self._jobs.values()),
-            held=sum(other.bytes for other in self._jobs.values()),
+            stored_bytes=sum(other.bytes for other in self._jobs.values()),
             settings=self._settings,
         )
 
@@ -177,7 +177,7 @@ class LocalStore:
             raise Lost("the evaluation was cancelled")
         job.state = "running"
         job.result = result or job.result
-        self._tell(job)
+        self._notify(job)
         if self._folder is not None and time.monotonic() - self._saved >= SAVE_SECONDS:
             self._saved = time.monotonic()
             self._save(job)
@@ -196,10 +196,10 @@ class LocalStore:
         self._end(job, state)
 
     async def put_back(self, job: Job, journal: bytes | None) -> None:
-        """See `JobStore`. The next service continues it from disk, where there is a folder."""
+        """See `JobStore`. There is nothing to do: the next service continues it from the disk."""
 
     async def hand_over(self) -> None:
-        """There is no other process."""
+        """See `JobStore`. There is no other process."""
 
     async def stop(self) -> None:
         """See `JobStore`."""
@@ -232,37 +232,40 @@ class LocalStore:
                     task.cancel()
                     await asyncio.wait({task})
                 if not task.cancelled() and (error := task.exception()):
-                    logger.error("evaluation %s was left: %r", job.id, error)
+                    logger.error("evaluation %s was interrupted: %r", job.id, error)
 
     def _end(self, job: Job, state: JobState) -> None:
         job.state, job.finished = state, datetime.now(UTC)
         job.bytes = len(str(job.result))
         self._images.pop(job.id, None)
         self._expires[job.id] = self._expiry(job)
-        self._tell(job)
+        self._notify(job)
         if self._folder is not None:
             try:
                 self._save(job)
             except StoreError as error:
-                # Not lost: the journal has every image, and the next service ends the job anew.
+                # Nothing is lost: the next service finishes the job again from its journal.
                 logger.error("%s", error)
             else:
                 self._folder.release(job.id)
 
     def _save(self, job: Job) -> None:
         assert self._folder is not None
-        self._folder.save(job.id, job.created.timestamp(), _to_keep(job))
+        self._folder.save(job.id, job.created.timestamp(), _to_stored(job))
 
-    def _tell(self, job: Job) -> None:
+    def _notify(self, job: Job) -> None:
         job.version += 1
-        self.changes.tell(job.id)
+        self.changes.notify(job.id)
 
     def _expiry(self, job: Job) -> float:
-        """When a finished job expires: at most the full time from now, even if clocks are set."""
+        """When a finished job expires, on the monotonic clock.
+
+        At most the full time from now, even if the system's clock was set back.
+        """
         assert job.finished is not None
-        whole = self._settings.job_expiry_seconds
+        expiry = self._settings.job_expiry_seconds
         passed = (datetime.now(UTC) - job.finished).total_seconds()
-        return time.monotonic() + min(max(whole - passed, 0.0), whole)
+        return time.monotonic() + min(max(expiry - passed, 0.0), expiry)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -281,17 +284,17 @@ class LocalStore:
             self._folder.forget(job.id)
 
 
-def check_room(job: Job, *, active: int, held: int, settings: Settings) -> None:
+def check_room(job: Job, *, active: int, stored_bytes: int, settings: Settings) -> None:
     """Raise Full or TooLarge if there is no room for `job`."""
     if job.bytes > settings.jobs_bytes:
         raise TooLarge(settings.jobs_bytes)
     if active >= settings.max_jobs:
         raise Full(f"{settings.max_jobs} evaluations are queued or running.", reason="jobs")
-    if held + job.bytes > settings.jobs_bytes:
-        raise Full("The evaluations there are leave no room for this one.", reason="bytes")
+    if stored_bytes + job.bytes > settings.jobs_bytes:
+        raise Full("The stored evaluations leave no room for this one.", reason="bytes")
 
 
-def _to_keep(job: Job) -> dict[str, Any]:
+def _to_stored(job: Job) -> dict[str, Any]:
     return {
         **job.about(),
         "state": job.state,
@@ -301,10 +304,10 @@ def _to_keep(job: Job) -> dict[str, Any]:
     }
 
 
-def _from_kept(kept: Kept) -> Job:
-    about = {name: value for name, value in kept.about.items() if name != "version"}
+def _from_stored(stored: StoredJob) -> Job:
+    about = {name: value for name, value in stored.about.items() if name != "version"}
     state, result, error, finished = map(about.pop, ("state", "result", "error", "finished"))
-    job = Job.from_about(kept.id, about)
+    job = Job.from_about(stored.id, about)
     job.state, job.result, job.error = state, result, error
     job.finished = None if finished is None else datetime.fromisoformat(finished)
     return job

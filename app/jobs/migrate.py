@@ -1,4 +1,4 @@
-"""Upgrades the tables in PostgreSQL to this release's version, or downgrades them."""
+"""Upgrades or downgrades the tables in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from app.jobs.postgres_schema import FIND_VERSION, LOCK, SCHEMA, VERSION, script
 
 
 def migrate(url: str, want: int = VERSION) -> tuple[int, int]:
-    """Migrate the tables; returns their version before (0: none) and after.
+    """Migrate the tables to version `want`; returns the version before (0: none) and after.
 
     Raises SchemaError for an unknown version and psycopg.Error if PostgreSQL refuses; the tables
     are then unchanged.

@@ -1,4 +1,4 @@
-"""Maintenance by every replica: it sends a heartbeat and requeues lost jobs."""
+"""Maintenance by every replica: sends its heartbeat, requeues lost jobs, removes old ones."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_LOST = 3  # replicas that may be lost while running a job, with nothing finished in between
+MAX_LOST = 3  # a job fails once this many replicas were lost running it, without progress between
 EXPIRED = "coalesce(finished < now() - make_interval(secs => %(expiry)s), false)"
 HEARTBEAT = """
 INSERT INTO replicas VALUES (%(id)s, %(model)s, now())
 ON CONFLICT (id) DO UPDATE SET model = %(model)s, seen = now()
 """
 
-# A replica whose heartbeat returns was not lost, even if others assumed so.
-_ALIVE_AFTER_ALL = """
+# A replica that sends its heartbeat again was not lost, even if others assumed so.
+_NOT_LOST = """
 UPDATE evaluations SET lost_by = array_remove(lost_by, %(id)s) WHERE %(id)s = ANY (lost_by)
 """
 _SURPLUS = """
@@ -48,20 +48,20 @@ WITH failed AS (
 gone AS (DELETE FROM images WHERE evaluation IN (SELECT id FROM failed))
 SELECT pg_notify('{CHANNEL}', id) FROM failed
 """
-# Queued for a long time for a model that no replica serves.
+# Jobs that have been queued for a long time for a model that no replica serves.
 _UNSERVED = """
 state = 'queued' AND changed < now() - make_interval(secs => 3 * %(lost)s) AND NOT EXISTS (
     SELECT 1 FROM replicas WHERE replicas.model = evaluations.model
     AND seen > now() - make_interval(secs => 3 * %(lost)s))
 """
-_DEADLY = "state IN ('queued', 'running') AND cardinality(lost_by) >= %(most_lost)s"
+_FATAL = "state IN ('queued', 'running') AND cardinality(lost_by) >= %(most_lost)s"
 
 
-class Upkeep:
-    """Maintenance that each replica runs every few seconds; several may run it at the same time.
+class Maintenance:
+    """Maintenance that each replica runs every few seconds, also at the same time.
 
     A replica declares others lost only after it has sent its own heartbeat without a gap for the
-    whole timeout, because after a PostgreSQL outage all replicas seem silent.
+    whole timeout: after an outage of PostgreSQL, all replicas seem silent.
     """
 
     def __init__(
@@ -69,9 +69,10 @@ class Upkeep:
     ) -> None:
         self._database, self._serving = database, serving
         self._lost = settings.lost_seconds
-        self._first: float | None = None  # first heartbeat since the last gap, monotonic clock
+        # Own heartbeats on the monotonic clock: the first since the last gap, and the latest.
+        self._first: float | None = None
         self._latest = 0.0
-        self.limits: dict[str, Any] = {"expiry": settings.job_expiry_seconds}
+        self.limits: dict[str, Any] = {"expiry": settings.job_expiry_seconds}  # for EXPIRED
         self.counts: dict[str, int] = {}  # of jobs, by state
 
     async def once(self) -> None:
@@ -79,45 +80,45 @@ class Upkeep:
         try:
             await self._database.prepare()
             async with self._database.connection() as db:
-                await self._report(db)
+                await self._send_heartbeat(db)
         except StoreError:
             self._first = None
             raise
         async with self._database.connection() as db:
-            if self._may_judge():
-                await self._take_up_lost_jobs(db)
-            await self._tidy(db)
+            if self._may_declare_lost():
+                await self._requeue_lost_jobs(db)
+            await self._remove_old(db)
         await asyncio.sleep(max(self._lost / 4 - 2, 0))
 
-    async def leave(self, replica: str) -> None:
-        """Remove this replica, which has stopped serving."""
+    async def remove_replica(self, replica: str) -> None:
+        """Remove a replica that has stopped serving."""
         with suppress(StoreError):
             async with self._database.connection() as db:
                 await db.execute("DELETE FROM replicas WHERE id = %s", (replica,))
 
-    async def _report(self, db: Connection) -> None:
+    async def _send_heartbeat(self, db: Connection) -> None:
         replica, model = self._serving()
         await db.execute(HEARTBEAT, {"id": replica, "model": model})
-        await db.execute(_ALIVE_AFTER_ALL, {"id": replica})
+        await db.execute(_NOT_LOST, {"id": replica})
         now = time.monotonic()
         if self._first is None or now - self._latest > self._lost:
             self._first = now
         self._latest = now
 
-    def _may_judge(self) -> bool:
+    def _may_declare_lost(self) -> bool:
         return self._first is not None and time.monotonic() - self._first >= self._lost
 
-    async def _take_up_lost_jobs(self, db: Connection) -> None:
+    async def _requeue_lost_jobs(self, db: Connection) -> None:
         """Requeue the jobs of lost replicas, and fail jobs that no replica can run."""
         found = await db.execute(_REQUEUE, {"lost": self._lost})
         for row in await found.fetchall():
-            logger.warning("evaluation %s is queued again: its replica was lost", row["id"])
+            logger.warning("requeued evaluation %s, because its replica was lost", row["id"])
         error = "The model it was started with is no longer served."
         await db.execute(_FAIL.format(condition=_UNSERVED), {"error": error, "lost": self._lost})
-        error = f"{MAX_LOST} replicas were lost while running it, with nothing finished between."
-        await db.execute(_FAIL.format(condition=_DEADLY), {"error": error, "most_lost": MAX_LOST})
+        error = f"{MAX_LOST} replicas were lost while running it, without progress in between."
+        await db.execute(_FAIL.format(condition=_FATAL), {"error": error, "most_lost": MAX_LOST})
 
-    async def _tidy(self, db: Connection) -> None:
+    async def _remove_old(self, db: Connection) -> None:
         await db.execute("DELETE FROM replicas WHERE seen < now() - interval '1 hour'")
         await db.execute(f"DELETE FROM evaluations WHERE {EXPIRED}", self.limits)
         await db.execute(_SURPLUS, {"most": MAX_FINISHED})

@@ -1,4 +1,4 @@
-"""The connection to PostgreSQL: a pool that reconnects on its own, timeouts and notifications."""
+"""Connections to PostgreSQL: a pool that reconnects on its own, timeouts and notifications."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 CHANNEL = "robust_evaluations"
 RETRY_SECONDS = 2.0
-# A request gets 503 after at most 3 seconds, whatever the server does.
-WAIT_SECONDS = 2.0  # for a connection
+# Timeouts: a request gets 503 after at most 3 seconds, whatever the server does.
+WAIT_SECONDS = 2.0  # for a connection from the pool
 CHECK_SECONDS = 0.8  # for the health check of an idle connection
-QUERY_SECONDS = 2.5  # for a response
+QUERY_SECONDS = 2.5  # for the response to a query
 SPARE_SECONDS = 0.2
-BULK_SECONDS = 20.0  # for one that carries images or a journal, or waits for another replica
+BULK_SECONDS = 20.0  # for a query with images or a journal, or that waits for another replica
 
 
 class Connection(AsyncConnection[DictRow]):
-    """Closes the connection if the server does not respond for `limit` seconds.
+    """A connection that is closed if the server does not respond for `limit` seconds.
 
-    Cancelling does not work: psycopg then asks the server to cancel, and waits for that.
+    Cancelling the call would not work: psycopg asks the server to cancel, and waits for that.
     """
 
     limit = QUERY_SECONDS
 
     async def wait(self, *arguments: Any, **options: Any) -> Any:
-        """Wait for one response of the server."""
+        """Wait for a response of the server."""
         watch = asyncio.create_task(self._watch(self.limit))
         try:
             return await super().wait(*arguments, **options)
@@ -50,9 +50,9 @@ class Connection(AsyncConnection[DictRow]):
     async def _watch(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         await asyncio.sleep(SPARE_SECONDS)  # for a response that came while the event loop was busy
-        self._hang_up()
+        self._close_socket()
 
-    def _hang_up(self) -> None:
+    def _close_socket(self) -> None:
         """Close the socket, which ends the wait with an error."""
         with suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as other:
             other.shutdown(socket.SHUT_RDWR)
@@ -61,8 +61,8 @@ class Connection(AsyncConnection[DictRow]):
 class Database:
     """A pool of connections to the schema `robust`.
 
-    The server may be down, at the start or later: calls then raise StoreError, `up` is 0, and the
-    pool keeps trying to reconnect. Raises ValueError for a malformed URL.
+    While the server is down, calls raise StoreError, the metric `up` is 0, and the pool tries to
+    reconnect. Raises ValueError for a malformed URL.
     """
 
     def __init__(self, url: str, up: Gauge) -> None:
@@ -97,11 +97,11 @@ class Database:
             check=_check,
             name="robust",
         )
-        self._prepared = False  # the tables are those of this release
-        self._made = False  # once prepared, this process never changes them again
+        self._prepared = False  # whether the tables have this release's version
+        self._was_prepared = False  # if so, this process does not migrate them again
 
     async def open(self) -> None:
-        """Begin to connect."""
+        """Start to connect, without waiting."""
         await self.pool.open(wait=False)
 
     async def close(self) -> None:
@@ -110,9 +110,11 @@ class Database:
 
     @asynccontextmanager
     async def connection(self, *, limit: float = QUERY_SECONDS) -> AsyncIterator[Connection]:
-        """A transaction whose every query is answered within `limit` seconds. Raises StoreError."""
+        """A transaction in which every query takes at most `limit` seconds. Raises StoreError."""
         if not self._prepared:
-            raise Unreachable("PostgreSQL has not been reached yet, or has other tables")
+            raise Unreachable(
+                "PostgreSQL has not been reached yet, or its tables have another version"
+            )
         async with self._reporting(), self.pool.connection() as connection:
             connection.limit = limit
             yield connection
@@ -120,33 +122,33 @@ class Database:
     async def prepare(self) -> None:
         """Create or upgrade the tables, and check that they have this release's version.
 
-        Raises StoreError; then nothing else works until a later call succeeds.
+        Raises StoreError; then `connection` raises too, until a later call succeeds.
         """
         try:
             await self._prepare()
         except StoreError:
             self._prepared = False
             raise
-        self._prepared = self._made = True
+        self._prepared = self._was_prepared = True
         self._up.set(1)
 
     async def _prepare(self) -> None:
         async with self._reporting(), self.pool.connection() as connection:
-            if not self._made:
+            if not self._was_prepared:
                 connection.limit = BULK_SECONDS
                 await connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
                 await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
             have = await _version(connection)
-            if have != VERSION and self._made:
+            if have != VERSION and self._was_prepared:
                 raise SchemaError(
-                    f"the tables are of version {have} now; this release works with {VERSION}"
+                    f"the tables now have version {have}; this release works with {VERSION}"
                 )
             if have != VERSION:
                 await connection.execute(script(have, VERSION))
                 logger.info("migrated the PostgreSQL tables from version %d to %d", have, VERSION)
 
-    async def listen(self, tell: Callable[[str], None]) -> None:
-        """Call `tell` with the id of each changed job, until cancelled. Raises StoreError."""
+    async def listen(self, notify: Callable[[str], None]) -> None:
+        """Call `notify` with the id of each changed job, until cancelled. Raises StoreError."""
         async with (
             self._reporting(),
             await AsyncConnection.connect(
@@ -155,11 +157,11 @@ class Database:
         ):
             await connection.execute(f"LISTEN {CHANNEL}")
             async for notification in connection.notifies():
-                tell(notification.payload)
+                notify(notification.payload)
 
     @asynccontextmanager
     async def _reporting(self) -> AsyncIterator[None]:
-        """Turn PostgreSQL errors into Unreachable, and update `up`."""
+        """Turn PostgreSQL's errors into Unreachable, and update the metric `up`."""
         try:
             yield
         except (Error, OSError, SchemaError) as error:
@@ -172,16 +174,16 @@ class Database:
 
 
 async def retry(what: str, attempt: Callable[[], Any]) -> None:
-    """Repeat `attempt` until cancelled; the same failure in a row is logged once."""
-    said = ""
+    """Repeat `attempt` until cancelled; a failure that repeats is logged once."""
+    logged = ""
     while True:
         try:
             await attempt()
-            said = ""
+            logged = ""
         except Exception as error:
-            if str(error) != said:
-                said = str(error)
-                logger.error("%s: %s; trying again", what, said)
+            if str(error) != logged:
+                logged = str(error)
+                logger.error("%s: %s; trying again", what, logged)
         await asyncio.sleep(RETRY_SECONDS)
 
 

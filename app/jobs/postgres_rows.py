@@ -1,4 +1,4 @@
-"""A job and its images as rows in PostgreSQL, and operations on them within a transaction."""
+"""Jobs and their images as rows in PostgreSQL, and operations on them within a transaction."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from robust.datasets import Dataset
 PART_BYTES = 4 * 2**20
 COLUMNS = "id, about, state, bytes, created, finished, result, error, run, version"
 ACTIVE = "state IN ('queued', 'running')"
-TELL = f"SELECT pg_notify('{CHANNEL}', %s)"
-OF_THE_SET = ("shape", "dtype", "classes", "sha256", "parts")
+NOTIFY = f"SELECT pg_notify('{CHANNEL}', %s)"
+DATASET_FIELDS = ("shape", "dtype", "classes", "sha256", "parts")  # in `about`
 
 
 async def find_same(db: Connection, job: Job) -> Job | None:
-    """The existing job that `job` repeats, if any. Raises KeyUsed."""
+    """The existing job that is the same as `job`, if any. Raises KeyUsed."""
     condition = "digest = %s AND key IS NULL" if job.key is None else "key = %s"
     found = await db.execute(
         f"SELECT {COLUMNS}, digest FROM evaluations WHERE {condition}"
@@ -33,8 +33,8 @@ async def find_same(db: Connection, job: Job) -> Job | None:
     return None if row is None else to_job(row)
 
 
-async def check_hold(db: Connection, job: Job) -> None:
-    """Raise Lost unless this run still owns `job`; locks it for the rest of the transaction."""
+async def check_owned(db: Connection, job: Job) -> None:
+    """Raise Lost unless this run still owns `job`. Locks its row until the transaction ends."""
     found = await db.execute(
         "SELECT 1 FROM evaluations WHERE id = %s AND run = %s AND state = 'running' FOR UPDATE",
         (job.id, job.run),
@@ -43,8 +43,8 @@ async def check_hold(db: Connection, job: Job) -> None:
         raise Lost("it was cancelled, or another replica has taken it over")
 
 
-async def keep_journal(db: Connection, job: Job, journal: bytes) -> None:
-    """Store the journal, and reset the count of lost replicas, as the job makes progress."""
+async def store_journal(db: Connection, job: Job, journal: bytes) -> None:
+    """Store the journal; as that is progress, forget the replicas that were lost running it."""
     await db.execute(
         "UPDATE evaluations SET journal = %b, lost_by = '{}' WHERE id = %s", (journal, job.id)
     )
@@ -53,7 +53,7 @@ async def keep_journal(db: Connection, job: Job, journal: bytes) -> None:
 async def end(
     db: Connection, id: str, state: JobState, result: dict[str, Any] | None, error: str | None
 ) -> None:
-    """End a job, and remove the data that only an active one needs."""
+    """End a job, and remove what only an active job needs: its journal and images."""
     await db.execute(
         "UPDATE evaluations SET state = %s, result = coalesce(%s, result), error = %s,"
         " finished = now(), changed = now(), version = version + 1, journal = NULL WHERE id = %s",
@@ -64,15 +64,15 @@ async def end(
         (id,),
     )
     await db.execute("DELETE FROM images WHERE evaluation = %s", (id,))
-    await db.execute(TELL, (id,))
+    await db.execute(NOTIFY, (id,))
 
 
 def to_job(row: dict[str, Any]) -> Job:
-    """The job of a row with COLUMNS."""
+    """The job in a row with COLUMNS."""
     about = row["about"]
     job = Job.from_about(
         row["id"],
-        {name: value for name, value in about.items() if name not in OF_THE_SET},
+        {name: value for name, value in about.items() if name not in DATASET_FIELDS},
     )
     job.state, job.bytes, job.run, job.version = (
         row["state"],
@@ -86,7 +86,7 @@ def to_job(row: dict[str, Any]) -> Job:
 
 
 def to_parts(dataset: Dataset) -> list[memoryview]:
-    """The bytes of the labels and then of the images, in pieces that PostgreSQL takes."""
+    """The bytes of the labels and then of the images, in parts of at most PART_BYTES."""
     labels = dataset.labels.contiguous().numpy().data.cast("B")
     images = dataset.images.contiguous().numpy().data.cast("B")
     return [
@@ -96,8 +96,8 @@ def to_parts(dataset: Dataset) -> list[memoryview]:
     ]
 
 
-def describe_set(dataset: Dataset) -> dict[str, Any]:
-    """The description that `to_dataset` needs, as JSON values."""
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """What `to_dataset` needs to know of a data set, as JSON values."""
     return {
         "shape": list(dataset.images.shape),
         "dtype": dataset.dtype,
@@ -107,11 +107,11 @@ def describe_set(dataset: Dataset) -> dict[str, Any]:
 
 
 def to_dataset(about: dict[str, Any], content: bytearray) -> Dataset:
-    """The labeled images of a job, from all parts together. Raises Damaged."""
+    """The data set of a job, from its description and all parts together. Raises Damaged."""
     n, *shape = about["shape"]
     try:
         labels = torch.frombuffer(content, dtype=torch.int64, count=n)
-        # Sets that release 0.1 kept are all uint8.
+        # Release 0.1 stored no dtype: all its sets are uint8.
         dtype = torch.float32 if about.get("dtype") == "float32" else torch.uint8
         images = torch.frombuffer(content, dtype=dtype, offset=8 * n).reshape(n, *shape)
         dataset = Dataset(
@@ -123,5 +123,5 @@ def to_dataset(about: dict[str, Any], content: bytearray) -> Dataset:
     except (ValueError, RuntimeError) as error:
         raise Damaged(f"expected {n} images: {error}") from error
     if dataset.sha256 != about["sha256"]:
-        raise Damaged("the images are not what they were")
+        raise Damaged("the images have changed")
     return dataset

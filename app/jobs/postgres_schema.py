@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEMA = "robust"  # all our tables, separate from the rest of the database
+SCHEMA = "robust"  # PostgreSQL schema of all our tables
 LOCK = 0x726F62757374  # advisory lock for creating tables and for adding a job
 
 
@@ -14,9 +14,9 @@ class SchemaError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """SQL that upgrades from the previous version to this one, and downgrades."""
+    """SQL to upgrade the tables from the previous version to this one, and to downgrade them."""
 
-    release: str  # the first with this version
+    release: str  # the first one with this version
     up: str
     down: str
 
@@ -89,7 +89,7 @@ STEPS = (
     Step(release="0.1", up=_FIRST, down=""),
     Step(release="0.2", up=_OWN_QUEUE, down=_OWN_QUEUE_BACK),
 )
-VERSION = len(STEPS)  # of the tables that this release works with
+VERSION = len(STEPS)  # version of the tables in this release
 FIND_VERSION = "SELECT version FROM robust_version"
 
 
@@ -97,7 +97,7 @@ def script(have: int, want: int) -> str:
     """SQL that migrates from version `have` (0: none) to version `want`. Raises SchemaError."""
     if not 0 <= have <= VERSION:
         raise SchemaError(
-            f"the tables in PostgreSQL are of version {have}; this release knows 1 to {VERSION}"
+            f"the tables in PostgreSQL have version {have}; this release knows 1 to {VERSION}"
         )
     if not 1 <= want <= VERSION:
         raise SchemaError(f"expected a version from 1 to {VERSION}, got {want}")

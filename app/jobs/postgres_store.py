@@ -1,6 +1,6 @@
-"""The jobs of all replicas, in PostgreSQL: any replica handles any job, and resumes lost ones.
+"""The jobs of all replicas, in PostgreSQL: any replica can show, run and resume any job.
 
-Each run of a job has a number. A replica that takes the job over increments it, and from then on
+Each run of a job has a number. A replica that takes over a job increments it, and from then on
 writes of the old run are discarded.
 """
 
@@ -19,7 +19,7 @@ from psycopg.types.json import Json
 from app.engine.model_reloader import ModelReloader
 from app.jobs.job import Job, JobState
 from app.jobs.local_store import check_room
-from app.jobs.postgres_maintenance import EXPIRED, HEARTBEAT, Upkeep
+from app.jobs.postgres_maintenance import EXPIRED, HEARTBEAT, Maintenance
 from app.jobs.postgres_pool import (
     BULK_SECONDS,
     RETRY_SECONDS,
@@ -30,12 +30,12 @@ from app.jobs.postgres_pool import (
 from app.jobs.postgres_rows import (
     ACTIVE,
     COLUMNS,
-    TELL,
-    check_hold,
-    describe_set,
+    NOTIFY,
+    check_owned,
+    describe_dataset,
     end,
     find_same,
-    keep_journal,
+    store_journal,
     to_dataset,
     to_job,
     to_parts,
@@ -78,19 +78,19 @@ class SharedStore:
         self.changes = Changes()
         self._settings, self._models = settings, models
         self._database = Database(url, metrics.store_up)
-        self._upkeep = Upkeep(self._database, settings, serving=self._serving)
+        self._maintenance = Maintenance(self._database, settings, serving=self._serving)
         self._run: Run | None = None
         self._replica = uuid.uuid4().hex
-        self._news = asyncio.Event()  # some job has changed
+        self._any_change = asyncio.Event()  # set when any job changes
         self._tasks: set[asyncio.Task[None]] = set()
         self._worker: asyncio.Task[None] | None = None
 
     def count(self, state: JobState) -> int:
         """See `JobStore`."""
-        return self._upkeep.counts.get(state, 0)
+        return self._maintenance.counts.get(state, 0)
 
     async def start(self, run: Run) -> None:
-        """See `JobStore`. PostgreSQL may be down."""
+        """See `JobStore`. PostgreSQL may be down: jobs run once it can be reached."""
         self._run = run
         await asyncio.to_thread(remove_abandoned)
         await self._database.open()
@@ -100,34 +100,36 @@ class SharedStore:
             logger.error("evaluations can't start yet: %s", error)
         self._worker = asyncio.create_task(retry("the queue", self._work))
         self._tasks = {
-            asyncio.create_task(retry("upkeep", self._upkeep.once)),
-            asyncio.create_task(retry("news", lambda: self._database.listen(self._tell))),
+            asyncio.create_task(retry("the maintenance", self._maintenance.once)),
+            asyncio.create_task(
+                retry("the notifications", lambda: self._database.listen(self._notify))
+            ),
         }
 
     def _serving(self) -> tuple[str, str]:
-        """This replica and the model it serves."""
+        """This replica's id, and the SHA-256 of the model that it serves."""
         return self._replica, self._models.current.sha256
 
-    def _tell(self, id: str) -> None:
-        self.changes.tell(id)
-        self._news.set()
+    def _notify(self, id: str) -> None:
+        self.changes.notify(id)
+        self._any_change.set()
 
     async def _work(self) -> None:
         """Run queued jobs, one after another. Raises StoreError."""
         while True:
-            self._news.clear()
+            self._any_change.clear()
             if job := await self._claim():
                 await self._run_claimed(job)
             else:
-                await self._wait_for_news()
+                await self._wait_for_change()
 
-    async def _wait_for_news(self) -> None:
+    async def _wait_for_change(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_SECONDS):
-                await self._news.wait()
+                await self._any_change.wait()
 
     async def _claim(self) -> Job | None:
-        """Claim the next job for this replica."""
+        """Claim the next queued job of the served model; None if there is none."""
         replica, model = self._serving()
         async with self._database.connection() as db:
             found = await db.execute(_CLAIM, {"id": replica, "model": model})
@@ -135,18 +137,18 @@ class SharedStore:
             if row is None:
                 return None
             await db.execute(HEARTBEAT, {"id": replica, "model": model})
-            await db.execute(TELL, (row["id"],))
+            await db.execute(NOTIFY, (row["id"],))
         return to_job(row)
 
     async def _run_claimed(self, job: Job) -> None:
-        """Run `job` until it ends or another replica takes it over, even during an outage."""
+        """Run `job` until it ends, or another replica takes it over. An outage does not stop it."""
         assert self._run is not None
         task = asyncio.ensure_future(self._run(job))
-        task.add_done_callback(lambda _: self._news.set())
+        task.add_done_callback(lambda _: self._any_change.set())
         try:
             while not task.done() and not await self._is_lost(job):
-                self._news.clear()
-                await self._wait_for_news()
+                self._any_change.clear()
+                await self._wait_for_change()
         finally:
             if not task.done():
                 task.cancel()
@@ -159,7 +161,7 @@ class SharedStore:
     async def _is_lost(self, job: Job) -> bool:
         try:
             async with self._database.connection() as db:
-                await check_hold(db, job)
+                await check_owned(db, job)
         except Lost:
             return True
         except StoreError:
@@ -167,15 +169,15 @@ class SharedStore:
         return False
 
     async def _release(self, job: Job) -> None:
-        """Queue `job` again, if it is still this run's."""
+        """Queue `job` again, if this run still owns it."""
         async with self._database.connection() as db:
             found = await db.execute(_RELEASE, (job.id, job.run))
             if await found.fetchone():
-                await db.execute(TELL, (job.id,))
+                await db.execute(NOTIFY, (job.id,))
 
     async def _persist(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Repeat the operation until PostgreSQL can be reached. Raises Lost."""
-        said = False
+        logged = False
         while True:
             try:
                 await attempt()
@@ -183,24 +185,24 @@ class SharedStore:
             except Lost:
                 raise
             except StoreError as error:
-                if not said:
+                if not logged:
                     logger.warning("%s; trying again", error)
-                said = True
+                logged = True
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def add(self, job: Job, dataset: Dataset) -> Job:
         """See `JobStore`. The job and its images are added together, or not at all."""
         parts = to_parts(dataset)
-        about = {**job.about(), **describe_set(dataset), "parts": len(parts)}
+        about = {**job.about(), **describe_dataset(dataset), "parts": len(parts)}
         async with self._database.connection() as db:
-            if same := await self._same_or_room(db, job):
+            if same := await self._find_same_or_check_room(db, job):
                 return same
-            # The images first: others wait for the lock, but not for the upload.
+            # The images before the lock, so that other replicas don't wait for their upload.
             db.limit = BULK_SECONDS
             for part, content in enumerate(parts):
                 await db.execute("INSERT INTO images VALUES (%s, %s, %b)", (job.id, part, content))
             await db.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
-            if same := await self._same_or_room(db, job):
+            if same := await self._find_same_or_check_room(db, job):
                 await db.execute("DELETE FROM images WHERE evaluation = %s", (job.id,))
                 return same
             found = await db.execute(
@@ -211,21 +213,21 @@ class SharedStore:
             row = await found.fetchone()
             assert row is not None
             job.created = row["created"]
-            await db.execute(TELL, (job.id,))
+            await db.execute(NOTIFY, (job.id,))
         return job
 
-    async def _same_or_room(self, db: Connection, job: Job) -> Job | None:
-        """The same job, if there is one. Raises Full, TooLarge or KeyUsed."""
-        await db.execute(f"DELETE FROM evaluations WHERE {EXPIRED}", self._upkeep.limits)
+    async def _find_same_or_check_room(self, db: Connection, job: Job) -> Job | None:
+        """The existing job that is the same, if any. Raises Full, TooLarge or KeyUsed."""
+        await db.execute(f"DELETE FROM evaluations WHERE {EXPIRED}", self._maintenance.limits)
         if same := await find_same(db, job):
             return same
         found = await db.execute(
             f"SELECT count(*) FILTER (WHERE {ACTIVE}) AS active,"
-            " coalesce(sum(bytes), 0)::bigint AS held FROM evaluations"
+            " coalesce(sum(bytes), 0)::bigint AS bytes FROM evaluations"
         )
         row = await found.fetchone()
         assert row is not None
-        check_room(job, active=row["active"], held=row["held"], settings=self._settings)
+        check_room(job, active=row["active"], stored_bytes=row["bytes"], settings=self._settings)
         return None
 
     async def get(self, id: str) -> Job | None:
@@ -233,7 +235,7 @@ class SharedStore:
         async with self._database.connection() as db:
             found = await db.execute(
                 f"SELECT {COLUMNS} FROM evaluations WHERE id = %(id)s AND NOT ({EXPIRED})",
-                {**self._upkeep.limits, "id": id},
+                {**self._maintenance.limits, "id": id},
             )
             row = await found.fetchone()
         return None if row is None else to_job(row)
@@ -245,7 +247,7 @@ class SharedStore:
                 f"SELECT {COLUMNS} FROM evaluations WHERE NOT ({EXPIRED})"
                 " AND (%(owner)s::text IS NULL OR about->>'owner' = %(owner)s)"
                 " ORDER BY created DESC",
-                {**self._upkeep.limits, "owner": owner},
+                {**self._maintenance.limits, "owner": owner},
             )
             return [to_job(row) for row in await found.fetchall()]
 
@@ -262,7 +264,7 @@ class SharedStore:
         """See `JobStore`."""
         async with self._database.connection() as db:
             await db.execute(f"DELETE FROM evaluations WHERE id = %s AND NOT {ACTIVE}", (id,))
-            await db.execute(TELL, (id,))
+            await db.execute(NOTIFY, (id,))
 
     async def images(self, job: Job) -> Dataset:
         """See `JobStore`."""
@@ -285,7 +287,7 @@ class SharedStore:
 
     @asynccontextmanager
     async def journal(self, job: Job) -> AsyncIterator[Path | None]:
-        """See `JobStore`: a file of this run, which starts with what the last one has kept."""
+        """See `JobStore`: a file of this run, which starts with the journal stored by the last."""
         async with self._database.connection(limit=BULK_SECONDS) as db:
             found = await db.execute(
                 "SELECT journal FROM evaluations WHERE id = %s", (job.id,), binary=True
@@ -300,15 +302,15 @@ class SharedStore:
     async def show(self, job: Job, result: dict[str, Any] | None, journal: bytes | None) -> None:
         """See `JobStore`."""
         async with self._database.connection(limit=BULK_SECONDS) as db:
-            await check_hold(db, job)
+            await check_owned(db, job)
             if result is not None:
                 await db.execute(
                     "UPDATE evaluations SET result = %s, version = version + 1 WHERE id = %s",
                     (Json(result), job.id),
                 )
-                await db.execute(TELL, (job.id,))
+                await db.execute(NOTIFY, (job.id,))
             if journal is not None:
-                await keep_journal(db, job, journal)
+                await store_journal(db, job, journal)
 
     async def finish(
         self,
@@ -317,11 +319,11 @@ class SharedStore:
         result: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> None:
-        """See `JobStore`. Waits for a PostgreSQL that is down."""
+        """See `JobStore`. If PostgreSQL is down, waits for it."""
 
         async def attempt() -> None:
             async with self._database.connection() as db:
-                await check_hold(db, job)
+                await check_owned(db, job)
                 await end(db, job.id, state, result, error)
 
         await self._persist(attempt)
@@ -330,14 +332,14 @@ class SharedStore:
         """See `JobStore`. A job that was cancelled or taken over is left alone."""
         try:
             async with self._database.connection(limit=BULK_SECONDS) as db:
-                await check_hold(db, job)
+                await check_owned(db, job)
                 if journal is not None:
-                    await keep_journal(db, job, journal)
+                    await store_journal(db, job, journal)
                 await db.execute(_RELEASE, (job.id, job.run))
-                await db.execute(TELL, (job.id,))
+                await db.execute(NOTIFY, (job.id,))
         except Lost:
             pass
-        except StoreError as error:  # some replica's upkeep will find it
+        except StoreError as error:  # the maintenance of some replica requeues it later
             logger.warning("evaluation %s could not be handed over: %s", job.id, error)
 
     async def hand_over(self) -> None:
@@ -356,5 +358,5 @@ class SharedStore:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await self._upkeep.leave(self._replica)
+        await self._maintenance.remove_replica(self._replica)
         await self._database.close()

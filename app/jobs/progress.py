@@ -1,4 +1,4 @@
-"""The result so far of an evaluation, passed from the device thread to the event loop."""
+"""Passes the result so far of an evaluation from the device thread to the event loop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from robust.evaluation import Evaluation
 
 
 class Progress:
-    """The latest result of one run, and its journal at intervals.
+    """The latest result of one run, and its journal every `every` seconds.
 
-    Created on the event loop. Results that come faster than they are asked for are skipped, and
-    so are those that know less than `shown`, which an earlier run of the same job has shown: a
-    run that continues reads its journal stage by stage.
+    Create it on the event loop. A result is skipped if a newer one arrives before it is read, or if
+    less of the work is done than in `shown`, the result of an earlier run of the same job: a run
+    that continues reads its journal stage by stage.
     """
 
     def __init__(
@@ -26,51 +26,51 @@ class Progress:
         self.result = shown  # as JSON values
         self._path = journal if every is not None else None
         self._every = every or 0.0
-        self._kept = time.monotonic()
+        self._journal_read = time.monotonic()
         self._journal: bytes | None = None
         self._loop = asyncio.get_running_loop()
         self._changed, self._stopped = asyncio.Event(), asyncio.Event()
         self._begun = False
 
-    def framed(self, work: Callable[[Session], Evaluation]) -> Callable[[Session], Evaluation]:
-        """`work` for the device, noting when it starts and ends."""
+    def tracked(self, work: Callable[[Session], Evaluation]) -> Callable[[Session], Evaluation]:
+        """A function for the device that runs `work`, and records that it starts and ends."""
 
         def run(session: Session) -> Evaluation:
             self._begun = True
-            self._tell(self._changed.set)
+            self._call_on_loop(self._changed.set)
             try:
                 return work(session)
             finally:
-                self._tell(self._stopped.set)
+                self._call_on_loop(self._stopped.set)
 
         return run
 
     def show(self, evaluation: Evaluation) -> None:
         """Pass on the result so far. Called on the device thread, which writes the journal."""
         journal = None
-        if self._path is not None and time.monotonic() - self._kept >= self._every:
-            journal, self._kept = self._path.read_bytes(), time.monotonic()
-        self._tell(self._take, as_json(evaluation), journal)
+        if self._path is not None and time.monotonic() - self._journal_read >= self._every:
+            journal, self._journal_read = self._path.read_bytes(), time.monotonic()
+        self._call_on_loop(self._update, as_json(evaluation), journal)
 
-    def _take(self, result: dict[str, Any], journal: bytes | None) -> None:
+    def _update(self, result: dict[str, Any], journal: bytes | None) -> None:
         self._journal = journal or self._journal
         if self.result is None or result["done"] >= self.result["done"]:
             self.result = result
         self._changed.set()
 
-    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+    def _call_on_loop(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop has been closed
+        except RuntimeError:  # the loop is closed
             pass
 
     async def changed(self) -> None:
-        """Wait until there is something new."""
+        """Wait until the run has started, or there is a new result."""
         await self._changed.wait()
         self._changed.clear()
 
     def take_journal(self) -> bytes | None:
-        """The journal, if it is newer than the one taken last."""
+        """The journal, if there is a newer one than at the last call."""
         journal, self._journal = self._journal, None
         return journal
 

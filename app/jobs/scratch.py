@@ -1,4 +1,4 @@
-"""Temporary folders that are removed even when their process is killed: at the next start."""
+"""Temporary folders. If their process is killed, the next one removes them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 PREFIX = "robust-"
-LOCK = "lock"  # held by the process that uses the folder, and released by the kernel when it dies
+LOCK = "lock"  # locked by the folder's process; the kernel unlocks it when that dies
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """An empty folder as long as the block runs."""
+    """An empty temporary folder, removed after the block."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         folder = Path(name)
-        # Locked before it has the name by which others look for it.
+        # Locked before it is renamed to the name that `remove_abandoned` looks for.
         with (folder / "lock.new").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "lock.new").rename(folder / LOCK)
@@ -29,7 +29,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path | None = None) -> None:
-    """Remove the scratch folders of processes that no longer live, from the temporary folder."""
+    """Remove the scratch folders of dead processes from `parent`, by default the temp folder."""
     for path in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         try:
             with path.open("r+") as lock:
@@ -38,6 +38,6 @@ def remove_abandoned(parent: Path | None = None) -> None:
         except BlockingIOError:  # in use
             continue
         except OSError as error:  # another user's, or removed by another process just now
-            logger.debug("%s is left: %s", path.parent, error)
+            logger.debug("%s was not removed: %s", path.parent, error)
         else:
             logger.info("removed %s, left by a killed process", path.parent)

@@ -1,4 +1,4 @@
-"""Evaluation jobs: submitting, watching, and running them on the device one at a time."""
+"""Submits and watches evaluation jobs, and runs them on the device one at a time."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from robust.evaluation.precision import Precision
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 5.0  # between reads of a watched job, in case a notification is lost
+POLL_SECONDS = 5.0  # between reads of a watched job, in case a notification is lost
 STOP_SECONDS = 5.0  # for the device to finish a step
 
 _KEY_USED = FieldError(
     field="Idempotency-Key",
     expected="a key that was not used for another evaluation",
-    got="one that was",
+    got="a used one",
 )
 
 
 class Jobs:
-    """The evaluations that this service answers for, whichever replica runs them."""
+    """The evaluations that clients can see here, whichever replica runs them."""
 
     def __init__(
         self, engine: Engine, models: ModelReloader, settings: Settings, metrics: Metrics
@@ -59,7 +59,7 @@ class Jobs:
         self._store = _store_for(settings, models, metrics)
         for state in STATES:
             metrics.jobs.labels(state).set_function(partial(self._store.count, state))
-        self._admitted: dict[str, ServedModel] = {}  # what a job of this service was admitted with
+        self._admitted: dict[str, ServedModel] = {}  # the model that each job was admitted with
         self.ending = False
 
     async def start(self) -> None:
@@ -78,13 +78,13 @@ class Jobs:
     ) -> Job:
         """Queue an evaluation of `model`, or return an earlier identical one.
 
-        The same model, images and settings are one job of `owner`, unless the `key` differs. Only
-        requests with this `owner`, or with None, see the job.
+        An owner's evaluations of the same model, images and settings are one job, unless their
+        keys differ. Only requests with this `owner`, or with None, see the job.
 
-        Raises Overloaded or BodyTooLarge where there is no room, NotReady where it can't be kept,
-        InvalidParameters for a key that was used for something else.
+        Raises Overloaded or BodyTooLarge if there is no room, NotReady if the job can't be stored,
+        and InvalidParameters if the key was used for another evaluation.
         """
-        # Decided now: whichever replica continues it must use the same precision.
+        # Chosen now: a replica that continues the job must use the same precision.
         precision: Precision = "bf16" if model.search.bf16 else "fp32"
         digest = await asyncio.to_thread(
             digest_of, model.sha256, dataset, attacks, curve, precision, owner
@@ -107,7 +107,7 @@ class Jobs:
             self._admitted[job.id] = model
         found = None
         try:
-            with _reachable("There is no room to keep the evaluation."):
+            with _reachable("There is no room to store the evaluation."):
                 found = await self._store.add(job, dataset)
         except Full as full:
             self._metrics.rejected.labels(full.reason).inc()
@@ -126,16 +126,19 @@ class Jobs:
         return self._engine.retry_after(Kind.EVALUATE, ahead=sum(queued))
 
     async def all(self, owner: str | None = None) -> list[Job]:
-        """Every job, or those of `owner`, the newest first. Raises NotReady, as do the others."""
+        """All jobs, or those of `owner`, newest first.
+
+        Like the other methods, raises NotReady if the store can't be reached.
+        """
         with _reachable():
             return await self._store.all(owner)
 
     async def get(self, id: str, owner: str | None = None) -> Job:
-        """The job of that id. Raises NotFound, also for one that is not of `owner`."""
+        """The job with that id. Raises NotFound, also if it has another owner than `owner`."""
         with _reachable():
             job = await self._store.get(id)
         if job is None or (owner is not None and job.owner != owner):
-            raise NotFound("There is no evaluation of this id, or it has expired.")
+            raise NotFound("There is no evaluation with this id, or it has expired.")
         return job
 
     async def delete(self, id: str, owner: str | None = None) -> Job:
@@ -150,7 +153,7 @@ class Jobs:
             return await self._store.get(id) or job
 
     async def watch(self, job: Job) -> AsyncIterator[Job]:
-        """`job` now and after each change, the last time when it has ended or the service does."""
+        """Yield `job` now and after each change, until it ends or the service stops."""
         seen = None
         while True:
             changed, ending = self._store.changes.next(job.id), self.ending
@@ -161,11 +164,11 @@ class Jobs:
                 job = found
             if job.version != seen or ending:
                 seen, last = job.version, ending or not job.active
-                yield job  # which may end meanwhile
+                yield job  # it may end meanwhile
                 if last:
                     return
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(POLL_SECONDS):
                     await changed.wait()
 
     async def ended(self, job: Job, seconds: float) -> Job:
@@ -181,21 +184,21 @@ class Jobs:
         await self._store.hand_over()
 
     async def stop(self) -> None:
-        """Stop the running job and end all watches; the next service continues stored jobs."""
+        """Stop the running job and all watchers; the next service continues stored jobs."""
         self.ending = True
         await self._store.stop()
-        self._store.changes.tell_all()
+        self._store.changes.notify_all()
 
     async def close(self) -> None:
         """Close the store. Call after `stop`, when the engine has stopped."""
         await self._store.close()
 
     async def _run(self, job: Job) -> None:
-        """Run the evaluation `job`. Cancelled, it puts the job back into the store."""
+        """Run the evaluation `job`. If cancelled, queue it again."""
         try:
             await self._evaluate(job)
         except Lost as error:
-            logger.info("evaluation %s no longer runs here: %s", job.id, error)
+            logger.info("stopped running evaluation %s: %s", job.id, error)
         finally:
             self._admitted.pop(job.id, None)
 
@@ -234,7 +237,7 @@ class Jobs:
             batch_size=self._batch_size or (64 if model.device.type == "cuda" else 16),
         )
         task = asyncio.create_task(
-            self._engine.run(Kind.EVALUATE, model, progress.framed(work), cost=job.cost)
+            self._engine.run(Kind.EVALUATE, model, progress.tracked(work), cost=job.cost)
         )
         report = asyncio.create_task(self._report(job, progress))
         try:
@@ -251,7 +254,7 @@ class Jobs:
             raise
         except Exception:
             logger.exception("evaluation %s failed", job.id)
-            error = "The evaluation failed; the log of the service says why."
+            error = "The evaluation failed; the service's log says why."
             await self._store.finish(job, "failed", progress.result, error)
         else:
             await self._store.finish(job, "done", as_json(evaluation))
@@ -304,7 +307,7 @@ def _evaluation(
     *,
     batch_size: int,
 ) -> Callable[[Session], Evaluation]:
-    """The work of `job` on the device."""
+    """A function that runs `job` on the device, and calls `show` with each result so far."""
 
     def work(session: Session) -> Evaluation:
         for evaluation in evaluate_batches(
@@ -323,30 +326,30 @@ def _evaluation(
             journal=journal,
             model_id=model.sha256,
         ):
-            evaluation = _explained(evaluation, model)
+            evaluation = _with_reason(evaluation, model)
             show(evaluation)
         return evaluation
 
     return work
 
 
-def _explained(evaluation: Evaluation, model: ServedModel) -> Evaluation:
-    """With the reason why this service searches in the precision of `evaluation`, if it does."""
+def _with_reason(evaluation: Evaluation, model: ServedModel) -> Evaluation:
+    """`evaluation` with the reason for its precision, if this service chose that precision."""
     if evaluation.precision != str(model.search):
         return evaluation  # another replica chose
     return replace(evaluation, precision_reason=model.search.reason)
 
 
 @contextmanager
-def _reachable(otherwise: str = "The evaluations can't be looked up now.") -> Iterator[None]:
-    """Turn errors of the store into NotReady."""
+def _reachable(detail: str = "The evaluations can't be read now.") -> Iterator[None]:
+    """Turn errors of the store into NotReady, with `detail` unless the store is unreachable."""
     try:
         yield
     except (Full, TooLarge, KeyUsed):
         raise
     except Unreachable as error:
         logger.error("%s", error)
-        raise NotReady("The store of evaluations can't be reached now; try again.") from error
+        raise NotReady("The database of evaluations can't be reached now; try again.") from error
     except StoreError as error:
         logger.error("%s", error)
-        raise NotReady(otherwise) from error
+        raise NotReady(detail) from error

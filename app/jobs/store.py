@@ -1,4 +1,4 @@
-"""The interface of a job store: it stores evaluation jobs and has them run."""
+"""The interface of a job store, which stores evaluation jobs and runs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from app.jobs.job import Job, JobState
 from robust.datasets import Dataset
 
-MAX_FINISHED = 1000  # finished jobs that are stored at most
+MAX_FINISHED = 1000  # the most finished jobs that are stored
 
 Run = Callable[[Job], Awaitable[None]]
 
@@ -22,11 +22,11 @@ class StoreError(ValueError):
 
 
 class Unreachable(StoreError):
-    """The database of the jobs does not answer."""
+    """The jobs' database does not respond."""
 
 
 class Full(StoreError):
-    """There is no room for another job now. `reason` is for the metrics."""
+    """There is no room for another job now; `reason` is its label in the metrics."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class Full(StoreError):
 
 
 class TooLarge(StoreError):
-    """A job that would not fit into an empty store."""
+    """The job would not fit into an empty store."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"expected at most {limit} bytes of images and journal")
@@ -42,11 +42,11 @@ class TooLarge(StoreError):
 
 
 class KeyUsed(StoreError):
-    """An idempotency key that belongs to another job."""
+    """The idempotency key belongs to another job."""
 
 
 class Damaged(StoreError):
-    """The images of a job are missing or have changed."""
+    """The job's images are missing or have changed."""
 
 
 class Lost(StoreError):
@@ -56,37 +56,40 @@ class Lost(StoreError):
 class JobStore(Protocol):
     """Jobs and their images, journals and results.
 
-    `add` queues a job, the function given to `start` runs it, and `finish` ends it, or `cancel`,
-    which cancels that function. The same model, images and settings are one job, unless a key
-    says otherwise. Finished jobs expire. Every method raises StoreError where the store can't be
-    reached or written to.
+    `add` queues a job, and the function given to `start` runs it and ends it with `finish`;
+    `cancel` cancels that function. Two jobs of the same model, images and settings are one, unless
+    their keys differ. Finished jobs expire. Every method raises StoreError if the store can't be
+    reached or written.
     """
 
     changes: Changes
     alone: bool
     """Whether this process runs every job that is added here."""
     show_seconds: float
-    """Least time between two calls of `show`."""
+    """The least time between two calls of `show`."""
     journal_seconds: float | None
-    """How often `show` needs the journal; None where the journal itself is kept."""
+    """How often `show` needs the journal; None if the store keeps the journal's file itself."""
 
     def count(self, state: JobState) -> int:
-        """Number of jobs in that state, as last seen."""
+        """The number of jobs in that state, when the store last counted."""
 
     async def start(self, run: Run) -> None:
-        """Run the queued jobs with `run`, one at a time. Cancelled, it calls `put_back`."""
+        """Run the queued jobs with `run`, one at a time. If cancelled, `run` calls `put_back`."""
 
     async def add(self, job: Job, dataset: Dataset) -> Job:
-        """Queue `job`, or return the job it repeats. Raises Full, TooLarge or KeyUsed."""
+        """Queue `job`, or return the existing job that is the same.
+
+        Raises Full, TooLarge or KeyUsed.
+        """
 
     async def get(self, id: str) -> Job | None:
-        """The job of that id, unless it has expired."""
+        """The job with that id; None if there is none, or it has expired."""
 
     async def all(self, owner: str | None = None) -> list[Job]:
-        """Every job, or those of `owner`, the newest first."""
+        """All jobs, or those of `owner`, newest first."""
 
     async def cancel(self, id: str) -> None:
-        """Stop a job and keep its result so far."""
+        """Stop a job, and keep its result so far."""
 
     async def forget(self, id: str) -> None:
         """Remove a finished job."""
@@ -95,7 +98,7 @@ class JobStore(Protocol):
         """The labeled images to evaluate on. Raises Damaged."""
 
     def journal(self, job: Job) -> AbstractAsyncContextManager[Path | None]:
-        """The file of the evaluation's journal, None where there is none."""
+        """The file of the evaluation's journal; None without one."""
 
     async def show(self, job: Job, result: dict[str, Any] | None, journal: bytes | None) -> None:
         """Record that `job` is running, and its result so far. Raises Lost."""
@@ -113,10 +116,10 @@ class JobStore(Protocol):
         """Queue the interrupted `job` again, for this process or another."""
 
     async def hand_over(self) -> None:
-        """Run nothing more where another process can; it continues what runs here."""
+        """Stop running jobs if another process can run them; it continues the running job."""
 
     async def stop(self) -> None:
-        """Run nothing more. The next service continues stored jobs; others are cancelled."""
+        """Stop running jobs. The next service continues stored jobs; other jobs are cancelled."""
 
     async def close(self) -> None:
         """Close the store. Call after `stop`."""
@@ -133,12 +136,12 @@ class Changes:
         """The event that the job's next change sets. Get it before reading the job."""
         return self._events.setdefault(id, asyncio.Event())
 
-    def tell(self, id: str) -> None:
+    def notify(self, id: str) -> None:
         """Set the event of a job that has changed."""
         if event := self._events.pop(id, None):
             event.set()
 
-    def tell_all(self) -> None:
+    def notify_all(self) -> None:
         """Set all events: any job may have changed."""
         for id in list(self._events):
-            self.tell(id)
+            self.notify(id)

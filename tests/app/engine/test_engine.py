@@ -146,7 +146,7 @@ def planned(model: Brightness, images: int) -> ServedModel:
 def test_a_prediction_waits_for_those_being_decoded_where_it_pays(
     enough: int, count: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(queue, "DECODE_WAIT_SECONDS", 60.0)
 
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()

@@ -82,7 +82,7 @@ def test_work_in_hand_finishes_on_the_model_it_began_with(reloading: Running) ->
         until(lambda: served(reloading) == new)
         until(lambda: _job(reloading, job["id"])["state"] == "done")
         assert _job(reloading, job["id"])["model_sha256"] == old != new
-        reloading.service.models.ask()  # the gate puts the old model back; look again
+        reloading.service.models.reload()  # the gate puts the old model back; look again
 
 
 def _job(running: Running, id: str) -> dict[str, str]:
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_served_already_is_not_taken_over_again(reloading: 
 
 
 def test_asking_looks_again_at_files_that_did_not_change(reloading: Running) -> None:
-    reloading.service.models.ask()
+    reloading.service.models.reload()
     until(lambda: reloads(reloading, "ok") == 1)
 
 
@@ -131,17 +131,17 @@ def test_asking_while_it_looks_is_not_lost(
     reloading: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = reloading.service.models
-    signature = models._signature
+    signature = models._read_signature
     asked = False
 
     def look() -> object:
         nonlocal asked
         if not asked:
-            models.ask()
+            models.reload()
             asked = True
         return signature()
 
-    monkeypatch.setattr(models, "_signature", look)
+    monkeypatch.setattr(models, "_read_signature", look)
     until(lambda: reloads(reloading, "ok") == 1)
 
 

@@ -76,14 +76,16 @@ def test_a_runtime_slower_for_one_image_is_not_taken(clock: list[float]) -> None
     rough = Runtime(name="torch", logits=slow_alone, precision="bf16")
     plan = make_plan([exact, rough], side=SIDE, metrics=Metrics())
     assert plan.precision == "fp32"
-    expected = "bfloat16 takes for 1 images 1.75 times as long as float32, above the limit of 1.05"
+    expected = "for 1 images bfloat16 takes 1.75 times as long as float32, above the limit of 1.05"
     assert plan.reason == expected
 
 
 def test_a_label_that_changes_rules_bfloat16_out() -> None:
     near, expected = torch.tensor([[0.5, 0.501]]), torch.tensor([[0.501, 0.5]])
-    assert runtime_plan._bf16_fault(near, expected) == "1 of 1 labels differ, above the limit of 0"
-    assert runtime_plan._bf16_fault(expected, expected) == ""
+    assert (
+        runtime_plan._bf16_problem(near, expected) == "1 of 1 labels differ, above the limit of 0"
+    )
+    assert runtime_plan._bf16_problem(expected, expected) == ""
 
 
 @pytest.fixture(scope="module")

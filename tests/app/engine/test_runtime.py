@@ -161,7 +161,7 @@ def test_the_classifier_itself_is_kept_in_half_the_memory(checkpoint: Path) -> N
         state = model.exact().state_dict()
         assert all(torch.equal(value, state[key]) for key, value in expected.state_dict().items())
     expected.net.get_parameter("conv1.weight").data[0, 0, 0, 0] = 1 / 3
-    assert not served.HalfClassifier.holds(expected)
+    assert not served.HalfClassifier.is_exact(expected)
 
 
 def test_a_new_checkpoint_brings_its_runtimes(

@@ -205,7 +205,7 @@ def test_a_model_that_does_not_fit_is_told_at_the_start(folder: Path, tmp_path: 
     save_checkpoint(other, loaded.classifier, replace(loaded.sidecar, classes=CLASSES[::-1]))
     served = load_model(folder / "robust_model.pt", CPU, attacks_only=True)
     with pytest.raises(
-        CheckpointError, match=r"other.pt.*found the classes truck.*beside airplane"
+        CheckpointError, match=r"other.pt.*found the classes truck.*instead of airplane"
     ):
         load_compare(other, CPU, served=served, required=True)
     with pytest.raises(CheckpointError, match=r"absent.pt: expected a checkpoint, found no such"):
@@ -219,4 +219,4 @@ def test_a_file_that_happens_to_lie_there_does_not_stop_the_service(
     (tmp_path / "plain_model.pt").write_bytes(b"no weights")
     found = load_compare(tmp_path / "plain_model.pt", CPU, served=served, required=False)
     assert found is None
-    assert "no comparison model" in caplog.text
+    assert "without a comparison model" in caplog.text

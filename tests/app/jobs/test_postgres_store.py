@@ -147,7 +147,7 @@ def test_a_job_is_cancelled_at_another_replica(pair: Pair, settings: Settings) -
         engine = runner.service.engine
         until(lambda: engine._queue._pending[Kind.EVALUATE] == 0)  # given back at once
         gate.open.set()
-        until(lambda: not engine._depths)
+        until(lambda: not engine._running_kinds)
         assert gate.calls == calls  # not one step more
     assert not query(settings, "SELECT 1 FROM images")
     forget_all(pair)
@@ -200,13 +200,13 @@ def judge(running: Running, *, silent: Running | None = None) -> list[list[str]]
     It takes `silent` for one that reported for the last time an hour ago: in the same transaction,
     as that one goes on reporting. Returns the replicas that are held for lost, of each job.
     """
-    upkeep = store(running)._upkeep
+    upkeep = store(running)._maintenance
 
     async def work() -> list[list[str]]:
         async with store(running)._database.connection() as db:
             if silent is not None:
                 await db.execute(SILENCE, (store(silent)._replica,))
-            await upkeep._take_up_lost_jobs(db)
+            await upkeep._requeue_lost_jobs(db)
             found = await db.execute("SELECT lost_by FROM evaluations")
             return [row["lost_by"] for row in await found.fetchall()]
 
@@ -264,7 +264,7 @@ def test_what_can_not_be_done_fails_and_says_why(pair: Pair, settings: Settings)
         errors = [finish(pair[1], id)["error"] for id in (unserved, deadly, damaged)]
     assert errors == [
         "The model it was started with is no longer served.",
-        "3 replicas were lost while running it, with nothing finished between.",
+        "3 replicas were lost while running it, without progress in between.",
         "Its images were lost while the service was down.",
     ]
     forget_all(pair)
@@ -362,7 +362,7 @@ def test_an_address_that_is_none_is_told_without_its_password() -> None:
 def upkeep(running: Running) -> None:
     """One round of the replica's upkeep, failed or not."""
     with suppress(StoreError):
-        running.begin(store(running)._upkeep.once()).result(30)
+        running.begin(store(running)._maintenance.once()).result(30)
 
 
 def test_an_outage_is_nobodys_loss(

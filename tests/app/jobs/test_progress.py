@@ -28,7 +28,7 @@ def test_watching_a_job_that_does_not_change_leaves_nothing() -> None:
     changes = Changes()
     first, second = changes.next("a"), changes.next("a")
     assert first is second
-    changes.tell("a")
+    changes.notify("a")
     assert first.is_set()
     unchanged = weakref.ref(changes.next("a"))
     assert unchanged() is None
