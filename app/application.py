@@ -23,10 +23,10 @@ from app.settings import Settings
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service as an ASGI application; it loads its model when it starts.
+    """The service as an ASGI application, which loads its model at startup.
 
-    `app.state.service` is the `Service` behind it. Startup raises CheckpointError for a checkpoint
-    that can't be used; this function raises ValueError for a missing device.
+    `app.state.service` is its `Service`. Startup raises CheckpointError for an unusable checkpoint;
+    this function raises ValueError for a missing device.
     """
     service = Service(settings or Settings())
 
@@ -45,7 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours are of the work too
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # the service has its own
     )
     app.state.service = service
     app.state.reports = Reports()
@@ -79,5 +79,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _version() -> str:
     try:
         return version("robust")
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # running from a checkout without an installation
         return "0"

@@ -1,4 +1,4 @@
-"""The commands ``robust serve`` and ``robust migrate``; torch is imported only when they run."""
+"""The commands ``robust serve`` and ``robust migrate``. They import torch only when they run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def serve(host: str, port: int, **given: Any) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ServeError that says what is wrong with the address."""
+    """A listening socket. Raises ServeError, which says what is wrong with the address."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)

@@ -1,4 +1,4 @@
-"""The page on the settings: `python -m app.configuration > docs/configuration.md`."""
+"""Writes the page on the settings: `python -m app.configuration > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ This page is generated from `app/settings.py` with
 |---|---|---|
 """
 _TAIL = """
-## Which to change
+## Which settings to change
 
 - **On the open internet**: `ROBUST_API_KEYS`, `ROBUST_ALLOWED_HOSTS`, and
-    `ROBUST_TRUSTED_PROXIES` if there is a proxy in front of the service. Without the last one, all
+  `ROBUST_TRUSTED_PROXIES` if there is a proxy in front of the service. Without the last one, all
   clients behind the proxy count as a single client.
 - **Little memory**: `ROBUST_MAX_HELD_BYTES` limits request bodies, `ROBUST_DECODE_MEMORY` the
   decode workers, `ROBUST_JOBS_BYTES` evaluations. Their sum plus the model (some 1 GB, and 1.4 GB

@@ -1,4 +1,4 @@
-"""Log lines that carry the request they belong to, as text or JSON."""
+"""Logging as text or JSON; each line has the id of its request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 def configure(settings: Settings) -> None:
-    """Send the log lines of the service and its libraries to standard error."""
+    """Log to standard error, for the service and its libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_add_request_id)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())

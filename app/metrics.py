@@ -10,7 +10,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The counters of one application, in a registry of its own."""
+    """The metrics of one application, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -23,7 +23,7 @@ class Metrics:
         )
         self.latency = Histogram(
             "robust_request_seconds",
-            "Time from the first byte of a request to the last byte of its answer.",
+            "Time from the first byte of a request to the last byte of its response.",
             ["route"],
             buckets=_SECONDS,
             registry=registry,
@@ -42,7 +42,7 @@ class Metrics:
             self.queue_wait.labels(kind)
         self.queued = Gauge(
             "robust_queued_forwards",
-            "Work admitted and not finished, in forward passes.",
+            "Work that is admitted and not finished, in forward passes.",
             ["kind"],
             registry=registry,
         )
@@ -62,34 +62,34 @@ class Metrics:
             "robust_device_seconds", "Time spent on the device.", ["kind"], registry=registry
         )
         self.rejected = Counter(
-            "robust_rejected", "Work turned away.", ["reason"], registry=registry
+            "robust_rejected", "Rejected requests and work.", ["reason"], registry=registry
         )
         self.out_of_memory = Counter(
             "robust_out_of_memory",
-            "Forward passes of predictions that found too little memory.",
+            "Forward passes of predictions that ran out of memory.",
             registry=registry,
         )
-        self.jobs = Gauge("robust_jobs", "Evaluations held.", ["state"], registry=registry)
+        self.jobs = Gauge("robust_jobs", "Stored evaluations.", ["state"], registry=registry)
         self.store_up = Gauge(
-            "robust_store_up", "Whether evaluations can be kept and looked up.", registry=registry
+            "robust_store_up", "Whether evaluations can be stored and read.", registry=registry
         )
         self.store_up.set(1)
-        self.model = Info("robust_model", "The model that is served.", registry=registry)
+        self.model = Info("robust_model", "The served model.", registry=registry)
         self.runtime_rate = Gauge(
             "robust_runtime_images_per_second",
-            "The runtime for batches of up to that many images, and its measured rate.",
+            "Measured rate of the runtime chosen for batches of up to that many images.",
             ["runtime", "images"],
             registry=registry,
         )
         self.runtime_failures = Counter(
             "robust_runtime_failures",
-            "Runtimes that torch took the place of, when loaded or for a batch.",
+            "Failures of a runtime, when loaded or for a batch; torch took its place.",
             ["runtime", "reason"],
             registry=registry,
         )
         self.reloads = Counter(
             "robust_reloads",
-            "New checkpoints taken over or refused.",
+            "New checkpoints that were loaded or refused.",
             ["result"],
             registry=registry,
         )

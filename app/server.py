@@ -1,4 +1,4 @@
-"""Runs the service in this process: from a listening socket to a clean end."""
+"""Runs the service in this process, from a listening socket to a clean exit."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ KEEP_ALIVE_SECONDS = 75
 EXAMPLE = Path("examples/cat.jpg")
 MAX_DESCRIPTORS = 2**16
 SPARE_DESCRIPTORS = 256
-# Of the grace time, when the process exits whatever it is at: freeing its memory takes the rest.
+# After this share of the grace time the process exits, whatever is still running. The rest is for
+# the system to free its memory.
 EXIT_SHARE = 0.9
-EXIT_SECONDS = 1.0  # the least, for a shorter grace time
+EXIT_SECONDS = 1.0  # the minimum, for a short grace time
 
 
 def run(listener: socket.socket, **given: Any) -> None:
     """Serve until SIGTERM or SIGINT, then finish the open requests.
 
-    `given` are settings that go before those of the environment. Raises CheckpointError for a
-    checkpoint that can't be used, ValueError for a device that is not there or does not compute
-    what the CPU does, ServeError for a setting that makes no sense.
+    `given` are settings that override the environment. Raises CheckpointError for an unusable
+    checkpoint, ValueError for a device that is missing or disagrees with the CPU, and ServeError
+    for an invalid setting.
     """
     settings = read_settings(**given)
     if not settings.allowed_hosts and ip_address(listener.getsockname()[0]).is_loopback:
@@ -61,20 +62,23 @@ def run(listener: socket.socket, **given: Any) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # ours has the prefix too
+        proxy_headers=False,  # ProxyMiddleware handles them, and the path prefix too
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=1,  # after `Service.drain` has waited
+        timeout_graceful_shutdown=1,  # `Service.drain` has waited before
     )
-    # uvloop's where it is installed: it takes less of the processors that the forward needs.
+    # uvloop's event loop, if installed: it leaves more of the CPU to the model.
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_serve(_Server(config), service, listener))
-    # All is stored and closed. Python would free the memory piece by piece, for up to a second.
+    # Everything is stored and closed. A normal exit would take up to a second to free memory.
     sys.stdout.flush()
     os._exit(0)
 
 
 def _connections(settings: Settings) -> OpenConnections:
-    """As many as there may be file descriptors, less those that files and workers need."""
+    """A limit on connections: the file descriptors that files and workers leave.
+
+    Raises the process's own limit on file descriptors as far as it may.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = min(most if most != resource.RLIM_INFINITY else MAX_DESCRIPTORS, MAX_DESCRIPTORS)
     resource.setrlimit(
@@ -86,7 +90,7 @@ def _connections(settings: Settings) -> OpenConnections:
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings of the environment, or those given. Raises ServeError in one line."""
+    """The settings from `given`, else from the environment. Raises ServeError."""
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
@@ -98,7 +102,7 @@ def read_settings(**given: Any) -> Settings:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: uvicorn would close at once, and end by the signal, not with 0."""
+    """uvicorn's server without its signal handlers, which close at once and exit by the signal."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -107,16 +111,18 @@ class _Server(uvicorn.Server):
 
 async def _serve(server: _Server, service: Service, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
 
     def on_stop() -> None:
-        if not stop.is_set():
-            _exit_after(max(EXIT_SHARE * service.settings.grace_seconds, EXIT_SECONDS))
-        (hurry if stop.is_set() else stop).set()  # asked twice: wait for nobody
+        if stop.is_set():
+            stop_now.set()  # a second signal: don't wait for open requests
+            return
+        stop.set()
+        _exit_after(max(EXIT_SHARE * service.settings.grace_seconds, EXIT_SECONDS))
 
     loop.add_signal_handler(signal.SIGTERM, on_stop)
     loop.add_signal_handler(signal.SIGINT, on_stop)
-    loop.add_signal_handler(signal.SIGHUP, service.models.ask)
+    loop.add_signal_handler(signal.SIGHUP, service.models.reload)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -125,21 +131,21 @@ async def _serve(server: _Server, service: Service, listener: socket.socket) -> 
         _announce(listener, service.settings.checkpoint)
     await _first(serving, stop.wait())
     if not serving.done():
-        await _first(service.drain(), hurry.wait())
+        await _first(service.drain(), stop_now.wait())
         await service.abort_requests()
         server.should_exit = True
     await serving
 
 
 def _exit_after(seconds: float) -> None:
-    """Exit with 0 after that time, whatever a thread or the device is still working on."""
+    """Exit with status 0 after that time, even if a thread or the device is still busy."""
     timer = Timer(seconds, os._exit, (0,))
     timer.daemon = True
     timer.start()
 
 
 async def _first(*waits: Coroutine[Any, Any, object] | asyncio.Task[None]) -> None:
-    """Wait until one of them ends, and cancel the others that were started here."""
+    """Wait until one of `waits` ends, and cancel the other coroutines; tasks continue."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task, wait in zip(tasks, waits, strict=True):

@@ -39,15 +39,15 @@ def _split(value: object) -> object:
     return tuple(item.strip() for item in value.split(",") if item.strip())
 
 
-def _visible(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+def _check_keys(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
     if not all(re.fullmatch(r"[!-~]+", key.get_secret_value()) for key in keys):
-        raise ValueError("keys of visible ASCII characters, with commas between them")
+        raise ValueError("comma-separated keys of visible ASCII characters")
     return keys
 
 
-def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     if not all(_ORIGIN.fullmatch(origin) for origin in origins):
-        raise ValueError("origins such as https://example.org, with commas between them, or *")
+        raise ValueError("comma-separated origins such as https://example.org, or *")
     return origins
 
 
@@ -66,9 +66,13 @@ def _rgb(named: dict[str, Rgb]) -> AfterValidator:
 
 Mean = Annotated[str | None, _rgb(NAMED_MEANS)]
 Std = Annotated[str | None, _rgb(NAMED_STDS)]
-Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split), AfterValidator(_visible)]
+Keys = Annotated[
+    tuple[SecretStr, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_keys)
+]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_origins)]
+Origins = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_origins)
+]
 
 
 class Settings(BaseSettings):
@@ -87,11 +91,11 @@ class Settings(BaseSettings):
     )
     arch: str | None = Field(
         default=None,
-        description="Network of a bare state dict, such as timm:NAME; unset: by its keys.",
+        description="Network of a bare state dict, such as timm:NAME; unset: found from its keys.",
     )
     stem: str | None = Field(
         default=None,
-        description="Stem of the network, such as imagenet or cifar; unset: by its shape.",
+        description="Stem of the network, such as imagenet or cifar; unset: found from its shape.",
     )
     activation: str | None = Field(
         default=None, description="Activation of the network: relu or silu; unset: relu."
@@ -117,7 +121,7 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         default="auto",
-        description="auto, cpu, cuda, cuda:N, mps or xpu; auto: one that agrees with the CPU.",
+        description="auto, cpu, cuda, cuda:N, mps or xpu; auto: the GPU if it agrees with the CPU.",
     )
     threads: int = Field(
         default=0, ge=0, description="CPU threads for the model; 0: the CPU limit of the cgroup."
@@ -128,11 +132,11 @@ class Settings(BaseSettings):
     )
     datasets: Path | None = Field(
         default=None,
-        description="Folder of data sets that POST /evaluate can name.",
+        description="Folder of data sets that POST /evaluate accepts by name.",
     )
     jobs: Path | None = Field(
         default=None,
-        description="Folder that keeps evaluations across restarts; unset: in memory only.",
+        description="Folder that stores evaluations across restarts; unset: in memory only.",
     )
     database_url: SecretStr | None = Field(
         default=None,
@@ -148,7 +152,7 @@ class Settings(BaseSettings):
     )
     allowed_hosts: Names = Field(
         default=(),
-        description="Accepted Host names, or *; unset: any, but on loopback only local names.",
+        description="Accepted Host headers, or *; unset: any, but on loopback only local names.",
     )
     trusted_proxies: Names = Field(
         default=("127.0.0.1", "::1"),
@@ -169,25 +173,27 @@ class Settings(BaseSettings):
     max_held_bytes: int = Field(
         default=512 * 2**20,
         ge=1,
-        description="Total bytes of request bodies held in memory; above it 429.",
+        description="Maximum total bytes of request bodies in memory; above it 429.",
     )
     upload_seconds: float = Field(
-        default=30.0, gt=0, description="Longest time for a request to arrive; after it 408."
+        default=30.0, gt=0, description="Time limit for receiving a request; after it 408."
     )
     max_requests: int = Field(
         default=512,
         ge=1,
-        description="Most active POST requests (after the upload); above it 429.",
+        description="Maximum number of active POST requests (after the upload); above it 429.",
     )
     client_share: float = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="Most of requests, bytes and queue for one key or address; above it 429.",
+        description="Share of requests, bytes and queue for one key or address; above it 429.",
     )
-    max_images: int = Field(default=64, ge=1, description="Most images in one POST /predict.")
+    max_images: int = Field(
+        default=64, ge=1, description="Maximum number of images in one POST /predict."
+    )
     max_pixels: int = Field(
-        default=50_000_000, ge=1, description="Most pixels in an image, checked before decoding."
+        default=50_000_000, ge=1, description="Maximum pixels of an image, checked before decoding."
     )
     decode_workers: int = Field(
         default=2,
@@ -202,10 +208,10 @@ class Settings(BaseSettings):
         "again for quick images.",
     )
     decode_seconds: float = Field(
-        default=10.0, gt=0, description="Longest time to decode an image; after it 422."
+        default=10.0, gt=0, description="Time limit for decoding an image; after it 422."
     )
     max_upload_images: int = Field(
-        default=10_000, ge=1, description="Most images in a data set uploaded to POST /evaluate."
+        default=10_000, ge=1, description="Maximum images in a data set uploaded to POST /evaluate."
     )
     max_eps_linf: Size = Field(
         default=64 / 255, ge=0, le=1, description="Largest eps under linf, in pixel units."
@@ -213,9 +219,11 @@ class Settings(BaseSettings):
     max_eps_l2: Size = Field(
         default=10.0, ge=0, description="Largest eps under l2, in pixel units."
     )
-    max_steps: int = Field(default=200, ge=1, description="Most steps of an attack.")
-    max_queries: int = Field(default=5000, ge=1, description="Most queries of the attack square.")
-    max_restarts: int = Field(default=10, ge=1, description="Most restarts of an attack.")
+    max_steps: int = Field(default=200, ge=1, description="Maximum steps of an attack.")
+    max_queries: int = Field(
+        default=5000, ge=1, description="Maximum queries of the attack square."
+    )
+    max_restarts: int = Field(default=10, ge=1, description="Maximum restarts of an attack.")
 
     max_batch: int = Field(
         default=64, ge=1, description="Largest batch of predictions from several requests."
@@ -226,22 +234,22 @@ class Settings(BaseSettings):
         description="Batch size of evaluations; predictions wait for a batch; 0: 16, on GPU 64.",
     )
     queue_limit: int = Field(
-        default=16_384, ge=1, description="Most queued work, in forward passes; above it 429."
+        default=16_384, ge=1, description="Maximum queued work, in forward passes; above it 429."
     )
     deadline_seconds: float = Field(
-        default=30.0, gt=0, description="Longest wait for a prediction or an attack; after it 504."
+        default=30.0, gt=0, description="Time limit of a prediction or an attack; after it 504."
     )
     max_jobs: int = Field(
-        default=16, ge=1, description="Most evaluations queued or running; above it 429."
+        default=16, ge=1, description="Maximum evaluations queued or running; above it 429."
     )
     jobs_bytes: int = Field(
         default=2 * 2**30,
         ge=1,
-        description="Total bytes of all evaluations' images, journals and results; above it 429.",
+        description="Maximum bytes of all evaluations' images, journals and results; above it 429.",
     )
     lost_seconds: float = Field(
         default=20.0,
-        ge=5,  # a heartbeat every 2 s at most
+        ge=5,  # heartbeats are sent every 2 s
         description="Heartbeat timeout before another replica takes over an evaluation.",
     )
     job_expiry_seconds: float = Field(
@@ -253,7 +261,7 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         default=20.0,
         ge=0,
-        description="Longest shutdown after SIGTERM; open requests get three quarters of it.",
+        description="Time limit of a shutdown; open requests get three quarters of it.",
     )
 
     traces: str | None = Field(
@@ -282,7 +290,7 @@ class Settings(BaseSettings):
         """Refuse numbers with anything but ASCII digits, such as underscores."""
         field = cls.model_fields[info.field_name or ""]
         if any(isinstance(item, BeforeValidator) for item in field.metadata):
-            return value  # it has a form of its own
+            return value  # parsed elsewhere
         number = field.annotation in (int, float, int | None) and isinstance(value, str)
         if number and not _NUMBER.fullmatch(str(value)):
             raise ValueError("a number in digits 0 to 9")
@@ -303,7 +311,7 @@ class Settings(BaseSettings):
 
     @property
     def max_cost(self) -> int:
-        """The most forward passes of one request: a client's share of the queue."""
+        """The maximum forward passes of one request: a client's share of the queue."""
         return max(1, int(self.client_share * self.queue_limit))
 
     @property

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of requests and their work, if enabled."""
+"""OpenTelemetry traces of requests and their work on the device, if enabled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 SERVER_ERROR = 500
-SECONDS = 3  # timeout of the collector, also at shutdown
+SECONDS = 3  # timeout for sending traces, also at shutdown
 
 
 class Tracing:
-    """Traces nothing; used without ROBUST_TRACES."""
+    """A tracer that does nothing, for a service without ROBUST_TRACES."""
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[Callable[[str, int], None]]:
@@ -30,7 +30,7 @@ class Tracing:
 
 
 class OpenTelemetry(Tracing):
-    """Sends a span per request, with child spans for the queue and the device."""
+    """A tracer that sends a span per request, with child spans for queue and device."""
 
     def __init__(self, endpoint: str, version: str) -> None:
         from opentelemetry import propagate, trace

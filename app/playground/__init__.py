@@ -1,6 +1,6 @@
-"""The playground: one page at `/` that uses the routes like any other client.
+"""The playground: a web page at `/` that uses the API like any other client.
 
-Plain files, served as they are: no build step, and nothing from outside.
+Its files are served as they are, without a build step or anything from other sites.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-# Nothing inline, nothing from elsewhere; the images that the service answers come as data.
+# No inline scripts or styles, and nothing from other sites; images in responses are data URLs.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -22,14 +22,14 @@ HEADERS = {
         "frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked for again each time, and mostly answered by 304
+    "Cache-Control": "no-cache",  # revalidated each time, mostly with a 304
 }
 
 
-# What the examples are shown from also when the service is away.
+# Cached, so that the example images also appear while the service is down.
 EXAMPLE_HEADERS = {**HEADERS, "Cache-Control": "max-age=86400"}
 
-# The frame that shows a report, which brings its styles and drawings with it.
+# The page of the iframe that shows a report, whose styles and plots are inline.
 FRAME = "report.html"
 FRAME_HEADERS = {
     **HEADERS,
@@ -58,7 +58,7 @@ class _Assets(StaticFiles):
 
 
 def install(app: FastAPI) -> None:
-    """Add the page at / and what it is made of."""
+    """Add the page at / and its files to `app`."""
     folder = package_files("app.playground") / "assets"
     assets = _Assets(directory=str(folder))
     routes = APIRouter(include_in_schema=False)
@@ -67,7 +67,7 @@ def install(app: FastAPI) -> None:
     async def root(request: Request) -> Response:
         return await assets.get_response("index.html", request.scope)
 
-    # A route rather than a mount: the log and the metrics know it by name.
+    # A route rather than a mount, so that logs and metrics have its path template.
     @routes.api_route("/playground/{path:path}", methods=["GET", "HEAD"])
     async def asset(path: str, request: Request) -> Response:
         return await assets.get_response(path, request.scope)

@@ -26,14 +26,14 @@ class AttackChoice(BaseModel):
     """An attack with its parameters."""
 
     name: str = Field(examples=["pgd"])
-    title: str = Field(description="The name as in a sentence.", examples=["PGD"])
+    title: str = Field(description="The name for display.", examples=["PGD"])
     summary: str = Field(description="What it does, in one line.")
     takes_steps: bool = Field(description="Whether it has the parameter `steps`.")
     takes_target: bool = Field(description="Whether it supports `target`.")
     steps: int = Field(description="Default steps or queries, within the limits.", examples=[20])
     unit: Literal["steps", "queries"] = Field(description="What `steps` counts.")
     uses_gradient: bool = Field(description="Whether it needs a model with gradients.")
-    cost: int = Field(description="Most passes for one image with that many steps.")
+    cost: int = Field(description="Maximum passes for one image with that many steps.")
 
 
 class Limits(BaseModel):
@@ -44,15 +44,15 @@ class Limits(BaseModel):
     default_attacks: list[str] = Field(description="The attacks that run if none is named.")
     default_eps: dict[str, float] = Field(description="By norm, in pixel units.")
     max_eps: dict[str, float] = Field(description="By norm, in pixel units.")
-    max_cost: int = Field(description="Most forward passes of one request to POST /attack.")
+    max_cost: int = Field(description="Maximum forward passes of one POST /attack.")
     max_steps: int
-    max_queries: int = Field(description="Most queries of an attack that counts queries.")
+    max_queries: int = Field(description="Maximum queries of an attack that counts queries.")
     max_restarts: int
-    max_images: int = Field(description="Most images in one POST /predict.")
-    max_upload_images: int = Field(description="Most images of a set uploaded to POST /evaluate.")
+    max_images: int = Field(description="Maximum images in one POST /predict.")
+    max_upload_images: int = Field(description="Maximum images in a set sent to POST /evaluate.")
     max_body_bytes: int
-    max_pixels: int = Field(description="Most pixels of an image.")
-    deadline_seconds: float = Field(description="Longest wait for a prediction or an attack.")
+    max_pixels: int = Field(description="Maximum pixels of an image.")
+    deadline_seconds: float = Field(description="Time limit of a prediction or an attack.")
     datasets: list[str] = Field(description="Registered sets that POST /evaluate accepts by name.")
 
 
