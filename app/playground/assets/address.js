@@ -1,12 +1,12 @@
-// The settings in the page's address: a reload, back, forward and a shared link show the same.
+// Keeps the settings in the page's URL, so that reload, back, forward and shared links restore them.
 
-const WAIT = 250; // ms; browsers limit how often an address may change
-const SLIDES = ["eps", "steps"]; // change in small steps, which are not each worth a way back
+const WAIT = 250; // ms; browsers limit how often the URL may change
+const SLIDES = ["eps", "steps"]; // change often, so their changes get no history entry
 let timer = null;
 
 export const given = () => new URLSearchParams(location.search);
 
-/** Writes these settings, without the empty ones, into the address a little later. */
+/** Writes these settings, without empty ones, into the URL after a short wait. */
 export function note(settings) {
   clearTimeout(timer);
   timer = setTimeout(() => {
@@ -18,7 +18,7 @@ export function note(settings) {
   }, WAIT);
 }
 
-/** Calls back after back and forward. */
+/** Calls `callback` with the settings after the user goes back or forward. */
 export function followed(callback) {
   addEventListener("popstate", () => {
     clearTimeout(timer);

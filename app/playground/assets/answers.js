@@ -1,4 +1,4 @@
-// What the service answers, as the page uses it.
+// Reads the service's responses, and puts outcomes into words.
 
 import { ask, Failure } from "./api.js";
 import { percent } from "./dom.js";
@@ -11,7 +11,7 @@ export async function probabilities(image, count, signal) {
   return known(Array(count).fill(), results[0].top);
 }
 
-/** A list by class of the probabilities told of, undefined for the others. */
+/** Probabilities by class index; undefined for classes that `top` does not list. */
 export function known(classes, top) {
   const values = Array(classes.length).fill(undefined);
   for (const { index, probability } of top) values[index] = probability;
@@ -41,17 +41,17 @@ export function tooLarge(blob, limits) {
 
 export const named = ({ label, probability }) => `${label} ${percent(probability)}`;
 
-/** Whether a model was trained on adversarial images, as far as its card says. */
+/** Whether a model was trained on adversarial images, according to its card. */
 export function hardened({ threat_model: threat, recipe }) {
   const parts = (recipe?.phases ?? []).flatMap((phase) => phase.parts ?? []);
   return parts.length ? parts.some(({ kind }) => kind !== "clean") : Boolean(threat);
 }
 
-/** One of the three outcomes of an attack, in words. */
+/** The text for an attack's outcome. */
 export const outcomeText = (outcome) =>
   ({ broken: "broken", withstood: "withstood", already_wrong: "wrong before any attack" })[outcome];
 
-/** Writes what an attack did to a model's prediction into the paragraph `node`. */
+/** Shows in the paragraph `node` what an attack did to a model's prediction. */
 export function showVerdict(node, { before, label, target = null }, { after, outcome }) {
   node.dataset.state = { already_wrong: "wrong", broken: "lost", withstood: "held" }[outcome];
   node.textContent = verdict({ before, label, target }, { after, outcome });

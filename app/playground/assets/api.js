@@ -1,4 +1,4 @@
-// Talking to the service: failures in words, and noticing when it goes away or changes its model.
+// Requests to the service: errors as sentences, and events when it goes down or changes its model.
 
 import { sleep } from "./dom.js";
 
@@ -8,7 +8,7 @@ let up = true;
 let sha256 = null;
 let key = null; // kept in this page only
 
-/** Something that went wrong, told in a sentence; `status` is 0 when nothing answered. */
+/** An error whose message is a sentence for the user; `status` is 0 without a response. */
 export class Failure extends Error {
   constructor(message, { status = 0, retryAfter = 0 } = {}) {
     super(message);
@@ -17,21 +17,22 @@ export class Failure extends Error {
   }
 }
 
-/** Calls back on "lost", "back", "model" (another one is in service) and "key" (one is asked for). */
+/** Listens for "lost" and "back" (the connection), "model" (a new one is served) and "key" (one is
+ * required). */
 export const on = (name, callback) => events.addEventListener(name, callback);
 
 export const isStopped = (error) => error.name === "AbortError";
 
-/** Whether nothing answered, or the service is not ready: it will be tried again. */
+/** Whether the service did not respond or is not ready, so that the page will try again. */
 export const isAway = ({ status }) => status === 0 || status === 503;
 
-/** Sends this key along from now on. */
+/** Sends this key with all later requests. */
 export const useKey = (text) => (key = text);
 
-/** Whether a key is sent. */
+/** Whether requests are sent with a key. */
 export const keyed = () => key !== null;
 
-/** The response of a route, given by its path without a leading slash. Throws Failure. */
+/** Fetches a path, given without a leading slash, and returns the response. Throws Failure. */
 export async function open(path, init = {}) {
   const used = key;
   let response;
@@ -41,15 +42,15 @@ export async function open(path, init = {}) {
   } catch (error) {
     if (isStopped(error)) throw error;
     lost();
-    throw new Failure("The service does not answer. This page retries and continues by itself.");
+    throw new Failure("The service does not respond. This page keeps trying and continues by itself.");
   }
-  if (response.status === 401 && used !== key) return open(path, init); // one was given meanwhile
+  if (response.status === 401 && used !== key) return open(path, init); // the user entered a key since
   if (!response.ok) throw await failure(response);
   notice(response);
   return response;
 }
 
-/** The same, read as JSON. */
+/** Fetches a path and returns the JSON of the response. Throws Failure. */
 export async function ask(path, init) {
   const response = await open(path, init);
   try {
@@ -57,11 +58,12 @@ export async function ask(path, init) {
   } catch (error) {
     if (isStopped(error)) throw error;
     lost();
-    throw new Failure("The connection broke before the answer was complete.");
+    throw new Failure("The connection was lost before the response was complete.");
   }
 }
 
-/** Posts a form; values that are lists repeat their field, and empty ones are left out. */
+/** Posts a form and returns the JSON of the response. Lists repeat their field; empty values are
+ * omitted. */
 export function post(path, fields, { signal, headers } = {}) {
   const body = new FormData();
   for (const [name, value] of Object.entries(fields)) {
@@ -78,7 +80,7 @@ async function failure(response) {
   try {
     problem = await response.json();
   } catch {
-    // A proxy's page: the status says enough.
+    // Not a problem document but a proxy's page: the status is enough.
   }
   if (response.status === 503) lost(sentence(problem.detail ?? "The service is not ready"));
   if (response.status === 401) events.dispatchEvent(new Event("key"));
@@ -94,7 +96,7 @@ function words(status, problem, retryAfter) {
     return sentence(`${what}expected ${expected}, but got ${got}`);
   });
   if (faults.length) return faults.join(" ");
-  const detail = sentence(problem.detail ?? `The service answered ${status}`);
+  const detail = sentence(problem.detail ?? `The service responded with status ${status}`);
   if (status === 401) {
     return keyed()
       ? "The service refused this key. Enter another one at the top of the page."
@@ -102,7 +104,7 @@ function words(status, problem, retryAfter) {
   }
   if (status === 429) return `The service is busy. ${detail} Try again in ${retryAfter || 5} s.`;
   if (status === 503) return `${detail} This page continues by itself when the service is ready.`;
-  if (status === 504) return `${detail} Fewer steps or a lighter attack will.`;
+  if (status === 504) return `${detail} Try fewer steps or a faster attack.`;
   return detail;
 }
 
@@ -119,7 +121,7 @@ function notice(response) {
   if (changed) events.dispatchEvent(new Event("model"));
 }
 
-async function lost(why = "The service does not answer; retrying…") {
+async function lost(why = "The service does not respond; retrying…") {
   if (!up) return;
   up = false;
   events.dispatchEvent(new CustomEvent("lost", { detail: why }));
@@ -138,7 +140,7 @@ async function ready() {
   }
 }
 
-/** Looks after the service while somebody looks at the page. */
+/** Checks regularly whether the service is up, while the page is visible. */
 export async function watch() {
   for (;;) {
     if (up && !document.hidden && !(await ready())) lost();

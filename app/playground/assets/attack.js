@@ -1,4 +1,4 @@
-// The attack: its controls, and the request they make.
+// The attack panel: its controls, and the requests that they send.
 
 import { blobOf, completed, named } from "./answers.js";
 import { post } from "./api.js";
@@ -9,12 +9,12 @@ import { Pace } from "./pace.js";
 import { save, settingsText, showOriginal, showResult } from "./result.js";
 import { Snippets } from "./snippets.js";
 
-const SETTLE = 120; // ms: changes closer than that to each other make one longer attack
+const SETTLE = 120; // ms; changes in faster succession start a multi-step attack only once
 
 export class Attack {
-  /** `busy()` is called when an attack begins, `idle()` when the last has ended, `changed()` when
-   * the curve is another one, `asked()` when the settings may have changed, `marked()` when what is
-   * shown may have become that of other settings. `comparing()` tells whether two models are shown. */
+  /** `busy()` is called when an attack starts, `idle()` when the last one has ended, `changed()`
+   * when the curve must be computed again, `asked()` when settings may have changed, and `marked()`
+   * when the result may have become stale. `comparing()` returns whether two models are shown. */
   constructor({ idle, busy, changed, asked, marked, comparing }) {
     this.asked = asked;
     this.idle = idle;
@@ -23,15 +23,15 @@ export class Attack {
     this.marked = marked;
     this.comparing = comparing;
     this.picture = null; // {input: Blob, name, before: probabilities, predicted}
-    this.pending = false; // whether another image was chosen that the service has not read yet
+    this.pending = false; // whether a new image was chosen and the service has not read it yet
     this.result = null;
     this.shown = null; // {fields, picture, words} of the result on the screen
     this.pace = new Pace();
     this.code = new Snippets("curl", ["curl", "python", "torch"]);
     this.timer = null;
-    this.last = -Infinity; // when something was asked for
-    this.held = false; // while several settings change together
-    this.known = null; // {fields, answer, at} of an attack that the search has run already
+    this.last = -Infinity; // time of the last request
+    this.held = false; // true while several settings change together
+    this.known = null; // {fields, answer, at} of an attack that the search for eps has run
     this.rest = null; // stops the question for the probabilities of all classes
     this.latest = new Latest({
       run: (request, signal) => this.#run(request, signal),
@@ -67,10 +67,10 @@ export class Attack {
     $("stop").addEventListener("click", () => this.#stop());
   }
 
-  /** Takes over what the service allows and the classes of its model. */
+  /** Sets the controls from /limits and /model. */
   configure(limits, { name, classes, input_size: size, compare }) {
     this.limits = limits;
-    this.usual = compare ? "pgd" : "fgsm"; // one step often leaves both models standing
+    this.usual = compare ? "pgd" : "fgsm"; // for a comparison, as FGSM often fools neither model
     this.classes = classes;
     this.model = { name, size };
     this.pace.clear();
@@ -107,12 +107,12 @@ export class Attack {
     return Math.floor(255 * this.limits.max_eps[this.norm] + 1e-6);
   }
 
-  /** What both the attack and the curve ask for, beside the image. */
+  /** The form fields that the attack and the curve share. */
   get fields() {
     return { norm: this.norm, label: $("label").value, target: $("target").value };
   }
 
-  /** The fields of the request now on the screen. */
+  /** The form fields of the current settings. */
   get request() {
     return {
       attack: this.choice.name,
@@ -122,7 +122,7 @@ export class Attack {
     };
   }
 
-  /** Another image was chosen: show it at once; what was computed for the one before is dimmed. */
+  /** A new image was chosen: shows it at once, and dims the previous result. */
   expect({ url, name }) {
     this.pending = true;
     this.#unset();
@@ -133,7 +133,7 @@ export class Attack {
     this.#mark();
   }
 
-  /** The chosen image cannot be used: back to the one before. */
+  /** The chosen image can't be used: returns to the previous one. */
   forget() {
     this.pending = false;
     if (!this.picture) return this.#mark();
@@ -141,7 +141,7 @@ export class Attack {
     this.ask();
   }
 
-  /** A new picture: show it and attack it. */
+  /** The service has read the new image: shows and attacks it. */
   take(picture) {
     this.picture = picture;
     this.pending = false;
@@ -161,7 +161,7 @@ export class Attack {
     $("original-text").textContent = named({ label: this.classes[index], probability: before[index] });
   }
 
-  /** Whether what is shown was computed for other settings than those on the page. */
+  /** Whether the result on the screen is for other settings than the current ones. */
   get stale() {
     const { shown } = this;
     if (!shown) return false;
@@ -169,7 +169,7 @@ export class Attack {
     return this.pending || !same;
   }
 
-  /** Dims what is not of the settings on the page, and says which settings it is of. */
+  /** Dims a stale result, and says which settings the result is for. */
   #mark() {
     const { stale, shown } = this;
     const under = this.pending || this.working;
@@ -180,12 +180,12 @@ export class Attack {
     this.marked();
   }
 
-  /** Whether an attack is on its way. */
+  /** Whether an attack is running or about to start. */
   get working() {
     return this.timer !== null || this.latest.running;
   }
 
-  /** Writes the commands that do the same. */
+  /** Updates the code that does the same. */
   snippets() {
     const { picture, choice, request } = this;
     const file = picture?.name ?? "image.png";
@@ -193,7 +193,7 @@ export class Attack {
     this.code.attack({ ...request, ...compare }, { file, source: picture?.source, ...this.model });
   }
 
-  /** Attack with what is set now. */
+  /** Starts an attack with the current settings. */
   ask({ curve = false } = {}) {
     if (!this.limits || this.held) return;
     say($("settings-note"));
@@ -213,7 +213,7 @@ export class Attack {
     this.busy();
     this.rest?.abort(); // 300 ms are short
     if (isQuick(this.choice)) {
-      // The slider's moves show one after the other; a longer attack is given up for the new one.
+      // While the slider moves, each result is shown; a multi-step attack is aborted instead.
       this.latest.ask(request, { patient: (running) => isQuick(running.choice) && running.picture === request.picture });
     } else {
       this.latest.stop();
@@ -228,7 +228,7 @@ export class Attack {
     this.#mark();
   }
 
-  /** Sets another attack, which was run already, and says why in `words`. */
+  /** Switches to an attack whose answer is already known, and explains why in `words`. */
   set({ name, steps, k, answer, took }, words) {
     this.held = true;
     $("name").value = name;
@@ -245,7 +245,7 @@ export class Attack {
     say($("settings-note"), words);
   }
 
-  /** Takes over the settings of an address; what it lacks, or the service does not take, is as usual. */
+  /** Restores settings from the URL; missing or invalid ones get their defaults. */
   restore(query) {
     const take = (id, value, usual) => {
       const open = [...$(id).options].filter(({ disabled }) => !disabled);
@@ -303,7 +303,7 @@ export class Attack {
     this.#eps(allowed);
     if (keep ? allowed !== k : this.picture) {
       const text = epsText(allowed, this.norm);
-      const why = keep ? "the most that this service takes" : `the usual value under ${ballText(this.norm)}`;
+      const why = keep ? "this service's maximum" : `the default under ${ballText(this.norm)}`;
       say($("settings-note"), `eps was set to ${text}, ${why}.`);
     }
     $("eps-number").value = $("eps").value;
@@ -326,7 +326,7 @@ export class Attack {
     this.ask({ curve: true });
   }
 
-  /** No attack leads to where it leads away from. */
+  /** Disables the true class as a target. */
   #unavailable() {
     const label = $("label").value || this.picture?.predicted;
     for (const option of $("target").options) option.disabled = option.value === label;
@@ -386,7 +386,7 @@ export class Attack {
   }
 }
 
-/** Whether an attack is a single step, asked for at every move of the slider. */
+/** Whether an attack has a single step, so that it can run at every move of the slider. */
 const isQuick = ({ steps, takes_steps: takes }) => steps === 1 && !takes;
 
 const fieldsOf = ({ attack, eps, steps, norm, label, target }) => ({

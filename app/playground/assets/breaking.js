@@ -1,4 +1,5 @@
-// How confidence falls with eps, and the smallest eps that breaks the image: PGD-10, point by point.
+// The curve of confidence against eps, and the search for the smallest eps that breaks the image:
+// PGD-10, one eps at a time.
 
 import { isStopped, post } from "./api.js";
 import { blobOf, known, outcomeText, probabilities } from "./answers.js";
@@ -6,25 +7,25 @@ import { curve } from "./charts.js";
 import { $, el, epsText, normText, percent, say } from "./dom.js";
 
 const STEPS = 10;
-const FARTHER = 4; // times the largest eps withstood: the most that is tried next
-const GUESSES = 2; // in a row that may leave more than half of what is to be searched
-const QUIET = 500; // ms without an attack before the curve takes the device
+const FARTHER = 4; // the next eps is at most this many times the largest one withstood
+const GUESSES = 2; // interpolations in a row that may leave over half of the range; then bisection
+const QUIET = 500; // ms without an attack before the curve uses the device
 
 export class Breaking {
   constructor(attack) {
     this.attack = attack;
     this.points = new Map();
-    this.guesses = 0; // in a row that left more than half
+    this.guesses = 0; // interpolations in a row that left over half of the range
     this.stopper = null;
     this.timer = null;
     new ResizeObserver(() => this.draw()).observe($("curve"));
-    this.finding = false; // whether eps is to be set to the smallest one once that is found
+    this.finding = false; // whether to set eps to the smallest one once it is found
     $("eps-find").addEventListener("click", () => {
       this.finding = true;
-      $("eps-find").textContent = "Looking…";
+      $("eps-find").textContent = "Searching…";
       if (!this.#found()) this.#go();
     });
-    for (const id of ["eps", "eps-number"]) $(id).addEventListener("input", () => this.#lookElsewhere());
+    for (const id of ["eps", "eps-number"]) $(id).addEventListener("input", () => this.#stopFinding());
   }
 
   /** The smallest eps found to break it, in 255ths, or null. */
@@ -33,15 +34,15 @@ export class Breaking {
     return gone.length ? Math.min(...gone) : null;
   }
 
-  /** The largest eps below that, in 255ths, which was withstood, or -1. */
+  /** The largest eps below it that was withstood, in 255ths, or -1. */
   get standing() {
     const { broken } = this;
     return Math.max(-1, ...[...this.points.keys()].filter((k) => broken === null || k < broken));
   }
 
-  /** Begins anew: another image, label, target or norm. */
+  /** Starts over, for another image, label, target or norm. */
   restart() {
-    this.#lookElsewhere();
+    this.#stopFinding();
     this.stopper?.abort();
     this.stopper = null;
     this.points = new Map();
@@ -50,15 +51,15 @@ export class Breaking {
     this.draw();
   }
 
-  /** Leaves the device to the attack. */
+  /** Stops, so that the device is free for the attack. */
   pause() {
     clearTimeout(this.timer);
     this.stopper?.abort();
     this.stopper = null;
-    this.draw(); // the mark of the eps set now
+    this.draw(); // moves the mark of the current eps
   }
 
-  /** Goes on where it was, unless another attack comes soon. */
+  /** Continues after a while without an attack. */
   resume() {
     this.draw();
     clearTimeout(this.timer);
@@ -85,17 +86,17 @@ export class Breaking {
       if (isStopped(error)) return;
       this.failure = error;
       if (this.finding) say($("settings-note"), `The search for the smallest eps ended: ${error.message}`);
-      this.#lookElsewhere();
+      this.#stopFinding();
     } finally {
       if (this.stopper === stopper) this.stopper = null;
     }
     this.draw();
   }
 
-  /** Shows the smallest eps that breaks it, if that is looked for and known. */
+  /** Switches to the smallest eps that breaks the image, if the user wants it and it is known. */
   #found() {
     if (!this.finding || !this.#settled) return false;
-    this.#lookElsewhere();
+    this.#stopFinding();
     const { attack, broken } = this;
     const words = this.#words($("label").value || attack.picture.predicted);
     if (!broken) return say($("settings-note"), words);
@@ -103,13 +104,14 @@ export class Breaking {
     return true;
   }
 
-  #lookElsewhere() {
+  #stopFinding() {
     this.finding = false;
     $("eps-find").textContent = "Find the smallest eps that breaks it";
   }
 
-  /** First the usual eps, then larger ones until one breaks it, then those where the margin should
-   * be zero, or the middle where that hardly helps, and last a smooth line. */
+  /** The next eps to try, in 255ths, or null. First the default eps, then larger ones until one
+   * breaks the image, then between the two where the margin should be zero, or the middle where
+   * that hardly helps, and last the points of a smooth curve. */
   #next() {
     const has = (k) => this.points.has(k);
     const { most, norm, limits } = this.attack;
@@ -131,18 +133,18 @@ export class Breaking {
     return wanted.find((k) => !has(k)) ?? null;
   }
 
-  /** How many eps may be the smallest one. */
+  /** The number of eps that may still be the smallest one. */
   get #left() {
     return (this.broken ?? this.attack.most) - this.standing;
   }
 
-  /** The eps from which on the line through the margins at two others is below zero. */
+  /** The eps where a line through the margins at two others falls below zero. */
   #zero(low, high) {
     const [a, b] = [low, high].map((k) => this.points.get(k).margin);
     return a > b ? Math.ceil(low + ((high - low) * a) / (a - b)) : Infinity;
   }
 
-  /** The right end of the plot: where it breaks lies in the left half. */
+  /** The right end of the plot, so that the smallest eps is in its left half. */
   #range() {
     const { most, norm } = this.attack;
     const { broken } = this;
@@ -166,7 +168,7 @@ export class Breaking {
     return { ...this.#point(k, all, outcome), answer, took };
   }
 
-  /** The point of the original image, which has been classified already. */
+  /** The point of the original image, which is already classified. */
   #original() {
     const { before, predicted } = this.attack.picture;
     const { label, target } = this.attack.fields;
@@ -174,8 +176,9 @@ export class Breaking {
     return this.#point(0, before, gone ? "already_wrong" : "withstood");
   }
 
-  /** What an image with these probabilities says of eps k/255. `margin` is how far the prediction is
-   * from another, or from the target: below zero it is broken. */
+  /** The point at eps k/255 for an image with these probabilities. `margin` is the log ratio of the
+   * true class to the likeliest other one, or of the likeliest other class to the target: below
+   * zero, the image is broken. */
   #point(k, all, outcome) {
     const { classes, picture, fields } = this.attack;
     const label = classes.indexOf(fields.label || picture.predicted);
@@ -236,7 +239,7 @@ export class Breaking {
     const what = `PGD-${STEPS}, ${normText(norm)}`;
     if (!this.attack.picture) return "";
     if (this.failure) return `The curve is incomplete: ${this.failure.message}`;
-    if (!this.#settled) return `Looking for the smallest eps that breaks it (${what})…`;
+    if (!this.#settled) return `Searching for the smallest eps that breaks it (${what})…`;
     if (broken === null) return `PGD-${STEPS} under ${normText(norm)} does not ${target ? `change the prediction to ${target}` : "break this image"} up to eps ${epsText(most, norm)}.`;
     if (broken === 0) {
       const { taken } = this.points.get(0);

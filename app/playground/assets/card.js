@@ -1,4 +1,4 @@
-// The model card at a glance.
+// Shows a summary of the model card.
 
 import { el, epsText, normText, percent } from "./dom.js";
 import { hardened } from "./answers.js";
@@ -29,7 +29,7 @@ export function showCard(box, { sha256, device, loaded, classes, input_size: siz
   box.replaceChildren(list, ...measured(card.evaluation ?? []));
 }
 
-/** The model compared with, in a line. */
+/** A one-line summary of the comparison model. */
 function other({ architecture, evaluation = [] }) {
   const known = evaluation.filter(({ accuracy }) => accuracy != null);
   const rows = known.filter(({ data }) => data === known.at(-1).data); // measured last, as below

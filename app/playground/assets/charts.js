@@ -1,11 +1,12 @@
-// Bars, the curve of confidence, and how an accuracy settles. Colors come from the style sheet.
+// Charts: probability bars, confidence against eps, and accuracy against scored images. Colors come
+// from the style sheet.
 
 import { attackText, el, epsText, percent, svg } from "./dom.js";
 
 const MOST_CLASSES = 12;
 const MARGIN = { top: 8, right: 14, bottom: 34, left: 42 };
 
-/** Rows of bars in `table`: the probability of each class, before and, where given, after. */
+/** Draws bars in `table`: the probability of each class before and, if given, after the attack. */
 export function bars(table, classes, before, after = null) {
   const shown = rows(classes, before, after);
   const body = table.tBodies[0];
@@ -49,7 +50,7 @@ function rows(classes, before, after) {
 const largest = (values) =>
   values.reduce((best, value, k) => ((value ?? -1) > (values[best] ?? -1) ? k : best), 0);
 
-/** The frame of a plot as wide as `box`, with `x` and `y` from values to places. */
+/** The axes of a plot as wide as `box`, and functions `x` and `y` from values to pixels. */
 function frame(box, { height, most, ticks, label, x: axis }) {
   const width = Math.max(box.clientWidth, 240);
   const right = width - MARGIN.right;
@@ -72,7 +73,7 @@ function frame(box, { height, most, ticks, label, x: axis }) {
   return { root, x, y, right, bottom };
 }
 
-/** About five round values up to `most`. */
+/** About five round tick values up to `most`. */
 function round(most) {
   const rough = most / 5;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -80,7 +81,7 @@ function round(most) {
   return Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step);
 }
 
-/** Confidence in the true class against eps, in steps of 1/255. */
+/** Draws the confidence in the true class against eps, in 255ths. */
 export function curve(box, { points, most, norm, current, broken, label }) {
   const sorted = points.filter((point) => point.k <= most).sort((a, b) => a.k - b.k);
   if (sorted.length < 2) return box.replaceChildren(); // one point is no curve
@@ -121,7 +122,8 @@ export function curve(box, { points, most, norm, current, broken, label }) {
   box.replaceChildren(root);
 }
 
-/** Accuracies with their intervals, as more and more images are scored: a list of points a line. */
+/** Draws each attack's accuracy with its interval against the number of images scored so far;
+ * `lines` has a list of points per attack. */
 export function settling(box, lines, total) {
   box.hidden = lines.every((line) => line.length < 2); // one point is no curve
   if (box.hidden) return;
@@ -151,12 +153,12 @@ export function settling(box, lines, total) {
   box.replaceChildren(root);
 }
 
-/** A key to the lines of `settling`: the same colors, in words. */
+/** A swatch in the color of a line of `settling`, for the table's legend. */
 export function swatch(place) {
   return el("span", { class: `swatch s${place % 8}`, "aria-hidden": "true" });
 }
 
-/** A row's name in words: an attack with its budget, or what is no attack. */
+/** The display name of a result row: an attack with its budget, or another row such as clean. */
 export function nameOf(row) {
   if (row === "clean") return "Clean";
   const match = /^([a-z-]*[a-z])(-\d.*)?$/.exec(row);

@@ -1,4 +1,4 @@
-// The same attack on an ordinary model, beside the one that is served.
+// Runs the same attack on a comparison model, next to the served model.
 
 import { hardened, named, pngUrl, showVerdict } from "./answers.js";
 import { post } from "./api.js";
@@ -7,15 +7,15 @@ import { Latest } from "./latest.js";
 import { save } from "./result.js";
 import { overlay } from "./viewer.js";
 
-/** Asks for the compared model alone, once the served model's result is on the screen: that comes
- * no later for it. */
+/** Attacks the comparison model in a request of its own, after the served model's result is shown,
+ * so that it does not delay that. */
 export class Compare {
-  /** `idle()` is called when there is nothing more to compare. */
+  /** `idle()` is called when no comparison is left to run. */
   constructor(attack, { idle }) {
     this.attack = attack;
-    this.model = null; // as /model tells of it
-    this.shown = null; // {fields, picture} of what is on the screen
-    this.failed = null; // the fields of what the service refused
+    this.model = null; // `compare` of /model
+    this.shown = null; // {fields, picture} of the result on the screen
+    this.failed = null; // the fields of a request that failed
     this.latest = new Latest({
       run: (request, signal) => post("attack", { ...request.fields, file: request.picture.input, compare: "only" }, { signal }),
       show: (answer, request) => this.#show(answer, request),
@@ -38,7 +38,7 @@ export class Compare {
     });
   }
 
-  /** Takes over the model to compare with, if there is one. */
+  /** Sets the comparison model from the response of /model. */
   configure({ card, compare }) {
     const { arch } = compare?.card.architecture ?? {};
     const trained = hardened(card) ? ", trained to withstand attacks" : "";
@@ -55,7 +55,7 @@ export class Compare {
     this.#layout();
   }
 
-  /** Takes over whether an address has both models. */
+  /** Restores from the URL whether the models are compared. */
   restore(query) {
     $("compare").checked = query.get("compare") !== "no";
     this.#layout();
@@ -66,7 +66,7 @@ export class Compare {
     return this.model !== null && $("compare").checked;
   }
 
-  /** Whether what is shown was computed for other settings than those on the page. */
+  /** Whether the result on the screen is for other settings than the current ones. */
   get stale() {
     const { shown, attack } = this;
     if (!shown || !attack.limits) return true;
@@ -81,7 +81,7 @@ export class Compare {
     this.mark();
   }
 
-  /** Dims what is not of the settings on the page. */
+  /** Dims the result if it is stale. */
   mark() {
     if (!this.on) return;
     const { stale } = this;
@@ -89,7 +89,7 @@ export class Compare {
     $("compared-result").setAttribute("aria-busy", String(stale && this.failed === null));
   }
 
-  /** Leaves the device to the attack. */
+  /** Stops, so that the device is free for the attack. */
   pause() {
     this.latest.stop();
     this.failed = null;
@@ -97,7 +97,7 @@ export class Compare {
     this.mark();
   }
 
-  /** Goes on once the attack is shown. */
+  /** Runs the comparison, if the attack's result is shown and the comparison is stale. */
   resume() {
     const { attack } = this;
     const fields = attack.limits && JSON.stringify(attack.request);

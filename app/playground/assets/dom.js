@@ -1,4 +1,4 @@
-// Making elements, and numbers as people read them.
+// Helpers to make elements and to format numbers.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -19,7 +19,7 @@ function fill(node, attributes, children) {
   return node;
 }
 
-/** Shows `text` in a place kept for it, or hides the place when there is none. */
+/** Shows `text` in `node`, or hides the node if the text is empty. */
 export function say(node, text = "") {
   node.textContent = text;
   node.hidden = !text;
@@ -39,18 +39,18 @@ export const percent = (p) => {
 
 export const seconds = (s) => (s < 1 ? `${Math.round(1000 * s)} ms` : `${s.toFixed(1)} s`);
 
-/** An eps of k/255 in words: under l2 also as a number, as people write it there. */
+/** The text of an eps of k/255; under L2 with its decimal value, which is usual there. */
 export const epsText = (k, norm) =>
   norm === "l2" ? `${(k / 255).toFixed(3)} (${k}/255)` : `${k}/255`;
 
 export const normText = (norm) => ({ linf: "L∞", l2: "L2" })[norm] ?? norm;
 
 const titles = new Map();
-/** Takes over the titles of the attacks in /limits. */
+/** Stores the titles of the attacks from /limits. */
 export const nameAttacks = (attacks) => attacks.forEach(({ name, title }) => titles.set(name, title));
 export const attackText = (name) => titles.get(name) ?? name.toUpperCase();
 
-/** Resolves after so many milliseconds; rejects when `signal` aborts. */
+/** Resolves after `ms` milliseconds; rejects when `signal` aborts. */
 export function sleep(ms, signal) {
   return new Promise((resolve, reject) => {
     const stop = () => {

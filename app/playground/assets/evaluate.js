@@ -1,4 +1,5 @@
-// Evaluations: start one, watch it settle, cancel it, and find it again after a reload.
+// The evaluation panel: starts an evaluation, shows its progress, cancels it, and finds it again
+// after a reload.
 
 import { ask, Failure, isAway, isStopped, open, post } from "./api.js";
 import { tooLarge } from "./answers.js";
@@ -15,13 +16,13 @@ const ENDED = ["done", "failed", "cancelled"];
 
 export class Evaluate {
   constructor() {
-    this.lines = []; // for each row of the table its points, as they came
+    this.lines = []; // the points of the plot so far, for each row of the table
     this.total = 0;
     this.job = null;
-    this.asked = null; // the fields of the form when the evaluation shown was asked for
+    this.asked = null; // the form's fields, as JSON, for the evaluation shown
     this.stopper = null;
-    this.awaiting = null; // what was clicked while there was no connection, to be done once there is
-    this.began = null; // when the evaluation that runs was first seen
+    this.awaiting = null; // what to do once the connection is back
+    this.began = null; // when the evaluation was first seen running
     this.report = new Report({ fail: (error) => this.#failed(error) });
     $("evaluate-form").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -72,7 +73,7 @@ export class Evaluate {
     };
   }
 
-  /** The fields, and which set of the form they are for. */
+  /** The form's fields and the chosen set. */
   get #wanted() {
     return { set: $("set").value, ...this.#fields };
   }
@@ -89,7 +90,7 @@ export class Evaluate {
     this.#mark();
   }
 
-  /** Dims a result of other settings than the form's, and says which settings it is of. */
+  /** Dims a result for other settings than the form's, and says which settings it is for. */
   #mark() {
     const { job } = this;
     const shown = job !== null && !$("evaluate-result").hidden;
@@ -101,7 +102,7 @@ export class Evaluate {
     say($("evaluate-stale"), `The dimmed result is for ${this.#set}, ${ball}, not for the settings above.`);
   }
 
-  /** Sets the form as an evaluation was asked for. */
+  /** Sets the form to the settings of an evaluation. */
   #adopt({ set, attack, norm, eps, limit }) {
     if ([...$("set").options].some(({ value }) => value === set)) $("set").value = set;
     $("set-norm").value = norm;
@@ -137,7 +138,7 @@ export class Evaluate {
     }
   }
 
-  /** Throws Failure for what the service would refuse. */
+  /** Throws Failure for settings that the service would refuse. */
   #check({ attack, norm, eps }) {
     if (!attack.length) throw new Failure("Choose at least one attack.");
     const max = Math.floor(255 * this.limits.max_eps[norm] + 1e-6);
@@ -146,7 +147,7 @@ export class Evaluate {
     }
   }
 
-  /** Does what was clicked while there was no connection. */
+  /** The connection is back: does what the user clicked without one. */
   back() {
     const { awaiting } = this;
     this.awaiting = null;
@@ -166,7 +167,7 @@ export class Evaluate {
     return file;
   }
 
-  /** An evaluation begun before the page was loaded anew. */
+  /** Shows the evaluation that was started before the page was reloaded, if any. */
   async #remembered() {
     const found = remember();
     if (!found) return;
@@ -184,21 +185,21 @@ export class Evaluate {
     }
   }
 
-  /** The evaluation of that id, once the service answers. */
+  /** Fetches the evaluation with that id; retries while the service is down. */
   async #again(id, signal) {
     for (;;) {
       try {
         return await ask(`evaluate/${id}`, { signal });
       } catch (error) {
-        if (error.status === 404) throw this.#died();
+        if (error.status === 404) throw this.#gone();
         if (!isAway(error) && error.status !== 429 && error.status !== 401) throw error;
         await sleep(2000, signal);
       }
     }
   }
 
-  /** The failure of an evaluation that the service no longer has; offers to run it again. */
-  #died() {
+  /** The Failure for an evaluation that the service no longer has; offers to run it again. */
+  #gone() {
     const found = remember();
     remember(null);
     if (found) this.#adopt(found.fields);
@@ -206,11 +207,11 @@ export class Evaluate {
     const last = this.job ? " The numbers below are the last ones it sent." : "";
     return new Failure(
       `The service no longer has this evaluation: the service restarted, or the result expired.${last}`,
-      { status: 404 }, // not to be waited for: whether to run it again is asked
+      { status: 404 }, // no retry: the user decides whether to run it again
     );
   }
 
-  /** Takes each event as it comes; goes on after a broken connection. */
+  /** Shows each event as it comes; reconnects after a lost connection. */
   async #follow(id, signal) {
     for (let wait = 500; ; wait = Math.min(2 * wait, 5000)) {
       try {
@@ -225,7 +226,7 @@ export class Evaluate {
         }
       } catch (error) {
         if (isStopped(error)) throw error;
-        if (error.status === 404) throw this.#died();
+        if (error.status === 404) throw this.#gone();
         if (error.status && error.status < 500 && error.status !== 429) throw error;
         this.lost = true;
         this.#elapsed();
@@ -258,8 +259,8 @@ export class Evaluate {
     this.job = null;
     this.awaiting = null;
     this.began = null;
-    this.lost = false; // whether nothing is heard of it
-    this.moved = { at: 0, digits: 1 }; // the share told last
+    this.lost = false; // whether the connection is lost
+    this.moved = { at: 0, digits: 1 }; // the last share shown
     this.report.of(null);
     $("evaluate-again").hidden = true;
     say($("evaluate-error"));
@@ -283,7 +284,7 @@ export class Evaluate {
     say($("evaluate-time"));
   }
 
-  /** The set of the evaluation shown, in words. */
+  /** The display name of the set of the evaluation shown. */
   get #set() {
     const { dataset } = this.job;
     if (dataset !== "upload") return dataset;
@@ -333,7 +334,7 @@ export class Evaluate {
     this.#draw();
   }
 
-  /** Tells how long it has run, and how far it is. */
+  /** Shows the elapsed time and the share of the work done. */
   #elapsed() {
     const { began } = this;
     if (began === null || this.lost) return say($("evaluate-time"));
@@ -341,7 +342,7 @@ export class Evaluate {
     say($("evaluate-time"), `${whole} s, ${this.#share($("evaluate-bar").value)} of the work done.`);
   }
 
-  /** A share in percent, with as many digits as it takes to see it move. */
+  /** A share in percent, with enough digits to see it change. */
   #share(done) {
     const { at, digits } = this.moved;
     const same = (places) => (100 * at).toFixed(places) === (100 * done).toFixed(places);
@@ -356,7 +357,7 @@ export class Evaluate {
   }
 }
 
-/** A box to check with the attack's name, which is explained on hover and focus. */
+/** A checkbox with the attack's name, which has a tooltip. */
 function choice(name, summary, checked) {
   const id = `about-${name}`;
   const box = el("input", { type: "checkbox", name: "attack", value: name, checked, "aria-describedby": id });
@@ -364,7 +365,7 @@ function choice(name, summary, checked) {
 }
 
 
-/** What is being scored: the first attack that has not finished. */
+/** The text for what is being scored: the first attack that has not finished. */
 function underWay(evaluation) {
   if (!evaluation) return "0";
   const { results, total } = evaluation;
@@ -372,7 +373,7 @@ function underWay(evaluation) {
   return `${nameOf(row.attack)}: ${row.n}`;
 }
 
-/** Shows `rows`; a name that stays keeps its element, which may have focus or explain itself. */
+/** Shows `rows`. A name that stays keeps its element, which may have focus or an open tooltip. */
 function update(body, rows) {
   const same = body.rows.length === rows.length && rows.every((row, k) => row.cells[0].textContent === body.rows[k].cells[0].textContent);
   if (!same) return body.replaceChildren(...rows);
@@ -398,7 +399,7 @@ function accuracyRow(row, place) {
   );
 }
 
-/** An accuracy and its interval as a mark on a line from 0 to 1. */
+/** A mark for an accuracy and its interval, on a line from 0 to 1. */
 export function interval({ accuracy, interval: [low, high] }) {
   const mark = el("span", { class: "interval", "aria-hidden": "true" }, el("i"), el("b"));
   mark.style.setProperty("--low", low);
@@ -407,7 +408,7 @@ export function interval({ accuracy, interval: [low, high] }) {
   return mark;
 }
 
-/** Reasons not to trust the numbers, as sentences or as objects with advice; and notes. */
+/** Lists of the flags, which are reasons not to trust the numbers, and of the notes. */
 function flags(found, notes) {
   const items = found.map(({ name, text, advice }) =>
     el("li", {}, el("b", {}, `${capital(name)}: `), text, el("em", {}, ` – ${advice}`)),
@@ -423,7 +424,7 @@ function flags(found, notes) {
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
-/** Server-sent events out of the body of a response. */
+/** Yields the server-sent events of a response body. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -443,14 +444,15 @@ async function* events(body) {
   }
 }
 
-/** The last evaluation of this tab, {id, fields}: read, kept, or, with null, forgotten. */
+/** Without an argument, returns this tab's last evaluation, {id, fields}; else stores it, or removes
+ * it for null. */
 function remember(found) {
   try {
     if (found === undefined) return JSON.parse(sessionStorage.getItem(REMEMBERED));
     if (found === null) sessionStorage.removeItem(REMEMBERED);
     else sessionStorage.setItem(REMEMBERED, JSON.stringify(found));
   } catch {
-    // Storage may be forbidden; a reload then begins anew.
+    // Storage may be blocked; a reload then forgets the evaluation.
   }
   return null;
 }

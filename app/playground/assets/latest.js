@@ -1,4 +1,4 @@
-// One request at a time, and always the newest: an older answer never replaces a newer one.
+// Runs one request at a time, always the newest: an older response never replaces a newer one.
 
 import { isStopped } from "./api.js";
 
@@ -11,8 +11,8 @@ export class Latest {
   #running = null;
   #next = null;
 
-  /** `run(request, signal)` answers, `show(answer, request, more)` or `fail(error)` is told of it,
-   * and `idle()` when nothing is left to do. */
+  /** `run(request, signal)` returns an answer. Then `show(answer, request, more)` or
+   * `fail(error, request)` is called, and `idle()` when no request is left. */
   constructor({ run, show, fail, idle = () => {} }) {
     this.#run = run;
     this.#show = show;
@@ -20,20 +20,20 @@ export class Latest {
     this.#idle = idle;
   }
 
-  /** Runs `request` next. One on its way is stopped, or, where `patient` of it, shown first. */
+  /** Runs `request` next. A running request is aborted, unless `patient(running)` is true. */
   ask(request, { patient = () => false } = {}) {
     this.#next = request;
     if (!this.#current) this.#drain();
     else if (!patient(this.#running)) this.#current.abort();
   }
 
-  /** Forgets what is on its way. */
+  /** Aborts the running request and forgets the next one. */
   stop() {
     this.#next = null;
     this.#current?.abort();
   }
 
-  /** Whether a request is on its way. */
+  /** Whether a request is running. */
   get running() {
     return this.#current !== null;
   }

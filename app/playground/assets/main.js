@@ -1,4 +1,4 @@
-// Puts the parts of the page together.
+// Connects the parts of the page.
 
 import { ask, isStopped, keyed, on, open, post, useKey, watch } from "./api.js";
 import { followed, given, note } from "./address.js";
@@ -37,15 +37,15 @@ const attack = new Attack({
 const compare = new Compare(attack, { idle: () => attack.working || breaking.resume() });
 const breaking = new Breaking(attack);
 const evaluate = new Evaluate();
-let configured = false; // whether the settings of the address were taken over
+let configured = false; // whether the settings in the URL were restored
 let model = null;
 let limits = null;
 let seen = null; // the picture that the model last read
-let wanted = null; // the example clicked, until its file has come
+let wanted = null; // the example that was clicked, until its file is loaded
 let previewed = null; // the image being shown before the model has read it
-let brought = null; // the image last brought, to be sent again when the model has changed
+let brought = null; // the last image of the user or example, sent again when the model changes
 
-// What the model sees of an image comes with an attack of no size.
+// An attack with eps 0 returns the image as the model sees it.
 const looking = new Latest({
   run: async ({ blob, name, label }, signal) => {
     const answer = await post("attack", { attack: "fgsm", eps: "0", file: blob }, { signal });
@@ -73,19 +73,19 @@ const looking = new Latest({
   },
   fail: (error, request) => {
     say($("picture-error"), error.message);
-    if (error.status === 0 || error.status === 503) return; // goes on by itself when it is back
+    if (error.status === 0 || error.status === 503) return; // `resume` sends it again
     if (error.status === 429) return again(request, error.retryAfter || 5);
     if (seen) forget();
   },
 });
 
-/** Asks once more for an image when the service may be less busy, unless another was chosen. */
+/** Sends an image again when the service may be less busy, unless another one was chosen. */
 async function again(request, seconds) {
   await sleep(1000 * seconds);
   if (brought === request) looking.ask(request);
 }
 
-/** Shows the chosen image at once, before the service has read it. */
+/** Shows the chosen image immediately, before the service has read it. */
 async function preview({ blob, url, name }) {
   const mine = (previewed = {});
   $("seen-text").textContent = `${name}: waiting for the model…`;
@@ -94,8 +94,8 @@ async function preview({ blob, url, name }) {
   attack.expect({ name });
   breaking.restart();
   const local = url ?? URL.createObjectURL(blob);
-  // An example is decoded already; of a file it is not known yet whether it is an image.
-  if (!url && !(await decodes(local))) return; // the service says what is wrong with it
+  // An example is already decoded; another file may not be an image.
+  if (!url && !(await decodes(local))) return; // the service's error says what is wrong
   if (previewed !== mine) return;
   $("seen").src = local;
   $("seen").alt = `${name}, not read by the model yet`;
@@ -112,7 +112,7 @@ async function decodes(url) {
   );
 }
 
-/** The chosen image cannot be used: shows the one before again. */
+/** The chosen image can't be used: shows the previous one again. */
 function forget() {
   previewed = null;
   $("seen-bars").setAttribute("aria-busy", "false");
@@ -125,15 +125,16 @@ function bring(blob, name, label) {
   const fault = limits && tooLarge(blob, limits);
   if (fault) return say($("picture-error"), fault.message);
   brought = { blob, name: name || "image.png", label };
-  if (!label) preview(brought); // an example was shown at the click
+  if (!label) preview(brought); // an example was shown when it was clicked
   wanted = null;
   press(label);
   compare.pause();
   breaking.pause();
-  if (model) looking.ask(brought); // else once it is known
+  if (model) looking.ask(brought); // else once the model is known
 }
 
-/** Says which examples the model gets wrong without an attack, and which are of no class of it. */
+/** Notes which examples the model misclassifies without an attack, and which have none of its
+ * classes. */
 async function judgeExamples() {
   const buttons = [...$("examples").querySelectorAll("button")];
   if (buttons.length > limits.max_images) return;
@@ -179,7 +180,7 @@ function press(name) {
   }
 }
 
-/** Shows the example clicked, then brings it. */
+/** Shows an example at once, then loads its file. */
 function choose(name) {
   wanted = name;
   press(name);
@@ -188,13 +189,13 @@ function choose(name) {
   return example(name, bring, failed);
 }
 
-/** The example that an address names, or the first. */
+/** The example named in the URL, or the first one. */
 function exampleOf(query) {
   const names = [...$("examples").querySelectorAll("button")].map(({ dataset }) => dataset.example);
   return names.find((name) => name === query.get("example")) ?? names[0];
 }
 
-/** Asks what the service is and takes; again when it has another model. */
+/** Fetches /model and /limits, until the service responds, and sets up the page. */
 async function configure() {
   for (;;) {
     try {
@@ -229,7 +230,7 @@ function themes() {
     try {
       localStorage.setItem("robust-theme", next);
     } catch {
-      // Storage may be forbidden; the choice then ends with the page.
+      // Storage may be blocked; the choice then ends with the page.
     }
     show();
   });
@@ -246,7 +247,7 @@ $("key-form").addEventListener("submit", (event) => {
   useKey($("key").value.trim());
   $("key").value = "";
   $("key-form").hidden = true;
-  if (configured) resume(); // what was refused meanwhile
+  if (configured) resume(); // send again what was refused
 });
 
 function keyGiven() {
@@ -258,7 +259,7 @@ function keyGiven() {
 on("lost", ({ detail }) => status("down", detail));
 on("back", resume);
 
-/** Does what was clicked while the service did not answer. */
+/** Continues after the service was down: does what the user clicked meanwhile. */
 async function resume() {
   await configure();
   for (const id of ["picture-error", "attack-error"]) say($(id));
@@ -269,10 +270,10 @@ async function resume() {
 }
 
 on("model", async () => {
-  if (brought && !wanted) preview(brought); // what is shown is of the model before
+  if (brought && !wanted) preview(brought); // the result on the screen is the previous model's
   await configure();
   if (brought && !wanted) looking.ask(brought);
-  judgeExamples().catch(() => {}); // the examples can be used without it
+  judgeExamples().catch(() => {}); // the examples work without it
 });
 
 themes();
@@ -295,4 +296,4 @@ performance.mark("usable");
 watch();
 await opened;
 if (brought && !looking.running) looking.ask(brought);
-judgeExamples().catch(() => {}); // the examples can be used without it
+judgeExamples().catch(() => {}); // the examples work without it

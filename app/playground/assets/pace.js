@@ -1,23 +1,24 @@
-// How long attacks take, as measured on this model, and the bar that shows it.
+// Measures how long attacks take on this model, and shows the progress bar.
 
 import { $, attackText, seconds, sleep } from "./dom.js";
 
-const SHOW_PROGRESS = 150; // ms, below which a bar would only flicker
+const SHOW_PROGRESS = 150; // ms; for a shorter attack the bar would only flicker
 
 export class Pace {
-  #paces = new Map(); // seconds a forward pass, by attack
+  #paces = new Map(); // seconds per forward pass, by attack
 
+  /** Forgets the measurements: the model may be another one. */
   clear() {
-    this.#paces.clear(); // may be another model
+    this.#paces.clear();
   }
 
-  /** Remembers what an attack took; one that ends early, as most that succeed, takes less. */
+  /** Stores the slowest pace of each attack: one that succeeds usually ends early. */
   measured({ name, cost, steps: usual }, steps, took) {
     const pace = took / costOf({ cost, steps: usual }, steps);
     this.#paces.set(name, Math.max(pace, this.#paces.get(name) ?? 0));
   }
 
-  /** Shows how long it has taken, and of how much where this attack was measured before. */
+  /** Shows the elapsed time, and the expected time if this attack was measured before. */
   tick(choice, steps, signal) {
     const stopper = new AbortController();
     const begin = performance.now();

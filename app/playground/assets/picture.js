@@ -1,13 +1,13 @@
-// Where images come from: a file, a drop, the clipboard, or one of the examples.
+// Image sources: a file, drag and drop, the clipboard, or one of the examples.
 
 import { $ } from "./dom.js";
 import { Failure, open } from "./api.js";
 
-/** Calls `take(blob, name, label)` for each image someone brings, `choose(name)` for an example,
- * and `fail(error)` otherwise. */
+/** Calls `take(blob, name)` for an image of the user, `choose(name)` for an example, and
+ * `fail(error)` for anything else. */
 export function bringImages(take, choose, fail) {
   const own = (blob, name) => {
-    newest = null; // an example still on its way comes too late
+    newest = null; // ignore an example that is still loading
     take(blob, name);
   };
   const file = $("file");
@@ -27,7 +27,7 @@ export function bringImages(take, choose, fail) {
     first(pasted, own, fail);
   });
 
-  let depth = 0; // dragenter and dragleave come for every element passed
+  let depth = 0; // dragenter and dragleave also fire for every nested element
   const mark = (change) => {
     depth = change === 0 ? 0 : Math.max(depth + change, 0);
     $("drop").classList.toggle("over", depth > 0);
@@ -39,13 +39,13 @@ export function bringImages(take, choose, fail) {
   document.addEventListener("drop", (event) => {
     if (!carriesFiles(event)) return;
     mark(0);
-    if (event.target.id === "set-file") return; // the browser puts it there
+    if (event.target.id === "set-file") return; // the browser handles the drop
     event.preventDefault();
     first([...event.dataTransfer.files], own, fail);
   });
 }
 
-let newest = null; // of the examples asked for
+let newest = null; // the example that was requested last
 
 export async function example(name, take, fail) {
   newest = name;
@@ -61,5 +61,5 @@ export async function example(name, take, fail) {
 function first(files, take, fail) {
   const image = files.find((file) => file.type.startsWith("image/")) ?? files[0];
   if (image) take(image, image.name);
-  else fail(new Failure("That was not an image."));
+  else fail(new Failure("This is not an image."));
 }

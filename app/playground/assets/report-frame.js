@@ -1,4 +1,4 @@
-// Within the frame of the report: shows the page that the playground fetched, which may need a key.
+// Runs in the report's iframe: shows the page that the playground fetched, as that may need a key.
 addEventListener("message", ({ origin, data }) => {
   if (origin !== location.origin || typeof data !== "string") return;
   const page = new DOMParser().parseFromString(data, "text/html");

@@ -1,4 +1,4 @@
-// The report on an evaluation: shown in the page, and saved as page or PDF.
+// The report of an evaluation: opened in the page, or downloaded as a page or PDF.
 
 import { open } from "./api.js";
 import { $, el } from "./dom.js";
@@ -7,7 +7,7 @@ export class Report {
   #job = null;
   #page = null; // the text of the report that is shown
 
-  /** `fail(error)` is told of what goes wrong. */
+  /** `fail(error)` is called for any error. */
   constructor({ fail }) {
     const safely = (act) => () => act().catch(fail);
     $("report-show").addEventListener("click", safely(() => this.#toggle()));
@@ -19,7 +19,7 @@ export class Report {
     });
   }
 
-  /** Takes the evaluation to report on; null for none. */
+  /** Sets the evaluation whose report is offered; null for none. */
   of(job) {
     $("reports").hidden = job === null;
     if (job?.id === this.#job?.id) return;
@@ -27,7 +27,7 @@ export class Report {
     this.#close();
   }
 
-  /** Fetched, as a link would not send the key along. */
+  /** Fetches the report. A plain link would not send the API key. */
   async #get(kind) {
     return open(`evaluate/${this.#job.id}/report`, { headers: { Accept: kind } });
   }

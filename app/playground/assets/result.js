@@ -1,11 +1,11 @@
-// What came of an attack: pictures, verdict and figures.
+// Shows the result of an attack: images, verdict and numbers.
 
 import { known, named, outcomeText, pngUrl, showVerdict } from "./answers.js";
 import { bars } from "./charts.js";
 import { $, attackText, epsText, normText, seconds } from "./dom.js";
 import { overlay } from "./viewer.js";
 
-/** Shows the answer to a request about a picture. */
+/** Shows the response to an attack request. */
 export function showResult(answer, request, { picture, classes }) {
   const [result] = answer.results;
   pictures(answer, result, request, picture);
@@ -37,14 +37,14 @@ function pictures(answer, result, { attack, norm, k }, picture) {
   $("adversarial-text").textContent = named(result.after);
 }
 
-/** Shows the image that is attacked. */
+/** Shows the original image. */
 export function showOriginal(url, alt) {
   $("original").src = url;
   $("original").alt = alt;
   $("original").hidden = false;
 }
 
-/** The settings of a result in words. */
+/** The settings of a result as text. */
 export function settingsText({ attack, k, norm, target, label, picture }, { steps, restarts }) {
   const parts = [attackText(attack), normText(norm), `eps ${epsText(k, norm)}`];
   if (steps > 1) parts.push(`${steps} steps`);
@@ -54,7 +54,7 @@ export function settingsText({ attack, k, norm, target, label, picture }, { step
   return [...parts, picture.name].join(", ");
 }
 
-/** Offers an image for download. */
+/** Sets the download link of an image. */
 export function save(kind, url, name) {
   const link = $(`${kind}-save`);
   link.href = url;

@@ -1,16 +1,16 @@
-// The same request as a command: for the shell, for Python, and with PyTorch instead of the service.
+// The current request as code to copy: for curl, for Python, and for PyTorch without the service.
 
 import { keyed } from "./api.js";
 import { $ } from "./dom.js";
 
-/** A block of code with a button for each form it is to be had in. */
+/** A code block with a button for each language. */
 export class Snippets {
   #code;
   #forms;
   #chosen;
   #texts = {};
 
-  /** `id` is that of the code; buttons with `data-form` choose among `forms`. */
+  /** `id` is the code element's; buttons with `data-form` choose one of `forms`. */
   constructor(id, forms) {
     this.#code = $(id);
     this.#forms = this.#code.closest(".snippet").querySelectorAll("[data-form]");
@@ -24,7 +24,7 @@ export class Snippets {
     copies($(`${id}-copy`), this.#code);
   }
 
-  /** The commands for an attack with these fields of the form. */
+  /** Shows the code for an attack with these form fields. */
   attack(fields, { file, source, name, size }) {
     this.#texts = {
       curl: line("attack", fields, { file, source }),
@@ -34,7 +34,7 @@ export class Snippets {
     this.#show();
   }
 
-  /** The commands for an evaluation. */
+  /** Shows the code for an evaluation. */
   evaluate(fields, { file, source }) {
     const headers = { Prefer: "wait=60" };
     this.#texts = {
@@ -54,8 +54,8 @@ export class Snippets {
 
 // curl
 
-/** A line of curl for `path` with the fields of a form. A file is given by its name; one that the
- * service has is fetched from `source` first, so that the line works in any folder. */
+/** A curl command that posts form fields to `path`. A file is given by its name; an example file of
+ * the service is fetched from `source` first, so that the command works in any folder. */
 function line(path, fields, { file, source, headers = {} } = {}) {
   const parts = source ? [`curl -sS ${quoted(address(source))} |`, "curl -sS"] : ["curl -sS"];
   if (keyed()) parts.push("-H 'Authorization: Bearer KEY'");
@@ -66,7 +66,7 @@ function line(path, fields, { file, source, headers = {} } = {}) {
   }
   for (const [name, value] of Object.entries(fields)) {
     for (const item of Array.isArray(value) ? value : [value]) {
-      // --form-string takes a value as it is; -F reads @, < and ; in it.
+      // --form-string sends a value as it is; -F interprets @, < and ; in it.
       if (item === "" || item == null) continue;
       parts.push(`${/^[@<]|;/.test(item) ? "--form-string" : "-F"} ${quoted(`${name}=${item}`)}`);
     }
@@ -77,17 +77,17 @@ function line(path, fields, { file, source, headers = {} } = {}) {
 
 const address = (path) => new URL(path, document.baseURI).href;
 
-/** curl reads commas and semicolons in a file's name, unless it stands in double quotes. */
+/** A file name for curl's -F: in double quotes if it has commas or semicolons. */
 const escaped = (name) =>
   /[,;"\\]/.test(name) ? `"${name.replace(/["\\]/g, "\\$&")}"` : name;
 
-/** `text` as one word of a POSIX shell. */
+/** `text` quoted as one word for a POSIX shell. */
 const quoted = (text) =>
   /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 // Python
 
-/** A string of Python: JSON's escapes are Python's too. */
+/** `value` as a Python literal: JSON's string escapes are valid in Python. */
 const py = (value) => JSON.stringify(value);
 
 const service = () => address(".").replace(/\/$/, "");
@@ -96,7 +96,7 @@ function client() {
   return `with Client(${py(service())}${keyed() ? ', key="KEY"' : ""}) as client:`;
 }
 
-/** Lines that read the image or set into `name`; what is no example is a file of that name. */
+/** Lines of Python that read the image or data set into `name`, from `source` or the local file. */
 function reading(name, { file, source }, path = "") {
   if (source) return [`${name} = urlopen(${py(address(source))}).read()`];
   return [`${name} = ${path}${path ? `(${py(file)}).read_bytes()` : py(file)}`];
@@ -140,7 +140,7 @@ function evaluateWithClient({ dataset, attack, norm, eps, limit }, given) {
   ].join("\n");
 }
 
-/** Plain PyTorch for FGSM and PGD; the other attacks are those of the library. */
+/** Plain PyTorch for FGSM and PGD; other attacks use this project's library. */
 function attackWithTorch({ attack, norm, eps, steps, label, target }, { file, source, name, size }) {
   const plain = ["fgsm", "pgd"].includes(attack);
   const y = label ? `torch.tensor([model.classes.index(${py(label)})])` : "model(x).argmax(1)";
@@ -171,7 +171,7 @@ function library({ attack, norm, eps, steps, target }) {
   return [`x_adv = robust.attack(model, x, y, ${parameters.join(", ")}).x_adv`];
 }
 
-/** FGSM, which is one step without a random start, or PGD. */
+/** PyTorch code for PGD, or for FGSM: one step without a random start. */
 function descent({ norm, eps, steps, target }) {
   const [numerator, denominator] = eps.split("/");
   const [loss, sign] = target ? ["goal", "-"] : ["y", "+"];
@@ -200,14 +200,14 @@ function descent({ norm, eps, steps, target }) {
   ];
 }
 
-/** Lets `button` copy the text of `code`, and say so. */
+/** Makes `button` copy the text of `code`, and confirm it. */
 function copies(button, code) {
   button.addEventListener("click", async () => {
     try {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = "Copied";
     } catch {
-      // No clipboard without https: leave the line selected, to be copied by hand.
+      // There is no clipboard without https: select the text, so that the user can copy it.
       getSelection().selectAllChildren(code);
       button.textContent = "Selected";
     }

@@ -1,4 +1,4 @@
-// Terms that explain themselves on hover and focus.
+// Terms with an explanation in a tooltip, on hover and focus.
 
 import { attackText, el } from "./dom.js";
 
@@ -8,10 +8,10 @@ const TERMS = {
 const summaries = new Map();
 let count = 0;
 
-/** Takes over what /limits says of the attacks. */
+/** Stores the summaries of the attacks from /limits. */
 export const explainAttacks = (attacks) => attacks.forEach(({ name, summary }) => summaries.set(name, summary));
 
-/** `content` with an explanation; where it is no control itself, Tab stops at it. */
+/** `content` with a tooltip; it is focusable unless it is a control itself. */
 export function term(content, about, { id = `term-${(count += 1)}`, control = false } = {}) {
   const tip = el("span", { role: "tooltip", id, class: "about" }, `${about}.`);
   const given = control ? { class: "term" } : { class: "term dotted", tabindex: 0, "aria-describedby": id };
@@ -23,7 +23,7 @@ export function term(content, about, { id = `term-${(count += 1)}`, control = fa
   return node;
 }
 
-/** A row's name in words: an attack with its budget, explained, or what is no attack. */
+/** The display name of a result row, with a tooltip if it is an attack. */
 export function attackTerm(row) {
   if (row === "clean") return "Clean";
   const match = /^([a-z-]*[a-z])(-\d.*)?$/.exec(row);
@@ -32,7 +32,7 @@ export function attackTerm(row) {
   return summaries.has(match[1]) ? term(text, summaries.get(match[1])) : text;
 }
 
-/** Makes terms of the elements that name one in `data-term`. */
+/** Adds tooltips to the elements with `data-term`. */
 export function explainTerms() {
   for (const node of document.querySelectorAll("[data-term]")) {
     const text = node.textContent;
@@ -44,7 +44,8 @@ export function explainTerms() {
   });
 }
 
-/** Under its term, within the window: boxes that scroll would cut it off. */
+/** Places a tooltip below or above its term, within the window. It is positioned in the window
+ * because a scrolling box would cut it off. */
 function place(node, tip) {
   const { left, bottom, top } = node.getBoundingClientRect();
   const width = Math.min(260, innerWidth - 16);

@@ -1,10 +1,10 @@
-// Runs before the page is painted, so that a chosen theme does not flash in.
+// Runs before the first paint, so that the page never flashes in another theme.
 (() => {
   let theme = null;
   try {
     theme = localStorage.getItem("robust-theme");
   } catch {
-    // Storage may be forbidden; the system's theme then holds.
+    // Storage may be blocked; the system's theme then applies.
   }
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 })();

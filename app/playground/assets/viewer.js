@@ -1,10 +1,10 @@
-// The original laid over the adversarial images: flickered between, or wiped over.
+// Lays the original over the adversarial images, to flicker between them or wipe across.
 
 import { $ } from "./dom.js";
 
-const TURN = 500; // ms for each of the two: far from what may harm
+const TURN = 500; // ms per image: far slower than flashes that can trigger seizures
 
-/** Wires the controls; the images come by `overlay`. */
+/** Connects the controls; `overlay` sets the images. */
 export function viewer() {
   let timer = null;
   const flicker = $("flicker");
@@ -28,7 +28,7 @@ export function viewer() {
   });
 }
 
-/** Lays the original over the adversarial image of that id. */
+/** Sets the original that lies over the adversarial image with that id. */
 export function overlay(id, url) {
   const image = $(`${id}-original`);
   image.src = url;

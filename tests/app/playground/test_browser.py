@@ -448,7 +448,7 @@ def test_an_image_that_cannot_be_used_is_told_in_words(
         ),
         (504, "The work did not finish in time.", "did not finish in time. Fewer steps"),
         (500, "The service failed; the log says why.", "The service failed; the log says why."),
-        (502, None, "The service answered 502."),
+        (502, None, "The service responded with status 502."),
     ],
 )
 def test_an_attack_that_fails_is_told_in_words(
@@ -692,10 +692,10 @@ def test_a_service_that_goes_away_and_comes_back(
         start(page, "many")
         expect(page.locator("#accuracies tbody tr")).to_have_count(4)
     expect(page.locator("#evaluate-error")).to_have_text("The connection was lost. Trying again…")
-    expect(page.locator("#status")).to_contain_text("does not answer")
+    expect(page.locator("#status")).to_contain_text("does not respond")
     expect(page.locator("#accuracies tbody tr")).to_have_count(4)  # what came stays
     page.fill("#eps-number", "20")
-    expect(page.locator("#attack-error")).to_contain_text("The service does not answer.")
+    expect(page.locator("#attack-error")).to_contain_text("The service does not respond.")
     with serving_at(port, settings):
         expect(page.locator("#status")).to_contain_text("resnet18")
         expect(page.locator("html")).to_have_attribute("data-shown", "fgsm 20")

@@ -73,7 +73,7 @@ def test_an_evaluation_asked_for_without_a_connection_begins_when_there_is_one(
     for path in ("evaluate", "readyz"):
         page.route(f"**/{path}", lambda route: route.abort())
     started(visit, 43)
-    expect(visit.find("#evaluate-error")).to_contain_text("does not answer")
+    expect(visit.find("#evaluate-error")).to_contain_text("does not respond")
     page.fill("#set-eps", "44")  # what was clicked is 43
     for path in ("evaluate", "readyz"):
         page.unroute(f"**/{path}")
@@ -129,7 +129,7 @@ def test_settings_changed_without_a_connection_are_attacked_when_there_is_one(
     for path in ("attack", "readyz"):
         page.route(f"**/{path}", lambda route: route.abort())
     page.fill("#eps-number", "21")
-    expect(visit.find("#attack-error")).to_contain_text("does not answer")
+    expect(visit.find("#attack-error")).to_contain_text("does not respond")
     for path in ("attack", "readyz"):
         page.unroute(f"**/{path}")
     expect(visit.find("html")).to_have_attribute("data-shown", "fgsm 21")

@@ -193,7 +193,7 @@ def test_settings_are_never_changed_without_a_word(visit: Visit) -> None:
     expect(visit.find("#settings-note")).to_be_hidden()
     page.select_option("#norm", "l2")
     expect(visit.find("#settings-note")).to_have_text(
-        "eps was set to 0.502 (128/255), the usual value under L2, "
+        "eps was set to 0.502 (128/255), the default under L2, "
         "where eps limits the length of the whole change."
     )
     page.select_option("#name", "pgd")
