@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from base64 import b64decode
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from app.http.headers import headers_of
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 4096
 MAX_JSON_BYTES = 16 * 2**20  # parsing holds the GIL, and so delays every other request
+BASE64_PIECE = 2**18  # characters decoded at a time; a multiple of 4
 _NO_FILENAME = "part without a filename"  # given to a part `file` that has none
 _DATA_URL = re.compile(rb"data:[A-Za-z0-9.+/;=-]{0,100},")
 
@@ -53,21 +55,21 @@ async def read_upload(request: Request, *, max_files: int) -> Upload:
         else:
             # Not request.body(), which keeps the bytes in memory as long as the request.
             body = b"".join([piece async for piece in request.stream()])
-            files, fields = _read_body(content_type, body, max_files)
+            files, fields = await _read_body(content_type, body, max_files)
     except ClientDisconnect:
         raise ClientGone("The client disconnected before its body was complete.") from None
     return Upload(files=files, parameters=parameters | fields)
 
 
-def _read_body(
+async def _read_body(
     content_type: str, body: bytes, max_files: int
 ) -> tuple[list[bytes], dict[str, list[str]]]:
     """The files and parameters of a body that is not multipart."""
     if fields := _url_encoded_fields(content_type, body):
         return [], fields
     if _is_json(content_type, body):
-        return _read_json(body, max_files)
-    return [_decode_data_url(body)] if body else [], {}
+        return await _read_json(body, max_files)
+    return [await _decode_data_url(body)] if body else [], {}
 
 
 def _url_encoded_fields(content_type: str, body: bytes) -> dict[str, list[str]]:
@@ -94,7 +96,7 @@ def _is_json(content_type: str, body: bytes) -> bool:
     return declared and body.lstrip()[:1] == b"{"
 
 
-def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str, list[str]]]:
+async def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str, list[str]]]:
     """The files and parameters of ``{"image": "<base64>", "eps": "8/255"}``.
 
     Raises BadRequest unless it is a flat object, and InvalidParameters for invalid base64.
@@ -107,7 +109,7 @@ def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str, list
     except ValueError:
         raise BadRequest("The body is declared as JSON, but is not valid JSON.") from None
     files = [
-        _from_base64(item)
+        await _from_base64(item)
         for name in ("image", "images", "file")
         for item in _as_list(values.pop(name, []))
     ]
@@ -130,27 +132,39 @@ def _parameter_text(value: object) -> str:
     return str(value)
 
 
-def _from_base64(value: object) -> bytes:
+async def _from_base64(value: object) -> bytes:
     if not isinstance(value, str):
         raise invalid("file", "an image as text in base64", "another kind of value")
     text = value.encode()
     if _DATA_URL.match(text):
-        return _decode_data_url(text)
+        return await _decode_data_url(text)
     try:
-        return b64decode(text, validate=True)
+        return await _decode_base64(text)
     except ValueError:
         got = f"text of {len(text)} characters"
         raise invalid("file", "an image as text in base64", got) from None
 
 
-def _decode_data_url(data: bytes) -> bytes:
+async def _decode_base64(text: bytes) -> bytes:
+    """Decode in small pieces, so that other requests run in between. Raises ValueError."""
+    pieces: list[bytes] = []
+    for begin in range(0, len(text), BASE64_PIECE):
+        if pieces:
+            await asyncio.sleep(0)
+            if text[begin - 1 : begin] == b"=":
+                raise ValueError("expected padding only at the end")
+        pieces.append(b64decode(text[begin : begin + BASE64_PIECE], validate=True))
+    return b"".join(pieces)
+
+
+async def _decode_data_url(data: bytes) -> bytes:
     """The file in a data URL; `data` itself if it is not one."""
     if not (match := _DATA_URL.match(data)):
         return data
     if not match[0].lower().endswith(b";base64,"):
         raise invalid("file", "a data URL in base64", "a data URL with another encoding")
     try:
-        return b64decode(data[match.end() :].strip(), validate=True)
+        return await _decode_base64(data[match.end() :].strip())
     except ValueError:
         got = f"{len(data)} bytes with invalid base64"
         raise invalid("file", "a data URL in base64", got) from None
@@ -218,7 +232,7 @@ async def _read_form(request: Request, max_files: int) -> tuple[list[bytes], dic
                 data = await value.read()
                 if value.filename == _NO_FILENAME and _looks_like_text(data):
                     raise _text_instead_of_file()
-                files.append(_decode_data_url(data))
+                files.append(await _decode_data_url(data))
             else:
                 fields.setdefault(name, []).append(value)
     finally:

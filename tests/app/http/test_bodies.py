@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
@@ -9,8 +10,11 @@ import zlib
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
 from app.http.compression import PIECE_BYTES, Inflater
+from app.http.uploads import BASE64_PIECE, Upload, read_upload
 from tests.app.http.test_errors import assert_problem
 from tests.support.faults import Peak, unharmed
 from tests.support.serving import Running, labeled, pixels, png
@@ -69,6 +73,35 @@ def test_every_form_gives_the_same_prediction(running: Running, request_: dict[s
     assert ask(running, **request_) == ask(running, content=png())
 
 
+@pytest.mark.parametrize("declared", [b"application/octet-stream", b"application/json"])
+def test_while_a_large_image_in_base64_is_decoded_other_requests_run(declared: bytes) -> None:
+    image = bytes(range(256)) * 2**14  # 4 MiB
+    text = base64.b64encode(image)
+    is_json = declared == b"application/json"
+    body = b'{"image": "%s"}' % text if is_json else b"data:image/png;base64," + text
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def run() -> Upload:
+        scope = {"type": "http", "query_string": b"", "headers": [(b"content-type", declared)]}
+        task = asyncio.create_task(others())
+        try:
+            return await read_upload(Request(scope, receive), max_files=1)
+        finally:
+            task.cancel()
+
+    assert asyncio.run(run()).files == [image]
+    assert turns >= len(text) // BASE64_PIECE
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_a_compressed_body_may_arrive_byte_by_byte(encoding: str) -> None:
     body = gzip.compress(b"pixels") if encoding == "gzip" else zlib.compress(b"pixels")
@@ -105,6 +138,8 @@ def test_parameters_come_in_json_too(running: Running) -> None:
         ({"content": b'{"image": ', "headers": JSON}, 400, "JSON"),
         ({"json": {"image": TEXT, "top_k": [0] * 2000}}, 400, "too large"),
         ({"content": b"data:image/png,abc"}, 422, "base64"),
+        # Padding within the text, at the end of a piece.
+        ({"json": {"image": "A" * (BASE64_PIECE - 2) + "==AAAA"}}, 422, "base64"),
         ({"content": png(), "headers": {"Content-Encoding": "br"}}, 415, "gzip or deflate"),
         ({"content": png(), "headers": {"Content-Encoding": "gzip"}}, 400, "Content-Encoding"),
         (
