@@ -469,7 +469,7 @@ def test_a_query_that_ends_after_the_tables_changed_does_not_report_the_store_as
         slow = asyncio.create_task(query_across(begun, end))
         await begun.wait()
         with suppress(StoreError):
-            await store(one)._upkeep.once()
+            await store(one)._maintenance.once()
         end.set()
         await slow
 
