@@ -1,7 +1,7 @@
-"""The Open Inference Protocol: converts requests to images, and results to tensors.
+"""The REST form of the Open Inference Protocol: parses requests, and writes responses.
 
-https://github.com/kserve/open-inference-protocol, REST, with the extension for binary tensor data:
-the body is JSON, whose length is in a header, followed by the raw tensors.
+See https://github.com/kserve/open-inference-protocol. With its extension for binary tensor data, a
+body is JSON, whose length is in a header, followed by the raw tensors.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from app.errors import BadRequest, BodyTooLarge
 MODEL = "robust"
 INPUT = "images"
 HEADER_LENGTH = "Inference-Header-Content-Length"
-# Parsing numbers in JSON holds the GIL, and so delays every other request.
+# Parsing JSON holds the GIL, and so delays every other request.
 MAX_JSON_BYTES = 8 * 2**20
-SPARE_VALUES = 1000  # in addition to the images
+SPARE_VALUES = 1000  # values that a request may have in addition to the images
 KINDS: dict[str, Any] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
 
 OutputName = Literal["probabilities", "index", "label"]
@@ -50,7 +50,7 @@ class InputTensor(_Lenient):
 
 
 class AskedOutput(_Lenient):
-    """One of the requested output tensors."""
+    """A requested output tensor."""
 
     name: OutputName
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -103,7 +103,7 @@ def read_request(body: bytes, header_length: str | None, *, size: int, limit: in
         raise BodyTooLarge(
             MAX_JSON_BYTES, "JSON; send larger tensors as binary data, or as images to /predict"
         )
-    # Each number and each list becomes an object: refuse more than a valid request can have.
+    # Every number and list becomes a Python object: refuse more than a valid request can have.
     numbers, lists = limit * 3 * size * size, limit * (3 * size + 4)
     if text.count(b",") + text.count(b"[") > numbers + 2 * lists + SPARE_VALUES:
         raise BadRequest(f"data: expected at most {numbers} numbers, those of {limit} images")
@@ -172,7 +172,10 @@ def write_response(
 
 
 def _class_count(outputs: Sequence[AskedOutput]) -> int | None:
-    """The parameter `classification` (`class_count` in Triton's client). Raises BadRequest."""
+    """The number of classes in `classification` (`class_count` in Triton's client), or None.
+
+    Raises BadRequest.
+    """
     for item in outputs:
         for name in ("classification", "class_count"):
             count = item.parameters.get(name, 0)
@@ -205,7 +208,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
 
 
 def _values(tensor: InputTensor, raw: bytes) -> np.ndarray[Any, Any]:
-    """The tensor's numbers, flattened and checked."""
+    """The tensor's values, flat and validated. Raises BadRequest."""
     kind, count = KINDS[tensor.datatype], math.prod(tensor.shape)
     values: np.ndarray[Any, Any]
     if "binary_data_size" in tensor.parameters or tensor.data is None:

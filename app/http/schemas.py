@@ -1,4 +1,4 @@
-"""The typed responses of the service."""
+"""The JSON responses of the service, as pydantic models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ClassProbability(BaseModel):
 
 
 class Seen(ClassProbability):
-    """A prediction: the likeliest class, and the `top` ones."""
+    """A prediction: the likeliest class, and the likeliest few in `top`."""
 
     top: list[ClassProbability]
 
@@ -279,11 +279,11 @@ class JobStatus(BaseModel):
     evaluation: EvaluationResult | None = Field(
         default=None, description="The result so far; on all images once the state is `done`."
     )
-    error: str | None = Field(default=None, description="Why it failed.")
+    error: str | None = Field(default=None, description="The reason for the state `failed`.")
 
 
 class RuntimeChoice(BaseModel):
-    """The runtime for batches of up to that many images."""
+    """The runtime for predictions of batches of up to `images` images."""
 
     images: int = Field(description="Largest batch; batches above the last entry's are split.")
     runtime: str = Field(examples=["onnxruntime", "torch"])

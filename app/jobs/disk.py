@@ -181,7 +181,7 @@ def _prepare(db: sqlite3.Connection) -> None:
             raise _DamagedFile(state)
         for (about,) in db.execute("SELECT about FROM jobs"):
             if json.loads(about).get("version") != VERSION:
-                raise _DamagedFile("it is of another version")
+                raise _DamagedFile("it has another version")
     except json.JSONDecodeError as error:
         raise _DamagedFile(str(error)) from error
     except sqlite3.Error as error:

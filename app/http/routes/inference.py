@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, for clients of KServe and Triton."""
+"""The routes of the Open Inference Protocol, for clients of KServe and Triton."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ModelMetadata(BaseModel):
     """The model for clients of the protocol."""
 
     name: Literal["robust"] = "robust"
-    versions: list[str] = Field(description="SHA-256 of the weights in service.")
+    versions: list[str] = Field(description="SHA-256 of the served weights.")
     platform: str = Field(examples=["pytorch_resnet50"])
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
@@ -76,7 +76,7 @@ _VERSION: dict[str, Any] = {
             "name": "version",
             "in": "path",
             "required": True,
-            "description": "SHA-256 of the weights; 404 once others are in service.",
+            "description": "SHA-256 of the weights; 404 once another model is served.",
             "schema": {"type": "string"},
         }
     ]
@@ -111,7 +111,7 @@ def model_of_version(request: Request, service: ServiceOf) -> ServedModel:
     """The served model. Raises NotFound if the path names another version."""
     model = service.model_for(request)
     if request.path_params.get("version", model.sha256) != model.sha256:
-        raise NotFound("The model in service is of another version.")
+        raise NotFound("The served model has another version.")
     return model
 
 

@@ -51,7 +51,7 @@ async def model(request: Request, service: ServiceOf) -> ModelCard:
 
 @router.get("/livez", summary="Whether the service runs", responses=documented(503))
 async def livez(service: ServiceOf) -> Health:
-    """503 once the thread that owns the device has died: restart the service."""
+    """503 if the thread that owns the device has died: restart the service."""
     if not service.engine.alive:
         raise EngineStopped("The device thread has stopped.")
     return Health(status="ok")
