@@ -26,7 +26,7 @@ EXAMPLES = 8  # images that a runtime must agree on
 SIZES = (1, 4, 16, 64)  # batch sizes to measure
 SECONDS = 0.3  # of measurements per runtime, after which no larger batch size is measured
 SECONDS_PER_SIZE = 0.02  # of repeated measurements of one batch size
-MIN_SPEEDUP = 1.05  # per image, of a larger batch size over a smaller one
+MIN_BATCH_GAIN = 1.05  # smallest speedup per image of a larger batch size
 MAX_SLOWDOWN = 1.05  # of bfloat16 relative to float32, at any batch size
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ class RuntimeChoice:
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / self.seconds
 
 
@@ -221,7 +221,7 @@ def _fastest(measured: Seconds, precision: Dtype) -> list[RuntimeChoice]:
 
 def _choices(measured: Seconds, precision: Dtype) -> tuple[RuntimeChoice, ...]:
     choices = _fastest(measured, precision)
-    while len(choices) > 1 and choices[-1].rate < MIN_SPEEDUP * choices[-2].rate:
+    while len(choices) > 1 and choices[-1].rate < MIN_BATCH_GAIN * choices[-2].rate:
         choices.pop()  # a larger batch gains nothing, and needs more memory
     return tuple(choices)
 
@@ -230,7 +230,7 @@ def _is_faster(measured: Seconds) -> tuple[bool, str]:
     """Whether bfloat16 is enough faster to be worth its rounding, and the reason."""
     bf16, fp32 = (_fastest(measured, precision) for precision in ("bf16", "fp32"))
     gain = max(choice.rate for choice in bf16) / max(choice.rate for choice in fp32)
-    reason = f"bfloat16 answers {gain:.1f} times as many images a second as float32"
+    reason = f"bfloat16 classifies {gain:.1f} times as many images per second as float32"
     if gain < MIN_SPEEDUP:
         return False, f"{reason}, below the limit of {MIN_SPEEDUP}"
     for one, other in zip(bf16, fp32, strict=True):

@@ -309,7 +309,7 @@ class ModelCard(BaseModel):
     input_size: int
     precision: Literal["fp32", "bf16"] = Field(description="Precision of predictions.")
     precision_reason: str = Field(
-        examples=["bfloat16 answers 2.1 times as many images a second as float32"],
+        examples=["bfloat16 classifies 2.1 times as many images per second as float32"],
         description="The reason; without bfloat16, the limit that ruled it out.",
     )
     search_precision: str = Field(

@@ -46,8 +46,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     ("asked", "seconds", "off", "taken", "reason"),
     [
-        ("auto", 0.01, 0.0, "bf16", "bfloat16 answers 2.0 times as many images a second as float"),
-        ("auto", 0.018, 0.0, "fp32", "as many images a second as float32, below the limit of 1.2"),
+        ("auto", 0.01, 0.0, "bf16", "bfloat16 classifies 2.0 times as many images per second"),
+        ("auto", 0.018, 0.0, "fp32", "images per second as float32, below the limit of 1.2"),
         ("auto", 0.01, -3.0, "fp32", "probabilities are off by 0.0"),
         ("auto", 0.01, -9.0, "fp32", "above the limit of 0.01"),
         ("bf16", 0.04, 0.0, "bf16", "as asked"),
