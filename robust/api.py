@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,20 @@ from robust.attack_registry import DEFAULT_ATTACKS
 from robust.attacks import AttackResult, AttackSettings, Model, frozen
 from robust.attacks.passes import Passes
 from robust.attacks.search import to_images
+from robust.classifier import Classifier
 from robust.commands.options import resolve_attacks
 from robust.commands.output import Progress
+from robust.datasets import Dataset
 from robust.evaluation import Evaluation, evaluate_batches
 from robust.evaluation.precision import Precision, full_float32
+from robust.matching import match_classes
 from robust.threat_model import Norm, parse_eps
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-6  # how far float images may lie outside [0, 1]; they are clipped
 
-Images = Tensor | Any  # a tensor or array (N, C, H, W), or batches of (images, labels)
+Images = Tensor | Any  # a Dataset, a tensor or array (N, C, H, W), or batches of (images, labels)
 Labels = Tensor | Any | None
 
 
@@ -51,7 +57,8 @@ def evaluate(
 
     `model` maps images float32 (N, C, H, W) in [0, 1] to logits (N, K): a module or any callable.
     `images` is a tensor or numpy array (N, C, H, W), uint8 or float in [0, 1], with N integer
-    `labels`; or, without `labels`, a data loader or any other iterable of (images, labels).
+    `labels`; or, without `labels`, the result of `load_dataset`, a data loader or any other
+    iterable of (images, labels). The classes of a data set are matched with those of the model.
     Float images are scored as they are, never rounded to 8 bits; `image_dtype` of the result
     records their type. `eps` and `alpha` are in pixel units, ``"8/255"`` or a number. They,
     `norm`, `steps`, `restarts` and `seed` apply to the attacks given by name.
@@ -65,7 +72,7 @@ def evaluate(
     be evaluated, and JournalError for a journal of another evaluation.
     """
     where = _device_of(model, device)
-    x, y, dtype = _labeled(images, labels)
+    x, y, dtype = _labeled(model, images, labels)
     chosen = _resolve(
         attacks, norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
     )
@@ -122,7 +129,7 @@ def attack(
         x = to_images(x.to(where))
         y = _predictions(model, x, batch_size)
     else:
-        x, y, _ = _labeled(images, labels)
+        x, y, _ = _labeled(model, images, labels)
         x, y = to_images(x.to(where)), y.to(where)
     (settings,) = _resolve(
         [attack], norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
@@ -181,8 +188,15 @@ def _is_array(values: object) -> bool:
     return isinstance(values, Tensor) or hasattr(values, "__array__")
 
 
-def _labeled(images: Images, labels: Labels) -> tuple[Tensor, Tensor, str]:
+def _labeled(model: Model, images: Images, labels: Labels) -> tuple[Tensor, Tensor, str]:
     """Images uint8 or float32 in [0, 1], labels int64, and the original dtype of the images."""
+    if isinstance(images, Dataset):
+        if labels is not None:
+            raise ValueError("expected no labels beside a Dataset, which has its own")
+        matched = match_classes(images, model.classes) if isinstance(model, Classifier) else images
+        for line in matched.changes[len(images.changes) :]:
+            logger.warning("%s: %s", images.name, line)
+        images, labels = matched.images, matched.labels
     if not _is_array(images):
         if labels is not None:
             images = torch.stack(_check_sizes([_as_tensor(image) for image in images]))

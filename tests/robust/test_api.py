@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import robust
 from robust.attacks import resolve_attack
+from robust.classifier import Architecture, Classifier
+from robust.datasets import Dataset
 from robust.threat_model import ThreatModel
 
 BALL = {"eps": "2/255", "curve": 0, "progress": False}
@@ -77,6 +79,37 @@ def test_any_callable_and_images_of_8_bits(data: tuple[nn.Module, Tensor, Tensor
     assert result.image_dtype == "uint8"
     right = (model.margin(images.float() / 255) > 0).long() == y
     assert result.clean.correct == int(right.sum())
+
+
+def test_a_dataset_brings_its_labels(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = data
+    dataset = Dataset(images=x, labels=y, classes=("cat", "dog"), name="pets")
+    result = robust.evaluate(model, dataset, attacks="fgsm", **BALL)
+    assert (result.clean.correct, result.attacks[0].correct) == (20, withstanding(model, x))
+    assert int((~robust.attack(model, dataset, eps=EPS).success).sum()) == withstanding(model, x)
+    for call in (robust.evaluate, robust.attack):
+        with pytest.raises(ValueError, match="no labels beside a Dataset"):
+            call(model, dataset, y)
+
+
+def test_the_classes_of_a_dataset_are_those_of_the_model(
+    data: tuple[nn.Module, Tensor, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    net, x, y = data
+    architecture = Architecture(arch="python", stem="own", activation="own", num_classes=2)
+    model = Classifier(architecture, net=net)
+    model.classes = ("dog", "cat")
+    dataset = Dataset(images=x, labels=1 - y, classes=("cat", "dog"), name="pets")
+    assert robust.evaluate(model, dataset, attacks=[], **BALL).clean.correct == 20
+    assert not caplog.messages
+    dataset = Dataset(images=x, labels=y, classes=("0", "1"), name="pets")
+    assert robust.evaluate(model, dataset, attacks=[], **BALL).clean.correct == 20
+    assert caplog.messages == [
+        "pets: read labels as numbers of the model's classes: 0 is dog, 1 is cat"
+    ]
+    dataset = Dataset(images=x, labels=y, classes=("cow", "pig"), name="pets")
+    with pytest.raises(ValueError, match="the model does not have cow, pig"):
+        robust.attack(model, dataset)
 
 
 def test_an_attack_leads_away_from_the_prediction_or_to_a_target(
