@@ -10,6 +10,7 @@ is written to `--save`. The exit code is 1 if there was any. What broke once is 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import io
 import itertools
 import json
@@ -205,7 +206,10 @@ def targets() -> dict[str, Target]:
         "safetensors": Target(list(weights()), read_safetensors, CheckpointError),
         "oip": Target(list(oip_requests()), read_oip, ServiceError, json=True),
         "json": Target(
-            list(json_bodies()), lambda data: _read_json(data, 4), ServiceError, json=True
+            list(json_bodies()),
+            lambda data: asyncio.run(_read_json(data, 4)),
+            ServiceError,
+            json=True,
         ),
         "gzip": Target(list(compressed()), inflate, ServiceError),
         "worker": Target(list(answers()), read_answer, ValueError),
