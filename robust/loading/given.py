@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 import sys
@@ -27,7 +29,7 @@ from robust.loading.options import ModelOptions
 
 Function = Callable[[Tensor], Tensor]
 PROBED = 2  # random images passed to the model to find its number of classes
-# A Python file or a dotted module, and the function in it that returns the model.
+# A Python file or a dotted module, and the model in it or a function that returns the model.
 _CODE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
 SERVICE = re.compile(r"oip\+(https?):/+")  # Path drops the second slash
@@ -96,30 +98,84 @@ def shown(path: Path) -> str:
 
 
 def is_code(spec: str) -> bool:
-    """Whether this names a function that returns a model."""
+    """Whether this names a model in Python code, or a function that returns one."""
     return _CODE.fullmatch(spec) is not None and not Path(spec).exists()
 
 
 def open_code(spec: str) -> Given:
-    """Call the user's function named by `spec`. Raises CheckpointError."""
+    """The model named by `spec`, or returned by the function of that name.
+
+    Raises CheckpointError.
+    """
     match = _CODE.fullmatch(spec)
     assert match is not None
     name, attribute = match["module"], match["function"]
     module = _import(spec, name)
     make = getattr(module, attribute, None)
     if not callable(make):
-        public = [key for key in vars(module) if not key.startswith("_")]
         raise CheckpointError(
-            spec, f"a function {attribute}", ", ".join(public[:5]) or "an empty module"
+            spec, f"a function or nn.Module {attribute}", _listed(_models_in(module))
         )
-    model = make()
+    model = make if isinstance(make, nn.Module) else _call(spec, make, attribute)
     if not callable(model):
         raise CheckpointError(spec, "a callable from images to logits", f"a {type(model).__name__}")
     return Given(kind="python", function=model, sha256=_digest(model, module))
 
 
+def _call(spec: str, make: Callable[..., Any], name: str) -> Any:
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # some built-in functions have none
+        return make()
+    try:
+        signature.bind()
+    except TypeError:
+        raise CheckpointError(
+            spec,
+            "a function without arguments that returns the model, or an nn.Module",
+            f"{name}{signature}"[:100],
+        ) from None
+    return make()
+
+
+def _models_in(module: Any) -> list[str]:
+    """The public names of functions and classes that the module defines, and of its models."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and callable(value)
+        and (value.__module__ == module.__name__ or isinstance(value, nn.Module))
+    ]
+
+
+def _models_in_source(source: bytes) -> list[str]:
+    """The same by the text alone, which does not run: also names of other objects."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    found = []
+    for item in body:
+        if isinstance(item, ast.FunctionDef | ast.ClassDef):
+            found.append(item.name)
+        elif isinstance(item, ast.Assign) and isinstance(item.value, ast.Call | ast.Lambda):
+            found += [target.id for target in item.targets if isinstance(target, ast.Name)]
+    return [name for name in found if not name.startswith("_")]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
+
+
 def open_file(path: Path, data: bytes) -> Given | None:
     """The model in an exported file; None if the file has only weights."""
+    if path.suffix == ".py":
+        raise CheckpointError(
+            path,
+            f"{path}:NAME with the name of an nn.Module or of a function that returns one",
+            f"no name; the file defines {_listed(_models_in_source(data))}",
+        )
     if path.suffix == ".onnx":
         return _open_onnx(path, data)
     if data[:2] != b"PK":

@@ -51,7 +51,14 @@ def features():
 
 def broken():
     return nn.Linear(7, 2)
+
+def direct(images, scale=1):
+    return images.mean(dim=(2, 3))
+
+model = make_model()
+_hidden = 3
 """
+DEFINED = "make_model, function, softmax, wrong, features, broken, direct, model"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", ["make_model", "function"])
+@pytest.mark.parametrize("name", ["make_model", "function", "model"])
 def test_the_users_own_code(
     name: str, code: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +111,12 @@ def test_the_users_own_code(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("absent", "a function absent, found torch, nn, make_model, function, softmax"),
+        ("absent", f"a function or nn.Module absent, found {DEFINED}$"),
+        (
+            "direct",
+            r"a function without arguments that returns the model, or an nn.Module, "
+            r"found direct\(images, scale=1\)",
+        ),
         ("wrong", "a callable from images to logits, found a int"),
         ("features", r"logits \(2, K\) of 2 images, found \(2, 4, 30, 30\)"),
         ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set --input-size\)"),
@@ -113,6 +125,19 @@ def test_the_users_own_code(
 def test_code_that_makes_no_classifier(name: str, words: str, code: Path) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(f"{code}:{name}")
+
+
+def test_a_python_file_without_a_name_is_listed_but_never_run(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"{CODE}\nraise SystemExit('it ran')\n")
+    with pytest.raises(CheckpointError, match=rf"mine\.py:NAME with .* defines {DEFINED}$"):
+        load_checkpoint(path)
+    path.write_text("import torch\n")
+    with pytest.raises(CheckpointError, match=r"defines none$"):
+        load_checkpoint(path)
+    path.write_text("def broken(:\n")
+    with pytest.raises(CheckpointError, match=r"defines none$"):
+        load_checkpoint(path)
 
 
 def test_modules_that_are_not_there(code: Path) -> None:
