@@ -446,7 +446,7 @@ def test_an_image_that_cannot_be_used_is_told_in_words(
             "Too many requests are in hand.",
             "busy. Too many requests are in hand. Try again in 7",
         ),
-        (504, "The work did not finish in time.", "did not finish in time. Fewer steps"),
+        (504, "The work did not finish in time.", "did not finish in time. Try fewer steps"),
         (500, "The service failed; the log says why.", "The service failed; the log says why."),
         (502, None, "The service responded with status 502."),
     ],
@@ -465,6 +465,25 @@ def test_an_attack_that_fails_is_told_in_words(
     page.unroute("**/attack")
     page.fill("#eps-number", "13")
     expect(page.locator("#attack-error")).to_be_hidden()
+
+
+def test_a_service_that_is_busy_for_a_moment_is_asked_again(visit: Visit) -> None:
+    page = visit.open()
+    settled(page)
+    busy = iter([429, 429])
+
+    def answered(route: Route) -> None:
+        if status := next(busy, None):
+            route.fulfill(status=status, body="{}", headers={"Retry-After": "70"})
+        else:
+            route.continue_()
+
+    page.route("**/attack", answered)
+    page.fill("#eps-number", "12")
+    expect(page.locator("html")).to_have_attribute("data-shown", "fgsm 12")
+    expect(page.locator("#attack-error")).to_be_hidden()
+    assert next(busy, None) is None
+    page.unroute("**/attack")
 
 
 # Evaluations
