@@ -94,7 +94,9 @@ class Run:
 def begin_files(run: Run) -> Board:
     """Write the run's files to match its state; returns its TensorBoard writer."""
     if not run.state.model:
-        run.folder.archive_finished_run()
+        archive = run.folder.archive_previous_run()
+        if archive is not None:
+            logger.info("what the run before left at %s is kept in %s", run.folder.out, archive)
     write_manifest(run)
     write_metrics(run.folder.metrics, run.state.history)
     return Board(run.folder.tensorboard, done=len(run.state.history))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robust import files
+from robust.checkpoint import sidecar_path
 
 
 class TrainingError(ValueError):
@@ -97,16 +99,32 @@ class RunFolder:
                 "remove that folder to start over"
             ) from error
 
-    def archive_finished_run(self) -> None:
-        """Move the files of an earlier, finished run to ``runs/NAME.1``, or the next number."""
-        if not self.metrics.exists() or not self.metrics.stat().st_size:
-            return
-        numbered = (self.path.with_name(f"{self.path.name}.{k}") for k in count(1))
-        archive = next(path for path in numbered if not path.exists())
+    def archive_previous_run(self) -> Path | None:
+        """Keep what an earlier run wrote in ``runs/NAME.1``, or the next number; returns it.
+
+        The run's files are moved there. The checkpoint is copied if no archive has it yet, as it
+        stays in use until the new one replaces it. Returns None if there is nothing to keep.
+        """
+        finished = self.metrics.exists() and self.metrics.stat().st_size
+        archives = [self.path.with_name(f"{self.path.name}.{k}") for k in range(1, 1000)]
+        kept = self.out.exists() and not any(
+            (archive / self.out.name).exists()
+            and filecmp.cmp(self.out, archive / self.out.name, shallow=False)
+            for archive in archives
+        )
+        if not finished and not kept:
+            return None
+        archive = next(path for path in archives if not path.exists())
         archive.mkdir()
-        for path in (self.manifest, self.metrics, self.tensorboard):
-            if path.exists():
-                path.rename(archive / path.name)
+        if finished:
+            for path in (self.manifest, self.metrics, self.tensorboard):
+                if path.exists():
+                    path.rename(archive / path.name)
+        if kept:
+            for path in (self.out, sidecar_path(self.out)):
+                if path.exists():
+                    shutil.copyfile(path, archive / path.name)
+        return archive
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -282,10 +282,23 @@ def test_what_a_finished_run_left_is_put_aside(
         folder.state.unlink()
     assert not folder.metrics.read_text()
     aside = folder.path.with_name("model.1")
+    assert (aside / "model.pt").read_bytes() == out.read_bytes() == finished.read_bytes()
+    assert (aside / "model.json").read_bytes() == finished.with_suffix(".json").read_bytes()
     assert (aside / "metrics.jsonl").read_bytes() == before.metrics.read_bytes()
     assert (aside / "run.json").read_bytes() == before.manifest.read_bytes()
     assert list((aside / "tensorboard").iterdir())
     assert not folder.path.with_name("model.2").exists()  # the second found nothing to keep
+
+
+def test_a_checkpoint_of_any_origin_is_kept_when_a_run_replaces_it(
+    tiny: Recipe, colors: Dataset, out: Path, finished: Path
+) -> None:
+    for path in (finished, finished.with_suffix(".json")):
+        shutil.copy(path, out.with_name(out.stem + path.suffix))
+    train(tiny, colors, out=out, device=CPU, seed=5)
+    kept = RunFolder.of(out).path.with_name(f"{out.stem}.1")
+    assert (kept / out.name).read_bytes() == finished.read_bytes() != out.read_bytes()
+    assert load_checkpoint(kept / out.name).sidecar == load_checkpoint(finished).sidecar
 
 
 def test_what_a_killed_writer_left_is_removed(
