@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -289,6 +290,17 @@ def load_model(
         key=key,
     )
     return load_checkpoint(model, device=device, options=options).classifier
+
+
+def check_recordable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if `checkpoint` has no sidecar that results can be added to."""
+    sidecar = sidecar_path(_described(checkpoint.path))
+    if not checkpoint.path.is_file() or not sidecar.is_file():
+        raise CheckpointError(
+            checkpoint.path, "a checkpoint with a sidecar to add results to", "none"
+        )
+    if not os.access(sidecar.parent, os.W_OK):
+        raise CheckpointError(checkpoint.path, "a folder that can be written to", "no permission")
 
 
 def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) -> Sidecar:

@@ -55,11 +55,25 @@ class Sidecar:
 
 def is_foreign(text: bytes) -> bool:
     """Whether this is JSON of another kind, such as the result of an evaluation."""
+    names = _names(text)
+    return names is not None and not names & _OWN
+
+
+def is_sidecar(text: bytes) -> bool:
+    """Whether this is a sidecar of any version, valid or not."""
+    return bool((_names(text) or set()) & _OWN)
+
+
+_OWN = {"format_version", "architecture"}
+
+
+def _names(text: bytes) -> set[str] | None:
+    """The top-level names of a JSON object; None for anything else."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and not {"format_version", "architecture"} & set(values)
+        return None
+    return set(values) if isinstance(values, dict) else None
 
 
 def parse_sidecar(text: bytes) -> Sidecar:

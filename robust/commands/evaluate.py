@@ -103,7 +103,7 @@ def evaluate(
     \b
         torchrun --standalone --nproc-per-node 2 -m robust_cli evaluate --data test.npz
     """
-    from robust.checkpoint import record_evaluation
+    from robust.checkpoint import check_recordable, record_evaluation
     from robust.datasets import load_dataset
     from robust.distributed import init_distributed
     from robust.environment import device_in_words, versions
@@ -128,6 +128,8 @@ def evaluate(
     loaded = model.load(device)
     device = loaded.classifier.mean.device  # the CPU if the accelerator disagreed with it
     loaded.check_attacks(attacks)
+    if record:
+        check_recordable(loaded)
     if curve and not loaded.classifier.differentiable:
         click.echo(f"note: no curve: {CURVE_ATTACK} needs gradients", err=True)
         curve = 0

@@ -137,10 +137,24 @@ class ModelChoice:
             return load_checkpoint(self.spec, options=options)
 
 
+def _not_a_sidecar(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse to replace what says how to load a model by a result."""
+    if path is not None and path.is_file():
+        from robust.sidecar import is_sidecar
+
+        if path.suffix == ".json" and is_sidecar(path.read_bytes()):
+            raise click.BadParameter(
+                f"expected a file of its own for the result, got {path}, a model's sidecar, which "
+                "holds its classes and normalization"
+            )
+    return path
+
+
 json_option = click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    callback=_not_a_sidecar,
     metavar="FILE",
     help="Also write the result as JSON; - prints it instead of the table.",
 )

@@ -460,22 +460,49 @@ def test_evaluate_warns_of_images_trained_on(
     assert "warning: training-data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--json", "--record"])
 def test_evaluate_shows_what_it_found_though_it_can_not_be_written(
-    option: str,
+    checkpoint_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the folder's mode, which says nothing to root."""
+    arguments = ["--checkpoint", str(checkpoint_path), "--data", str(data)]
+    assert run(["evaluate", *arguments, "--json", str(data / "report.json")]) == 2
+    output = capsys.readouterr()
+    assert re.search(r"^clean .* [0-9]+/30 ", output.out, re.MULTILINE)
+    assert output.err.splitlines()[-1].startswith("robust: ")
+
+
+@pytest.mark.parametrize("model", ["bare.pt", "own.py:make"])
+def test_evaluate_refuses_to_record_without_a_sidecar_before_it_begins(
+    model: str,
     checkpoint_path: Path,
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Not the folder's mode, which says nothing to root."""
-    path = tmp_path / "bare.pt"
-    shutil.copy(checkpoint_path, path)  # without a sidecar nothing is recorded
-    arguments = [option, *([str(data / "report.json")] if option == "--json" else [])]
-    assert run(["evaluate", "--checkpoint", str(path), "--data", str(data), *arguments]) == 2
+    shutil.copy(checkpoint_path, tmp_path / "bare.pt")
+    (tmp_path / "own.py").write_text(
+        "import torch\n\ndef make():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))\n"
+    )
+    arguments = ["--model", str(tmp_path / model), "--data", str(data), "--record"]
+    assert run(["evaluate", *arguments]) == 2
     output = capsys.readouterr()
-    assert re.search(r"^clean .* [0-9]+/30 ", output.out, re.MULTILINE)
-    assert output.err.splitlines()[-1].startswith("robust: ")
+    assert not output.out
+    assert "expected a checkpoint with a sidecar to add results to, found none" in output.err
+
+
+def test_json_never_replaces_a_sidecar(
+    checkpoint_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (checkpoint_path, sidecar_path(checkpoint_path)):
+        shutil.copy(path, tmp_path)
+    copied = tmp_path / checkpoint_path.name
+    sidecar = sidecar_path(copied)
+    before = sidecar.read_bytes()
+    arguments = ["evaluate", "--model", str(copied), "--data", str(data), "--json", str(sidecar)]
+    assert run(arguments) == 2
+    assert sidecar.read_bytes() == before
+    assert "a model's sidecar" in capsys.readouterr().err
 
 
 def test_evaluate_goes_on_from_its_journal(
