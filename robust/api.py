@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robust.attack_registry import DEFAULT_ATTACKS
 from robust.attacks import AttackResult, AttackSettings, Model, frozen
+from robust.attacks.checks import check_callable, try_model
 from robust.attacks.passes import Passes
 from robust.attacks.search import to_images
 from robust.classifier import Classifier
@@ -76,13 +77,14 @@ def evaluate(
     chosen = _resolve(
         attacks, norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
     )
+    logits = _count_logits(model, x, where)
     bar = Progress(100, title="evaluate", unit="%", quiet=not progress)
     try:
         for result in evaluate_batches(
             model,
             x,
             y,
-            num_classes=num_classes or _count_classes(model, x, where),
+            num_classes=num_classes or logits,
             attacks=chosen,
             device=where,
             batch_size=batch_size,
@@ -126,14 +128,15 @@ def attack(
     where = _device_of(model, device)
     if labels is None and _is_array(images):
         x, _ = _as_images(images)
-        x = to_images(x.to(where))
-        y = _predictions(model, x, batch_size)
+        y = None
     else:
         x, y, _ = _labeled(model, images, labels)
-        x, y = to_images(x.to(where)), y.to(where)
     (settings,) = _resolve(
         [attack], norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
     )
+    _count_logits(model, x, where)  # a cheap check before the attack
+    x = to_images(x.to(where))
+    y = _predictions(model, x, batch_size) if y is None else y.to(where)
     with full_float32():
         return settings.run(
             model,
@@ -155,7 +158,13 @@ def _resolve(
     seed: int,
 ) -> list[AttackSettings]:
     """The settings of each attack, in the given order. Raises ValueError."""
-    given = [attacks] if isinstance(attacks, str | AttackSettings) else list(attacks)
+    several = isinstance(attacks, Iterable) and not isinstance(attacks, str)
+    given: list[Any] = list(attacks) if several else [attacks]
+    for item in given:
+        if not isinstance(item, str | AttackSettings):
+            raise ValueError(
+                f"expected an attack by name or as AttackSettings, got a {type(item).__name__}"
+            )
     options = {"eps": eps, "alpha": alpha, "steps": steps, "restarts": restarts}
     unused = [name for name, value in options.items() if value is not None]
     if not given:
@@ -176,6 +185,7 @@ def _resolve(
 
 
 def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
+    check_callable(model)
     if device is not None:
         return torch.device(device)
     if isinstance(model, nn.Module):
@@ -198,6 +208,8 @@ def _labeled(model: Model, images: Images, labels: Labels) -> tuple[Tensor, Tens
             logger.warning("%s: %s", images.name, line)
         images, labels = matched.images, matched.labels
     if not _is_array(images):
+        if not hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):
+            raise ValueError(f"expected images as an array, got a {type(images).__name__}")
         if labels is not None:
             images = torch.stack(_check_sizes([_as_tensor(image) for image in images]))
         else:
@@ -287,10 +299,13 @@ def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:
         return Passes(model, batch_size).logits(x).argmax(dim=1)
 
 
-def _count_classes(model: Model, x: Tensor, device: torch.device) -> int:
-    """The number of logits; 1 if there are none, which the evaluation then reports."""
+def _count_logits(model: Model, x: Tensor, device: torch.device) -> int:
+    """The number of logits; 1 if there are none, which the evaluation then reports.
+
+    Raises ModelError if the model can't be called.
+    """
     if not len(x):
         return 1
-    with frozen(model, device), torch.no_grad():
-        logits = model(to_images(x[:1].to(device)))
+    with frozen(model, device):
+        logits = try_model(model, to_images(x[:1].to(device)))
     return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else 1

@@ -36,7 +36,7 @@ def parse_eps(value: str | float) -> float:
             number = float(numbers[1]) / float(numbers[2] or 1)
         else:
             number = float(value)
-    except (ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError):
         shown = str(value)[:40]
         raise ValueError(f"expected a number or a fraction such as 8/255, got {shown!r}") from None
     if not math.isfinite(number) or number < 0:

@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from robust.attacks.passes import ModelError
 from robust.geometry import Norm
+from robust.memory import is_out_of_memory
+
+
+def check_callable(model: object) -> None:
+    """A model must be a callable; the path of one is not loaded."""
+    if callable(model):
+        return
+    hint = "; load it with robust.load_model" if isinstance(model, str | Path) else ""
+    raise ValueError(
+        f"expected a module or callable from images to logits, got {_form(model)}{hint}"
+    )
+
+
+def try_model(model: Any, x: Tensor) -> Any:
+    """The output of `model` for images float32 (N, C, H, W), without gradient.
+
+    Raises ModelError if torch refuses the images, or for a batch norm in train mode, which a
+    callable around a module can hide.
+    """
+    hook = register_module_forward_pre_hook(_refuse_train_mode)
+    try:
+        with torch.no_grad():
+            return model(x)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        kinds = (
+            {value.dtype for value in model.parameters()} if isinstance(model, nn.Module) else set()
+        )
+        others = sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32})
+        hint = f": its weights are {', '.join(others)}; call model.float()" if others else ""
+        raise ModelError(
+            f"expected a model that takes float32 images {tuple(x.shape)}, got an error from it "
+            f"({str(error).splitlines()[0][:200]}){hint}"
+        ) from error
+    finally:
+        hook.remove()
+
+
+def _refuse_train_mode(module: nn.Module, _: Any) -> None:
+    if isinstance(module, _BatchNorm) and module.training:
+        raise ModelError(
+            "expected batch norm in eval mode, got one in train mode; call model.eval() first"
+        )
 
 
 def check_inputs(x: Tensor, y: Tensor, target: Tensor | None = None) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import robust
-from robust.attacks import resolve_attack
+from robust.attacks import ModelError, resolve_attack
 from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset
 from robust.threat_model import ThreatModel
@@ -173,12 +174,52 @@ def test_a_result_prints_and_converts(
         ({"images": [("a photo", 0)], "labels": None}, "tensors or arrays, got str"),
         ({"attacks": "pgd-5", "steps": 6}, "one number of steps for pgd-5, got --steps 6 too"),
         ({"attacks": [resolve_attack("fgsm", LINF)], "eps": EPS}, "by name with eps, got only"),
+        ({"attacks": None}, "by name or as AttackSettings, got a NoneType"),
+        ({"attacks": [["pgd"]]}, "by name or as AttackSettings, got a list"),
+        ({"eps": [0.1, 0.2]}, r"a fraction such as 8/255, got '\[0.1, 0.2\]'"),
+        ({"images": [Image.new("RGB", (4, 4))] * 2}, "tensors or arrays, got Image"),
+        ({"images": None, "labels": None}, "images as an array, got a NoneType"),
+        ({"images": 3}, "images as an array, got a int"),
+        ({"model": "model.pt"}, "callable from images to logits, got a str; load it with robust"),
+        ({"model": None}, "callable from images to logits, got a NoneType$"),
     ],
 )
 def test_refuses(make_linear: Callable[..., nn.Module], change: Any, message: str) -> None:
-    values = {"images": torch.zeros(2, 3, 4, 4), "labels": [0, 1]} | change
+    values = {"model": make_linear(), "images": torch.zeros(2, 3, 4, 4), "labels": [0, 1]} | change
     with pytest.raises(ValueError, match=message):
-        robust.evaluate(make_linear(), progress=False, curve=0, **values)
+        robust.evaluate(progress=False, curve=0, **values)
+
+
+@pytest.mark.parametrize("attack", [None, ["pgd"]])
+def test_an_attack_is_a_name(data: tuple[nn.Module, Tensor, Tensor], attack: Any) -> None:
+    with pytest.raises(ValueError, match="an attack by name or as AttackSettings, got a"):
+        robust.attack(*data, attack)
+
+
+@pytest.mark.parametrize("call", [robust.evaluate, robust.attack])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nn.Module.bfloat16, r"takes float32 images \(1, 3, 4, 4\), .* are bfloat16; call .*float"),
+        (nn.Module.half, r"its weights are float16; call model\.float\(\)"),
+        (nn.Module.double, r"its weights are float64; call model\.float\(\)"),
+        (
+            lambda net: lambda x: net.train()(x),
+            r"eval mode, got one in train mode; call model\.eval",
+        ),
+        (lambda net: net[1:], r"takes float32 images \(1, 3, 4, 4\), got an error .*\)$"),
+    ],
+)
+def test_models_that_cannot_be_called(
+    call: Callable[..., Any], change: Callable[[nn.Module], Any], message: str
+) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 2
+    mean = net[2].running_mean.clone()
+    with pytest.raises(ModelError, match=message):
+        call(change(net), x, y)
+    assert torch.equal(net[2].running_mean.float(), mean)
+    call(net.float().eval(), x, y, eps=EPS)
 
 
 def test_attacks_keep_their_order_and_count_once(data: tuple[nn.Module, Tensor, Tensor]) -> None:
