@@ -127,6 +127,8 @@ class ModelChoice:
         from robust.checkpoint import load_checkpoint, model_options
         from robust.device import DeviceDisagrees
 
+        if self.spec == str(DEFAULT_CHECKPOINT) and not Path(self.spec).exists():
+            raise click.UsageError(f"expected --model, as this folder has no {self.spec}")
         options, device = model_options(**self.description), device or self.device()
         try:
             return load_checkpoint(self.spec, device=device, options=options)

@@ -491,6 +491,15 @@ def test_evaluate_refuses_to_record_without_a_sidecar_before_it_begins(
     assert "expected a checkpoint with a sidecar to add results to, found none" in output.err
 
 
+def test_without_a_model_in_this_folder_the_option_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["evaluate", "--data", str(data)]) == 2
+    found = "expected --model, as this folder has no models/robust_model.pt"
+    assert found in " ".join(capsys.readouterr().err.split())
+
+
 def test_json_never_replaces_a_sidecar(
     checkpoint_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
