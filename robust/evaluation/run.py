@@ -126,8 +126,9 @@ def evaluate_batches(
             fast = fast_copy(model, images, device)
         if journal is not None:
             check_processes(journal, size=world.size)
+        resumed: Precision = "auto"
         if journal is not None and precision == "auto":
-            precision = _journal_precision(world.per_rank_path(journal))
+            precision = resumed = _journal_precision(world.per_rank_path(journal))
         order = shuffled(images, labels, watch)
         watch()
         with frozen(model, device), frozen(fast, device), full_float32():
@@ -135,6 +136,8 @@ def evaluate_batches(
             x, y = to_images(images[few].to(device)), labels[few].to(device)
             passes = count_passes(images, attacks, curve) // world.size
             chosen, search = _choose(precision, fast, x, y, passes=passes, bf16=bf16, world=world)
+        if resumed != "auto":
+            chosen = replace(chosen, reason="as the journal was begun")
         models = Models(model, fast=fast, search=search, precision=chosen, watch=watch)
         work = Work(
             models,

@@ -130,7 +130,7 @@ def test_a_journal_is_gone_on_with_in_its_own_precision(
 ) -> None:
     pixels, labels = images(4)
 
-    def run(asked: precision.Precision) -> str:
+    def run(asked: precision.Precision) -> tuple[str, str]:
         *_, last = evaluate_batches(
             fast,
             (pixels * 255).to(torch.uint8),
@@ -141,10 +141,11 @@ def test_a_journal_is_gone_on_with_in_its_own_precision(
             precision=asked,
             journal=tmp_path / "journal",
         )
-        return last.precision
+        return last.precision, last.precision_reason
 
-    assert run("bf16") == "bf16 search, fp32 verified"
-    assert run("auto") == "bf16 search, fp32 verified"  # on its own it would be fp32: few passes
+    assert run("bf16") == ("bf16 search, fp32 verified", "as asked")
+    # On its own it would be fp32: few passes.
+    assert run("auto") == ("bf16 search, fp32 verified", "as the journal was begun")
 
 
 def fooled_in(asked: precision.Precision, model: nn.Module, data: Data, attack: Attack) -> set[int]:
