@@ -102,6 +102,8 @@ def open_run(
             return manifest, None
         if folder.state.exists():
             return manifest, load_state(folder.state)
+    if resume:
+        logger.info("%s: nothing to resume; the run starts from the beginning", folder.path)
     elif folder.state.exists():
         raise TrainingError(
             f"{folder.path}: contains an unfinished run; continue it with --resume, or remove that "

@@ -74,12 +74,21 @@ def test_a_run_keeps_its_metrics_beside_the_checkpoint(finished: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 11])  # in each phase, and at the end of an epoch
 def test_a_resumed_run_ends_bit_equal(
-    steps: int, finished: Path, tiny: Recipe, colors: Dataset, out: Path
+    steps: int,
+    finished: Path,
+    tiny: Recipe,
+    colors: Dataset,
+    out: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     with pytest.raises(Stopped):
-        train(tiny, colors, out=out, device=CPU, should_stop=stop_after(steps))
+        train(tiny, colors, out=out, device=CPU, should_stop=stop_after(steps), resume=True)
+    assert "nothing to resume; the run starts from the beginning" in caplog.text
+    caplog.clear()
     assert not out.exists()
     train(tiny, colors, out=out, device=CPU, resume=True)
+    assert "nothing to resume" not in caplog.text
     assert out.read_bytes() == finished.read_bytes()
     mine, theirs = (RunFolder.of(path).metrics.read_text() for path in (out, finished))
     timings = ("seconds", "scoring_seconds", "images_per_second")
