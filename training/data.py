@@ -66,7 +66,7 @@ class TrainingData:
         if len(kept) < recipe.batch_size:
             raise TrainingError(
                 f"{dataset.name}: expected at least one batch of {recipe.batch_size} images to "
-                f"train on, found {len(kept)} beside {len(held_out)} held out"
+                f"train on, found {len(kept)} (and {len(held_out)} held out)"
             )
         if not len(held_out):
             raise TrainingError(f"{held_out.name}: expected held-out images, found none")

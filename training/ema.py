@@ -1,4 +1,4 @@
-"""Averaged weights: an exponential moving average with batch-norm buffers of its own."""
+"""Averaged weights: an exponential moving average with its own batch-norm buffers."""
 
 from __future__ import annotations
 

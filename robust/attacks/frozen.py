@@ -17,7 +17,7 @@ def frozen(model: Model, device: torch.device) -> Iterator[None]:
 
     Restores the previous settings on exit, also after an exception: the train or eval mode of
     every module, `requires_grad` of every parameter and the global random state. For a callable
-    that is no module only the random state is restored. A caller's inference mode is suspended.
+    that is not a module, only the random state is restored. A caller's inference mode is suspended.
     Not safe for two threads with the same model: each would restore the other's settings.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []

@@ -60,7 +60,7 @@ class Rows(Table, Generic[S]):
 
     # Set by the algorithm
     x_adv: Tensor  # float32 (N, C, H, W): what to score next
-    state: S  # columns of its own
+    state: S  # the algorithm's own columns
 
     # Kept by the search
     forwards: Tensor  # int64 (N,): passes spent

@@ -138,8 +138,8 @@ def find_run(run: Path | None, checkpoint: Path | None) -> tuple[Path, Path | No
         return checkpoint or resolved.parent.parent / f"{resolved.name}.pt", run
     if checkpoint is None:
         return DEFAULT_CHECKPOINT, DEFAULT_CHECKPOINT.parent / RUNS / DEFAULT_CHECKPOINT.stem
-    beside = checkpoint.parent / RUNS / checkpoint.stem
-    return checkpoint, beside if beside.is_dir() else None
+    default_run = checkpoint.parent / RUNS / checkpoint.stem
+    return checkpoint, default_run if default_run.is_dir() else None
 
 
 def _read_run(folder: Path | None) -> TrainingRun | None:

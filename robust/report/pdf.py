@@ -134,8 +134,8 @@ class _Pages(FPDF):
                 continue
             text = _truncate(cell) if bold else plain(cell)
             line = size * POINT * 1.3
-            above, beside = PADDING
-            padding = Padding(above, beside, above, beside)
+            vertical, horizontal = PADDING
+            padding = Padding(vertical, horizontal, vertical, horizontal)
             lines = self.multi_cell(
                 width, line, text, dry_run=True, output="LINES", padding=padding
             )

@@ -93,13 +93,13 @@ def test_sigterm_saves_and_resume_goes_on(
         with pytest.raises(SystemExit) as stopped:
             run(arguments)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "--resume continues" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     folder = RunFolder.of(here / "model.pt")
     assert folder.state.exists()
     assert not (here / "model.pt").exists()
     assert run(arguments) == 2
-    assert "unfinished run; pass --resume" in capsys.readouterr().err
+    assert "unfinished run; continue it with --resume" in capsys.readouterr().err
     assert run([*arguments, "--resume"]) == 0
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
