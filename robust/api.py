@@ -122,8 +122,8 @@ def attack(
     """Compute adversarial images `x_adv`, float32 (N, C, H, W), with logits, success and distance.
 
     Arguments and errors are those of `evaluate`. Without labels the attack is away from the
-    prediction; with `target`, N integers, it is toward those classes. The result is on the model's
-    device, in the order of the images.
+    prediction; with `target`, one integer or N, it is toward those classes. The result is on
+    the model's device, in the order of the images.
     """
     where = _device_of(model, device)
     if labels is None and _is_array(images):
@@ -142,7 +142,7 @@ def attack(
             model,
             x,
             y,
-            target=None if target is None else _as_labels(target, len(x)).to(where),
+            target=None if target is None else _as_target(target, len(x)).to(where),
             batch_size=batch_size,
         )
 
@@ -220,12 +220,12 @@ def _labeled(model: Model, images: Images, labels: Labels) -> tuple[Tensor, Tens
     return x, _as_labels(labels, len(x)), dtype
 
 
-def _as_tensor(values: Any) -> Tensor:
+def _as_tensor(values: Any, what: str = "images and labels") -> Tensor:
     try:
         return torch.as_tensor(values)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(
-            f"expected images and labels as tensors or arrays, got {type(values).__name__}"
+            f"expected {what} as tensors or arrays, got a {type(values).__name__}"
         ) from None
 
 
@@ -280,13 +280,27 @@ def _as_images(values: Any) -> tuple[Tensor, str]:
 def _as_labels(values: Any, n: int) -> Tensor:
     """Labels int64 (n,). Raises ValueError."""
     labels = _as_tensor(values)
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool
-    if labels.shape != (n,) or not whole:
-        raise ValueError(
-            f"expected {n} labels as integers, got {str(labels.dtype).removeprefix('torch.')} "
-            f"{tuple(labels.shape)}"
-        )
+    if labels.shape != (n,) or not _is_whole(labels):
+        raise ValueError(f"expected {n} labels as integers, got {_form(labels)}")
     return labels.long()
+
+
+def _as_target(values: Any, n: int) -> Tensor:
+    """Target classes int64 (n,), of one class for all or one each. Raises ValueError."""
+    target = _as_tensor(values, "target")
+    if target.shape not in ((), (n,)) or not _is_whole(target):
+        raise ValueError(
+            f"expected target as an integer for all images or {n} of them, got {_form(target)}"
+        )
+    return target.long().expand(n)
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not values.is_floating_point() and values.dtype != torch.bool
+
+
+def _form(values: Tensor) -> str:
+    return f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}"
 
 
 def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:

@@ -222,7 +222,7 @@ def _given(
         raise CheckpointError(
             spec,
             f"{classifier.architecture.num_classes} class names",
-            f"{len(classifier.classes)} in --classes",
+            f"{len(classifier.classes)} in the option classes",
         )
     found = Described(
         architecture=classifier.architecture,

@@ -312,7 +312,7 @@ def resolve_attacks(
         )
         _, steps_in_name = parse_name(attack)
         if steps is not None and steps_in_name not in (0, steps):
-            raise ValueError(f"expected one number of steps for {attack}, got --steps {steps} too")
+            raise ValueError(f"expected one number of steps for {attack}, got steps {steps} too")
         if settings.steps > MAX_STEPS:
             raise ValueError(f"expected at most {MAX_STEPS} steps, got {settings.steps}")
         named.append(settings)
@@ -320,7 +320,7 @@ def resolve_attacks(
     for option, value in (("alpha", alpha), ("steps", steps), ("restarts", restarts)):
         if value is not None and named and not any(item.takes(option) for item in named):
             raise ValueError(
-                f"expected --{option} with an attack that takes it, got {named[0].name} only"
+                f"expected {option} with an attack that takes it, got {named[0].name} only"
             )
     return list(dict.fromkeys(attacks))
 

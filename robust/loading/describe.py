@@ -175,8 +175,8 @@ def log_lines(found: Described) -> list[str]:
         for how in dict.fromkeys(found.guessed.values()):
             names = [words[name] for name, value in found.guessed.items() if value == how]
             parts.append(f"{how}: {', '.join(filter(None, names))}")
-        options = [f"--{name.replace('_', '-')}" for name in found.guessed if name != "variant"]
-        lines.append(f"{'; '.join(parts)} (see {', '.join(options)})")
+        options = [name.replace("_", " ") for name in found.guessed if name != "variant"]
+        lines.append(f"{'; '.join(parts)} (see the options {', '.join(options)})")
     return lines
 
 
@@ -209,7 +209,7 @@ def _reading(path: Path, state: Mapping[str, Tensor], options: ModelOptions) -> 
         shown = ", ".join(list(state)[:5]) or "none"
         raise CheckpointError(
             path,
-            f"the keys of {', '.join(networks.ARCHS)}, or --arch timm:NAME, torchvision:NAME",
+            f"the keys of {', '.join(networks.ARCHS)}, or arch timm:NAME, torchvision:NAME",
             f"{len(state)} keys such as {shown}"[:300],
         )
     if arch is not None and reading.arch != arch:
@@ -312,6 +312,6 @@ def _checked_classes(
 ) -> tuple[str, ...]:
     if len(classes) != architecture.num_classes:
         raise CheckpointError(
-            path, f"{architecture.num_classes} class names", f"{len(classes)} in --classes"
+            path, f"{architecture.num_classes} class names", f"{len(classes)} in the option classes"
         )
     return classes

@@ -202,7 +202,8 @@ def classifier_of(
     """
     for name in ("arch", "stem", "activation", "key"):
         if getattr(options, name) is not None:
-            raise CheckpointError(spec, f"weights for --{name}", f"a whole {given.kind} model")
+            found = f"a whole {given.kind} model"
+            raise CheckpointError(spec, f"weights for the option {name}", found)
     guessed: dict[str, str] = {}
     size = options.input_size or given.input_size
     if size is None:
@@ -257,7 +258,7 @@ def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
     except Exception as error:  # the user's own code
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            spec, f"a model that takes images {tuple(x.shape)} (else set --input-size)", why
+            spec, f"a model that takes images {tuple(x.shape)} (else set the input size)", why
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -36,7 +36,7 @@ def open_folder(folder: Path, options: ModelOptions) -> tuple[Path, ModelOptions
         raise CheckpointError(
             folder,
             "a network of ours, timm or torchvision",
-            f"transformers' {config['architectures'][0]}; --model file.py:function takes it",
+            f"transformers' {config['architectures'][0]}; load it by file.py:function",
         )
     return weights, replace(configured, **options.given())  # type: ignore[arg-type]
 

@@ -148,7 +148,7 @@ def _find_state(path: Path, value: Any, key: str | None) -> tuple[dict[str, Tens
             name = holding[0]
         if name is None:
             found = (
-                f"weights in each of {_names(holding)}: choose one with --key"
+                f"weights in each of {_names(holding)}: choose one with the option key"
                 if holding
                 else f"no weights in {_names(value)}"
                 if isinstance(value, dict)
@@ -156,7 +156,7 @@ def _find_state(path: Path, value: Any, key: str | None) -> tuple[dict[str, Tens
             )
             raise CheckpointError(path, "a state dict, or a file with only one", found)
         left = [other for other in holding if other != name]
-        taken.append(f"{name!r}" + (f" (not {_names(left)}; see --key)" if left else ""))
+        taken.append(f"{name!r}" + (f" (not {_names(left)}; see the option key)" if left else ""))
         value = value[name]
     if taken:
         notes.append(f"read from its entry {' in '.join(reversed(taken))}")

@@ -176,8 +176,8 @@ def read(shapes: Shapes) -> Reading | None:
         variant = "no-final-norm"
     elif variant == "raw-shortcut":
         doubts = (
-            "a network with shortcuts on the activated input has the same keys: use --arch "
-            f"{arch}:no-final-norm for it",
+            "a network with shortcuts on the activated input has the same keys: use "
+            f"arch {arch}:no-final-norm for it",
         )
     return Reading(
         arch=arch,

@@ -185,7 +185,7 @@ def read(shapes: Shapes) -> Reading | None:
         others = [name for name in SMALL_STEMS if name != "cifar"]
         doubts = (
             "3x3 stems with stride 2 or max-pooling have the same keys as the cifar stem: "
-            f"use --stem {', '.join(others)} for those",
+            f"use stem {', '.join(others)} for those",
         )
     imagenet = kernel == (7, 7) and head[0] == 1000
     return Reading(

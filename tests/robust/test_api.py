@@ -123,6 +123,34 @@ def test_an_attack_leads_away_from_the_prediction_or_to_a_target(
         assert torch.equal(model(found.x_adv).argmax(dim=1) != y, found.success)
 
 
+def test_one_target_for_all_images(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = data
+    x, y = x[y == 0], y[y == 0]
+    expected = robust.attack(model, x, y, "pgd-5", eps=EPS, target=torch.ones_like(y))
+    assert bool(expected.success.any())
+    for target in (1, np.int64(1), torch.tensor(1)):
+        found = robust.attack(model, x, y, "pgd-5", eps=EPS, target=target)
+        assert torch.equal(found.x_adv, expected.x_adv)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (1.0, r"target as an integer for all images or 20 of them, got float32 \(\)"),
+        ([1, 1], r"target as an integer for all images or 20 of them, got int64 \(2,\)"),
+        (True, r"got bool \(\)"),
+        ("cat", "expected target as tensors or arrays, got a str"),
+        (["cat"] * 20, "expected target as tensors or arrays, got a list"),
+        (2, "targets from 0 to 1"),
+    ],
+)
+def test_targets_that_are_refused(
+    data: tuple[nn.Module, Tensor, Tensor], target: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        robust.attack(*data, "pgd-5", eps=EPS, target=target)
+
+
 def test_a_result_prints_and_converts(
     data: tuple[nn.Module, Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,16 +196,16 @@ def test_a_result_prints_and_converts(
         ({"eps": "8/254/1"}, "a fraction such as 8/255"),
         ({"norm": "l1"}, "norm to be one of linf, l2, got 'l1'"),
         ({"attacks": "pgb"}, "attack to be one of fgsm, pgd"),
-        ({"attacks": "fgsm", "alpha": 0.1}, "alpha with an attack that takes it"),
+        ({"attacks": "fgsm", "alpha": 0.1}, "expected alpha with an attack that takes it"),
         ({"images": []}, "at least 1 image"),
         ({"images": [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)]}, "images of one size"),
-        ({"images": [("a photo", 0)], "labels": None}, "tensors or arrays, got str"),
-        ({"attacks": "pgd-5", "steps": 6}, "one number of steps for pgd-5, got --steps 6 too"),
+        ({"images": [("a photo", 0)], "labels": None}, "tensors or arrays, got a str"),
+        ({"attacks": "pgd-5", "steps": 6}, "one number of steps for pgd-5, got steps 6 too"),
         ({"attacks": [resolve_attack("fgsm", LINF)], "eps": EPS}, "by name with eps, got only"),
         ({"attacks": None}, "by name or as AttackSettings, got a NoneType"),
         ({"attacks": [["pgd"]]}, "by name or as AttackSettings, got a list"),
         ({"eps": [0.1, 0.2]}, r"a fraction such as 8/255, got '\[0.1, 0.2\]'"),
-        ({"images": [Image.new("RGB", (4, 4))] * 2}, "tensors or arrays, got Image"),
+        ({"images": [Image.new("RGB", (4, 4))] * 2}, "tensors or arrays, got a Image"),
         ({"images": None, "labels": None}, "images as an array, got a NoneType"),
         ({"images": 3}, "images as an array, got a int"),
         ({"model": "model.pt"}, "callable from images to logits, got a str; load it with robust"),

@@ -119,7 +119,7 @@ def test_the_users_own_code(
         ),
         ("wrong", "a callable from images to logits, found a int"),
         ("features", r"logits \(2, K\) of 2 images, found \(2, 4, 30, 30\)"),
-        ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set --input-size\)"),
+        ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set the input size\)"),
     ],
 )
 def test_code_that_makes_no_classifier(name: str, words: str, code: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_the_users_code_adds_to_the_search_path_stays(
 
 
 def test_options_for_weights_are_refused_with_a_whole_model(code: Path) -> None:
-    with pytest.raises(CheckpointError, match="weights for --arch, found a whole python model"):
+    with pytest.raises(CheckpointError, match="for the option arch, found a whole python model"):
         load_checkpoint(f"{code}:make_model", options=ModelOptions(arch="resnet18"))
 
 
@@ -346,7 +346,9 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
     save_file({"a": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architectures": ["ViTForImageClassification"]}')
-    with pytest.raises(CheckpointError, match="transformers' ViTForImageClassification; --model"):
+    with pytest.raises(
+        CheckpointError, match="transformers' ViTForImageClassification; load it by file"
+    ):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected a JSON object, found list"):
@@ -476,5 +478,5 @@ def test_services_that_are_refused(serve: Any) -> None:
     with pytest.raises(CheckpointError, match="expected a model of a service, found "):
         load_checkpoint("oip+http://127.0.0.1:1/v2/models/m")
     server.ways["output"] = "label"
-    with pytest.raises(CheckpointError, match="weights for --arch, found a whole service model"):
+    with pytest.raises(CheckpointError, match="for the option arch, found a whole service model"):
         load_checkpoint(url, options=ModelOptions(arch="resnet18"))

@@ -83,7 +83,7 @@ FORMS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "nested": (lambda net: {"model": {"state_dict": net.state_dict()}}, "'state_dict' in 'model'"),
     "two, the better known": (
         lambda net: {"ema": prefixed(net.state_dict(), "bad."), "state_dict": net.state_dict()},
-        "'state_dict' (not ema; see --key)",
+        "'state_dict' (not ema; see the option key)",
     ),
     "Lightning": (
         lambda net: {
@@ -234,7 +234,7 @@ def test_key_says_which(state: State, tmp_path: Path) -> None:
     other = {key: value * 0 for key, value in state.items()}
     torch.save({"last": state, "best": {"weights": other}}, path)
     with pytest.raises(
-        CheckpointError, match="weights in each of last, best: choose one with --key"
+        CheckpointError, match="weights in each of last, best: choose one with the option key"
     ):
         load_checkpoint(path)
     loaded = load_checkpoint(path, options=ModelOptions(key="best.weights"))
@@ -261,8 +261,8 @@ def test_all_that_is_guessed_is_told_and_recorded(
     (line,) = caplog.messages
     assert line == (
         f"{path}: read off the keys: wide_resnet10_1, stem cifar; assumed: activation relu, "
-        "32 pixels, mean 0, 0, 0, std 1, 1, 1, classes 0 to 3 (see --arch, --stem, --activation, "
-        "--input-size, --mean, --std, --classes)"
+        "32 pixels, mean 0, 0, 0, std 1, 1, 1, classes 0 to 3 (see the options arch, stem, "
+        "activation, input size, mean, std, classes)"
     )
     assert json.loads(json.dumps(loaded.origin()))["guessed"] == loaded.guessed
 

@@ -70,7 +70,7 @@ def test_public_layouts_are_read(name: str) -> None:
 def test_what_no_key_tells_is_doubted() -> None:
     reading = networks.read_layout(LAYOUTS["PreActResNet-18 raw shortcut"])
     assert reading is not None
-    assert "--arch preact_resnet18:no-final-norm" in reading.doubts[0]
+    assert "use arch preact_resnet18:no-final-norm" in reading.doubts[0]
     with torch.device("meta"):
         net = networks.build("resnet18", num_classes=10, stem="cifar")
     reading = networks.read_layout({key: value.shape for key, value in net.state_dict().items()})
