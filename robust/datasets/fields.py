@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from robust.datasets.source import Source
+from robust.datasets.source import TEST, TRAIN, Source
 
 IMAGES = (
     *("images", "imgs", "image", "img", "data", "x", "inputs"),
@@ -20,14 +20,19 @@ def image_and_label_names(
 ) -> tuple[str, str | None]:
     """The name of the images and that of the labels among `names`, ignoring case.
 
-    Of `x_train` and `x_test` it takes the one for the requested split. With `labels_elsewhere` the
-    labels may be missing (None). Raises DatasetError, which lists the names, if one is missing or
-    ambiguous.
+    Of `x_train` and `x_test` it takes the one for the requested split, and the labels of the same
+    split; names without a split go with either. With `labels_elsewhere` the labels may be missing
+    (None). Raises DatasetError, which lists the names, if one is missing or ambiguous, or if the
+    file has only the other split.
     """
     found = list(names)
-    images = _matches(found, IMAGES, source.train)
-    labels = _matches(found, LABELS, source.train)
     shown = ", ".join(name[:40] for name in found[:12]) or "no names"
+    wanted, other = (TRAIN, TEST) if source.train else (TEST, TRAIN)
+    present = [split for split in (*wanted, *other) if _has_split(found, split)]
+    if present and present[0] not in wanted:
+        raise source.error(f"images and labels of the split {' or '.join(wanted)}", shown)
+    split = present[0] if present else ""
+    images, labels = _matches(found, IMAGES, split), _matches(found, LABELS, split)
     if not images or (not labels and not labels_elsewhere):
         raise source.error(EXPECTED, shown)
     for several in (images, labels):
@@ -41,15 +46,18 @@ def class_name_field(names: Iterable[str]) -> str | None:
     return next((name for name in names if name.lower() in CLASSES), None)
 
 
-def _matches(names: list[str], known: Collection[str], train: bool) -> list[str]:
-    """The known names without a split, and those of the requested split or else of the other."""
-    plain = [name for name in names if name.lower() in known]
-    train_names, test_names = ("train",), ("test", "val", "valid", "validation")
-    for split in (*train_names, *test_names) if train else (*test_names, *train_names):
-        found = [name for name in names if _without_split(name.lower(), split) in known]
-        if found:
-            return plain + found
-    return plain
+def _has_split(names: list[str], split: str) -> bool:
+    """Whether images or labels of `split` are among `names`."""
+    return any(_without_split(name.lower(), split) in (*IMAGES, *LABELS) for name in names)
+
+
+def _matches(names: list[str], known: Collection[str], split: str) -> list[str]:
+    """The known names without a split, and those of `split`."""
+    return [
+        name
+        for name in names
+        if name.lower() in known or _without_split(name.lower(), split) in known
+    ]
 
 
 def _without_split(name: str, split: str) -> str:

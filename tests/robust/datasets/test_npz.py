@@ -240,7 +240,7 @@ def test_members_named_twice(tmp_path: Path) -> None:
 def test_the_usual_names(tmp_path: Path, images: str, labels: str) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, **{images: IMAGES, labels: LABELS})
-    dataset = load_dataset(path)
+    dataset = load_dataset(path, train=False)
     assert torch.equal(dataset.images, torch.from_numpy(IMAGES))
     assert dataset.changes == ()
 
@@ -251,6 +251,30 @@ def test_the_part_that_is_asked_for(tmp_path: Path) -> None:
     np.savez(path, **parts, y_test=LABELS[4:])
     assert torch.equal(load_dataset(path).images, torch.from_numpy(IMAGES[:4]))
     assert load_dataset(path, train=False).labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "expected"),
+    [
+        (("x_train", "y_train"), False, "images and labels of the split test or validation or"),
+        (("x_test", "y_test"), True, "images and labels of the split train"),
+        (("images", "y_train"), False, "images and labels of the split test or validation or"),
+        (("x_test", "y_train"), False, "images named"),
+        (("x_train", "y_test"), False, "images named"),
+        (("x_test", "y_val"), False, "images named"),
+    ],
+)
+def test_another_split_does_not_stand_in(
+    tmp_path: Path, names: tuple[str, str], train: bool, expected: str
+) -> None:
+    np.savez(tmp_path / "a.npz", **dict(zip(names, (IMAGES, LABELS), strict=True)))
+    content = dict(zip(names, map(torch.from_numpy, (IMAGES, LABELS)), strict=True))
+    torch.save(content, tmp_path / "a.pt")
+    for file in ("a.npz", "a.pt"):
+        with pytest.raises(DatasetError) as caught:
+            load_dataset(tmp_path / file, train=train)
+        assert caught.value.expected.startswith(expected)
+        assert caught.value.found == ", ".join(names)
 
 
 def test_labels_beside(tmp_path: Path) -> None:
