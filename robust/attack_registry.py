@@ -7,8 +7,10 @@ that help is fast. ``python -m robust.attack_registry`` prints the table of docs
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -183,7 +185,20 @@ REGISTRY: dict[str, AttackEntry] = {
     )
 }
 ALIASES = {"apgd": "apgd-ce"}
+_ABBREVIATIONS = {"aa": "autoattack"}  # too far from the name to be found by its letters
 DEFAULT_ATTACKS = ("fgsm", "pgd")
+
+
+def did_you_mean(name: str) -> str:
+    """``; did you mean pgd-20?`` for a name close to that of an attack, otherwise empty."""
+    match = re.fullmatch(r"(.*?)[-_ ]?([0-9]{0,6})", name[:40].lower(), re.DOTALL)
+    assert match is not None
+    close = get_close_matches(match[1], [*REGISTRY, *ALIASES, *_ABBREVIATIONS], n=1)
+    if not close:
+        return ""
+    meant = _ABBREVIATIONS.get(close[0], close[0])
+    takes_steps = "steps" in REGISTRY[ALIASES.get(meant, meant)].parameters
+    return f"; did you mean {meant}{f'-{match[2]}' if match[2] and takes_steps else ''}?"
 
 
 def names(which: Callable[[AttackEntry], bool]) -> str:

@@ -54,7 +54,7 @@ def format_eps(eps: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModel:
-    """The ball of radius `eps` in `norm` around an image, cut by the pixel range [0, 1].
+    """The ball of radius `eps` in `norm`, in any case, around an image, cut by the range [0, 1].
 
     All methods take images float32 (N, C, H, W). `eps` is in pixel units: at most 1 for `linf`,
     any non-negative length for `l2`. Raises ValueError for another norm or size.
@@ -64,6 +64,8 @@ class ThreatModel:
     eps: float = 8 / 255
 
     def __post_init__(self) -> None:
+        if isinstance(self.norm, str):
+            object.__setattr__(self, "norm", self.norm.lower())
         if self.norm not in NORMS:
             raise ValueError(f"expected norm to be one of {', '.join(NORMS)}, got {self.norm!r}")
         if not math.isfinite(self.eps) or self.eps < 0:

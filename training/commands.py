@@ -51,7 +51,7 @@ set_option = click.option(
 @set_option
 @click.option(
     "--norm",
-    type=click.Choice(["linf", "l2"]),
+    type=click.Choice(["linf", "l2"], case_sensitive=False),
     help="Norm of the threat model. Default: the recipe's.",
 )
 @click.option(

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from app.engine.served_model import ServedModel
 from app.errors import FieldError, InvalidParameters, invalid
 from app.settings import Settings
-from robust.attack_registry import default_budgets, names, takers
+from robust.attack_registry import default_budgets, did_you_mean, names, takers
 from robust.attacks import (
     ATTACKS,
     DEFAULT_ATTACKS,
@@ -60,10 +60,8 @@ Size = Annotated[
 ]
 
 
-Compare = Annotated[
-    Literal["false", "true", "only"],
-    BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
-]
+_any_case = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+Compare = Annotated[Literal["false", "true", "only"], _any_case]
 
 
 class _Parameters(BaseModel):
@@ -89,7 +87,9 @@ class AttackParameters(_Parameters):
         f"queries. Default: {' and '.join(DEFAULT_ATTACKS)}.",
         examples=[["pgd"]],
     )
-    norm: Norm = Field(default="linf", description="How distance is measured.")
+    norm: Annotated[Norm, _any_case] = Field(
+        default="linf", description="How distance is measured."
+    )
     eps: Size | None = Field(
         default=None,
         description="Radius of the ball in pixel units. Default: 8/255 under linf, 0.5 under l2.",
@@ -210,7 +210,7 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
         try:
             attack = resolve_attack(name, threat_model, seed=parameters.seed, **given)
         except ValueError:
-            expected = f"an attack out of {', '.join(ATTACKS)}, or pgd-N"
+            expected = f"an attack out of {', '.join(ATTACKS)}, or pgd-N{did_you_mean(name)}"
             errors.append(FieldError(field="attack", expected=expected, got=describe(name)))
             continue
         attacks.append(attack)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robust.attack_registry import ALIASES, REGISTRY, AttackEntry
+from robust.attack_registry import ALIASES, REGISTRY, AttackEntry, did_you_mean
 from robust.attacks.algorithm import Algorithm
 from robust.attacks.checks import check_counts
 from robust.attacks.frozen import Model
@@ -184,18 +184,18 @@ def resolve_attack(
 
 
 def parse_name(name: str) -> tuple[AttackEntry, int]:
-    """The attack of a name such as ``pgd-50`` and the steps in it, 0 if it has none.
+    """The attack of a name such as ``pgd-50``, in any case, and the steps in it, 0 if none.
 
     Raises ValueError for an unknown attack.
     """
-    match = re.fullmatch(r"(.+?)(?:-([0-9]{1,6}))?", name)
+    match = re.fullmatch(r"(.+?)(?:-([0-9]{1,6}))?", name.lower())
     base = match[1] if match else name
     entry = REGISTRY.get(ALIASES.get(base, base))
     steps = match[2] if match else None
     if entry is None or (steps is not None and "steps" not in entry.parameters):
         raise ValueError(
             f"expected attack to be one of {', '.join(REGISTRY)} (or pgd-N, with N steps), "
-            f"got {name[:40]!r}"
+            f"got {name[:40]!r}{did_you_mean(name)}"
         )
     if steps is not None and int(steps) < 1:
         raise ValueError(f"expected at least 1 step, got {name[:40]!r}")

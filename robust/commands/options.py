@@ -299,7 +299,7 @@ def resolve_attacks(
     from robust.threat_model import ThreatModel
 
     if eps is None:
-        eps = DEFAULT_EPS.get(norm, 0.0)  # type: ignore[call-overload]
+        eps = DEFAULT_EPS.get(str(norm).lower(), 0.0)  # type: ignore[call-overload]
     threat_model = ThreatModel(norm=norm, eps=eps)  # type: ignore[arg-type]
     attacks: list[AttackSettings] = []
     named: list[AttackSettings] = []

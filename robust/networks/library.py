@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +45,18 @@ def library_of(arch: str) -> tuple[str, str]:
     if not known:
         raise ValueError(f"expected a network that {library} has, got {name!r}")
     return library, name
+
+
+def did_you_mean(arch: str, ours: Sequence[str]) -> str:
+    """``; did you mean torchvision:vgg11?`` for a name close to one of these, otherwise empty."""
+    import torchvision
+
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    name = arch[:40].lower()
+    for prefix, known, cutoff in (("torchvision:", theirs, 1.0), ("", ours, 0.6)):
+        if close := get_close_matches(name, known, n=1, cutoff=cutoff):
+            return f"; did you mean {prefix}{close[0]}?"
+    return ""
 
 
 def build(

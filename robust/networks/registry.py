@@ -24,7 +24,10 @@ def family_of(arch: str) -> Family:
     for family in FAMILIES:
         if isinstance(arch, str) and family.builds(arch):
             return family
-    raise ValueError(f"expected arch to be one of {', '.join(ARCHS)}, got {arch!r}")
+    raise ValueError(
+        f"expected arch to be one of {', '.join(ARCHS)}, timm:NAME or torchvision:NAME, got "
+        f"{arch!r}{library.did_you_mean(str(arch), ARCHS)}"
+    )
 
 
 def build(

@@ -250,6 +250,13 @@ def test_models_that_cannot_be_called(
     call(net.float().eval(), x, y, eps=EPS)
 
 
+def test_names_in_any_case(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    for norm, default in (("L2", 0.5), ("Linf", 8 / 255)):
+        result = robust.evaluate(*data, attacks="FGSM", norm=norm, curve=0, progress=False)
+        threat_model = result.attacks[0].attack.threat_model
+        assert (threat_model.norm, threat_model.eps) == (norm.lower(), default)
+
+
 def test_attacks_keep_their_order_and_count_once(data: tuple[nn.Module, Tensor, Tensor]) -> None:
     settings = resolve_attack("pgd-3", LINF)
     attacks = [settings, "fgsm", settings, "pgd-3"]

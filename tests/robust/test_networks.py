@@ -167,6 +167,9 @@ def test_same_padding_is_tensorflows() -> None:
     [
         ({"arch": "wide_resnet28_10"}, "to be one of cifar for wide_resnet28_10, got 'imagenet'"),
         ({"arch": "wide_resnet27_10", "stem": "cifar"}, "expected arch to be one of resnet18"),
+        ({"arch": "mobilenet_v2"}, r"'mobilenet_v2'; did you mean torchvision:mobilenet_v2\?$"),
+        ({"arch": "WideResNet28_10"}, r"; did you mean wide_resnet28_10\?$"),
+        ({"arch": "transformer"}, "got 'transformer'$"),
         ({"arch": "resnet18", "variant": "deepmind"}, "variant to be one of '' for resnet18"),
     ],
 )

@@ -164,6 +164,11 @@ def test_format_eps_of_a_number() -> None:
     assert format_eps(2.0) == "2"
 
 
+def test_a_norm_is_read_in_any_case() -> None:
+    assert ThreatModel(norm="Linf") == ThreatModel(norm="linf")  # type: ignore[arg-type]
+    assert ThreatModel(norm="L2", eps=2.0).norm == "l2"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("norm", "eps", "message"),
     [

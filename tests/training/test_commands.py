@@ -33,6 +33,11 @@ def data(here: Path, colors: Dataset) -> None:
     torch.save(validation, here / "val.pt")
 
 
+def test_the_norm_is_read_in_any_case(data: None) -> None:
+    assert run(["train", "--recipe", "tiny", "--norm", "L2", "--out", "m.pt"]) == 0
+    assert json.loads(Path("m.json").read_text())["threat_model"]["norm"] == "l2"
+
+
 def test_without_data_the_forms_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train"]) == 2
     message = capsys.readouterr().err

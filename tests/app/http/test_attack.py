@@ -116,6 +116,15 @@ def test_parameters_are_told_as_they_were_resolved(running: Running) -> None:
     assert fgsm["alpha"] == pytest.approx(4 / 255)
 
 
+def test_names_in_any_case(running: Running) -> None:
+    body = attacked(running, png(), attack=["FGSM", "Pgd-2"], norm="L2", eps="1")
+    found = [(item["parameters"]["name"], item["parameters"]["norm"]) for item in body["results"]]
+    assert found == [("fgsm", "l2"), ("pgd", "l2")]
+    response = running.client.post("/attack", params={"attack": "pgd20"}, content=png())
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["expected"].endswith("or pgd-N; did you mean pgd-20?")
+
+
 def test_accept_png_gives_the_image_itself(running: Running) -> None:
     body = attacked(running, png(5), attack="pgd", steps="3")
     response = running.client.post(

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 
 import pytest
@@ -44,10 +45,39 @@ def test_labels_and_costs() -> None:
     assert resolve_attack("pgd-50", LINF, restarts=5).cost == 505
 
 
-@pytest.mark.parametrize("name", ["", "PGD", "pgd-", "pgd-x", "fgsm-3", "cw", "pgd-1234567", "a b"])
+@pytest.mark.parametrize("name", ["", "pgd-", "pgd-x", "fgsm-3", "cw", "pgd-1234567", "a b"])
 def test_unknown_attacks_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected attack to be one of fgsm, pgd"):
         resolve_attack(name, LINF)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("PGD", "pgd-20"), ("AutoAttack", "autoattack"), ("Pgd-5", "pgd-5"), ("APGD", "apgd-ce")],
+)
+def test_names_are_read_in_any_case(name: str, label: str) -> None:
+    assert resolve_attack(name, LINF).label == label
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("pgd20", "pgd-20"),
+        ("PGD_20", "pgd-20"),
+        ("aa", "autoattack"),
+        ("auto-attack", "autoattack"),
+        ("apgdce", "apgd-ce"),
+        ("apgd20", "apgd-20"),
+        ("fgsm-3", "fgsm"),
+        ("fab", "fab-t"),
+    ],
+)
+def test_the_closest_name_is_suggested(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"got {name!r}; did you mean {re.escape(meant)}\\?$"):
+        resolve_attack(name, LINF)
+    assert resolve_attack(meant, LINF)
+    with pytest.raises(ValueError, match=r"got 'cw'$"):
+        resolve_attack("cw", LINF)
 
 
 @pytest.mark.parametrize("changes", [{"steps": 0}, {"restarts": -1}])
