@@ -20,7 +20,8 @@ _DTYPES = {torch.uint8: "uint8", torch.float32: "float32"}
 class Dataset:
     """Labeled images, 8-bit or float.
 
-    Raises DatasetError if the tensors don't match each other or the class names.
+    Raises DatasetError if the tensors don't match each other or the class names, or if two
+    classes have the same name.
     """
 
     images: Tensor
@@ -46,6 +47,11 @@ class Dataset:
             expected = f"int64 labels ({images.shape[0]},), one for each image"
             raise DatasetError(self.name, expected=expected, found=found)
         check_labels(self, len(self.classes))
+        if len(set(self.classes)) < len(self.classes):
+            repeated = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise DatasetError(
+                self.name, expected="another name for each class", found=f"{repeated[:80]} twice"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

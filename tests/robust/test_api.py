@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,28 @@ def test_models_that_cannot_be_called(
         call(change(net), x, y)
     assert torch.equal(net[2].running_mean.float(), mean)
     call(net.float().eval(), x, y, eps=EPS)
+
+
+@pytest.mark.parametrize("call", [robust.evaluate, robust.attack])
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda logits: SimpleNamespace(logits=logits), r"got SimpleNamespace; .*\(x\)\.logits$"),
+        (lambda logits: {"logits": logits}, r"got dict; .*\(x\)\['logits'\]$"),
+        (lambda logits: (logits, None), r"got tuple; .*\(x\)\[0\]$"),
+        (lambda logits: {"scores": logits}, "got dict$"),
+        (lambda logits: logits[0], r"with at least 2 classes, got \(2,\) from the model"),
+    ],
+)
+def test_how_to_take_the_logits(
+    data: tuple[nn.Module, Tensor, Tensor],
+    call: Callable[..., Any],
+    wrap: Callable[[Tensor], Any],
+    message: str,
+) -> None:
+    model, x, y = data
+    with pytest.raises(ModelError, match=f"expected logits .*{message}"):
+        call(lambda images: wrap(model(images)), x, y)
 
 
 def test_names_in_any_case(data: tuple[nn.Module, Tensor, Tensor]) -> None:

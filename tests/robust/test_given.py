@@ -55,10 +55,14 @@ def broken():
 def direct(images, scale=1):
     return images.mean(dim=(2, 3))
 
+def named():
+    model = make_model()
+    return lambda x: {"logits": model(x)}
+
 model = make_model()
 _hidden = 3
 """
-DEFINED = "make_model, function, softmax, wrong, features, broken, direct, model"
+DEFINED = "make_model, function, softmax, wrong, features, broken, direct, named, model"
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,7 @@ def test_the_users_own_code(
         ),
         ("wrong", "a callable from images to logits, found a int"),
         ("features", r"logits \(2, K\) of 2 images, found \(2, 4, 30, 30\)"),
+        ("named", r"2 images, found dict; give a callable such as .* model\(x\)\['logits'\]$"),
         ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set the input size\)"),
     ],
 )
