@@ -27,6 +27,7 @@ from robust.attacks import (
     AttackSettings,
     resolve_attack,
 )
+from robust.attacks.settings import UnknownAttack, parse_name
 from robust.prediction import find_class
 from robust.threat_model import Norm, ThreatModel, format_eps, parse_eps
 
@@ -209,11 +210,20 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
     for name in parameters.attack:
         try:
             attack = resolve_attack(name, threat_model, seed=parameters.seed, **given)
-        except ValueError:
+        except UnknownAttack:
             expected = f"an attack out of {', '.join(ATTACKS)}, or pgd-N{did_you_mean(name)}"
             errors.append(FieldError(field="attack", expected=expected, got=describe(name)))
             continue
+        except ValueError:  # not its text, which may repeat the name
+            expected = "an attack with at least 1 step"
+            errors.append(FieldError(field="attack", expected=expected, got=describe(name)))
+            continue
         attacks.append(attack)
+        _, steps_in_name = parse_name(name)
+        if steps_in_name not in (0, given.get("steps", steps_in_name)):
+            expected = f"only one number of steps, as the attack has {steps_in_name} in its name"
+            errors.append(FieldError(field="steps", expected=expected, got=str(given["steps"])))
+            continue
         most = settings.max_queries if attack.entry.unit == "queries" else settings.max_steps
         if attack.steps > most:
             field = "steps" if "steps" in given else "attack"

@@ -21,6 +21,10 @@ from robust.threat_model import Norm, ThreatModel
 DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}  # pixel units
 
 
+class UnknownAttack(ValueError):
+    """There is no attack of this name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings:
     """An attack with every parameter resolved. Sizes are in pixel units."""
@@ -186,14 +190,14 @@ def resolve_attack(
 def parse_name(name: str) -> tuple[AttackEntry, int]:
     """The attack of a name such as ``pgd-50``, in any case, and the steps in it, 0 if none.
 
-    Raises ValueError for an unknown attack.
+    Raises UnknownAttack, and ValueError for 0 steps.
     """
     match = re.fullmatch(r"(.+?)(?:-([0-9]{1,6}))?", name.lower())
     base = match[1] if match else name
     entry = REGISTRY.get(ALIASES.get(base, base))
     steps = match[2] if match else None
     if entry is None or (steps is not None and "steps" not in entry.parameters):
-        raise ValueError(
+        raise UnknownAttack(
             f"expected attack to be one of {', '.join(REGISTRY)} (or pgd-N, with N steps), "
             f"got {name[:40]!r}{did_you_mean(name)}"
         )

@@ -60,6 +60,8 @@ BAD_PARAMETERS = [
     ("/attack", {"steps": "2.5"}, "steps", "2.5"),
     ("/attack", {"attack": "pgd-5000"}, "attack", "5000"),
     ("/attack", {"attack": "fgsm", "steps": "3"}, "steps", "only fgsm"),
+    ("/attack", {"attack": "pgd-50", "steps": "20"}, "steps", "20"),
+    ("/evaluate", {"attack": ["fgsm", "pgd-50"], "steps": "20"}, "steps", "20"),
     ("/attack", {"attack": SECRET}, "attack", "text of 6 characters"),
     ("/attack", {"attack": ["pgd"] * 9}, "attack", "9 values"),
     ("/attack", {"norm": SECRET}, "norm", "text of 6 characters"),
@@ -86,6 +88,19 @@ def test_bad_parameters(
     body = assert_problem(running.client.post(path, files=IMAGE, data=fields), 422)
     assert [error["field"] for error in body["errors"]] == [field]
     assert got is None or body["errors"][0]["got"] == got
+
+
+def test_no_steps_is_not_an_unknown_attack(running: Running) -> None:
+    fields = {"attack": ["pgd-0", "nothing"]}
+    body = assert_problem(running.client.post("/attack", files=IMAGE, data=fields), 422)
+    no_steps, unknown = body["errors"]
+    assert (no_steps["field"], no_steps["expected"]) == ("attack", "an attack with at least 1 step")
+    assert unknown["expected"].startswith("an attack out of fgsm, pgd,")
+
+
+def test_the_same_steps_twice_are_taken(running: Running) -> None:
+    fields = {"attack": "pgd-2", "steps": "2"}
+    assert running.client.post("/attack", files=IMAGE, data=fields).status_code == 200
 
 
 BOMB = png()[:16] + (30_000).to_bytes(4, "big") * 2 + png()[24:]
