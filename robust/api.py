@@ -314,12 +314,11 @@ def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:
 
 
 def _count_logits(model: Model, x: Tensor, device: torch.device) -> int:
-    """The number of logits; 1 if there are none, which the evaluation then reports.
+    """The number of logits; 1 if there are no images, which the evaluation then reports.
 
     Raises ModelError if the model can't be called.
     """
     if not len(x):
         return 1
     with frozen(model, device):
-        logits = try_model(model, to_images(x[:1].to(device)))
-    return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else 1
+        return try_model(model, to_images(x[:1].to(device))).shape[1]

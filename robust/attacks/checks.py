@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from robust.attacks.passes import ModelError
+from robust.attacks.passes import ModelError, check_logits
 from robust.geometry import Norm
 from robust.memory import is_out_of_memory
 
@@ -25,16 +25,16 @@ def check_callable(model: object) -> None:
     )
 
 
-def try_model(model: Any, x: Tensor) -> Any:
-    """The output of `model` for images float32 (N, C, H, W), without gradient.
+def try_model(model: Any, x: Tensor) -> Tensor:
+    """The logits (N, K) of images float32 (N, C, H, W), without gradient.
 
-    Raises ModelError if torch refuses the images, or for a batch norm in train mode, which a
-    callable around a module can hide.
+    Raises ModelError if torch refuses the images, for an output other than logits, and for a
+    batch norm in train mode, which a callable around a module can hide.
     """
     hook = register_module_forward_pre_hook(_refuse_train_mode)
     try:
         with torch.no_grad():
-            return model(x)
+            return check_logits(model(x), x)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,35 @@ SliceLoss = Callable[[Tensor, slice], Tensor]
 
 class ModelError(ValueError):
     """The model can't be attacked or evaluated; the message says why."""
+
+
+def check_logits(logits: Any, x: Tensor) -> Tensor:
+    """The output of a model for images (N, C, H, W), float (N, K). Raises ModelError."""
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"expected logits as a tensor, got {type(logits).__name__}{logits_hint(logits)}"
+        )
+    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ModelError(
+            f"expected logits ({len(x)}, K) with at least 2 classes, got "
+            f"{tuple(logits.shape)} from the model"
+        )
+    if not logits.is_floating_point():
+        raise ModelError(f"expected float logits, got {logits.dtype} from the model")
+    return logits
+
+
+def logits_hint(output: Any) -> str:
+    """How to take the logits from what a model returned; empty if they are not found in it."""
+    if isinstance(getattr(output, "logits", None), Tensor):
+        part = ".logits"
+    elif isinstance(output, dict) and isinstance(output.get("logits"), Tensor):
+        part = "['logits']"
+    elif isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        part = "[0]"
+    else:
+        return ""
+    return f"; give a callable such as lambda x: model(x){part}"
 
 
 class Meter:
@@ -108,16 +138,7 @@ class Passes:
             raise ModelError(
                 "expected a model that leaves its images unchanged, got one that modifies them"
             )
-        if not isinstance(logits, Tensor):
-            raise ModelError(f"expected logits as a tensor, got {type(logits).__name__}")
-        if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-            raise ModelError(
-                f"expected logits ({len(x)}, K) with at least 2 classes, got "
-                f"{tuple(logits.shape)} from the model"
-            )
-        if not logits.is_floating_point():
-            raise ModelError(f"expected float logits, got {logits.dtype} from the model")
-        return logits.float()
+        return check_logits(logits, x).float()
 
     def _in_parts(
         self, part: Callable[[slice], tuple[Tensor, ...]], n: int, *, with_gradient: bool

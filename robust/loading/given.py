@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robust.attacks.passes import logits_hint
 from robust.classifier import Architecture, Classifier
 from robust.loading.describe import ASSUMED
 from robust.loading.errors import CheckpointError
@@ -261,8 +262,10 @@ def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
             spec, f"a model that takes images {tuple(x.shape)} (else set the input size)", why
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise CheckpointError(spec, f"logits ({len(x)}, K) of {len(x)} images", str(found))
+        found = f"{type(output).__name__}{logits_hint(output)}"
+        if isinstance(output, Tensor):
+            found = str(tuple(output.shape))
+        raise CheckpointError(spec, f"logits ({len(x)}, K) of {len(x)} images", found)
     if not bool(output.isfinite().all()):
         raise CheckpointError(spec, "finite logits", "NaN or infinite ones")
     return output
