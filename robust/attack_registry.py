@@ -40,6 +40,7 @@ class AttackEntry:
     targets: int = 0  # number of target classes that it chooses and tries in turn
     random_start: bool = True
     label_budget: bool = False  # whether its label includes the budget even if it is the default
+    fallback: str = ""  # attack on the images without an 8-bit success, with the same budget
 
     @property
     def default_budget(self) -> str:
@@ -181,6 +182,7 @@ REGISTRY: dict[str, AttackEntry] = {
             summary="the smallest eps that fools each image, by bisection up to the given eps",
             algorithm="minimal:Minimal",
             budget=20,
+            fallback="pgd",
         ),
     )
 }

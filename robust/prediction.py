@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks import AttackResult, AttackSettings, Cancelled, Model, frozen
+from robust.attacks.eight_bit import closest
 from robust.attacks.search import for_rows
 from robust.evaluation.precision import full_float32
 from robust.images import to_float, to_uint8
@@ -145,7 +146,8 @@ def attack_images(
     cancelled images and is called between passes; their attack ends with the best result so far.
     `seconds` of an outcome is the time of the whole batch. `bf16` is a bfloat16 copy of `model` for
     the search: results are scored on `model`, and an image whose success is not confirmed is
-    attacked again on `model`.
+    attacked again on `model`. An attack with a `fallback` also tries that on the images it fails
+    on, and returns the closest 8-bit image toward the original that still fools the model.
     """
     start = time.perf_counter()
     for name, indices in (("label", labels), ("target", targets or ())):
@@ -155,27 +157,54 @@ def attack_images(
     y = torch.tensor(labels, device=x.device)
     goal = None if targets is None else torch.tensor(targets, device=x.device)
 
-    def attack(searched: Model, rows: Tensor) -> _Attacked:
+    def fooled(after: Tensor, rows: Tensor) -> Tensor:
+        predicted = after.argmax(dim=1).to(x.device)
+        return predicted != y[rows] if goal is None else predicted == goal[rows]
+
+    def attack(searched: Model, rows: Tensor, by: AttackSettings = settings) -> _Attacked:
         clean = to_float(x[rows])
-        result = settings.run(
+        result = by.run(
             searched,
             clean,
             y[rows],
             target=None if goal is None else goal[rows],
             cancelled=for_rows(cancelled, rows),
             batch_size=batch_size,
+            eight_bit=True,
         )
         images = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))
         return _Attacked(result=result, images=images, after=predict(model, to_float(images)))
 
     searched = model if bf16 is None or settings.needs_float32 else bf16
-    found = attack(searched, torch.arange(len(x), device=x.device))
+
+    def fall_back(found: _Attacked, by: AttackSettings) -> _Attacked:
+        failed = (~fooled(found.after, everything)).nonzero().squeeze(1)
+        if not len(failed):
+            return found
+        other = attack(model, failed, by)
+        found = found.with_cost_of(failed, other)
+        taken = fooled(other.after, failed)
+        if not bool(taken.any()):
+            return found
+        rows = failed[taken]
+        closer, passes = closest(
+            lambda tried: fooled(predict(model, tried), rows),
+            to_float(other.images[taken]),
+            to_float(x[rows]),
+            norm=by.threat_model.norm,
+        )
+        return found.with_images(rows, to_uint8(closer), predict(model, closer), passes + 1)
+
+    everything = torch.arange(len(x), device=x.device)
+    found = attack(searched, everything)
     if searched is not model:
-        predicted = found.after.argmax(dim=1).to(x.device)
-        fooled = predicted != y if goal is None else predicted == goal
-        again = (found.result.success & ~fooled).nonzero().squeeze(1)
+        again = (found.result.success & ~fooled(found.after, everything)).nonzero().squeeze(1)
         if len(again):
-            found = found.replaced(again, attack(model, again))
+            other = attack(model, again)
+            found = found.with_cost_of(again, other)
+            found = found.with_images(again, other.images, other.after)
+    if settings.fallback is not None:
+        found = fall_back(found, settings.fallback)
     # Whole gray levels, so distances are exact.
     levels = (found.images.cpu().double() - x.cpu().double()).flatten(1)
     seconds = time.perf_counter() - start
@@ -212,16 +241,28 @@ class _Attacked:
     images: Tensor  # uint8 (N, 3, H, W)
     after: Tensor  # probabilities float32 (N, K)
 
-    def replaced(self, rows: Tensor, other: _Attacked) -> _Attacked:
-        """These results with the images `rows` replaced by those of `other`; adds up the costs."""
-        images = self.images.index_copy(0, rows, other.images)
-        after = self.after.index_copy(0, rows.cpu(), other.after)
-        result = replace(
-            self.result,
-            forwards=self.result.forwards.index_add(0, rows, other.result.forwards + 1),
-            backwards=self.result.backwards.index_add(0, rows, other.result.backwards),
+    def with_images(
+        self, rows: Tensor, images: Tensor, after: Tensor, passes: int = 0
+    ) -> _Attacked:
+        """These results with other images for `rows`, found with so many more forward passes."""
+        return replace(
+            self,
+            images=self.images.index_copy(0, rows, images),
+            after=self.after.index_copy(0, rows.cpu(), after),
+            result=self._with_passes(rows, torch.full_like(rows, passes), torch.zeros_like(rows)),
         )
-        return _Attacked(result=result, images=images, after=after)
+
+    def with_cost_of(self, rows: Tensor, other: _Attacked) -> _Attacked:
+        """These results with the passes of another attack on `rows` added to theirs."""
+        more = other.result
+        return replace(self, result=self._with_passes(rows, more.forwards + 1, more.backwards))
+
+    def _with_passes(self, rows: Tensor, forwards: Tensor, backwards: Tensor) -> AttackResult:
+        return replace(
+            self.result,
+            forwards=self.result.forwards.index_add(0, rows, forwards),
+            backwards=self.result.backwards.index_add(0, rows, backwards),
+        )
 
 
 def amplify(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Algorithm(Generic[S]):
     uses_gradient: ClassVar[bool] = True  # whether it needs gradients at all
     needs_clean_logits: ClassVar[bool] = False  # whether `begin` reads `rows.clean_logits`
     needs_float32: ClassVar[bool] = False  # whether it ends right at the decision boundary
+    searches_8_bit: ClassVar[bool] = False  # whether it has the option `eight_bit`
     # Whether a run may start before the previous one has failed, to fill a batch.
     allow_parallel_runs: ClassVar[bool] = False
 

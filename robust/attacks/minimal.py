@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robust.attacks.algorithm import Algorithm
 from robust.attacks.checks import check_counts
+from robust.attacks.eight_bit import adjacent, middle_radius, snap, whole_levels
 from robust.attacks.losses import margin
 from robust.attacks.pgd import ascend, default_alpha, random_point
 from robust.attacks.rows import Rows, Table
@@ -31,6 +32,7 @@ class MinimalState(Table):
     iteration: Tensor  # int64 (N,): steps taken since the restart
     radius: Tensor  # float32 (N,): radius of the ball in this round
     low: Tensor  # float32 (N,): the largest radius at which a round failed
+    point: Tensor  # float32 (N, C, H, W): where PGD is, which `x_adv` rounds for 8-bit results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,10 @@ class Minimal(Algorithm[MinimalState]):
 
     restarts: int = 1
     rounds: int = ROUNDS
+    eight_bit: bool = False  # whether every point that is tried is an 8-bit image, as `x` is
 
     needs_float32: ClassVar[bool] = True
+    searches_8_bit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, restarts=self.restarts)
@@ -71,12 +75,15 @@ class Minimal(Algorithm[MinimalState]):
 
     def begin(self, rows: Rows[MinimalState]) -> MinimalState:
         zeros, radius = torch.zeros_like(rows.y), rows.eps.flatten()
+        if self.eight_bit and self.norm == "linf":
+            radius = whole_levels(radius) / 255
         return MinimalState(
             round=zeros,
             restart=zeros,
             iteration=zeros,
             radius=radius,
             low=torch.zeros_like(radius),
+            point=rows.x,
         )
 
     def needs_gradient(self, rows: Rows[MinimalState]) -> Tensor:
@@ -97,8 +104,8 @@ class Minimal(Algorithm[MinimalState]):
         state = rows.state
         if gradient is not None:
             radius = column(state.radius)
-            rows.x_adv = ascend(
-                rows.x_adv,
+            state.point = ascend(
+                state.point,
                 gradient,
                 x=rows.x,
                 norm=self.norm,
@@ -114,14 +121,23 @@ class Minimal(Algorithm[MinimalState]):
             if bool(again.any()):
                 self._restart(rows, again)
             failed = failed & ~again
-        return self._next_round(rows, failed)
+        done = self._next_round(rows, failed)
+        rows.x_adv = self._tried(rows)
+        return done
+
+    def _tried(self, rows: Rows[MinimalState]) -> Tensor:
+        """The images to score at the points of the rows."""
+        state = rows.state
+        if not self.eight_bit:
+            return state.point
+        return snap(state.point, rows.x, norm=self.norm, radius=state.radius)
 
     def _restart(self, rows: Rows[MinimalState], again: Tensor) -> None:
         state = rows.state
         start = random_point(
             rows.x, rows.key, state.restart, norm=self.norm, eps=column(state.radius)
         )
-        rows.x_adv = torch.where(column(again), start, rows.x_adv)
+        state.point = torch.where(column(again), start, state.point)
         state.iteration = torch.where(again, 0, state.iteration)
 
     def _next_round(self, rows: Rows[MinimalState], failed: Tensor) -> Tensor:
@@ -133,9 +149,14 @@ class Minimal(Algorithm[MinimalState]):
         state.low = torch.where(failed, state.radius, state.low)
         high = torch.where(rows.fooled, -rows.best_score, state.radius)
         state.round = state.round + over
-        done = over & (~rows.fooled | (state.round > self.rounds) | (high <= state.low))
-        state.radius = torch.where(over, (state.low + high) / 2, state.radius)
+        if self.eight_bit:
+            closed = adjacent(state.low, high, self.norm)
+            radius = middle_radius(state.low, high, self.norm)
+        else:
+            closed, radius = high <= state.low, (state.low + high) / 2
+        done = over & (~rows.fooled | (state.round > self.rounds) | closed)
+        state.radius = torch.where(over, radius, state.radius)
         state.restart = torch.where(over, 0, state.restart)
         state.iteration = torch.where(over, 0, state.iteration)
-        rows.x_adv = torch.where(column(over), rows.x, rows.x_adv)
+        state.point = torch.where(column(over), rows.x, state.point)
         return done

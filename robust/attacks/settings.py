@@ -87,18 +87,36 @@ class AttackSettings:
         """Whether it supports a target class."""
         return self.entry.takes_target
 
+    @property
+    def fallback(self) -> AttackSettings | None:
+        """The attack to try on images that this one has no 8-bit success for, if there is one."""
+        if not self.entry.fallback:
+            return None
+        return resolve_attack(
+            self.entry.fallback,
+            self.threat_model,
+            steps=self.steps,
+            restarts=self.restarts,
+            seed=self.seed,
+        )
+
     def takes(self, parameter: str) -> bool:
         """Whether it has the parameter `alpha`, `steps` or `restarts`."""
         return parameter in self.entry.parameters
 
-    def algorithm(self, *, early_stop: bool = True, targeted: bool = False) -> Algorithm[Any]:
+    def algorithm(
+        self, *, early_stop: bool = True, targeted: bool = False, eight_bit: bool = False
+    ) -> Algorithm[Any]:
         """The algorithm that the search runs. Raises ValueError for a multi-stage attack."""
-        targets = {"runs": self.entry.targets} if self.entry.targets else {}
-        return self.entry.load().from_settings(
+        kind = self.entry.load()
+        options: dict[str, Any] = {"runs": self.entry.targets} if self.entry.targets else {}
+        if eight_bit and kind.searches_8_bit:
+            options["eight_bit"] = True
+        return kind.from_settings(
             self,
             early_stop=early_stop,
             targeted=targeted,
-            options={**targets, **self.entry.options},
+            options={**options, **self.entry.options},
         )
 
     def run(
@@ -111,9 +129,12 @@ class AttackSettings:
         early_stop: bool = False,
         batch_size: int | None = None,
         cancelled: Cancelled | None = None,
+        eight_bit: bool = False,
     ) -> AttackResult:
         """Attack images float32 (N, C, H, W) in [0, 1] with labels int64 (N,), as `pgd` does.
 
+        With `eight_bit` an attack that ends at the decision boundary tries only 8-bit images if it
+        can, as rounding its result could undo it; `x` are 8-bit images then.
         `cancelled` returns the mask of cancelled images, see `search`. Also raises ValueError for a
         target that the attack doesn't support.
         """
@@ -133,7 +154,7 @@ class AttackSettings:
             )
         return run_algorithm(
             model,
-            self.algorithm(early_stop=early_stop, targeted=target is not None),
+            self.algorithm(early_stop=early_stop, targeted=target is not None, eight_bit=eight_bit),
             x,
             y,
             threat_model=self.threat_model,

@@ -1,0 +1,102 @@
+"""8-bit images in a ball around an 8-bit image, for attacks whose results are 8-bit images.
+
+Images are float32 (N, C, H, W), radii float32 (N,) in pixel units; a level is 1/255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from robust.geometry import Norm, column, distance, project
+from robust.images import to_float
+
+HALVINGS = 8  # bisections of `closest`: all levels under linf
+_SCALINGS = 12  # bisections of the scale in `_rescaled`
+_ROUNDING = 1e-4  # of a level, or of a squared one
+
+
+def snap(x_adv: Tensor, x: Tensor, *, norm: Norm, radius: Tensor) -> Tensor:
+    """8-bit images in the balls around the 8-bit images `x`, in the direction of `x_adv`.
+
+    Under `linf` `x_adv` is rounded to the nearest levels in the ball. Under `l2` rounding would
+    undo small changes, so the change is rescaled first: the result is about as far from `x` as
+    `x_adv`, and no farther.
+    """
+    origin = (x * 255).round()
+    if norm == "linf":
+        most = column(whole_levels(radius))
+        levels = torch.clamp((x_adv * 255).round(), origin - most, origin + most)
+    else:
+        reach = torch.minimum(radius, distance(x_adv, x, norm)) * 255
+        levels = origin + _rescaled(x_adv * 255 - origin, origin, reach)
+    return to_float(levels.clamp(0, 255))
+
+
+def _rescaled(delta: Tensor, origin: Tensor, reach: Tensor) -> Tensor:
+    """`delta` scaled as far as its rounded length stays within `reach`, (N,), all in levels.
+
+    Rounding a scaled gradient maximizes its product with whole numbers of the same length.
+    """
+    size = delta.abs().flatten(1)
+    room = torch.where(delta > 0, 255 - origin, origin).flatten(1)
+    most = reach.square().unsqueeze(1) * (1 + 1e-6) + _ROUNDING
+
+    def rounded(scale: Tensor) -> Tensor:
+        return torch.minimum((scale * size).round(), room)
+
+    largest = size.amax(dim=1, keepdim=True).clamp_min(1e-12)
+    low, high = 0.49 / largest, (reach.unsqueeze(1) + 1) / largest
+    for _ in range(_SCALINGS):
+        middle = (low * high).sqrt()
+        fits = rounded(middle).square().sum(dim=1, keepdim=True) <= most
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    # Between the two scales, pixels go to the next level one by one, as long as there is room.
+    whole, further = rounded(low), rounded(high)
+    order = ((whole + 0.5) / size.clamp_min(1e-12)).argsort(dim=1, stable=True)
+    price = (further.square() - whole.square()).gather(1, order).cumsum(dim=1)
+    taken = price <= most - whole.square().sum(dim=1, keepdim=True)
+    whole = torch.where(torch.zeros_like(taken).scatter(1, order, taken), further, whole)
+    return whole.view_as(delta) * delta.sign()
+
+
+def whole_levels(radius: Tensor) -> Tensor:
+    """The levels within `radius`, as whole numbers."""
+    return (radius * 255 + _ROUNDING).floor()
+
+
+def middle_radius(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
+    """The radius to try next between two; a whole number of levels under `linf`."""
+    middle = (low + high) / 2
+    return whole_levels(middle) / 255 if norm == "linf" else middle
+
+
+def adjacent(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
+    """Whether no 8-bit image is farther than `low` and closer than `high`, bool (N,).
+
+    Counts levels under `linf`, squared levels under `l2`.
+    """
+    power = 1 if norm == "linf" else 2
+    return (high * 255) ** power - (low * 255) ** power <= 1 + _ROUNDING
+
+
+def closest(
+    fools: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, *, norm: Norm
+) -> tuple[Tensor, int]:
+    """Pull 8-bit images that fool the model toward `x`, by bisection, as long as they fool it.
+
+    `fools` returns the mask bool (N,) of 8-bit images that do. Also returns the number of its
+    calls.
+    """
+    high = distance(x_adv, x, norm)
+    low, calls = torch.zeros_like(high), 0
+    while calls < HALVINGS and not bool(adjacent(low, high, norm).all()):
+        radius = middle_radius(low, high, norm)
+        tried = snap(project(x_adv, x, norm=norm, eps=radius), x, norm=norm, radius=radius)
+        hit = fools(tried)
+        calls += 1
+        x_adv = torch.where(column(hit), tried, x_adv)
+        low, high = torch.where(hit, low, radius), distance(x_adv, x, norm)
+    return x_adv, calls
