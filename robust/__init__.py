@@ -10,6 +10,7 @@ x_adv = robust.attack(model, images, labels, "apgd-t", eps=8 / 255).x_adv
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from robust.datasets import load_dataset as load_dataset
     from robust.evaluation import Evaluation as Evaluation
     from robust.threat_model import ThreatModel as ThreatModel
+
+    __version__: str
 
 # Imported when first used: the command line starts without torch.
 _PUBLIC = {
@@ -34,10 +37,15 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from robust.environment import project_version
+
+        return project_version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'robust' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    modules = [name for name, value in globals().items() if isinstance(value, ModuleType)]
+    return sorted([*_PUBLIC, "__version__", *modules])

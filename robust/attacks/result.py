@@ -22,3 +22,10 @@ class AttackResult:
     distance: Tensor  # float32 (N,): of x_adv from the image, in the norm of the threat model
     forwards: Tensor  # int64 (N,): forward passes spent
     backwards: Tensor  # int64 (N,): backward passes spent
+
+    def __repr__(self) -> str:
+        farthest = max(self.distance.tolist(), default=0.0)
+        return (
+            f"AttackResult(success={int(self.success.sum())} of {len(self.success)}, "
+            f"distance<={farthest:.4g}, x_adv={tuple(self.x_adv.shape)})"
+        )

@@ -53,6 +53,10 @@ class Dataset:
                 self.name, expected="another name for each class", found=f"{repeated[:80]} twice"
             )
 
+    def __repr__(self) -> str:
+        shape, classes = tuple(self.images.shape), len(self.classes)
+        return f"Dataset({self.name!r}: images {self.dtype} {shape}, {classes} classes)"
+
     def __len__(self) -> int:
         return len(self.labels)
 

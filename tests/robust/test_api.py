@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,8 +301,34 @@ def test_an_attack_without_labels_refuses_what_one_with_labels_does(
         robust.attack(lambda images: (model(images),), x)
 
 
+def test_results_and_data_print_in_one_line(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = data
+    found = robust.attack(model, x, y, "pgd-5", eps=EPS)
+    fooled = 20 - withstanding(model, x)
+    assert repr(found) == (
+        f"AttackResult(success={fooled} of 20, distance<=0.007843, x_adv=(20, 3, 4, 4))"
+    )
+    dataset = Dataset(images=x, labels=y, classes=("cat", "dog"), name="pets.npz")
+    assert repr(dataset) == "Dataset('pets.npz': images float32 (20, 3, 4, 4), 2 classes)"
+
+
+def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 1.2")
+    assert robust.__version__ == "robust 1.2"
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert robust.__version__ == "unknown"
+
+
 def test_importing_robust_is_immediate() -> None:
     code = "import robust, sys; assert 'torch' not in sys.modules; print(dir(robust))"
+    public = [*robust._PUBLIC, "__version__"]
+    assert [name for name in dir(robust) if not isinstance(getattr(robust, name), ModuleType)] == (
+        sorted(public)
+    )
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stdout
