@@ -20,8 +20,7 @@ _DTYPES = {torch.uint8: "uint8", torch.float32: "float32"}
 class Dataset:
     """Labeled images, 8-bit or float.
 
-    Raises DatasetError if the tensors don't match each other or the class names, or if two
-    classes have the same name.
+    Raises DatasetError if the tensors don't match each other or the class names.
     """
 
     images: Tensor
@@ -47,11 +46,6 @@ class Dataset:
             expected = f"int64 labels ({images.shape[0]},), one for each image"
             raise DatasetError(self.name, expected=expected, found=found)
         check_labels(self, len(self.classes))
-        if len(set(self.classes)) < len(self.classes):
-            repeated = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise DatasetError(
-                self.name, expected="another name for each class", found=f"{repeated[:80]} twice"
-            )
 
     def __repr__(self) -> str:
         shape, classes = tuple(self.images.shape), len(self.classes)

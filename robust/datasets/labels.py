@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,13 +62,19 @@ def read_labels(source: Source, values: Array, *, count: int) -> Tensor:
 
 
 def class_names(source: Source, labels: Tensor, classes: Sequence[str] | None) -> tuple[str, ...]:
-    """The class names, checked against the labels; `0`, `1`, ... if `classes` is None."""
+    """The class names, checked against the labels; `0`, `1`, ... if `classes` is None.
+
+    Raises DatasetError for a label without a name, and for two classes of the same name.
+    """
     needed = int(labels.max()) + 1
     if classes is None:
         return tuple(str(label) for label in range(needed))
     if needed > len(classes):
         found = f"{len(classes)} class names and a label {needed - 1}"
         raise source.error("a class name for each label", found)
+    repeated = next((name for name, count in Counter(classes).items() if count > 1), None)
+    if repeated is not None:
+        raise source.error("another name for each class", f"{repeated[:80]} twice or more")
     return tuple(classes)
 
 

@@ -76,3 +76,8 @@ def test_first_images_of_sorted_data_are_of_every_class() -> None:
     some = first_images(data, 6)
     assert some.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert first_images(data, 30).images.equal(data.images)
+
+
+def test_numbers_fit_a_model_with_a_class_name_twice() -> None:
+    crane = ("crane", "cat", "crane")
+    assert match_classes(dataset(("0", "1", "2"), [2, 0]), crane).labels.tolist() == [2, 0]

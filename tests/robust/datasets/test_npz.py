@@ -277,6 +277,15 @@ def test_another_split_does_not_stand_in(
         assert caught.value.found == ", ".join(names)
 
 
+def test_a_class_name_given_twice(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS, classes=["cat", "cat", "dog", "eel"])
+    content = {"images": torch.from_numpy(IMAGES), "labels": torch.from_numpy(LABELS)}
+    torch.save({**content, "classes": ["cat", "cat", "dog", "eel"]}, tmp_path / "a.pt")
+    for file in ("a.npz", "a.pt"):
+        with pytest.raises(DatasetError, match="another name for each class, found cat twice"):
+            load_dataset(tmp_path / file)
+
+
 def test_labels_beside(tmp_path: Path) -> None:
     path = tmp_path / "aa.npz"
     np.savez(path, adv_complete=IMAGES)
