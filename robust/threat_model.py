@@ -13,7 +13,19 @@ from robust import geometry
 from robust.geometry import NORMS, Norm, distance, lengths
 from robust.images import to_float
 
-__all__ = ["NORMS", "TOLERANCE", "Norm", "ThreatModel", "distance", "format_eps", "parse_eps"]
+__all__ = [
+    "EPS_OF_8_BIT",
+    "NORMS",
+    "TOLERANCE",
+    "Norm",
+    "ThreatModel",
+    "distance",
+    "format_eps",
+    "parse_eps",
+]
+
+# What `reaches_8_bit` expects of eps, for error messages.
+EPS_OF_8_BIT = "0, or at least 1/255: no other 8-bit image is closer"
 
 # Distances are compared in float32: exceeding eps by this much is rounding.
 TOLERANCE = 1e-6
@@ -77,6 +89,11 @@ class ThreatModel:
 
     def __str__(self) -> str:
         return f"{self.norm} {format_eps(self.eps)}"
+
+    @property
+    def reaches_8_bit(self) -> bool:
+        """Whether eps is 0, or the ball around an 8-bit image contains another one."""
+        return self.eps == 0 or self.eps >= 1 / 255 - TOLERANCE
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Distance of each pair of images in this norm, float32 (N,)."""

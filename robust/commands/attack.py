@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from robust.prediction import AttackOutcome
+    from robust.threat_model import ThreatModel
 
 
 @click.command(cls=AttackCommand)
@@ -80,6 +81,7 @@ def attack(
         restarts=restarts,
         seed=seed,
     )
+    _check_eps(attacks[0].threat_model)
     paths = expand_images(images)
     _check_names(paths)
     loaded = model.load()
@@ -109,6 +111,14 @@ def attack(
         several = {"images": reports, "broken": broken}
         write_report(json_path, about | (reports[0] if len(paths) == 1 else several))
     return exit_status(read, broken)
+
+
+def _check_eps(threat_model: ThreatModel) -> None:
+    """Raise ValueError if the eps ball around an 8-bit image contains no other one."""
+    from robust.threat_model import EPS_OF_8_BIT
+
+    if not threat_model.reaches_8_bit:
+        raise ValueError(f"expected eps of {EPS_OF_8_BIT}, got {threat_model.eps:g}")
 
 
 def _check_names(paths: list[Path]) -> None:

@@ -243,6 +243,23 @@ def test_attack_reports_what_the_files_decode_to(
     assert re.search(r"^pgd-20 +linf +4/255 .* (yes|no) +4/255 ", printed, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "0.001"), ("l2", "0.9/255")])
+def test_attack_refuses_an_eps_without_another_8_bit_image(
+    checkpoint_path: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    norm: str,
+    eps: str,
+) -> None:
+    out = tmp_path / "out"
+    options = ("--checkpoint", str(checkpoint_path), "--out", str(out), "--norm", norm)
+    assert run(["attack", str(photo), *options, "--eps", eps]) == 2
+    reason = "expected eps of 0, or at least 1/255: no other 8-bit image is closer, got 0.00"
+    assert reason in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_attack_of_a_folder(
     checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,9 +34,7 @@ from app.http.views import attack_result, base64_png, class_name, outcome_of, to
 from app.service import Service, unless_gone
 from robust.images import encode_png
 from robust.prediction import AttackOutcome
-from robust.threat_model import TOLERANCE, ThreatModel
-
-LEVEL = 1 / 255  # smallest distance between two different 8-bit images, under any norm
+from robust.threat_model import EPS_OF_8_BIT, ThreatModel
 
 router = APIRouter(tags=["attack"])
 
@@ -173,9 +171,8 @@ def _png_answer(outcome: AttackOutcome, model: ServedModel) -> Response:
 
 def _check_eps(threat_model: ThreatModel) -> None:
     """Raise InvalidParameters if the eps ball around an 8-bit image contains no other one."""
-    if 0 < threat_model.eps < LEVEL - TOLERANCE:
-        expected = "0, or at least 1/255: no other 8-bit image is closer"
-        raise invalid("eps", expected, f"{threat_model.eps:g}")
+    if not threat_model.reaches_8_bit:
+        raise invalid("eps", EPS_OF_8_BIT, f"{threat_model.eps:g}")
 
 
 def _wants_png(request: Request) -> bool:
