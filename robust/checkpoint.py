@@ -307,20 +307,23 @@ def record_evaluation(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) ->
     """Add measured accuracies to the sidecar of `checkpoint` and return it.
 
     A row replaces one with the same images, attack, norm and eps; results on a subset of a data
-    set are kept next to results on the whole set. Raises CheckpointError if the weights on disk
-    have changed, or if the sidecar is missing or can't be written.
+    set are kept next to results on the whole set. Processes that record at the same time take
+    turns. Raises CheckpointError if the weights on disk have changed, or if the sidecar is missing
+    or can't be written.
     """
     path = checkpoint.path
     try:
-        found = files.sha256_file(path)
-        if found != checkpoint.sha256:
-            raise CheckpointError(path, f"the measured weights {checkpoint.sha256}", found)
-        sidecar = _read_sidecar(path, found)
-        if sidecar is None:
-            raise CheckpointError(sidecar_path(path), "a sidecar to add results to", "none")
-        kept = {_row_key(row): row for row in [*sidecar.evaluation, *rows]}
-        sidecar = replace(sidecar, evaluation=list(kept.values()))
-        files.write_json(sidecar_path(_described(path)), sidecar.to_dict())
+        target = sidecar_path(_described(path))
+        with files.locked(target.parent):
+            found = files.sha256_file(path)
+            if found != checkpoint.sha256:
+                raise CheckpointError(path, f"the measured weights {checkpoint.sha256}", found)
+            sidecar = _read_sidecar(path, found)
+            if sidecar is None:
+                raise CheckpointError(sidecar_path(path), "a sidecar to add results to", "none")
+            kept = {_row_key(row): row for row in [*sidecar.evaluation, *rows]}
+            sidecar = replace(sidecar, evaluation=list(kept.values()))
+            files.write_json(target, sidecar.to_dict())
     except OSError as error:
         raise CheckpointError(path, "a folder that can be written to", reason(error)) from error
     return sidecar

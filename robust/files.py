@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,6 +103,21 @@ def _unlock(temporary: Path) -> None:
     handle = _locks.pop(temporary, None)
     if handle is not None:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, waiting for other processes and threads that hold it.
+
+    Raises OSError if the folder can't be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # also releases the lock
 
 
 def write_bytes(path: Path, data: bytes) -> None:

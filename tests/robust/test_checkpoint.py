@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -537,6 +538,33 @@ def test_recorded_results_stand_in_the_sidecar_once(pair: Path) -> None:
     rows = load_checkpoint(pair).sidecar.evaluation[len(before) :]
     expected = [("fgsm", "all", 0.4), ("clean", "all", 0.9), ("fgsm", "few", 0.7)]
     assert [(r["attack"], r["data_sha256"], r["accuracy"]) for r in rows] == expected
+
+
+def test_results_recorded_at_the_same_time_are_all_kept(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, write = load_checkpoint(pair), files.write_json
+    first_writes, recorded = threading.Event(), threading.Event()
+
+    def write_late(path: Path, value: object) -> None:
+        if not first_writes.is_set():  # the second has time to read what is about to change
+            first_writes.set()
+            recorded.wait(1)
+        write(path, value)
+
+    def record(attack: str) -> None:
+        record_evaluation(measured, [{"data": "test.npz", "attack": attack}])
+
+    monkeypatch.setattr(files, "write_json", write_late)
+    first = threading.Thread(target=record, args=["fgsm"])
+    first.start()
+    assert first_writes.wait(60)
+    second = threading.Thread(target=lambda: (record("pgd"), recorded.set()))
+    second.start()
+    first.join()
+    second.join()
+    rows = load_checkpoint(pair).sidecar.evaluation[len(measured.sidecar.evaluation) :]
+    assert [row["attack"] for row in rows] == ["fgsm", "pgd"]
 
 
 def test_results_of_other_weights_are_not_recorded(pair: Path) -> None:
