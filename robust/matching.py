@@ -16,7 +16,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
 
     Names are matched in any order; the data may have only some of them. If one side has only
     numbers from 0 as names, labels are not changed, and `changes` says so. Raises DatasetError for
-    a name that the model does not have, or for more classes than it has.
+    a name that the model does not have, for more classes than it has, and for names of another
+    number than the outputs of a model without class names.
     """
     classes = tuple(classes)
     if dataset.classes == classes:
@@ -25,6 +26,14 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     has_numbers = any(name.isdecimal() for name in dataset.classes)
     if unknown and (_numbered(dataset.classes) or (_numbered(classes) and not has_numbers)):
         check_labels(dataset, len(classes))
+        if not _numbered(dataset.classes) and len(dataset.classes) != len(classes):
+            # The names of some classes don't say which: the dogs of cat/ and dog/ are not class 1.
+            raise DatasetError(
+                dataset.name,
+                expected=f"the names of the model's {len(classes)} outputs (--classes, or classes "
+                "in Python), as it has none",
+                found=f"{len(dataset.classes)} classes, {_shown(dataset.classes)}",
+            )
         pairs = zip(dataset.classes, classes, strict=False)
         notes = "read labels as numbers of the model's classes: " + _shown(
             [f"{name} is {known}" for name, known in pairs]

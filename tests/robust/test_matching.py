@@ -65,6 +65,21 @@ def test_other_classes_are_refused(
         match_classes(dataset(classes, labels), CLASSES)
 
 
+@pytest.mark.parametrize("names", [("cat", "dog"), ("cat",), tuple("abcdefghijk")])
+def test_other_names_than_outputs_without_names_are_refused(names: tuple[str, ...]) -> None:
+    unnamed = tuple(str(k) for k in range(10))
+    with pytest.raises(DatasetError) as raised:
+        match_classes(dataset(names, [0, 0]), unnamed)
+    assert str(raised.value) == (
+        "folder: expected the names of the model's 10 outputs (--classes, or classes in Python), "
+        f"as it has none, found {len(names)} classes, {', '.join(names[:10])}"
+        + (", ..." if len(names) > 10 else "")
+    )
+    assert match_classes(dataset(("0", "1"), [1, 0]), unnamed).labels.tolist() == [1, 0]
+    named = (*"bcdefghi", "dog", "cat")
+    assert match_classes(dataset(("cat", "dog"), [0, 1]), named).labels.tolist() == [9, 8]
+
+
 def test_first_images() -> None:
     mixed = dataset(("a", "b"), [0, 1, 0, 1, 1, 0])
     assert first_images(mixed, 3).images[:, 0, 0, 0].tolist() == [0, 1, 2]
