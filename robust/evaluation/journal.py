@@ -8,19 +8,25 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robust.attack_registry import REGISTRY
 from robust.attacks import Model
+from robust.threat_model import format_eps
 
 VERSION = 1
 _SHARD = re.compile(r"\.\d+-of-(\d+)")  # ending of the file of one process
 APPLICATION = 0x526F6275  # application id in SQLite's header, which identifies a journal
 Row = tuple[int, int, int, float, int, int, int]  # image and the columns of COLUMNS
+# Settings in a recorded attack, which is the text of an AttackSettings; those that determine others
+# come first.
+_FIELD = re.compile(r"(\w+)=('[^']*'|[-+.\w]+)(?=[,)])")
+_SETTINGS = ("norm", "eps", "steps", "restarts", "seed")
+_QUOTE = "'"
 COLUMNS = ("fooled", "predicted", "distance", "unheld", "forwards", "backwards")
 
 
@@ -79,10 +85,9 @@ class Journal:
             if found is None:
                 self._db.execute("INSERT INTO about VALUES (?, ?)", (name, text))
             elif found[0] != text:
-                was, now = _shorten_to_difference(found[0], text)
                 raise JournalError(
-                    f"{self._path}: expected a journal of the same evaluation, but its {name} is "
-                    f"{was}, not {now}; give another file"
+                    f"{self._path}: expected a journal of the same evaluation, but its "
+                    f"{_difference(name, json.loads(found[0]), value)}; give another file"
                 )
 
     def read(self, stage: str, *, images: int) -> tuple[list[Row], float]:
@@ -197,10 +202,41 @@ def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _shorten_to_difference(one: str, other: str) -> tuple[str, str]:
-    """Both texts, shortened to the part where they start to differ."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    start = max(0, sum(1 for _ in same) - 40)
-    shown = ("..." * (start > 0) + text[start:] for text in (one, other))
-    was, now = (text if len(text) <= 90 else text[:87] + "..." for text in shown)
-    return was, now
+def _difference(name: str, was: Any, now: Any) -> str:
+    """What differs, such as ``eps of pgd is 8/255, not 4/255``."""
+    if name != "attacks":
+        return f"{name} is {_shortened(was)}, not {_shortened(now)}"
+    before, after = ([dict(_FIELD.findall(text)) for text in texts] for texts in (was, now))
+    names, others = ([fields.get("name") for fields in attacks] for attacks in (before, after))
+    if names != others:
+        return f"attacks are {_labels(before)}, not {_labels(after)}"
+    for one, other in zip(before, after, strict=True):
+        for key in (*_SETTINGS, *one, *other):
+            if one.get(key) != other.get(key):
+                old, new = _shown(key, one.get(key, "none"), other.get(key, "none"))
+                return f"{key} of {one['name'].strip(_QUOTE)} is {old}, not {new}"
+    return "attacks are those of another version"
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text[:90]
+
+
+def _labels(attacks: list[dict[str, str]]) -> str:
+    """The attacks' names with their steps, as on the command line."""
+    labels = []
+    for fields in attacks:
+        name = fields.get("name", "none").strip(_QUOTE)
+        counted = name in REGISTRY and "steps" in REGISTRY[name].parameters
+        labels.append(f"{name}-{fields.get('steps')}" if counted else name)
+    return ", ".join(labels) or "none"
+
+
+def _shown(key: str, *values: str) -> list[str]:
+    """The values of a setting as the user writes them, or exactly if that looks the same."""
+    shown = [value.strip(_QUOTE) for value in values]
+    if key in ("eps", "alpha") and "none" not in values:
+        sizes = [format_eps(float(value)) for value in values]
+        return sizes if len(set(sizes)) > 1 else shown
+    return shown

@@ -564,8 +564,7 @@ def test_evaluate_goes_on_from_its_journal(
     other_seed = [*arguments, "--journal", str(path), "--seed", "1"]
     assert run(other_seed) == 2
     error = capsys.readouterr().err
-    assert "expected a journal of the same evaluation, but its attacks is " in error
-    assert 'seed=0)"], not ' in error
+    assert "expected a journal of the same evaluation, but its seed of pgd is 0, not 1; " in error
 
 
 def test_evaluate_matches_class_names(

@@ -184,14 +184,14 @@ def change(values: dict[str, Any], name: str, data: Data, model: nn.Module) -> d
         labels = data[1].clone()
         labels[3] = 1 - labels[3]
         values["data"] = (data[0], labels)
-    elif name == "attacks":
+    elif name == "seed":
         values["attacks"] = [resolve_attack("pgd-5", BALL, seed=1)]
     else:
         values["precision"] = "bf16"
     return values
 
 
-@pytest.mark.parametrize("name", ["model", "data", "attacks", "precision"])
+@pytest.mark.parametrize("name", ["model", "data", "seed", "precision"])
 def test_another_evaluation_is_refused(
     model: nn.Module, linear_data: Data, name: str, tmp_path: Path
 ) -> None:
@@ -201,9 +201,35 @@ def test_another_evaluation_is_refused(
     first.close()
     before = path.read_bytes()
     values = change({"data": linear_data}, name, linear_data, model)
-    with pytest.raises(JournalError, match=f"the same evaluation, but its {name} is .*, not "):
+    with pytest.raises(JournalError, match=f"the same evaluation, but its {name} .*is .*, not "):
         list(parts(model, values.pop("data"), path, **values))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (("pgd", {}), ("pgd-50", {}), "steps of pgd is 20, not 50"),
+        (("pgd", {}), ("pgd", {"eps": 4 / 255}), "eps of pgd is 8/255, not 4/255"),
+        (("pgd", {}), ("pgd", {"eps": 0.1}), "eps of pgd is 8/255, not 0.1"),
+        (("pgd", {}), ("pgd", {"eps": 8.00001 / 255}), r"eps of pgd is 0\.0313\d+, not 0\.0313\d+"),
+        (("pgd", {}), ("pgd", {"alpha": 4 / 255}), "alpha of pgd is 2/255, not 4/255"),
+        (("fgsm", {}), ("fgsm", {"norm": "l2"}), "norm of fgsm is linf, not l2"),
+        (("fgsm", {}), ("pgd-5", {}), "attacks are fgsm, not pgd-5"),
+    ],
+)
+def test_a_journal_says_which_setting_differs(
+    one: tuple[str, Any], other: tuple[str, Any], words: str, tmp_path: Path
+) -> None:
+    def manifest(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        ball = {key: settings.pop(key) for key in ("norm", "eps") if key in settings}
+        attack = resolve_attack(name, ThreatModel(**ball), **settings)
+        return {"attacks": [str(attack)]}
+
+    path = tmp_path / "journal"
+    Journal(path, manifest(*one)).close()
+    with pytest.raises(JournalError, match=f"the same evaluation, but its {words}; give another"):
+        Journal(path, manifest(*other))
 
 
 def test_a_model_without_a_state_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
