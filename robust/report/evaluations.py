@@ -147,7 +147,7 @@ def parse_evaluation(values: Any, *, source: str, sidecar: Sidecar, sha256: str)
         raise ReportError(source, "the classes of the checkpoint", "others")
     try:
         return _measurement(values, source)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ReportError(source, _EXPECTED, f"a part missing or malformed ({error!r})") from None
 
 
@@ -202,7 +202,7 @@ def recorded_evaluations(sidecar: Sidecar, source: str) -> tuple[Measurement, ..
             _recorded(name, digest, rows, source)
             for (name, digest, _), rows in reversed(groups.items())
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ReportError(source, "recorded accuracies", f"malformed ones ({error!r})") from None
 
 

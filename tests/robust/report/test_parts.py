@@ -18,7 +18,7 @@ from robust.evaluation import wilson_interval
 from robust.report import words
 from robust.report.build import _card
 from robust.report.document import INK, Document, Notice, Plot, Section, Table, Text
-from robust.report.evaluations import Measurement, parse_evaluation
+from robust.report.evaluations import Measurement, parse_evaluation, recorded_evaluations
 from robust.report.examples import SIDE, Surface, measure_surface
 from robust.report.html import render_html
 from robust.report.pdf import render_pdf
@@ -120,13 +120,19 @@ def test_clean_checks_are_told_as_such(evaluation: Values, sidecar: Sidecar) -> 
     ]
 
 
-@pytest.mark.parametrize("value", ["NaN", None, [1]])
+@pytest.mark.parametrize("value", ["NaN", None, [1], float("inf")])
 def test_numbers_that_are_none_are_refused(
     evaluation: Values, sidecar: Sidecar, value: object
 ) -> None:
     evaluation["results"][1]["correct"] = value
     with pytest.raises(ValueError, match=r"a\.json: expected the JSON of robust evaluate"):
         parsed(evaluation, sidecar)
+
+
+def test_recorded_infinity_is_refused(sidecar: Sidecar) -> None:
+    row = {"data": "test.npz", "attack": "clean", "correct": 1, "n": float("inf")}
+    with pytest.raises(ValueError, match=r"a\.json: expected recorded accuracies"):
+        recorded_evaluations(replace(sidecar, evaluation=[row]), "a.json")
 
 
 @pytest.mark.parametrize("field", ["confusion", "stages", "per_class"])
