@@ -171,9 +171,7 @@ def train(
     dataset = load_images(data, size=recipe.input_size, classes=names)
     validation = None
     if val is not None:
-        validation = load_images(
-            val, size=recipe.input_size, classes=dataset.classes, held_out=True
-        )
+        validation = load_images(val, size=recipe.input_size, classes=dataset.classes)
     if world.is_rank0:
         recorded = recorded_seed(recipe_source)
         if recorded not in (None, seed):

@@ -14,19 +14,16 @@ from training.folder_layout import check_layout
 from training.recipe import Phase, Recipe
 
 
-def load_images(
-    source: str, *, size: int, classes: tuple[str, ...] = (), held_out: bool = False
-) -> Dataset:
+def load_images(source: str, *, size: int, classes: tuple[str, ...] = ()) -> Dataset:
     """Labeled 8-bit images in any format of `load_dataset`, with labels in the order of `classes`.
 
-    Of data with several splits it reads the training split, or if `held_out` the test split.
     Class names in the data are matched with `classes`; without names, labels are assumed to be in
     that order. `Dataset.changes` records floats that were rounded. Raises DatasetError, also for
     images of a single class, and for a folder of splits, where it names the option for each.
     """
     if source not in by_name():
         check_layout(Path(source))
-    dataset = load_dataset(source, size=size, train=not held_out).in_8_bits()
+    dataset = load_dataset(source, size=size).in_8_bits()
     check_trainable(dataset)
     return match_classes(dataset, classes) if classes else dataset
 

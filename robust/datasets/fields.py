@@ -21,16 +21,16 @@ def image_and_label_names(
     """The name of the images and that of the labels among `names`, ignoring case.
 
     Of `x_train` and `x_test` it takes the one for the requested split, and the labels of the same
-    split; names without a split go with either. With `labels_elsewhere` the labels may be missing
-    (None). Raises DatasetError, which lists the names, if one is missing or ambiguous, or if the
-    file has only the other split.
+    split; names without a split go with either. A file with only a test split is read in any case,
+    but training images never stand in for test images. With `labels_elsewhere` the labels may be
+    missing (None). Raises DatasetError, which lists the names, if one is missing or ambiguous.
     """
     found = list(names)
     shown = ", ".join(name[:40] for name in found[:12]) or "no names"
-    wanted, other = (TRAIN, TEST) if source.train else (TEST, TRAIN)
-    present = [split for split in (*wanted, *other) if _has_split(found, split)]
-    if present and present[0] not in wanted:
-        raise source.error(f"images and labels of the split {' or '.join(wanted)}", shown)
+    order = (*TRAIN, *TEST) if source.train else (*TEST, *TRAIN)
+    present = [split for split in order if _has_split(found, split)]
+    if present and present[0] in TRAIN and not source.train:
+        raise source.error(f"images and labels of the split {' or '.join(TEST)}", shown)
     split = present[0] if present else ""
     images, labels = _matches(found, IMAGES, split), _matches(found, LABELS, split)
     if not images or (not labels and not labels_elsewhere):

@@ -90,17 +90,6 @@ def test_class_names_are_given_in_the_order_of_the_labels(tmp_path: Path) -> Non
         load_images(source, size=8, classes=("cat", "dog"))
 
 
-def test_held_out_images_are_not_the_training_split(tmp_path: Path) -> None:
-    pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    train, test = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 1, 0])
-    torch.save(
-        {"x_train": pixels, "y_train": train, "x_test": pixels, "y_test": test}, tmp_path / "a.pt"
-    )
-    source = str(tmp_path / "a.pt")
-    assert load_images(source, size=8).labels.tolist() == train.tolist()
-    assert load_images(source, size=8, held_out=True).labels.tolist() == test.tolist()
-
-
 def test_another_ball_scales_the_steps_given_in_pixels() -> None:
     recipe = gpu()
     assert with_threat_model(recipe, None, None) == recipe

@@ -240,7 +240,7 @@ def test_members_named_twice(tmp_path: Path) -> None:
 def test_the_usual_names(tmp_path: Path, images: str, labels: str) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, **{images: IMAGES, labels: LABELS})
-    dataset = load_dataset(path, train=False)
+    dataset = load_dataset(path)
     assert torch.equal(dataset.images, torch.from_numpy(IMAGES))
     assert dataset.changes == ()
 
@@ -257,14 +257,13 @@ def test_the_part_that_is_asked_for(tmp_path: Path) -> None:
     ("names", "train", "expected"),
     [
         (("x_train", "y_train"), False, "images and labels of the split test or validation or"),
-        (("x_test", "y_test"), True, "images and labels of the split train"),
         (("images", "y_train"), False, "images and labels of the split test or validation or"),
         (("x_test", "y_train"), False, "images named"),
         (("x_train", "y_test"), False, "images named"),
         (("x_test", "y_val"), False, "images named"),
     ],
 )
-def test_another_split_does_not_stand_in(
+def test_training_images_do_not_stand_in_for_test_images(
     tmp_path: Path, names: tuple[str, str], train: bool, expected: str
 ) -> None:
     np.savez(tmp_path / "a.npz", **dict(zip(names, (IMAGES, LABELS), strict=True)))
