@@ -61,5 +61,5 @@ def test_your_own_model(
             continue
         for line in text.strip().splitlines():
             assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
-    assert {"theirs.json", "attacked", "my-model"} <= {item.name for item in tmp_path.iterdir()}
+    assert {"report.json", "attacked", "my-model"} <= {item.name for item in tmp_path.iterdir()}
     assert sum(bool(why) for why, _, _ in blocks) == 2
