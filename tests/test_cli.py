@@ -173,7 +173,7 @@ EVALUATE = "evaluate --checkpoint good.pt"
         ("predict --checkpoint good.pt text.png", ["text.png", "an unknown format"]),
         ("predict --checkpoint good.pt huge.png", ["huge.png", "pixels", "30000x30000"]),
         # checkpoints
-        ("predict good.png", ["models/robust_model.pt", "no such file"]),
+        ("predict good.png", ["expected --model", "no models/robust_model.pt"]),
         ("predict --checkpoint cut.pt good.png", ["cut.pt", "expected a state dict"]),
         ("predict --checkpoint empty.pt good.png", ["empty.pt", "an empty file"]),
         ("predict --checkpoint command.pt good.png", ["command.pt", "system"]),
