@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks import AttackResult, AttackSettings, Cancelled, Model, frozen
-from robust.attacks.eight_bit import closest
+from robust.attacks.eight_bit import closest, outward
 from robust.attacks.search import for_rows
 from robust.evaluation.precision import full_float32
 from robust.images import to_float, to_uint8
@@ -146,8 +146,9 @@ def attack_images(
     cancelled images and is called between passes; their attack ends with the best result so far.
     `seconds` of an outcome is the time of the whole batch. `bf16` is a bfloat16 copy of `model` for
     the search: results are scored on `model`, and an image whose success is not confirmed is
-    attacked again on `model`. An attack with a `fallback` also tries that on the images it fails
-    on, and returns the closest 8-bit image toward the original that still fools the model.
+    attacked again on `model`. A success on `model` that rounding undoes is pushed outward, up to
+    eps. An attack with a `fallback` also tries that on the images it fails on, and returns the
+    closest 8-bit image toward the original that still fools the model.
     """
     start = time.perf_counter()
     for name, indices in (("label", labels), ("target", targets or ())):
@@ -197,12 +198,20 @@ def attack_images(
 
     everything = torch.arange(len(x), device=x.device)
     found = attack(searched, everything)
-    if searched is not model:
-        again = (found.result.success & ~fooled(found.after, everything)).nonzero().squeeze(1)
-        if len(again):
-            other = attack(model, again)
-            found = found.with_cost_of(again, other)
-            found = found.with_images(again, other.images, other.after)
+    lost = (found.result.success & ~fooled(found.after, everything)).nonzero().squeeze(1)
+    if len(lost) and searched is not model:  # by bfloat16
+        other = attack(model, lost)
+        found = found.with_cost_of(lost, other)
+        found = found.with_images(lost, other.images, other.after)
+    elif len(lost):  # by rounding to 8 bits
+        farther, passes = outward(
+            lambda tried: fooled(predict(model, tried), lost),
+            found.result.x_adv[lost],
+            to_float(x[lost]),
+            norm=settings.threat_model.norm,
+            eps=settings.threat_model.eps,
+        )
+        found = found.with_images(lost, to_uint8(farther), predict(model, farther), passes + 1)
     if settings.fallback is not None:
         found = fall_back(found, settings.fallback)
     # Whole gray levels, so distances are exact.

@@ -14,6 +14,7 @@ from robust.geometry import Norm, column, distance, project
 from robust.images import to_float
 
 HALVINGS = 8  # bisections of `closest`: all levels under linf
+PUSHES = 8  # radii that `outward` tries
 _SCALINGS = 12  # bisections of the scale in `_rescaled`
 _ROUNDING = 1e-4  # of a level, or of a squared one
 
@@ -100,3 +101,24 @@ def closest(
         x_adv = torch.where(column(hit), tried, x_adv)
         low, high = torch.where(hit, low, radius), distance(x_adv, x, norm)
     return x_adv, calls
+
+
+def outward(
+    fools: Callable[[Tensor], Tensor], x_adv: Tensor, x: Tensor, *, norm: Norm, eps: float
+) -> tuple[Tensor, int]:
+    """Push images from `x_adv` away from `x`, up to `eps`, until their 8-bit images fool the model.
+
+    For a point right at the decision boundary, which rounding moves back. Also returns the number
+    of calls of `fools`, the mask bool (N,) of 8-bit images that do.
+    """
+    near = distance(x_adv, x, norm)
+    missing = torch.ones_like(near, dtype=torch.bool)
+    found, calls = x_adv, 0
+    while calls < PUSHES and bool(missing.any()):
+        calls += 1
+        radius = near + (eps - near) * calls / PUSHES
+        along = x + (x_adv - x) * column(radius / near.clamp_min(1e-12))
+        tried = snap(along, x, norm=norm, radius=radius)
+        found = torch.where(column(missing), tried, found)
+        missing = missing & ~fools(tried)
+    return found, calls

@@ -59,6 +59,13 @@ def test_on_a_linear_model_the_smallest_level_is_found(near: nn.Module, x: Tenso
     assert [outcome.linf * 255 for outcome in outcomes] == pytest.approx(levels)
 
 
+def test_a_point_right_at_the_boundary_is_pushed_outward(near: nn.Module, x: Tensor) -> None:
+    images = to_uint8(x)
+    levels = smallest_levels(near, images)
+    outcomes = run(near, images, "fab-t", ThreatModel(eps=max(levels) / 255))
+    assert all(outcome.success for outcome in outcomes)
+
+
 def test_an_eps_between_two_levels_holds_the_lower_one(near: nn.Module, x: Tensor) -> None:
     images = to_uint8(x)
     levels = smallest_levels(near, images)
