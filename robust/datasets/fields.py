@@ -56,7 +56,7 @@ def _matches(names: list[str], known: Collection[str], split: str) -> list[str]:
     return [
         name
         for name in names
-        if name.lower() in known or _without_split(name.lower(), split) in known
+        if name.lower() in known or (split and _without_split(name.lower(), split) in known)
     ]
 
 

@@ -285,6 +285,12 @@ def test_a_class_name_given_twice(tmp_path: Path) -> None:
             load_dataset(tmp_path / file)
 
 
+def test_a_name_that_ends_in_an_underscore_is_no_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, images=IMAGES, labels=LABELS, images_=IMAGES[:1], _labels=LABELS[:1])
+    assert load_dataset(path).labels.tolist() == LABELS.tolist()
+
+
 def test_labels_beside(tmp_path: Path) -> None:
     path = tmp_path / "aa.npz"
     np.savez(path, adv_complete=IMAGES)
