@@ -17,7 +17,7 @@ from robust.commands.options import (
     json_option,
     model_options,
 )
-from robust.commands.output import Progress, echo_changes, percent, write_report
+from robust.commands.output import Progress, data_record, echo_changes, percent, write_report
 from robust.tables import plain, table
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -162,15 +162,7 @@ def certify(
                 "checkpoint": model.spec,
                 "model": loaded.origin(),
                 "weights_sha256": loaded.sha256,
-                "data": {
-                    "name": dataset.name,
-                    "count": len(dataset),
-                    "sha256": dataset.sha256,
-                    "dtype": dataset.dtype,
-                    "changes": list(scored.changes),
-                    "scored": n,
-                    "scored_sha256": scored.sha256,
-                },
+                "data": data_record(dataset, scored),
                 "sigma": sigma,
                 "samples": samples,
                 "alpha": alpha,

@@ -20,7 +20,7 @@ from robust.commands.options import (
     model_options,
     resolve_attacks,
 )
-from robust.commands.output import Progress, echo_changes, percent, write_report
+from robust.commands.output import Progress, data_record, echo_changes, percent, write_report
 
 if TYPE_CHECKING:
     from robust.evaluation import Evaluation
@@ -193,14 +193,8 @@ def evaluate(
             "model": loaded.origin(),
             "weights_sha256": loaded.sha256,
             "data": {
-                "name": dataset.name,
-                "count": len(dataset),
-                "sha256": dataset.sha256,
-                "dtype": dataset.dtype,
-                "changes": list(scored.changes),
-                "scored": len(scored),
+                **data_record(dataset, scored),
                 "indices": "all" if limit is None else indices.tolist(),
-                "scored_sha256": scored.sha256,
             },
             **evaluation.to_dict(),
             "classes": list(classes),

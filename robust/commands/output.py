@@ -40,6 +40,19 @@ def write_report(path: Path, value: Any) -> None:
         write_json(path.resolve(), value)
 
 
+def data_record(dataset: Dataset, scored: Dataset) -> dict[str, Any]:
+    """What a JSON result says of a data set and of the images of it that were scored."""
+    return {
+        "name": dataset.name,
+        "count": len(dataset),
+        "sha256": dataset.sha256,
+        "dtype": dataset.dtype,
+        "changes": list(scored.changes),
+        "scored": len(scored),
+        "scored_sha256": scored.sha256,
+    }
+
+
 class Progress:
     """A progress bar on a terminal; elsewhere a line per tenth of the work. Nothing if quiet."""
 
