@@ -17,7 +17,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from app.jobs.postgres_schema import FIND_VERSION, LOCK, SCHEMA, VERSION, SchemaError, script
-from app.jobs.store import StoreError, Unreachable
+from app.jobs.store import Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -122,30 +122,31 @@ class Database:
     async def prepare(self) -> None:
         """Create or upgrade the tables, and check that they have this release's version.
 
-        Raises StoreError; then `connection` raises too, until a later call succeeds.
+        Raises StoreError. If the tables have another version, `connection` raises too, until a
+        later call succeeds; if the server can't be reached, `connection` finds that out itself.
         """
-        try:
-            await self._prepare()
-        except StoreError:
-            self._prepared = False
-            raise
+        async with self._reporting(), self.pool.connection() as connection:
+            try:
+                await self._prepare(connection)
+            except SchemaError:
+                self._prepared = False
+                raise
         self._prepared = self._was_prepared = True
         self._up.set(1)
 
-    async def _prepare(self) -> None:
-        async with self._reporting(), self.pool.connection() as connection:
-            if not self._was_prepared:
-                connection.limit = BULK_SECONDS
-                await connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
-                await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-            have = await _version(connection)
-            if have != VERSION and self._was_prepared:
-                raise SchemaError(
-                    f"the tables now have version {have}; this release works with {VERSION}"
-                )
-            if have != VERSION:
-                await connection.execute(script(have, VERSION))
-                logger.info("migrated the PostgreSQL tables from version %d to %d", have, VERSION)
+    async def _prepare(self, connection: Connection) -> None:
+        if not self._was_prepared:
+            connection.limit = BULK_SECONDS
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
+            await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        have = await _version(connection)
+        if have != VERSION and self._was_prepared:
+            raise SchemaError(
+                f"the tables now have version {have}; this release works with {VERSION}"
+            )
+        if have != VERSION:
+            await connection.execute(script(have, VERSION))
+            logger.info("migrated the PostgreSQL tables from version %d to %d", have, VERSION)
 
     async def listen(self, notify: Callable[[str], None]) -> None:
         """Call `notify` with the id of each changed job, until cancelled. Raises StoreError."""

@@ -14,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.engine.queue import Kind
-from app.jobs import postgres_rows
+from app.jobs import postgres_pool, postgres_rows
 from app.jobs import postgres_store as shared
 from app.jobs.postgres_pool import Database
 from app.jobs.store import StoreError
@@ -421,6 +421,21 @@ def forget_all_active(pair: Pair) -> None:
     for job in pair[0].client.get("/evaluate").json():
         pair[0].client.delete(f"/evaluate/{job['id']}")
     forget_all(pair)
+
+
+def test_a_check_of_the_tables_that_fails_does_not_shut_out_requests(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, database = pair[0], store(pair[0])._database
+
+    async def fail(*_: object) -> None:
+        raise psycopg.OperationalError("couldn't get a connection")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(postgres_pool, "_version", fail)
+        with pytest.raises(StoreError):
+            one.begin(database.prepare()).result(30)
+        assert one.client.get("/evaluate").status_code == 200
 
 
 def test_a_silent_postgresql_is_given_three_seconds(pair: Pair, postgres: PrivatePostgres) -> None:

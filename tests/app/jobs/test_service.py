@@ -52,12 +52,17 @@ def submit(running: Running, n: int = 20, *, key: str | None = None, **more: Any
 
 
 def finish(running: Running, id: str) -> dict[str, Any]:
-    def job() -> dict[str, Any]:
-        found: dict[str, Any] = running.client.get(f"/evaluate/{id}").json()
-        return found
+    """The finished job; 503 means that the store can't be reached yet."""
+    job: dict[str, Any] = {}
 
-    until(lambda: job()["state"] not in ("queued", "running"))
-    return job()
+    def finished() -> bool:
+        response = running.client.get(f"/evaluate/{id}")
+        assert response.status_code in (200, 503), response.text
+        job.update(response.json() if response.status_code == 200 else {})
+        return job.get("state") not in (None, "queued", "running")
+
+    until(finished)
+    return job
 
 
 def without_seconds(value: Any) -> Any:
