@@ -168,16 +168,12 @@ class LimitMiddleware:
         body = _RequestBody(self._service, scope, receive, send)
         try:
             self._admit(scope)
+            if encoding := _encoding(scope):
+                body.inflater = Inflater(encoding)
         except ServiceError as error:
             body.stop_reading = _declared_bytes(scope) > SMALL_BODY
             await error_response(scope, error)(scope, body.receive, body.send)
             return
-        if encoding := _encoding(scope):
-            try:
-                body.inflater = Inflater(encoding)
-            except ServiceError as error:
-                await error_response(scope, error)(scope, body.receive, body.send)
-                return
         token = current_client.set(scope["state"]["caller"].client)
         scope["state"]["body"] = body
         try:

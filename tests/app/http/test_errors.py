@@ -245,15 +245,23 @@ def hasty(small: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
     return small
 
 
-def test_a_body_declared_too_large_is_refused_unread(small: Running) -> None:
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (413, b"Content-Length: 1000000000"),
+        (415, b"Transfer-Encoding: chunked\r\nContent-Encoding: br"),
+    ],
+)
+def test_a_large_body_refused_by_its_headers_is_not_read(
+    small: Running, status: int, headers: bytes
+) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
-        )
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % headers)
         answer = connection.makefile("rb").read()
-    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"application/problem+json" in answer
+    assert b"connection: close" in answer.lower()
 
 
 def test_a_chunked_body_is_cut_off_when_it_grows_too_large(small: Running) -> None:
