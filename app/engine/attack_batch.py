@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.engine.engine import MAX_SHARED, Engine, Session
+from app.engine.engine import MAX_SHARED, Engine
 from app.engine.queue import Kind, Work
 from app.engine.served_model import ServedModel
+from app.engine.session import Session
 from app.errors import InvalidParameters, invalid
 from robust.attacks import AttackSettings
 from robust.images import to_float

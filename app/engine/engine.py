@@ -17,13 +17,13 @@ from app import logs
 from app.engine.cpu_limits import device_threads
 from app.engine.gc_tuning import release_memory
 from app.engine.numpy_ops import concatenate
+from app.engine.predictor import OUT_OF_MEMORY, Predictor, empty_cache
 from app.engine.queue import Kind, Work, WorkQueue
 from app.engine.served_model import ServedModel
+from app.engine.session import Session
 from app.errors import DeadlineExceeded, EngineStopped, OutOfMemory, ServiceError
 from app.metrics import Metrics
 from app.tracing import Tracing
-from robust.attacks import Model
-from robust.classifier import Classifier
 from robust.evaluation.precision import full_float32
 from robust.memory import is_out_of_memory
 
@@ -32,67 +32,11 @@ T = TypeVar("T")
 
 MAX_SHARED = 8  # attacks from several requests in one pass: more would delay predictions too long
 MAX_NESTED_ATTACKS = 4  # attacks begun and not finished: each waits for the one it yielded to
-PASSES_BEFORE_GROWTH = 100  # full passes that must succeed before the batch size is doubled again
 _STOPPED = EngineStopped("The device thread has stopped.")
 
 
 class _DeviceLost(BaseException):
     """The device is unusable in this process; not an Exception, so that it ends the thread."""
-
-
-class Session:
-    """The model, as a task on the device calls it: maps images to logits, between urgent work.
-
-    Before each call it runs more urgent work, and raises Cancelled or DeadlineExceeded once no
-    client waits for any of the task's results.
-    """
-
-    def __init__(self, engine: Engine, batch: list[Work]) -> None:
-        self._engine, self._batch = engine, batch
-        self.errors: list[ServiceError | None] = [None] * len(batch)
-        self.model = batch[0].model
-        self.device = batch[0].model.device
-        self._exact: Classifier | None = None
-        self.bf16: Model | None = None if self.model.bf16 is None else self._in_bf16
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.pause()
-        return self.model.logits(x)
-
-    def _in_bf16(self, x: Tensor) -> Tensor:
-        """Logits from the bfloat16 copy, for searches."""
-        assert self.model.bf16 is not None
-        self.pause()
-        return self.model.bf16(x)
-
-    def exact(self, x: Tensor) -> Tensor:
-        """Logits from the classifier itself, not from its faster copy."""
-        self.pause()
-        if self._exact is None:
-            self._exact = self.model.exact()
-        logits: Tensor = self._exact(x)
-        return logits
-
-    def cancelled(self) -> Tensor:
-        """Mask of the session's works that are cancelled or past their deadline, bool (n,)."""
-        return torch.tensor([error is not None for error in self.errors])
-
-    def pause(self) -> None:
-        """Run more urgent work; raise once no client waits for any of the results."""
-        self._engine.serve(below=self._batch[0].kind)
-        self._engine.serve_sooner(self._batch)
-        for index, work in enumerate(self._batch):
-            try:
-                work.check()
-            except ServiceError as error:
-                self.errors[index] = self.errors[index] or error
-        first = self.errors[0]
-        if first is not None and all(self.errors):
-            raise first
-
-    def seconds(self) -> float:
-        """Time on the device so far, excluding the work that ran in between."""
-        return self._engine.own_seconds()
 
 
 class Engine:
@@ -118,8 +62,7 @@ class Engine:
         self._tracing = tracing or Tracing()
         self._queue = WorkQueue(queue_limit, self._metrics, client_share=client_share)
         self._max_batch, self._threads = max_batch, threads
-        self._batch_limit = max_batch  # images that fit in memory in one forward pass
-        self._full_passes = 0  # successful passes of that size in a row
+        self._predictor = Predictor(max_batch, self._metrics)
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
         self._started = 0.0  # when the innermost running work started
         self._nested = 0.0  # seconds of work nested in it
@@ -292,7 +235,7 @@ class Engine:
         model = batch[0].model
         images = concatenate([work.images for work in batch if work.images is not None])
         probabilities = self._attempt(
-            batch, lambda: self._classify(model, images), each=self._predict
+            batch, lambda: self._predictor.probabilities(model, images), each=self._predict
         )
         if probabilities is None:
             return
@@ -300,37 +243,6 @@ class Engine:
         for work in batch:
             work.future.set_result(torch.from_numpy(rows[begin : begin + work.cost]))
             begin += work.cost
-
-    def _classify(self, model: ServedModel, images: Tensor) -> Tensor:
-        """Probabilities float32 (n, K), in as many parts as memory requires.
-
-        Running out of memory halves the batch size, and many successful full batches double it.
-        Raises OutOfMemory if a single image does not fit.
-        """
-        done: list[Tensor] = []
-        while len(images):
-            size = min(self._batch_limit, len(images))
-            some = images if size == len(images) else images[:size]
-            part = _none_if_out_of_memory(lambda: self._forward(model, some))  # noqa: B023
-            if part is None:
-                self._metrics.out_of_memory.inc()
-                _empty_cache(model)
-                if size == 1:
-                    raise OutOfMemory("There is not enough memory for this now.")
-                self._batch_limit, self._full_passes = size // 2, 0
-                logger.warning("out of memory with %d images; trying %d", size, self._batch_limit)
-                continue
-            done.append(part)
-            images = images[size:]
-            self._full_passes += size == self._batch_limit < self._max_batch
-            if self._full_passes >= PASSES_BEFORE_GROWTH:
-                self._batch_limit = min(2 * self._batch_limit, self._max_batch)
-                self._full_passes = 0
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    def _forward(self, model: ServedModel, images: Tensor) -> Tensor:
-        self._metrics.batch_images.observe(len(images))
-        return model.classify(images)
 
     def _run(self, batch: list[Work]) -> None:
         """Run the first work's function for all of `batch`; if it fails, run each work alone."""
@@ -367,7 +279,7 @@ class Engine:
         except BaseException:
             _fail(batch)
             raise
-        _empty_cache(batch[0].model)
+        empty_cache(batch[0].model)
         for work in batch:
             each([work])
         return None
@@ -417,31 +329,13 @@ def _fail(batch: list[Work]) -> None:
             work.future.set_exception(_STOPPED)
 
 
-def _none_if_out_of_memory(function: Callable[[], T]) -> T | None:
-    """The result of `function`; None if memory ran out.
-
-    The exception is handled here, so its frames release the tensors of the failed call.
-    """
-    try:
-        return function()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
-
-
 def _is_lost(error: Exception) -> bool:
     """Whether the device is unusable from now on, as after an illegal memory access."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
-def _empty_cache(model: ServedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _client_error(error: Exception) -> Exception:
     """The error for the client: OutOfMemory, which may be temporary, or `error` itself."""
     if is_out_of_memory(error):
-        return OutOfMemory("There is not enough memory for this now.")
+        return OutOfMemory(OUT_OF_MEMORY)
     return error

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from app.engine.cpu_limits import device_threads
-from app.engine.engine import Engine, Session
+from app.engine.engine import Engine
 from app.engine.gc_tuning import refreeze_objects, release_memory
 from app.engine.queue import Kind
 from app.engine.runtime import Dtype
 from app.engine.runtime_plan import examples, make_plan
 from app.engine.served_model import ServedModel, bucket, load_model
+from app.engine.session import Session
 from app.errors import NotReady
 from app.metrics import Metrics
 from robust.attacks import Model

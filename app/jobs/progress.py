@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.engine.engine import Session
+from app.engine.session import Session
 from robust.evaluation import Evaluation
 
 

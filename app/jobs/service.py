@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from app.engine.engine import Engine, Session
+from app.engine.engine import Engine
 from app.engine.model_reloader import ModelReloader
 from app.engine.queue import Kind
 from app.engine.served_model import ServedModel
+from app.engine.session import Session
 from app.errors import (
     BodyTooLarge,
     Cancelled,

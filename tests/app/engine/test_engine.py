@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from app.engine import queue
-from app.engine.engine import Engine, Session
+from app.engine.engine import Engine
 from app.engine.queue import Kind, Work
 from app.engine.runtime import TORCH, Runtime
 from app.engine.runtime_plan import RuntimeChoice, RuntimePlan
 from app.engine.served_model import ServedModel
+from app.engine.session import Session
 from app.errors import Cancelled, DeadlineExceeded, EngineStopped, OutOfMemory, Overloaded
 from app.metrics import Metrics
 from robust.classifier import Architecture

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from app.engine.engine import Engine, Session
+from app.engine.engine import Engine
 from app.engine.queue import Kind, Work, WorkQueue, current_client
+from app.engine.session import Session
 from app.errors import DeadlineExceeded, EngineStopped, Overloaded
 from app.metrics import Metrics
 from tests.app.engine.test_engine import Brightness, image, run, served, settled
