@@ -100,7 +100,7 @@ class Overloaded(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The service is loading or draining."""
+    """The service is loading or draining, or lacks something that it needs for now."""
 
 
 class EngineStopped(ServiceError):

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+BEGUN = b"."  # a worker sends it before it decodes; a failure before it is not the file's fault
 PREFIX = struct.Struct(">I")
 MAX_HEADER_BYTES = 2**20
 

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
-from app.decoding.frames import PREFIX, Header, header_length, pack, unpack
+from app.decoding.frames import BEGUN, PREFIX, Header, header_length, pack, unpack
 from app.decoding.semaphores import Budget, FairSemaphore
-from app.errors import DeadlineExceeded
+from app.errors import DeadlineExceeded, NotReady
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,9 @@ class WorkerPool:
         """A worker's reply to `request`, of at most `most` bytes.
 
         The task may use `memory` bytes in addition to `blobs`; for a `trusted` task neither memory
-        nor time is limited. Raises DecodeFailed, or DeadlineExceeded past `deadline` on the
-        monotonic clock. Cancelling kills the worker immediately.
+        nor time is limited. Raises DecodeFailed, NotReady if no worker can be started, or
+        DeadlineExceeded past `deadline` on the monotonic clock. Cancelling kills the worker
+        immediately.
         """
         if memory > self._budget.total:
             raise _needs_more_memory(self._budget.total)
@@ -99,8 +100,12 @@ class WorkerPool:
             async with asyncio.timeout(seconds):
                 answer, parts = await worker.ask(header, blobs, most=most)
         except TimeoutError:
+            if not worker.begun:
+                raise _not_started(f"it did not start in {seconds} s") from None
             raise _too_slow(seconds) from None
         except (OSError, EOFError, ValueError) as error:
+            if not worker.begun and not self._closed:
+                raise _not_started(f"it exited with code {worker.exit_code()}") from None
             if worker.exit_code() == -signal.SIGPROF:
                 raise _too_slow(self._cpu_seconds, "cpu") from None
             if not self._closed:
@@ -119,7 +124,10 @@ class WorkerPool:
         self._reap()
         while self._idle and self._idle[-1].has_exited():  # such as killed by the system
             self._kill(self._idle.pop())
-        worker = self._idle.pop() if self._idle else _Worker(self._niceness)
+        try:
+            worker = self._idle.pop() if self._idle else _Worker(self._niceness)
+        except OSError as error:
+            raise _not_started(error) from None
         worker.keep_alive()
         self._busy.add(worker)
         return worker
@@ -171,10 +179,16 @@ def _crashed() -> DecodeFailed:
     return DecodeFailed("crash", expected=expected, found=found)
 
 
+def _not_started(reason: object) -> NotReady:
+    logger.error("a decode worker can't start: %s", reason)
+    return NotReady("The service can't start a process to decode the file now; try again.")
+
+
 class _Worker:
-    """A worker process and the socket to it."""
+    """A worker process and the socket to it. Raises OSError if it can't be started."""
 
     def __init__(self, niceness: int = NICENESS) -> None:
+        self.begun = False  # whether it has started to decode the last request's file
         self.answered = True  # whether it has replied to all requests
         self._timer: asyncio.TimerHandle | None = None
         self._socket, theirs = socket.socketpair()
@@ -187,15 +201,21 @@ class _Worker:
             "OMP_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "1",
         }
-        with theirs:
+        arguments = [str(theirs.fileno()), str(niceness)]
+        try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "app.decoding.worker", str(theirs.fileno()), str(niceness)],
+                [sys.executable, "-m", "app.decoding.worker", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=environment,
             )
+        except OSError:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
 
     async def ask(self, header: Header, blobs: Sequence[bytes], *, most: int) -> Reply:
         """Send a request and return the reply.
@@ -203,10 +223,12 @@ class _Worker:
         Raises EOFError if the worker died, and ValueError for an invalid reply.
         """
         loop = asyncio.get_running_loop()
-        self.answered = False
+        self.answered = self.begun = False
         await loop.sock_sendall(self._socket, pack(header, blobs))
         for blob in blobs:
             await loop.sock_sendall(self._socket, blob)
+        await self._receive(len(BEGUN))
+        self.begun = True
         length = header_length(await self._receive(PREFIX.size))
         answer, lengths = unpack(await self._receive(length), most=most)
         parts = [await self._receive(length) for length in lengths]

@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-from app.decoding.frames import PREFIX, Header, header_length, pack, unpack
+from app.decoding.frames import BEGUN, PREFIX, Header, header_length, pack, unpack
 
 SPARE_BYTES = 64 * 2**20  # in addition to a task's memory, for the allocator
 MAX_REQUEST = 2**40  # no limit in practice: a worker trusts the service, but not vice versa
@@ -30,16 +30,17 @@ def main(descriptor: int, niceness: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         connection.setblocking(True)
         while request := _receive(connection):
-            header, blobs = _answer(*request)
+            task = TASKS[request[0]["task"]]
+            task.prepare()
+            connection.sendall(BEGUN)
+            header, blobs = _answer(task, *request)
             connection.sendall(pack(header, blobs))
             for blob in blobs:
                 connection.sendall(blob)
 
 
-def _answer(header: Header, blobs: list[bytes]) -> Answer:
-    task = TASKS[header["task"]]
+def _answer(task: type[_Images] | type[_Sets], header: Header, blobs: list[bytes]) -> Answer:
     try:
-        task.prepare()
         if "memory" in header:
             _limit_memory(header["memory"])
             # After this CPU time SIGPROF kills the process.

@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from app.decoding import semaphores
 from app.decoding.frames import unpack
 from app.decoding.pool import DecodeFailed, WorkerPool
 from app.decoding.semaphores import HALF_LIFE_SECONDS, Budget, FairSemaphore
-from app.errors import DeadlineExceeded
+from app.errors import DeadlineExceeded, NotReady
 from robust.image_decoding import read_pixels
 from tests.support import bombs
 from tests.support.serving import labeled, png
@@ -76,6 +77,13 @@ def test_a_killed_worker_costs_its_one_request() -> None:
         await asyncio.sleep(0.05)
         (busy,) = pool._busy
         os.kill(busy._process.pid, signal.SIGKILL)
+        with pytest.raises(NotReady):  # it had not begun with the file
+            await asking
+        asking = asyncio.create_task(ask(pool, bombs.deep_color_png(2000)))  # 0.1 s
+        while not any(worker.begun for worker in pool._busy):
+            await asyncio.sleep(0.001)
+        (busy,) = pool._busy
+        os.kill(busy._process.pid, signal.SIGKILL)
         with pytest.raises(DecodeFailed) as failed:
             await asking
         assert failed.value.reason == "crash"
@@ -90,7 +98,7 @@ def test_a_killed_worker_costs_its_one_request() -> None:
 
 @pytest.mark.parametrize(
     ("named", "seconds", "error"),
-    [({}, 0.1, DecodeFailed), ({"deadline": 0.1}, 60.0, DeadlineExceeded)],
+    [({}, 0.1, NotReady), ({"deadline": 0.1}, 60.0, DeadlineExceeded)],
 )
 def test_what_takes_too_long_ends_with_its_worker(
     named: dict[str, float], seconds: float, error: type[Exception]
@@ -106,6 +114,44 @@ def test_what_takes_too_long_ends_with_its_worker(
         assert (pool._idle, pool._busy) == ([], set())
 
     use(work, seconds=seconds)
+
+
+def test_a_file_that_takes_too_long_ends_with_its_worker() -> None:
+    async def work(pool: WorkerPool) -> None:
+        await ask(pool, png())  # so that there is a worker
+        (worker,) = pool._idle
+        pool._seconds = 0.05
+        with pytest.raises(DecodeFailed) as failed:
+            await ask(pool, bombs.deep_color_png(4000), memory=8 * MEMORY)  # 0.4 s
+        assert failed.value.reason == "seconds"
+        assert worker._process.wait(10) < 0  # killed by a signal
+
+    use(work, memory=8 * MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("/bin/false", "it exited with code 1"), ("/nowhere/python", "No such file")],
+    ids=["ends at once", "can't be started"],
+)
+def test_the_service_fails_when_no_worker_starts_and_recovers(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    program: str,
+    reason: str,
+) -> None:
+    async def work(pool: WorkerPool) -> None:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", program)
+            with pytest.raises(NotReady):
+                await ask(pool, png())
+        assert reason in caplog.text
+        assert (pool._idle, pool._busy) == ([], set())
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert len(await ask(pool, png())) == 192
+
+    use(work)
 
 
 def test_what_nobody_waits_for_ends_at_once() -> None:

@@ -134,6 +134,18 @@ def test_an_image_that_is_not_quick_after_all_goes_to_the_others(
     assert len(default.service.image_workers._idle) >= 1
 
 
+def test_a_worker_that_can_not_be_started_is_a_503(
+    default: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unharmed(default), monkeypatch.context() as patch:
+        patch.setattr(default.service.quick_workers, "_idle", [])
+        patch.setattr(sys, "executable", "/nowhere/python")
+        response = default.client.post("/predict", content=LARGE)
+        assert response.status_code == 503, response.text
+        assert int(response.headers["Retry-After"]) >= 1
+    assert default.client.post("/predict", content=LARGE, timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body", "statuses"),
     [  # 200: a worker with little memory decodes it
