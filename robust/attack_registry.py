@@ -38,7 +38,7 @@ class AttackEntry:
     parameters: tuple[Parameter, ...] = ("steps", "restarts")  # those that the user can set
     takes_target: bool = True  # whether it supports a target class
     targets: int = 0  # number of target classes that it chooses and tries in turn
-    random_start: bool = True
+    random_start: bool = True  # False: the first restart starts at the image
     label_budget: bool = False  # whether its label includes the budget even if it is the default
     fallback: str = ""  # attack on the images without an 8-bit success, with the same budget
 
@@ -125,6 +125,7 @@ REGISTRY: dict[str, AttackEntry] = {
             parameters=("steps",),
             takes_target=False,
             targets=TARGETS,
+            random_start=False,
         ),
         AttackEntry(
             name="square",
@@ -182,6 +183,7 @@ REGISTRY: dict[str, AttackEntry] = {
             summary="the smallest eps that fools each image, by bisection up to the given eps",
             algorithm="minimal:Minimal",
             budget=20,
+            random_start=False,
             fallback="pgd",
         ),
     )

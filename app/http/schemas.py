@@ -168,6 +168,7 @@ class AccuracyResult(BaseModel):
     alpha: float | None = None
     steps: int | None = None
     restarts: int | None = None
+    random_start: bool | None = None
     seed: int | None = None
 
 

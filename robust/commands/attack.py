@@ -207,6 +207,7 @@ def _to_dict(
         "alpha": settings.alpha,
         "steps": settings.steps,
         "restarts": settings.restarts,
+        "random_start": settings.random_start,
         "seed": settings.seed,
         "label": classes[outcome.label],
         "target": None if outcome.target is None else classes[outcome.target],

@@ -104,6 +104,7 @@ class Accuracy:
                 "alpha": self.attack.alpha,
                 "steps": self.attack.steps,
                 "restarts": self.attack.restarts,
+                "random_start": self.attack.random_start,
                 "seed": self.attack.seed,
             }
         return values
@@ -140,6 +141,7 @@ def _attack_from(values: Mapping[str, Any]) -> AttackSettings:
         alpha=values["alpha"],
         steps=values["steps"],
         restarts=values["restarts"],
+        random_start=values.get("random_start", True),  # none in older results
         stages=[stage["attack"] for stage in values["stages"]] or None,
         seed=values["seed"],
     )

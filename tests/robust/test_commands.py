@@ -298,6 +298,7 @@ def test_attack_with_everything_set(robust: Robust, photo: Path, tmp_path: Path)
         "alpha": 0.5,
         "steps": 3,
         "restarts": 2,
+        "random_start": True,
         "seed": 5,
         "label": "dog",
         "target": "ship",

@@ -37,7 +37,9 @@ def evaluation() -> Evaluation:
     ]
     attacked.seconds = 6.0
     repeated = replace(
-        attacked.accuracy(), attack=resolve_attack("pgd-7", ball, restarts=3, seed=1), stages=()
+        attacked.accuracy(),
+        attack=resolve_attack("pgd-7", ball, restarts=3, random_start=False, seed=1),
+        stages=(),
     )
     return Evaluation(
         n=4,
@@ -72,13 +74,16 @@ def test_a_result_reads_back_what_it_wrote() -> None:
     assert again.to_dict() == whole.to_dict()
     assert again.attacks[0].attack == whole.attacks[0].attack
     assert again.attacks[1].label == "pgd-7x3"
+    assert again.attacks[1].attack == whole.attacks[1].attack
+    assert whole.to_dict()["results"][2]["random_start"] is False
 
 
 def test_http_answers_with_the_same_fields() -> None:
     values = evaluation().to_dict() | {"done": 1.0}
     answer = EvaluationResult.model_validate(values, extra="forbid").model_dump(mode="json")
-    nothing = dict.fromkeys(("norm", "eps", "eps_text", "alpha", "steps", "restarts", "seed"))
     clean, *attacks = values["results"]
+    settings = ("norm", "eps", "eps_text", "alpha", "steps", "restarts", "random_start", "seed")
+    nothing = dict.fromkeys(settings)
     assert answer == json.loads(json.dumps(values | {"results": [clean | nothing, *attacks]}))
 
 
@@ -89,6 +94,7 @@ def test_results_of_before_a_field_was_renamed_are_read() -> None:
     values["probes"]["right_normalised"] = values["probes"].pop("right_normalized")
     values["probes"]["normalisation"] = values["probes"].pop("normalization")
     del values["precision_reason"], values["image_dtype"]
+    del values["results"][1]["random_start"]
     answer = EvaluationResult.model_validate(values)
     assert answer.results[1].unconfirmed == 1
     assert answer.probes is not None

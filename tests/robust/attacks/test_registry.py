@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
 from robust.attack_registry import (
     DEFAULT_ATTACKS,
@@ -61,6 +62,26 @@ def test_only_what_is_taken_changes_an_attack(entry: AttackEntry) -> None:
         takes = parameter in entry.parameters
         assert getattr(asked, parameter) == (value if takes else getattr(usual, parameter))
         assert usual.takes(parameter) == takes
+
+
+@entries
+def test_the_seed_matters_only_with_a_random_start(
+    entry: AttackEntry, curved: nn.Module, images: Tensor
+) -> None:
+    queried: set[bytes] = set()
+
+    def model(x: Tensor) -> Tensor:
+        queried.update(image.numpy().tobytes() for image in x.detach())
+        logits: Tensor = curved(x)
+        return logits
+
+    stages, y = ("pgd-2",) if entry.stages else None, curved(images).argmax(dim=1)
+    counts = []
+    for seed in (0, 1):
+        attack = resolve_attack(entry.name, ThreatModel(), steps=2, stages=stages, seed=seed)
+        attack.run(model, images, y)
+        counts.append(len(queried))
+    assert (counts[1] > counts[0]) == entry.random_start
 
 
 def test_stages_are_data() -> None:
