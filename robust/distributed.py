@@ -7,6 +7,7 @@ Python objects are exchanged through the CPU (gloo), gradients on CUDA through N
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,21 +53,26 @@ class World:
         return values
 
     def on_rank0(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0; every rank returns its result, or raises its exception."""
+        """Call `make` on rank 0; every rank returns its result, or raises its exception.
+
+        For an exception that can't be pickled, the other ranks raise a RuntimeError with its text.
+        """
         if self.size == 1:
             return make()
         import torch.distributed as dist
 
         outcome: list[Any] = [None, None]  # result, exception
+        failure: Exception | None = None
         if self.is_rank0:
             try:
                 outcome[0] = make()
             except Exception as error:
-                outcome[1] = error
+                failure = error
+                outcome[1] = _picklable(error)
         dist.broadcast_object_list(outcome, src=0)
-        value, failure = outcome
-        if failure is not None:
-            raise failure
+        value, received = outcome
+        if received is not None:
+            raise failure or received
         return value  # type: ignore[no-any-return]
 
     def in_words(self, device: str) -> str:
@@ -81,6 +87,15 @@ class World:
 
 
 SINGLE = World()
+
+
+def _picklable(error: Exception) -> Exception:
+    """The same error if it can be pickled and read again; else a RuntimeError with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of any type: `error` may be of any library
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

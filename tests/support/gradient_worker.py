@@ -1,8 +1,8 @@
 """On one of several ranks: gradients and statistics of a shared batch, against those of a whole.
 
 Prints one JSON object: by phase and precision the relative difference of the gradient, of the
-running statistics and of the loss, and the bytes handed to all-reduces; and the threads left by
-the process group.
+running statistics and of the loss, and the bytes handed to all-reduces; the threads left by the
+process group; and an error of rank 0.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust.distributed import SINGLE, init_distributed
+from robust.distributed import SINGLE, World, init_distributed
 from robust.threat_model import Norm, ThreatModel
 from tests.support import small
 from training.awp import perturbed
@@ -122,6 +122,22 @@ def far(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
+def failure(world: World) -> str:
+    """What an exception of rank 0 that can't be pickled is raised as."""
+
+    class Local(Exception):
+        pass
+
+    def fail() -> None:
+        raise Local("the disk is full")
+
+    try:
+        world.on_rank0(fail)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -129,7 +145,7 @@ def threads() -> int:
 torch.set_num_threads(1)
 before = threads()
 with init_distributed(CPU) as (world, _):
-    found: dict[str, dict[str, float]] = {"local": local(Collectives(world))}
+    found: dict[str, dict[str, float] | str] = {"local": local(Collectives(world))}
     for name in PHASES:
         for dtype in (torch.float32, torch.float64)[: 1 + (name != "awp")]:
             collectives = Collectives(world)
@@ -142,5 +158,6 @@ with init_distributed(CPU) as (world, _):
             }
     collectives = Collectives(world)
     found["stop"] = {"asked": collectives.any(world.rank == 1), "not asked": collectives.any(False)}
+    found["failure"] = failure(world)
 found["threads"] = {"left": threads() - before}  # those of the group could abort the exit
 print(json.dumps(found))  # noqa: T201

@@ -74,6 +74,8 @@ def test_a_shared_batch_has_the_gradient_of_the_whole() -> None:
     first, second = map(
         json.loads, run_together(Path(__file__).parents[1] / "support" / "gradient_worker.py")
     )
+    failures = first.pop("failure"), second.pop("failure")
+    assert failures == ("Local: the disk is full", "RuntimeError: Local: the disk is full")
     assert first == second
     assert first.pop("stop") == {"asked": True, "not asked": False}
     assert first.pop("threads") == {"left": 0}
