@@ -1,4 +1,7 @@
-"""A run small enough for a unit test: 16-pixel images whose color is their class."""
+"""A run small enough for a unit test: 16-pixel images whose color is their class.
+
+The network has 78,000 weights; with the 11 million of a ResNet-18 a run takes five times as long.
+"""
 
 from dataclasses import replace
 
@@ -22,7 +25,8 @@ def colors() -> Dataset:
 def tiny() -> Recipe:
     return Recipe(
         name="tiny",
-        arch="resnet18",
+        arch="wide_resnet10_1",
+        stem="cifar",
         input_size=16,
         batch_size=16,
         held_out=0.2,

@@ -14,7 +14,7 @@ def test_the_cost_of_a_run_is_what_its_size_says(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cost_module, "_seconds_per_image", lambda *args, **kwargs: 0.5)
-    recipe = replace(tiny, optimizer="sgd")
+    recipe = replace(tiny, arch="resnet18", stem="imagenet", optimizer="sgd")
     cost = estimate(recipe, images=80, num_classes=4, device=CPU)
     assert cost.steps == 5 * recipe.epochs
     assert cost.data_bytes == 80 * 3 * 16 * 16
@@ -46,8 +46,9 @@ def test_too_little_memory_is_warned_of(
 ) -> None:
     monkeypatch.setattr(cost_module, "_seconds_per_image", lambda *args, **kwargs: 0.5)
     monkeypatch.setattr(cost_module, "resident_bytes", lambda: 1_000_000_000)
+    recipe = replace(tiny, arch="resnet18", stem="imagenet")
     for free, warned in ((10_000_000_000, False), (1_000_000, True)):
         monkeypatch.setattr(cost_module, "available_bytes", lambda device, free=free: free)
-        line = describe_cost(tiny, images=80, num_classes=4, device=CPU)
+        line = describe_cost(recipe, images=80, num_classes=4, device=CPU)
         assert line.startswith("15 steps of 16 images, about 1.3 GB of memory and 9 min")
         assert ("found 0.0 GB free: lower batch_size" in caplog.text) is warned

@@ -17,9 +17,9 @@ SMALL = ["--device", "cpu", "--set", "batch_size=16", "--set", "held_out=0.2"]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colors: Dataset) -> Path:
-    """An empty current folder with 40 images of 16 pixels in train.pt."""
+    """An empty current folder with 24 images of 16 pixels in train.pt: one step an epoch."""
     monkeypatch.chdir(tmp_path)
-    few = colors.limit(40)
+    few = colors.limit(24)
     torch.save({"images": few.images, "labels": few.labels}, tmp_path / "train.pt")
     return tmp_path
 
