@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from robust.attack_registry import DEFAULT_ATTACKS
 from robust.attacks import AttackResult, AttackSettings, Model, frozen
-from robust.attacks.checks import check_callable, try_model
+from robust.attacks.checks import as_whole, check_callable, check_seed, try_model
 from robust.attacks.passes import Passes
 from robust.attacks.search import to_images
 from robust.classifier import Classifier
 from robust.commands.options import resolve_attacks
 from robust.commands.output import Progress
 from robust.datasets import Dataset
+from robust.device import resolve_device
 from robust.evaluation import Evaluation, evaluate_batches
 from robust.evaluation.precision import Precision, full_float32
 from robust.matching import match_classes
@@ -65,7 +66,8 @@ def evaluate(
     `norm`, `steps`, `restarts` and `seed` apply to the attacks given by name.
 
     The result prints as a table, and has `to_json()`, `to_markdown()` and `to_pandas()`.
-    `num_classes` defaults to the number of the model's logits, `device` to the model's device.
+    `num_classes` defaults to the number of the model's logits, `device` to the model's device;
+    ``"auto"`` is the accelerator that torch finds, else the CPU.
     With `journal` a stopped evaluation resumes from that file; for a callable that is not a
     module this needs a `model_id`. `progress` shows a bar or lines on standard error.
 
@@ -73,6 +75,8 @@ def evaluate(
     be evaluated, and JournalError for a journal of another evaluation.
     """
     where = _device_of(model, device)
+    batch_size, curve = as_whole("batch_size", batch_size), as_whole("curve", curve, least=0)
+    num_classes = None if num_classes is None else as_whole("num_classes", num_classes)
     x, y, dtype = _labeled(model, images, labels)
     chosen = _resolve(
         attacks, norm=norm, eps=eps, alpha=alpha, steps=steps, restarts=restarts, seed=seed
@@ -125,7 +129,7 @@ def attack(
     prediction; with `target`, one integer or N, it is toward those classes. The result is on
     the model's device, in the order of the images.
     """
-    where = _device_of(model, device)
+    where, batch_size = _device_of(model, device), as_whole("batch_size", batch_size)
     if labels is None and _is_array(images):
         x, _ = _as_images(images)
         y = None
@@ -165,6 +169,7 @@ def _resolve(
             raise ValueError(
                 f"expected an attack by name or as AttackSettings, got a {type(item).__name__}"
             )
+    check_seed(seed)
     options = {"eps": eps, "alpha": alpha, "steps": steps, "restarts": restarts}
     unused = [name for name, value in options.items() if value is not None]
     if not given:
@@ -178,16 +183,16 @@ def _resolve(
         norm=norm,
         eps=None if eps is None else parse_eps(eps),
         alpha=None if alpha is None else parse_eps(alpha),
-        steps=steps,
-        restarts=restarts,
-        seed=seed,
+        steps=None if steps is None else as_whole("steps", steps),
+        restarts=None if restarts is None else as_whole("restarts", restarts),
+        seed=int(seed),
     )
 
 
 def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
     check_callable(model)
     if device is not None:
-        return torch.device(device)
+        return resolve_device(device)
     if isinstance(model, nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             return tensor.device
@@ -307,8 +312,6 @@ def _predictions(model: Model, x: Tensor, batch_size: int) -> Tensor:
     """The predicted class of each image, int64 (N,). Raises ValueError and ModelError."""
     if not len(x):
         raise ValueError("expected at least 1 image, got none")
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
     with frozen(model, x.device), full_float32():
         return Passes(model, batch_size).logits(x).argmax(dim=1)
 

@@ -16,7 +16,7 @@ import torch
 
 from robust import files
 from robust.classifier import Classifier
-from robust.device import compare_with_cpu
+from robust.device import compare_with_cpu, resolve_device
 from robust.loading.describe import (
     Described,
     contradiction,
@@ -274,10 +274,11 @@ def load_model(
 ) -> Classifier:
     """The classifier in a file, folder or service, in eval mode: images in [0, 1] to logits.
 
-    `model` is as for the command line's ``--model``, see ``docs/formats.md``. The other arguments
-    describe a bare state dict, like the command line's options: `mean` and `std` are 3 numbers or
-    a name such as ``imagenet``. The classifier has `classes` and `architecture`. Every guess is
-    logged as a warning. Raises CheckpointError, and ValueError for an invalid option.
+    `model` is as for the command line's ``--model``, see ``docs/formats.md``. `device` ``"auto"``
+    is the accelerator that torch finds, else the CPU. The other arguments describe a bare state
+    dict, like the command line's options: `mean` and `std` are 3 numbers or a name such as
+    ``imagenet``. The classifier has `classes` and `architecture`. Every guess is logged as a
+    warning. Raises CheckpointError, and ValueError for an invalid option.
     """
     options = model_options(
         arch=arch,
@@ -289,7 +290,7 @@ def load_model(
         classes=classes,
         key=key,
     )
-    return load_checkpoint(model, device=device, options=options).classifier
+    return load_checkpoint(model, device=resolve_device(device), options=options).classifier
 
 
 def check_recordable(checkpoint: Checkpoint) -> None:
@@ -335,7 +336,7 @@ def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _weights_path(path: Path | str) -> Path:
     path = Path(path)
-    if path == sidecar_path(path):
+    if path.name and path == sidecar_path(path):
         raise CheckpointError(path, "the name of a weights file", "that of its sidecar")
     return path
 

@@ -18,29 +18,31 @@ class DeviceDisagrees(ValueError):
     """A device computes other logits or gradients than the CPU, or none."""
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """The device of that name; `auto` is the accelerator that torch finds, else the CPU.
 
     Raises ValueError for a missing device.
     """
+    if isinstance(name, torch.device) and name.type not in KINDS:
+        return name  # of a backend that this project doesn't know
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return torch.device(found.type if found is not None and found.type in KINDS else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name) if isinstance(name, str | torch.device) else None
     except RuntimeError:
         device = None
     if device is None or device.type not in KINDS:
         raise ValueError(f"expected a device such as auto, {', '.join(KINDS)}, got {name!r}")
     if device.type == "cpu":
         return device
-    module = torch.get_device_module(device.type)
+    shown, module = str(name), torch.get_device_module(device.type)
     kind = device.type.upper()
     if not module.is_available():
-        raise ValueError(f"expected a {kind} device for {name!r}, found none; use auto or cpu")
+        raise ValueError(f"expected a {kind} device for {shown!r}, found none; use auto or cpu")
     count = module.device_count()
     if (device.index or 0) >= count:
-        raise ValueError(f"expected a {kind} device from 0 to {count - 1}, got {name!r}")
+        raise ValueError(f"expected a {kind} device from 0 to {count - 1}, got {shown!r}")
     return device
 
 

@@ -41,6 +41,8 @@ def parse_eps(value: str | float) -> float:
     checks. Digits are ASCII without underscores. Raises ValueError that shows the value.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         if isinstance(value, str):
             numbers = _SIZE.fullmatch(value.strip(" "))
             if numbers is None:
@@ -80,6 +82,8 @@ class ThreatModel:
             object.__setattr__(self, "norm", self.norm.lower())
         if self.norm not in NORMS:
             raise ValueError(f"expected norm to be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if isinstance(self.eps, str | bool | None):
+            raise ValueError(f"expected eps as a number, such as 8 / 255, got {self.eps!r}")
         if not math.isfinite(self.eps) or self.eps < 0:
             raise ValueError(f"expected eps of at least 0, got {self.eps}")
         if self.norm == "linf" and self.eps > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from robust.memory import is_out_of_memory
 
 def check_callable(model: object) -> None:
     """A model must be a callable; the path of one is not loaded."""
-    if callable(model):
+    if callable(model) and not isinstance(model, type):
         return
     hint = "; load it with robust.load_model" if isinstance(model, str | Path) else ""
+    if isinstance(model, type):
+        hint = f" {model.__name__}; make a model of it first"
     raise ValueError(
         f"expected a module or callable from images to logits, got {_form(model)}{hint}"
     )
@@ -94,7 +97,8 @@ def check_eps(eps: Tensor, x: Tensor, norm: Norm) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """A seed must fit 64 bits."""
+    """A seed must be a whole number that fits 64 bits."""
+    as_whole("seed", seed, least=-(2**63))
     if not -(2**63) <= seed < 2**63 - 1:
         raise ValueError(f"expected a seed that fits 64 bits, got {seed}")
 
@@ -104,6 +108,18 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
+
+
+def as_whole(name: str, value: Any, *, least: int = 1) -> int:
+    """`value` as an int, also from NumPy or torch."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        bound = f" of at least {least}" if least > -(2**63) else ""
+        raise ValueError(f"expected {name} as a whole number{bound}, got {value!r}")
+    return number
 
 
 def check_classes(found: int, y: Tensor, target: Tensor | None = None) -> None:

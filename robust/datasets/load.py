@@ -20,8 +20,13 @@ def load_dataset(source: str | Path, *, size: int = 32, train: bool = True) -> D
     `source` is a name, a file or a folder in one of the formats in `registry.py`; write `./digits`
     for a folder with the name of a built-in set. `train` chooses the split of a set that has two.
     Pickles are never executed. `Dataset.changes` lists everything resized, skipped or guessed.
-    Raises DatasetError, which names the source, what was expected and what was found.
+    Raises DatasetError, which names the source, what was expected and what was found, and
+    ValueError for another `size` or `train`.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"expected size as a whole number of at least 1, got {size!r}")
+    if not isinstance(train, bool):
+        raise ValueError(f"expected train as True or False, got {train!r}")
     named = by_name().get(str(source)) if isinstance(source, str) else None
     if named is not None:
         return named.load()(Source(name=str(source), size=size, train=train))

@@ -58,6 +58,10 @@ def model_options(
     key: str | None = None,
 ) -> ModelOptions:
     """Parse the options as the user writes them. Raises ValueError and OSError."""
+    if not isinstance(key, str | None):
+        raise ValueError(f"expected key as text, got {key!r}")
+    if input_size is not None and type(input_size) is not int:
+        raise ValueError(f"expected input_size as a whole number, got {input_size!r}")
     return ModelOptions(
         arch=arch,
         stem=stem,
@@ -99,6 +103,8 @@ def check_unit_pixels(values: Sequence[float]) -> None:
 
 def parse_classes(text: str | Sequence[str]) -> tuple[str, ...]:
     """Comma-separated names, or a text file with one per line. Raises ValueError and OSError."""
+    if not isinstance(text, Sequence) or not all(isinstance(part, str) for part in text):
+        raise ValueError(f"expected class names as text, got {text!r}")
     if isinstance(text, str):
         parts = Path(text).read_text().splitlines() if _is_file(text) else text.split(",")
     else:

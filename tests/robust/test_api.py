@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import robust
 from robust.attacks import ModelError, resolve_attack
+from robust.checkpoint import CheckpointError
 from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset
 from robust.threat_model import ThreatModel
@@ -212,12 +213,70 @@ def test_a_result_prints_and_converts(
         ({"images": 3}, "images as an array, got a int"),
         ({"model": "model.pt"}, "callable from images to logits, got a str; load it with robust"),
         ({"model": None}, "callable from images to logits, got a NoneType$"),
+        ({"model": nn.Linear}, "got a type Linear; make a model of it first"),
+        ({"device": "foo"}, "a device such as auto, cpu, cuda, mps, xpu, got 'foo'"),
+        ({"device": 3}, "a device such as auto, cpu, cuda, mps, xpu, got 3"),
+        ({"batch_size": "3"}, "batch_size as a whole number of at least 1, got '3'"),
+        ({"batch_size": 0}, "batch_size as a whole number of at least 1, got 0"),
+        ({"curve": -1}, "curve as a whole number of at least 0, got -1"),
+        ({"curve": None}, "curve as a whole number of at least 0, got None"),
+        ({"num_classes": 0}, "num_classes as a whole number of at least 1, got 0"),
+        ({"num_classes": "2"}, "num_classes as a whole number of at least 1, got '2'"),
+        ({"steps": True}, "steps as a whole number of at least 1, got True"),
+        ({"restarts": 1.5}, "restarts as a whole number of at least 1, got 1.5"),
+        ({"seed": 1.5}, "seed as a whole number, got 1.5"),
+        ({"seed": None}, "seed as a whole number, got None"),
+        ({"seed": 2**70}, "a seed that fits 64 bits"),
+        ({"eps": -1}, "a finite size of at least 0, got -1"),
+        ({"eps": True}, "a fraction such as 8/255, got 'True'"),
+        ({"precision": "fp16"}, "a precision out of auto, fp32, bf16, got 'fp16'"),
     ],
 )
 def test_refuses(make_linear: Callable[..., nn.Module], change: Any, message: str) -> None:
     values = {"model": make_linear(), "images": torch.zeros(2, 3, 4, 4), "labels": [0, 1]} | change
     with pytest.raises(ValueError, match=message):
-        robust.evaluate(progress=False, curve=0, **values)
+        robust.evaluate(**{"progress": False, "curve": 0, **values})
+
+
+def test_whole_numbers_of_numpy_and_a_device_by_name(
+    data: tuple[nn.Module, Tensor, Tensor],
+) -> None:
+    one = np.int64(1)
+    counts = {"steps": one, "restarts": one, "seed": one, "batch_size": one}
+    ball = {**BALL, "curve": one - 1}
+    result = robust.evaluate(*data, attacks=["pgd"], device="cpu", **counts, **ball)
+    assert json.loads(result.to_json())["results"][1]["steps"] == 1
+    again = robust.attack(*data, device=torch.device("cpu"), eps=EPS, **counts)
+    assert again.x_adv.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("load", "argument", "message"),
+    [
+        (robust.load_model, {"device": "foo"}, "a device such as auto, cpu, .* got 'foo'"),
+        (robust.load_model, {"device": None}, "a device such as auto, cpu, .* got None"),
+        (robust.load_model, {"classes": 3}, "class names as text, got 3"),
+        (robust.load_model, {"classes": [1, 2]}, r"class names as text, got \[1, 2\]"),
+        (robust.load_model, {"key": 3}, "key as text, got 3"),
+        (robust.load_model, {"input_size": "32"}, "input_size as a whole number, got '32'"),
+        (robust.load_dataset, {"size": "32"}, "size as a whole number of at least 1, got '32'"),
+        (robust.load_dataset, {"size": -1}, "size as a whole number of at least 1, got -1"),
+        (robust.load_dataset, {"train": "test"}, "train as True or False, got 'test'"),
+    ],
+)
+def test_loading_refuses(
+    load: Callable[..., Any], argument: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "none.pt", **argument)
+
+
+def test_a_folder_without_a_name_is_one_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected model.safetensors or"):
+        robust.load_model(".")
 
 
 @pytest.mark.parametrize("attack", [None, ["pgd"]])
@@ -293,7 +352,7 @@ def test_an_attack_without_labels_refuses_what_one_with_labels_does(
     data: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
     model, x, _ = data
-    with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size as a whole number of at least 1, got 0"):
         robust.attack(model, x, batch_size=0)
     with pytest.raises(ValueError, match="at least 1 image"):
         robust.attack(model, x[:0])

@@ -175,6 +175,7 @@ def test_a_norm_is_read_in_any_case() -> None:
         ("l7", 0.1, "expected norm to be one of linf, l2"),
         ("linf", 8.0, "expected an linf eps in"),
         ("linf", -1.0, "at least 0"),
+        ("linf", "8/255", "eps as a number, such as 8 / 255, got '8/255'"),
         ("l2", math.nan, "at least 0"),
         ("l2", math.inf, "at least 0"),
     ],
