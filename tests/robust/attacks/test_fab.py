@@ -1,3 +1,5 @@
+from itertools import count
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,8 +7,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from robust.attacks.fab import to_hyperplane
+from robust.attacks.fab import FAB, to_hyperplane
+from robust.attacks.run import run_algorithm
 from robust.geometry import Norm, lengths
+from robust.threat_model import ThreatModel
 
 SIZE = 6
 finite = st.floats(-3, 3, width=32).filter(lambda v: v == 0 or abs(v) > 1e-2)
@@ -107,3 +111,18 @@ def test_stays_where_there_is_no_gap_or_no_gradient(norm: Norm) -> None:
     x, w = [0.2, 0.4, 0.6, 0.8, 1.0, 0.0], [1.0, -1.0, 0.5, 2.0, 0.1, -0.1]
     assert not bool(solve(x, w, 0.0, norm).any())
     assert not bool(solve(x, [0.0] * SIZE, 0.7, norm).any())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+def test_the_most_passes_are_spent_when_every_second_step_ends_beyond(steps: int) -> None:
+    queries = count()
+
+    def model(x: Tensor) -> Tensor:
+        beyond = next(queries) % 4 == 2  # after the clean logits and the start
+        other = x.flatten(1).sum(dim=1) + (100 if beyond else -100)
+        return torch.stack([torch.zeros_like(other), other], dim=1)
+
+    attack = FAB(norm="linf", steps=steps, early_stop=False)
+    x, y = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
+    result = run_algorithm(model, attack, x, y, threat_model=ThreatModel())
+    assert (result.forwards + result.backwards).item() == attack.cost
