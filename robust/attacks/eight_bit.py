@@ -56,10 +56,17 @@ def _rescaled(delta: Tensor, origin: Tensor, reach: Tensor) -> Tensor:
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     # Between the two scales, pixels go to the next level one by one, as long as there is room.
     whole, further = rounded(low), rounded(high)
-    order = ((whole + 0.5) / size.clamp_min(1e-12)).argsort(dim=1, stable=True)
-    price = (further.square() - whole.square()).gather(1, order).cumsum(dim=1)
-    taken = price <= most - whole.square().sum(dim=1, keepdim=True)
-    whole = torch.where(torch.zeros_like(taken).scatter(1, order, taken), further, whole)
+    # They are few, so sorting them costs little.
+    row, pixel = (further > whole).nonzero(as_tuple=True)
+    order = ((whole[row, pixel] + 0.5) / size[row, pixel].clamp_min(1e-12)).argsort(stable=True)
+    order = order[row[order].argsort(stable=True)]  # row by row
+    row, pixel = row[order], pixel[order]
+    price = (further[row, pixel].square() - whole[row, pixel].square()).long()
+    total = price.new_zeros(len(size)).index_add_(0, row, price)
+    spent = price.cumsum(dim=0) - (total.cumsum(dim=0) - total)[row]
+    left = (most - whole.square().sum(dim=1, keepdim=True)).squeeze(1)
+    taken = spent <= left[row]
+    whole[row[taken], pixel[taken]] = further[row[taken], pixel[taken]]
     return whole.view_as(delta) * delta.sign()
 
 
