@@ -18,7 +18,10 @@ from robust.geometry import Norm
 from robust.threat_model import ThreatModel
 
 BUDGETS = {"square": 40, "minimal": 5}
-STAGES = {"autoattack": ("apgd-ce-8", "apgd-t-8", "fab-t-8", "square-40")}
+STAGES = {
+    "autoattack": ("apgd-ce-8", "apgd-t-8", "fab-t-8", "square-40"),
+    "audit": ("pma-8", "malt-8", "square-check-120"),  # which checks after 100 queries
+}
 
 
 @pytest.fixture
