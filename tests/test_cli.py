@@ -309,7 +309,7 @@ def test_interrupt_ends_quietly(
 
 def test_ctrl_c_in_a_real_process(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.npz"
-    np.savez(path, images=np.zeros((4000, 32, 32, 3), np.uint8), labels=np.arange(4000) % 4)
+    np.savez(path, images=np.zeros((400, 32, 32, 3), np.uint8), labels=np.arange(400) % 4)
     arguments = f"evaluate --checkpoint good.pt --data {path} --batch-size 20 --steps 60"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
