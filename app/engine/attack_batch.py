@@ -101,7 +101,10 @@ def compare_cost(attacks: Sequence[AttackSettings]) -> int:
 
 
 def cost(attacks: Sequence[AttackSettings]) -> int:
-    """The most forward and backward passes for an image, with the predictions before and after."""
+    """The most passes of the attacks for an image, with the predictions before and after.
+
+    Restoring a success that rounding to 8 bits undid, or repeating an attack in float32, adds some.
+    """
     return sum(settings.cost + 2 for settings in attacks)
 
 
