@@ -34,8 +34,9 @@ from robust.attacks.noise import image_keys
 from robust.attacks.rows import Rows
 from robust.attacks.search import search
 from robust.attacks.square import Square
+from robust.choices import Norm
 from robust.datasets import Dataset, load_dataset
-from robust.geometry import Norm, distance, lengths
+from robust.geometry import distance, lengths
 from robust.threat_model import ThreatModel, format_eps, parse_eps
 
 REFERENCE_COMMIT = "a39220048b3c9f2cca9a4d3a54604793c68eca7e"

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from robust import networks
+from robust.choices import ACTIVATIONS, STEMS, Activation, Stem
 from robust.device import resolve_device
 
-Stem = Literal["imagenet", "cifar"]
-Activation = Literal["relu", "silu"]
 ARCHS = networks.ARCHS
-STEMS: tuple[Stem, ...] = get_args(Stem)
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 __all__ = [
     "ACTIVATIONS",
     "ARCHS",

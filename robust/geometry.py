@@ -7,13 +7,11 @@ units. `threat_model.ThreatModel` is one such ball with its checks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Norm = Literal["linf", "l2"]
-NORMS: tuple[Norm, ...] = get_args(Norm)
+from robust.choices import Norm
 
 
 def distance(x_adv: Tensor, x: Tensor, norm: Norm) -> Tensor:

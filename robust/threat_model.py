@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from robust import geometry
-from robust.geometry import NORMS, Norm, distance, lengths
+from robust.choices import NORMS, Norm
+from robust.geometry import distance, lengths
 from robust.images import to_float
+from robust.sizes import format_eps, parse_eps
 
 __all__ = [
     "EPS_OF_8_BIT",
@@ -29,41 +30,6 @@ EPS_OF_8_BIT = "0, or at least 1/255: no other 8-bit image is closer"
 
 # Distances are compared in float32: exceeding eps by this much is rounding.
 TOLERANCE = 1e-6
-
-_DECIMAL = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
-_SIZE = re.compile(rf"{_DECIMAL}(?: */ *{_DECIMAL})?")
-
-
-def parse_eps(value: str | float) -> float:
-    """Read a size in pixel units, written ``8/255`` or as a number.
-
-    Returns a finite float of at least 0. An Linf size must also be at most 1, which `ThreatModel`
-    checks. Digits are ASCII without underscores. Raises ValueError that shows the value.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        if isinstance(value, str):
-            numbers = _SIZE.fullmatch(value.strip(" "))
-            if numbers is None:
-                raise ValueError
-            number = float(numbers[1]) / float(numbers[2] or 1)
-        else:
-            number = float(value)
-    except (TypeError, ValueError, ZeroDivisionError):
-        shown = str(value)[:40]
-        raise ValueError(f"expected a number or a fraction such as 8/255, got {shown!r}") from None
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"expected a finite size of at least 0, got {number}")
-    return number
-
-
-def format_eps(eps: float) -> str:
-    """A size as text: ``8/255`` if it is a whole number of gray levels."""
-    levels = eps * 255
-    if eps <= 1 and abs(levels - round(levels)) < 1e-4:
-        return f"{round(levels)}/255"
-    return f"{eps:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,28 @@ def test_help_is_quick_and_fits_a_screen() -> None:
         assert any(line.startswith(f"  {command} ") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["recipes"], 0, "Train a ResNet-18 on a small data set"),
+        (["train", "--data", "digits", "--recipe", "slow"], 2, "expected recipe to be one of"),
+        (["attack", "--eps", "banana", "a.png"], 2, "such as 8/255"),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(
+    arguments: list[str], status: int, words: str
+) -> None:
+    code = (
+        "import sys, robust_cli\n"
+        "status = robust_cli.run(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(started(*arguments, code=code), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert words in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", list(robust_cli.cli.commands))
 def test_every_command_has_help_with_an_example(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -141,11 +141,14 @@ def train(
             raise click.UsageError(NO_DATA)
         data = DEFAULT_DATA
     from robust.loading.options import parse_classes
-    from training.inputs import load_images, with_threat_model
     from training.recipe_sources import load_recipe, recorded_seed
     from training.recipe_values import override
 
-    recipe = with_threat_model(load_recipe(recipe_source), norm, eps)
+    recipe = load_recipe(recipe_source)  # a name that does not exist is refused without torch
+
+    from training.inputs import load_images, with_threat_model
+
+    recipe = with_threat_model(recipe, norm, eps)
     recipe = replace(recipe, input_size=input_size or recipe.input_size)
     recipe = override(recipe, assignments)
     names = parse_classes(classes) if classes else ()

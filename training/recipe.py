@@ -10,9 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from robust import networks
-from robust.classifier import Activation, Stem
-from robust.threat_model import Norm, ThreatModel
+from robust.choices import Activation, Norm, Stem
 from training.field_types import Limits, Size, check_fields
 
 EPS = 8 / 255  # pixel units
@@ -194,6 +192,10 @@ class Recipe:
     `last`."""
 
     def __post_init__(self) -> None:
+        # Not at the top: recipes are listed without torch.
+        from robust import networks
+        from robust.threat_model import ThreatModel
+
         check_fields(self)
         try:
             networks.check_choices(

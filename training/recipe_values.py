@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from robust.loading.options import NAMED_MEANS, NAMED_STDS
-from robust.threat_model import format_eps, parse_eps
+from robust.sizes import format_eps, parse_eps
 from training.field_types import hints, is_size, unwrap
 from training.recipe import Recipe
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robust.attacks.checks import check_counts
 from robust.attacks.rows import Rows, S
-from robust.geometry import Norm
+from robust.choices import Norm
 
 if TYPE_CHECKING:
     from robust.attacks.settings import AttackSettings

@@ -15,7 +15,8 @@ from robust.attacks.losses import FUNCTIONS, Loss, check_loss, classes_needed, t
 from robust.attacks.noise import normal, uniform
 from robust.attacks.rows import Rows, Table
 from robust.attacks.targets import nth_likeliest
-from robust.geometry import Norm, column, lengths, projection, steepest
+from robust.choices import Norm
+from robust.geometry import column, lengths, projection, steepest
 
 RHO = 0.75  # fraction of steps that must raise the loss to keep the step size
 MOMENTUM = 0.75

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from robust.attacks.result import AttackResult
 from robust.attacks.rows import Rows
-from robust.geometry import Norm, distance
+from robust.choices import Norm
+from robust.geometry import distance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from robust.attacks.passes import ModelError, check_logits
-from robust.geometry import Norm
+from robust.choices import Norm
 from robust.memory import is_out_of_memory
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robust.geometry import Norm, column, distance, project
+from robust.choices import Norm
+from robust.geometry import column, distance, project
 from robust.images import to_float
 
 HALVINGS = 8  # bisections of `closest`: all levels under linf

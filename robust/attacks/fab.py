@@ -14,7 +14,8 @@ from robust.attacks.checks import check_counts
 from robust.attacks.losses import logit_gap
 from robust.attacks.rows import Rows, Table
 from robust.attacks.targets import nth_likeliest
-from robust.geometry import Norm, column, distance, lengths
+from robust.choices import Norm
+from robust.geometry import column, distance, lengths
 
 ALPHA_MAX = 0.1  # largest pull back towards the image
 ETA = 1.05  # how far a step overshoots the boundary

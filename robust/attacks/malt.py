@@ -13,7 +13,8 @@ from robust.attacks.apgd import APGD, APGDState
 from robust.attacks.checks import check_counts
 from robust.attacks.losses import logit_gap, targeted_dlr
 from robust.attacks.rows import Rows
-from robust.geometry import Norm, column, lengths
+from robust.choices import Norm
+from robust.geometry import column, lengths
 
 if TYPE_CHECKING:
     from robust.attacks.settings import AttackSettings

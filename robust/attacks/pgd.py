@@ -13,7 +13,8 @@ from robust.attacks.algorithm import Algorithm
 from robust.attacks.losses import FUNCTIONS, Loss, check_loss
 from robust.attacks.noise import normal, uniform
 from robust.attacks.rows import Rows, Table
-from robust.geometry import Norm, column, lengths, project, steepest
+from robust.choices import Norm
+from robust.geometry import column, lengths, project, steepest
 
 if TYPE_CHECKING:
     from robust.attacks.settings import AttackSettings

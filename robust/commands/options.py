@@ -40,7 +40,7 @@ class Size(click.ParamType[float]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        from robust.threat_model import parse_eps
+        from robust.sizes import parse_eps
 
         try:
             return parse_eps(value)

@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robust.geometry import NORMS, Norm, distance, lengths, project, projection, steepest
+from robust.choices import NORMS, Norm
+from robust.geometry import distance, lengths, project, projection, steepest
 
 SHAPE = (3, 1, 2, 3)
 eps_values = st.floats(0, 2, width=32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robust.attacks import resolve_attack
-from robust.geometry import Norm
+from robust.choices import Norm
 from robust.images import to_float, to_uint8
 from robust.prediction import AttackOutcome, attack_images, predict
 from robust.threat_model import ThreatModel

@@ -5,7 +5,8 @@ import torch
 
 from robust.attacks.apgd import APGD, APGDState, checks, random_surface
 from robust.attacks.rows import Rows
-from robust.geometry import Norm, distance
+from robust.choices import Norm
+from robust.geometry import distance
 from tests.robust.attacks.conftest import make_rows
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from robust.attacks.fab import FAB, to_hyperplane
 from robust.attacks.run import run_algorithm
-from robust.geometry import Norm, lengths
+from robust.choices import Norm
+from robust.geometry import lengths
 from robust.threat_model import ThreatModel
 
 SIZE = 6

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robust.attack_registry import REGISTRY
 from robust.attacks import apgd, apgd_t, fab_t, minimal, resolve_attack, square
-from robust.geometry import Norm
+from robust.choices import Norm
 from robust.threat_model import ThreatModel
 
 NORMS: list[Norm] = ["linf", "l2"]

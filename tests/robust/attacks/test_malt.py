@@ -7,7 +7,7 @@ from torch import Tensor
 from robust.attacks import apgd_t, resolve_attack
 from robust.attacks.malt import MALT
 from robust.attacks.run import run_algorithm
-from robust.geometry import Norm
+from robust.choices import Norm
 from robust.threat_model import ThreatModel
 
 NORMS: list[Norm] = ["linf", "l2"]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from robust.attacks import minimal
-from robust.geometry import Norm, distance
+from robust.choices import Norm
+from robust.geometry import distance
 from robust.threat_model import ThreatModel
 
 

@@ -14,7 +14,7 @@ from robust.attacks.pgd import PGD
 from robust.attacks.rows import Rows, Table
 from robust.attacks.search import search
 from robust.attacks.square import Square
-from robust.geometry import Norm
+from robust.choices import Norm
 from robust.threat_model import ThreatModel
 
 BUDGETS = {"square": 40, "minimal": 5}

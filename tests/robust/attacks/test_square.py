@@ -7,7 +7,8 @@ from torch import Tensor
 
 from robust.attacks import AttackResult, square
 from robust.attacks.square import HALVED_AFTER, _window, square_sides
-from robust.geometry import Norm, distance
+from robust.choices import Norm
+from robust.geometry import distance
 from robust.threat_model import ThreatModel
 from tests.robust.attacks.conftest import Curved
 

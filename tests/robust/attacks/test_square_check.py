@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from robust.attacks import resolve_attack, square
 from robust.attacks.square_check import ASCENT, QUERIES
-from robust.geometry import Norm
+from robust.choices import Norm
 from robust.threat_model import ThreatModel
 
 EPS: dict[Norm, float] = {"linf": 0.02, "l2": 0.15}

@@ -1,0 +1,14 @@
+"""Names that a threat model and an architecture choose from. No torch: recipes use them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Norm = Literal["linf", "l2"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+Stem = Literal["imagenet", "cifar"]
+STEMS: tuple[Stem, ...] = get_args(Stem)
+
+Activation = Literal["relu", "silu"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
