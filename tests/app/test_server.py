@@ -53,7 +53,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     path = tmp_path / "robust_model.pt"
-    write_checkpoint(path)
+    write_checkpoint(path, arch="resnet18")
     server = Server(path)
     yield server
     if server.process.poll() is None:
@@ -71,7 +71,7 @@ def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path
     assert answer.status_code == 200
     old = answer.json()["model_sha256"]
 
-    new = write_checkpoint(tmp_path / "robust_model.pt", seed=7)
+    new = write_checkpoint(tmp_path / "robust_model.pt", seed=7, arch="resnet18")
     server.process.send_signal(signal.SIGHUP)  # no need to wait for the next look
     until(lambda: httpx.get(f"{server.url}/model", timeout=120).json()["sha256"] == new)
     assert new != old

@@ -65,7 +65,7 @@ def without_times(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [item | {"seconds": 0, "transfer": None} for item in results]
 
 
-@pytest.mark.parametrize("more", ["", "&label=frog", "&target=ship&eps=32/255"])
+@pytest.mark.parametrize("more", ["", "&label=frog", "&target=dog&eps=32/255"])
 def test_each_is_attacked_as_it_is_alone_and_shown_the_image_of_the_other(
     compared: Running, turned: Running, more: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_the_card_names_both(compared: Running, running: Running) -> None:
     card = compared.client.get("/model").json()
     assert (card["name"], card["compare"]["name"]) == ("robust_model.pt", "plain_model.pt")
     assert card["compare"]["sha256"] != card["sha256"]
-    assert card["compare"]["card"]["architecture"]["arch"] == "resnet18"
+    assert card["compare"]["card"]["architecture"]["arch"] == "wide_resnet10_1"
     assert running.client.get("/model").json()["compare"] is None
 
 

@@ -143,7 +143,7 @@ def test_the_server_and_its_model(running: Running) -> None:
     assert get("/v2/health/live").json() == {"live": True}
     assert get("/v2/health/ready").json() == {"ready": True}
     model = get("/v2/models/robust").json()
-    assert model["platform"] == "pytorch_resnet18"
+    assert model["platform"] == "pytorch_wide_resnet10_1"
     assert model["versions"] == [sha256]
     assert model["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}]
     answer = infer(running, inputs=[tensor(pixels(n=2))])

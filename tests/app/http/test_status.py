@@ -17,7 +17,7 @@ def test_the_card_is_the_sidecars(running: Running, checkpoint) -> None:
     assert card["sha256"] == loaded.sha256
     assert card["classes"] == list(CLASSES)
     assert (card["device"], card["input_size"]) == ("cpu", 32)
-    assert card["card"]["architecture"]["arch"] == "resnet18"
+    assert card["card"]["architecture"]["arch"] == "wide_resnet10_1"
     assert card["card"]["weights_sha256"] == loaded.sha256
 
 
@@ -102,7 +102,7 @@ def test_metrics_count_what_happens(running: Running) -> None:
     assert grew('robust_jobs{state="done"}') == 1
     sha256 = running.service.models.current.sha256
     (info,) = (name for name in after if name.startswith("robust_model_info"))
-    assert re.search(r'arch="resnet18",device="cpu \(1 thread\)"', info)
+    assert re.search(r'arch="wide_resnet10_1",device="cpu \(1 thread\)"', info)
     assert f'sha256="{sha256}"' in info
     assert after['robust_queued_forwards{kind="predict"}'] == 0
     assert not any("unknown/path" in name for name in after)

@@ -18,6 +18,13 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("visited") / "robust_model.pt"
+    write_checkpoint(path, arch="resnet18")
+    return path
+
+
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service with two registered sets, one of them long."""
@@ -35,8 +42,8 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service with a model to compare with."""
     folder = tmp_path_factory.mktemp("compared")
-    write_checkpoint(folder / "robust_model.pt", seed=1)
-    write_checkpoint(folder / "plain_model.pt", seed=2)
+    write_checkpoint(folder / "robust_model.pt", seed=1, arch="resnet18")
+    write_checkpoint(folder / "plain_model.pt", seed=2, arch="resnet18")
     settings = Settings(checkpoint=folder / "robust_model.pt", threads=1, device="cpu")
     with serving(settings) as running:
         yield running

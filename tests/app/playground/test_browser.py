@@ -730,14 +730,14 @@ def test_a_service_that_goes_away_and_comes_back(
 
 def test_another_model_in_service_is_noticed(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "robust_model.pt"
-    first = write_checkpoint(path, seed=1)
+    first = write_checkpoint(path, seed=1, arch="resnet18")
     settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.1)
     with serving(settings) as running:
         visit = Visit(browser, running.url)
         visit.page.clock.install()
         page = visit.open()
         expect(page.locator("#status")).to_contain_text(first[:8])
-        second = write_checkpoint(path, seed=2)
+        second = write_checkpoint(path, seed=2, arch="resnet18")
         until(lambda: running.service.models.sha256 == second)
         page.clock.fast_forward(11_000)
         expect(page.locator("#status")).to_contain_text(second[:8])
