@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -54,6 +55,7 @@ def run(listener: socket.socket, **given: Any) -> None:
     logs.configure(settings)
     app = create_app(settings)
     service: Service = app.state.service
+    gc.freeze()  # loading collects garbage several times, and need not scan what was imported
     service.load()
     config = uvicorn.Config(
         app,
