@@ -16,15 +16,26 @@ WIDTHS = (375, 820, 1440)
 SCHEMES = ("light", "dark")
 
 
+def lifted(browser: Browser, url: str) -> Visit:
+    """A visit without the policy, which is lifted for axe alone: it runs as an inline script."""
+    return Visit(browser, url, bypass_csp=True)
+
+
 def faults(visit: Visit) -> list[str]:
-    """What axe finds in the light and in the dark, and what sticks out to the right."""
+    """What axe finds at each width in the light and in the dark, and what sticks out to the right.
+
+    The widths are of one visit: what there is to see is computed once.
+    """
     found = []
-    for scheme in SCHEMES:
-        visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-        visit.page.wait_for_timeout(300)  # the bars move to their place
-        found += [f"{scheme} {fault}" for fault in axe_faults(visit.page)]
-    too_wide = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-    return found + [f"{too_wide} pixels stick out"] * (too_wide > 0)
+    for width in WIDTHS:
+        visit.page.set_viewport_size({"width": width, "height": 900})
+        for scheme in SCHEMES:
+            visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            visit.page.wait_for_timeout(300)  # the bars move to their place
+            found += [f"{width} {scheme} {fault}" for fault in axe_faults(visit.page)]
+        too_wide = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        found += [f"{too_wide} pixels stick out at {width}"] * (too_wide > 0)
+    return found
 
 
 def evaluated(visit: Visit, eps: int) -> None:
@@ -34,13 +45,8 @@ def evaluated(visit: Visit, eps: int) -> None:
     expect(visit.find("#evaluate-text")).to_have_text(re.compile("^Done"))
 
 
-# The policy is lifted for axe alone, which runs as an inline script.
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_page(browser: Browser, served: Running, width: int) -> None:
-    viewport = {"width": width, "height": 900}
-    visit = Visit(browser, served.url, viewport=viewport, bypass_csp=True)
+def test_the_page(browser: Browser, served: Running) -> None:
+    visit = lifted(browser, served.url)
     page = visit.open()
     expect(visit.find("#curve-text")).to_have_text(re.compile("^(Smallest|PGD-10|The model)"))
     evaluated(visit, 4)
@@ -52,10 +58,8 @@ def test_the_page(browser: Browser, served: Running, width: int) -> None:
     visit.close()
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_two_models_side_by_side(browser: Browser, compared: Running, width: int) -> None:
-    viewport = {"width": width, "height": 900}
-    visit = Visit(browser, compared.url, viewport=viewport, bypass_csp=True)
+def test_two_models_side_by_side(browser: Browser, compared: Running) -> None:
+    visit = lifted(browser, compared.url)
     visit.open()
     expect(visit.find("html")).to_have_attribute("data-compared", re.compile("."))
     for column in ("#verdict", "#compared-verdict", "#adversarial", "#compared"):
@@ -64,10 +68,8 @@ def test_two_models_side_by_side(browser: Browser, compared: Running, width: int
     visit.close()
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_report(browser: Browser, served: Running, width: int) -> None:
-    viewport = {"width": width, "height": 900}
-    visit = Visit(browser, served.url, viewport=viewport, bypass_csp=True)
+def test_the_report(browser: Browser, served: Running) -> None:
+    visit = lifted(browser, served.url)
     page = visit.open()
     with page.expect_response(re.compile("/evaluate$")) as answer:
         evaluated(visit, 4)
