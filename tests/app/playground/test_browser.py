@@ -454,13 +454,19 @@ def test_an_image_that_cannot_be_used_is_told_in_words(
 def test_an_attack_that_fails_is_told_in_words(
     visit: Visit, status: int, detail: str | None, words: str
 ) -> None:
+    visit.page.clock.install()
     page = visit.open()
+    settled(page)
+    asked = attacks(page)
     body = "<html>" if detail is None else json.dumps({"title": "x", "detail": detail})
     page.route(
         "**/attack",
         lambda route: route.fulfill(status=status, body=body, headers={"Retry-After": "7"}),
     )
     page.fill("#eps-number", "12")
+    if status == 429:  # it is asked again for 10 s
+        until(lambda: page.wait_for_timeout(20) or len(asked) > 1)
+        page.clock.fast_forward(11_000)
     expect(page.locator("#attack-error")).to_contain_text(words)
     page.unroute("**/attack")
     page.fill("#eps-number", "13")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -156,20 +157,31 @@ def test_an_evaluation_tells_how_far_it_is_while_no_image_finishes(
 
         gate.inner = one_by_one
         gate.open.set()
+
+        def told() -> tuple[str, str]:
+            time_and_share = visit.find("#evaluate-time").inner_text()
+            return visit.find("#evaluate-text").inner_text(), time_and_share.partition(", ")[2]
+
+        def next_pass(patience: float) -> tuple[str, str]:
+            """What is told after one more pass, which may change nothing."""
+            before, latest = told(), time.monotonic() + patience
+            passes.release()
+            while told() == before and time.monotonic() < latest:
+                page.wait_for_timeout(20)
+            return told()
+
         try:
             page.click("#start")
-            told = ""
-            while "PGD-20: 0 of 16" not in told:
-                passes.release()
-                page.wait_for_timeout(50)
-                told = visit.find("#evaluate-text").inner_text()
-            shares = []
-            for _ in range(6):
-                passes.release()
-                page.wait_for_timeout(300)
-                shares.append(visit.find("#evaluate-time").inner_text().split(", ")[1])
-            expect(visit.find("#evaluate-text")).to_contain_text("PGD-20: 0 of 16 images")
-            assert len(set(shares)) >= 5
+            while "PGD-20: 0 of 16" not in next_pass(0.4)[0]:
+                pass
+            shares: set[str] = set()
+            for _ in range(10):
+                text, share = next_pass(3)
+                assert "PGD-20: 0 of 16 images" in text
+                shares.add(share)
+                if len(shares) == 5:
+                    break
+            assert len(shares) == 5
             assert all(re.fullmatch(r"[\d.]+% of the work done\.", share) for share in shares)
         finally:
             passes.release(1000)
