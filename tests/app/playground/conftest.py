@@ -1,4 +1,9 @@
-"""A Chromium, a service for it to visit, and a visit."""
+"""A Chromium, a service for it to visit, and a visit.
+
+The services are those of all files: evaluations of a set must differ in eps between tests, or one
+finds the result of another. A Chromium is of one file, as Playwright keeps an event loop in the
+thread of the tests, where other tests have their own.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service with two registered sets, one of them long."""
     folder = tmp_path_factory.mktemp("sets")
@@ -38,7 +43,7 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service with a model to compare with."""
     folder = tmp_path_factory.mktemp("compared")

@@ -523,12 +523,12 @@ def test_a_registered_set_is_evaluated_and_shown(visit: Visit, served: Running) 
     page.route("**/evaluate/*/events", lambda route: in_pieces(route, (10, 20, 30)))
     offered = page.locator("#set option").all_inner_texts()
     assert offered == ["few", "many", "Five example photographs (demo)", "Upload a file…"]
-    start(page, "few", eps="4")
+    start(page, "few", eps="7")
     expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
     rows = page.locator("#accuracies tbody tr")
     names = [row.split("\t")[0].strip() for row in rows.all_inner_texts()]
     assert names == ["Clean", "FGSM", "PGD-20", "Worst case"]
-    expect(rows.nth(1)).to_contain_text("L∞ 4/255")
+    expect(rows.nth(1)).to_contain_text("L∞ 7/255")
     expect(page.locator("#cancel")).to_be_disabled()
     lines = page.locator("#settling g.series polyline")
     points = [line.get_attribute("points") or "" for line in lines.all()]
