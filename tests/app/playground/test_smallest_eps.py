@@ -14,7 +14,8 @@ import pytest
 from playwright.sync_api import Route, expect
 
 from tests.support.browser import Visit
-from tests.support.serving import Running
+from tests.support.playground import choose, settled, source
+from tests.support.serving import Running, jpeg
 
 pytestmark = pytest.mark.browser
 
@@ -85,3 +86,53 @@ def test_what_was_found_is_shown_without_another_attack(visit: Visit, served: Ru
     expect(visit.find("#result-settings")).to_contain_text("Result for PGD, L∞, eps 30/255")
     page.wait_for_timeout(300)
     assert scripted.asked.count(30) == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_smallest_eps_breaks_it_and_the_one_below_does_not(
+    visit: Visit, served: Running, norm: str
+) -> None:
+    page = visit.open()
+    page.select_option("#label", "")
+    page.select_option("#norm", norm)
+    expect(page.locator("#curve-text")).to_have_text(re.compile("^Smallest eps .*/255"))
+    text = page.locator("#curve-text").inner_text()
+    match = re.search(r"(\d+)/255", text)
+    assert match
+    k = int(match[1])
+    image = source(page, "#original")
+
+    def success(k: int) -> bool:
+        query = f"attack=pgd&steps=10&norm={norm}&eps={k}/255&label={label}"
+        return bool(
+            served.client.post(f"/attack?{query}", content=image).json()["results"][0]["success"]
+        )
+
+    label = page.locator("#original-text").inner_text().split()[0]
+    assert success(k)
+    assert not success(k - 1)
+    page.click("#eps-find")
+    expect(page.locator("#eps")).to_have_value(str(k))
+    expect(page.locator("#name")).to_have_value("pgd")
+    expect(page.locator("#steps")).to_have_value("10")
+    expect(page.locator("#verdict")).to_have_text(re.compile("^Fooled"))  # by that very attack
+    expect(page.locator("#settings-note")).to_contain_text(f"{k}/255")
+    page.click("summary")
+    rows = page.locator("#curve-table tbody tr")
+    assert rows.count() >= 5
+    dots = page.locator("#curve circle.dot")
+    assert dots.count() == rows.count()
+    broken = [row.locator("td").last.inner_text() for row in rows.all()]
+    assert broken[0] == "withstood"
+    assert "broken" in broken
+
+
+def test_the_curve_begins_anew_for_another_image_and_target(visit: Visit) -> None:
+    page = visit.open()
+    settled(page)
+    page.select_option("#target", "frog")
+    expect(page.locator("#curve-text")).to_contain_text("frog")
+    settled(page)
+    choose(page, jpeg(9), "other.jpg")
+    expect(page.locator("#seen-text")).to_contain_text("other.jpg")
+    settled(page)

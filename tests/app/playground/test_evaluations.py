@@ -1,0 +1,194 @@
+"""Evaluations: started, shown as they go on, cancelled and found again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Route, expect
+
+from robust.attacks import DEFAULT_ATTACKS
+from tests.support.browser import Visit
+from tests.support.playground import settled, start
+from tests.support.serving import Running, gated, labeled
+
+pytestmark = pytest.mark.browser
+
+
+def in_pieces(route: Route, counts: tuple[int, ...]) -> None:
+    """Answer with the events of an evaluation that was shown after so many images."""
+    last = route.fetch().text().split("data: ")[-1].split("\n")[0]
+    body = ""
+    for count in counts:
+        job = json.loads(last)
+        job["state"] = "done" if count == counts[-1] else "running"
+        for row in job["evaluation"]["results"]:
+            row["n"] = count
+        body += f"event: progress\ndata: {json.dumps(job)}\n\n"
+    route.fulfill(status=200, content_type="text/event-stream", body=body)
+
+
+def test_a_registered_set_is_evaluated_and_shown(visit: Visit, served: Running) -> None:
+    page = visit.open()
+    page.route("**/evaluate/*/events", lambda route: in_pieces(route, (10, 20, 30)))
+    offered = page.locator("#set option").all_inner_texts()
+    assert offered == ["few", "many", "Five example photographs (demo)", "Upload a file…"]
+    start(page, "few", eps="7")
+    expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
+    rows = page.locator("#accuracies tbody tr")
+    names = [row.split("\t")[0].strip() for row in rows.all_inner_texts()]
+    assert names == ["Clean", "FGSM", "PGD-20", "Worst case"]
+    expect(rows.nth(1)).to_contain_text("L∞ 7/255")
+    expect(page.locator("#cancel")).to_be_disabled()
+    lines = page.locator("#settling g.series polyline")
+    points = [line.get_attribute("points") or "" for line in lines.all()]
+    assert [len(line.split()) for line in points] == [3, 3, 3]  # clean, FGSM and PGD
+    page.click("#start")
+    expect(page.locator("#evaluate-text")).to_have_text(
+        "Done: 30 images of few.npz. "
+        "This is the result of an earlier evaluation with the same settings."
+    )
+    line = shlex.split(page.locator("#evaluate-curl").inner_text())
+    assert "dataset=few" in line
+    if shutil.which("curl"):
+        finished = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        results = json.loads(finished.stdout)["evaluation"]["results"]
+        for row, result in zip(rows.all()[:3], results, strict=True):
+            expect(row).to_contain_text(f"{result['correct']} of 30")
+            low, high = (f"{100 * value:.1f}" for value in result["interval"])
+            expect(row).to_contain_text(f"{low} to {high}")
+
+
+def test_the_report_on_an_evaluation_is_saved(visit: Visit, tmp_path: Path) -> None:
+    page = visit.open()
+    expect(page.locator("#reports")).to_be_hidden()
+    start(page, "few", eps="4")
+    for name, beginning in (("html", b"<!doctype html>"), ("pdf", b"%PDF")):
+        expect(page.locator("#reports")).to_be_visible()
+        with page.expect_download() as download:
+            page.click(f"#report-{name}")
+        assert download.value.suggested_filename == f"report.{name}"
+        download.value.save_as(tmp_path / name)
+        assert (tmp_path / name).read_bytes().lower().startswith(beginning.lower())
+
+
+def test_an_evaluation_converges_live(visit: Visit) -> None:
+    page = visit.open()
+    seen: set[str] = set()
+    page.expose_function("heard", lambda text: seen.add(text))
+    page.evaluate(
+        """() => {
+            const node = document.querySelector("#evaluate-text");
+            new MutationObserver(() => heard(node.textContent)).observe(node, {childList: true});
+        }"""
+    )
+    start(page, "many")
+    expect(page.locator("#evaluate-text")).to_have_text(
+        "Done: 1200 images of many.npz.", timeout=120_000
+    )
+    progress = [text for text in seen if re.fullmatch(r"[\w-]+: \d+ of 1200 images .*", text)]
+    assert len(progress) >= 3
+    points = page.locator("#settling g.series polyline").first.get_attribute("points") or ""
+    assert len(points.split()) >= 2
+
+
+def test_a_set_can_be_uploaded_and_so_can_the_examples(visit: Visit) -> None:
+    page = visit.open()
+    start(page, "Five example photographs (demo)")
+    expect(page.locator("#evaluate-error")).to_be_visible()  # of classes this model does not have
+    expect(page.locator("#evaluate-error")).to_contain_text("xpected")
+    page.select_option("#set", label="Upload a file…")
+    page.set_input_files(
+        "#set-file",
+        {"name": "mine.npz", "mimeType": "application/zip", "buffer": labeled(12)},
+    )
+    page.fill("#set-limit", "10")
+    expect(page.locator("#evaluate-curl")).to_contain_text("file=@mine.npz")
+    page.click("#start")
+    expect(page.locator("#evaluate-text")).to_have_text(re.compile("^Done: 10 images"))
+    expect(page.locator("#evaluate-error")).to_be_hidden()
+
+
+def test_what_cannot_be_evaluated_is_told_in_words(visit: Visit) -> None:
+    page = visit.open()
+    page.select_option("#set", label="Upload a file…")
+    page.click("#start")
+    expect(page.locator("#evaluate-error")).to_contain_text("Choose a file first")
+    page.set_input_files(
+        "#set-file", {"name": "x.npz", "mimeType": "application/zip", "buffer": b"nothing of use"}
+    )
+    page.click("#start")
+    expect(page.locator("#evaluate-error")).to_contain_text("xpected")
+    page.select_option("#set", label="few")
+    page.fill("#set-eps", "9999")
+    page.click("#start")
+    expect(page.locator("#evaluate-error")).to_contain_text("at most 64/255")
+    page.fill("#set-eps", "8")
+    for name in DEFAULT_ATTACKS:
+        page.uncheck(f'#set-attacks [value="{name}"]')
+    page.click("#start")
+    expect(page.locator("#evaluate-error")).to_contain_text("Choose at least one attack")
+    expect(page.locator("#start")).to_be_enabled()
+
+
+def test_an_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
+    page = visit.open()
+    settled(page)
+    with gated(served.service):
+        start(page, "many")
+        expect(page.locator("#evaluate-text")).to_have_text(re.compile("many"))
+        expect(page.locator("#start")).to_be_disabled()
+        page.click("#cancel")
+        expect(page.locator("#evaluate-text")).to_have_text(
+            re.compile("^Cancelled at .*0 of 1200 images of many.npz.$")
+        )
+    expect(page.locator("#cancel")).to_be_disabled()
+    expect(page.locator("#evaluate-bar")).to_be_hidden()
+    start(page, "few")
+    expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
+
+
+def test_cancelling_keeps_the_numbers_so_far(visit: Visit) -> None:
+    page = visit.open()
+    start(page, "many")
+    expect(page.locator("#accuracies tbody tr")).to_have_count(4)
+    page.click("#cancel")
+    expect(page.locator("#evaluate-text")).to_have_text(
+        re.compile("^Cancelled at [\\w-]+: [0-9]+ of 1200 images")
+    )
+    expect(page.locator("#accuracies tbody tr")).to_have_count(4)
+
+
+def test_an_evaluation_is_found_again_after_a_reload(visit: Visit) -> None:
+    page = visit.open()
+    start(page, "few")
+    expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
+    page.reload()
+    expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
+    expect(page.locator("#accuracies tbody tr")).to_have_count(4)
+
+
+FLAG = {"name": "masked", "text": "PGD is weaker than FGSM.", "advice": "Use Square."}
+
+
+def test_flags_are_shown(visit: Visit) -> None:
+    page = visit.open()
+
+    def flagged(route: Route) -> None:
+        answer = json.loads(route.fetch().text().split("data: ")[-1].split("\n")[0])
+        answer["evaluation"]["flags"] = [FLAG]
+        route.fulfill(
+            status=200,
+            content_type="text/event-stream",
+            body=f"event: done\ndata: {json.dumps(answer)}\n\n",
+        )
+
+    page.route("**/evaluate/*/events", flagged)
+    start(page, "few")
+    words = "Masked: PGD is weaker than FGSM. – Use Square."
+    expect(page.locator("#flags li")).to_have_text(words)
