@@ -77,7 +77,7 @@ def serving(settings: Settings) -> Iterator[Running]:
         until(lambda: server.started or not thread.is_alive())
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=30) as client:
+        with httpx.Client(base_url=url, timeout=120) as client:
             yield Running(app.state.service, client, url, loops[0])
     finally:
         server.should_exit = True
