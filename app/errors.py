@@ -100,7 +100,7 @@ class Overloaded(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The service is loading or draining, or lacks something that it needs for now."""
+    """The service is loading or draining, or can't reach what it needs now; worth a retry."""
 
 
 class EngineStopped(ServiceError):

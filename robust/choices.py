@@ -1,4 +1,4 @@
-"""Names that a threat model and an architecture choose from. No torch: recipes use them."""
+"""The names of norms, stems and activations; without torch, so that recipes list quickly."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A Chromium, a service for it to visit, and a visit.
 
-The services are those of all files: evaluations of a set must differ in eps between tests, or one
-finds the result of another. A Chromium is of one file, as Playwright keeps an event loop in the
-thread of the tests, where other tests have their own.
+All files share the services, so tests that evaluate the same data set need different eps, or one
+finds the result of another. Each file has its own Chromium: Playwright keeps an event loop in the
+thread of the tests, where other tests run theirs.
 """
 
 from collections.abc import Iterator

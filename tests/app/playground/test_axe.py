@@ -16,15 +16,15 @@ WIDTHS = (375, 820, 1440)
 SCHEMES = ("light", "dark")
 
 
-def lifted(browser: Browser, url: str) -> Visit:
-    """A visit without the policy, which is lifted for axe alone: it runs as an inline script."""
+def visit_without_csp(browser: Browser, url: str) -> Visit:
+    """A visit that ignores the Content-Security-Policy, because axe runs as an inline script."""
     return Visit(browser, url, bypass_csp=True)
 
 
 def faults(visit: Visit) -> list[str]:
     """What axe finds at each width in the light and in the dark, and what sticks out to the right.
 
-    The widths are of one visit: what there is to see is computed once.
+    One visit is resized, so that attacks and evaluations run only once.
     """
     found = []
     for width in WIDTHS:
@@ -46,7 +46,7 @@ def evaluated(visit: Visit, eps: int) -> None:
 
 
 def test_the_page(browser: Browser, served: Running) -> None:
-    visit = lifted(browser, served.url)
+    visit = visit_without_csp(browser, served.url)
     page = visit.open()
     expect(visit.find("#curve-text")).to_have_text(re.compile("^(Smallest|PGD-10|The model)"))
     evaluated(visit, 4)
@@ -59,7 +59,7 @@ def test_the_page(browser: Browser, served: Running) -> None:
 
 
 def test_two_models_side_by_side(browser: Browser, compared: Running) -> None:
-    visit = lifted(browser, compared.url)
+    visit = visit_without_csp(browser, compared.url)
     visit.open()
     expect(visit.find("html")).to_have_attribute("data-compared", re.compile("."))
     for column in ("#verdict", "#compared-verdict", "#adversarial", "#compared"):
@@ -69,7 +69,7 @@ def test_two_models_side_by_side(browser: Browser, compared: Running) -> None:
 
 
 def test_the_report(browser: Browser, served: Running) -> None:
-    visit = lifted(browser, served.url)
+    visit = visit_without_csp(browser, served.url)
     page = visit.open()
     with page.expect_response(re.compile("/evaluate$")) as answer:
         evaluated(visit, 4)
