@@ -89,7 +89,9 @@ class ServedModel:
     @property
     def precision_reason(self) -> str:
         """The reason for that precision; without bfloat16, the limit that ruled it out."""
-        return self.plan.reason if self.plan else self.search.reason
+        if self.plan:
+            return self.plan.reason
+        return "no runtime was chosen for predictions" if self.search.bf16 else self.search.reason
 
     @property
     def attack_precision(self) -> str:

@@ -3,6 +3,7 @@
 import base64
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,10 @@ def test_in_float32_nothing_else_is_built(running: Running) -> None:
     assert model.search == SearchPrecision(bf16=False, reason="as asked")
     response = running.client.post("/attack", content=png(), params={"attack": "fgsm"})
     assert response.headers["X-Model-Precision"] == "fp32"
+
+
+def test_a_search_in_bfloat16_is_no_reason_for_predictions_in_float32(running: Running) -> None:
+    search = SearchPrecision(bf16=True, reason="bfloat16 is faster")
+    model = replace(running.service.models.current, plan=None, search=search)
+    assert model.precision == "fp32"
+    assert model.precision_reason == "no runtime was chosen for predictions"
