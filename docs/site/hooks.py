@@ -24,7 +24,6 @@ GUIDE = (
     ("Training", "training.md", ""),
     ("Attacks", "attacks.md", ""),
     ("Evaluation", "evaluation.md", ""),
-    ("Attacks", "attacks.md", ""),
     ("Your own model", "your-own-model.md", ""),
     ("Data and checkpoint formats", "formats.md", ""),
     ("HTTP", "http.md", ""),
