@@ -131,6 +131,13 @@ def started(name: str, python: Path, arguments: list[str]) -> Iterator[Tool]:
         process.wait()
 
 
+def warm_up(tools: list[Tool], images: int, **what: Any) -> None:
+    """Run two steps of each tool on one batch, for imports and what is set up per batch size."""
+    rows = (0, min(what["batch"], images))
+    for tool in tools:
+        tool.request(**what | {"rows": rows, "attack": "pgd-2", "steps": 2})
+
+
 def take_turns(tools: list[Tool], parts: list[tuple[int, int]], judge: Judge, **what: Any) -> None:
     """Run each tool on each part; the order rotates from part to part."""
     for turn, rows in enumerate(parts):
@@ -275,12 +282,10 @@ def main() -> None:
             return stack.enter_context(started(name, python, given))
 
         ours = start("robust", arguments.checkpoint)
-        warm_up = {**what, "rows": (0, min(64, most)), "attack": "pgd-2", "steps": 2}
-        ours.request(**warm_up)
+        warm_up([ours], most, **what)
         if arguments.n:
             tools = [ours, *(start(name, arguments.checkpoint) for name in PEERS)]
-            for tool in tools[1:]:
-                tool.request(**warm_up)
+            warm_up(tools, arguments.part, **what)
             take_turns(tools, parts_of(arguments.n, arguments.part), judge, attack="pgd-20", **what)
             report["pgd-20"] = table(tools, arguments.n)
             show(f"PGD-20, {data.name}, Linf {arguments.eps}", report["pgd-20"])
@@ -290,10 +295,12 @@ def main() -> None:
         report["scaling"] = scaling(ours, arguments.scaling, "the checkpoint", what)
         if arguments.weak:
             weak = start("robust", arguments.weak)
+            warm_up([weak], most, **what)
             report["weak"] = scaling(weak, arguments.scaling[-1:], "an undefended checkpoint", what)
         if arguments.reference and arguments.n_autoattack:
             ours.seconds, ours.correct, ours.answers = [], [], []
             tools = [ours, start("autoattack", arguments.checkpoint)]
+            warm_up(tools, arguments.part_autoattack, **what)
             parts = parts_of(arguments.n_autoattack, arguments.part_autoattack)
             take_turns(tools, parts, judge, attack="autoattack", **what)
             report["autoattack"] = table(tools, arguments.n_autoattack)

@@ -103,6 +103,8 @@ def reference(model: nn.Module, x: Tensor, y: Tensor, request: dict[str, Any]) -
         model, norm="Linf", eps=request["eps"], version="standard", device=str(x.device), seed=0,
         verbose=False,
     )  # fmt: skip
+    if request["attack"] != "autoattack":  # a warm-up of a few steps
+        attack.attacks_to_run, attack.apgd.n_iter = ["apgd-ce"], request["steps"]
     found: Tensor = attack.run_standard_evaluation(x, y, bs=request["batch"])
     return found
 
@@ -188,7 +190,8 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
 def peer_worker(
     name: str, weights: Path, x: Tensor, y: Tensor, folder: Path
 ) -> Callable[[dict[str, Any]], Any]:
-    model = Normalized(weights).to(x.device).eval()
+    # Frozen, as some peers call backward(), which would also compute every weight's gradient.
+    model = Normalized(weights).to(x.device).eval().requires_grad_(False)
 
     def run(request: dict[str, Any]) -> dict[str, Any]:
         rows = slice(*request["rows"])
