@@ -1,6 +1,7 @@
 """What the figures of benchmarks/serving rest on: the load, the ratios, and the end of servers."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from app.http.images import CHEAP
-from benchmarks.serving import limit, load, servers, table
+from benchmarks.serving import bench, limit, load, servers, table
+from robust.checkpoint import load_checkpoint
 from robust.image_decoding import read_cheap_pixels
 
 ANSWERS = """Running 1s test @ http://127.0.0.1:1/predict
@@ -68,6 +71,36 @@ def test_wrk_sends_the_form_and_counts_statuses(tmp_path: Path) -> None:
     assert abs(found.statuses[429] - found.requests / 3) <= 1
     assert found.broken == 0
     assert 0 < found.p50_ms <= found.p99_ms
+
+
+@pytest.mark.parametrize("name", servers.KINDS)
+def test_every_server_is_told_the_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(bench, "started", lambda *arguments: given.append(arguments[-1]))
+    arguments = SimpleNamespace(peers=Path("peers"), precision="bf16")
+    one = SimpleNamespace(arguments=arguments, weights=Path("model.pt"), image=b"")
+    bench.Bench.started(one, servers.KINDS[name], {"SERVING_BATCH": "16"})  # type: ignore[arg-type]
+    variable = "ROBUST_PRECISION" if name == "robust" else "SERVING_PRECISION"
+    assert given == [{"SERVING_BATCH": "16", variable: "bf16"}]
+
+
+def test_the_network_of_the_peers_computes_in_the_precision(
+    checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = runpy.run_path(str(servers.PEERS / "network.py"))
+    monkeypatch.setenv("SERVING_WEIGHTS", str(checkpoint_path))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    logits = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        monkeypatch.setenv("SERVING_PRECISION", precision)
+        network = peers["load_network"]()
+        assert {weights.dtype for weights in network.parameters()} == {dtype}
+        with torch.inference_mode():
+            logits[precision] = network(x)
+            expected = load_checkpoint(checkpoint_path).classifier(x)
+        assert logits[precision].dtype == torch.float32
+    torch.testing.assert_close(logits["fp32"], expected)
+    assert 0 < (logits["bf16"] - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_ratios_are_taken_within_a_turn() -> None:

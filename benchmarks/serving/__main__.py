@@ -4,9 +4,9 @@
     python benchmarks/serving --precision bf16 --json serving-bf16.json
     python benchmarks/serving --soak 300
 
-Measures the same network behind `robust serve` in one precision, behind the peers (with torch), and
-as the limit the forward pass alone in that precision, in the fastest runtime at its best batch size
-in its own process. They take turns, in another order each turn. Each server is started, warmed up,
+Measures the same network in one precision behind `robust serve`, behind the peers (with torch), and
+as the limit the forward pass alone, in the fastest runtime at its best batch size in its own
+process. They take turns, in another order each turn. Each server is started, warmed up,
 loaded by wrk with one small PNG, and stopped before the next one starts. The best settings of each
 peer are first determined for each number of clients. Printed are medians over the turns and, in
 parentheses, minimum and maximum; ratios are computed within a turn. The load generator shares the
@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="of our service and of the limit",
+        help="of the servers and of the limit",
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=10, help="seconds per load")

@@ -48,8 +48,8 @@ class Bench:
 
     def started(self, kind: Kind, settings: Settings) -> AbstractContextManager[Server]:
         python = self.arguments.peers / "bin" / "python"
-        if kind.name == "robust":
-            settings = settings | {"ROBUST_PRECISION": self.arguments.precision}
+        name = "ROBUST_PRECISION" if kind.name == "robust" else "SERVING_PRECISION"
+        settings = settings | {name: self.arguments.precision}
         return started(kind, python, self.weights, self.image, settings)
 
     def tune(self, kind: Kind) -> None:
