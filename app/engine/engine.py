@@ -78,6 +78,11 @@ class Engine:
         """Whether the device thread is running."""
         return self._thread.is_alive()
 
+    def check_alive(self) -> None:
+        """Raise EngineStopped unless the device thread is running."""
+        if not self.alive:
+            raise _STOPPED
+
     def start(self) -> None:
         """Start the device thread."""
         self._thread.start()

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from app.errors import EngineStopped
 from app.jobs.disk import JobFolder, StoredJob
 from app.jobs.job import Job, JobState
 from app.jobs.store import (
@@ -206,10 +207,7 @@ class LocalStore:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait({self._worker})
-        if self._folder is None:
-            for job in self._jobs.values():
-                if job.active:
-                    self._end(job, "cancelled")
+        self._end_unstored("cancelled")
 
     async def close(self) -> None:
         """See `JobStore`."""
@@ -231,8 +229,18 @@ class LocalStore:
                 if not task.done():
                     task.cancel()
                     await asyncio.wait({task})
-                if not task.cancelled() and (error := task.exception()):
+                if error := None if task.cancelled() else task.exception():
                     logger.error("evaluation %s was interrupted: %r", job.id, error)
+            if isinstance(error, EngineStopped):
+                self._end_unstored("failed", "The device failed; the service's log says why.")
+                return
+
+    def _end_unstored(self, state: JobState, error: str | None = None) -> None:
+        """End the active jobs, unless the next service can continue them from the folder."""
+        for job in self._jobs.values():
+            if self._folder is None and job.active:
+                job.error = error
+                self._end(job, state)
 
     def _end(self, job: Job, state: JobState) -> None:
         job.state, job.finished = state, datetime.now(UTC)

@@ -65,7 +65,11 @@ class Maintenance:
     """
 
     def __init__(
-        self, database: Database, settings: Settings, *, serving: Callable[[], tuple[str, str]]
+        self,
+        database: Database,
+        settings: Settings,
+        *,
+        serving: Callable[[], tuple[str, str] | None],
     ) -> None:
         self._database, self._serving = database, serving
         self._lost = settings.lost_seconds
@@ -97,7 +101,10 @@ class Maintenance:
                 await db.execute("DELETE FROM replicas WHERE id = %s", (replica,))
 
     async def _send_heartbeat(self, db: Connection) -> None:
-        replica, model = self._serving()
+        if (serving := self._serving()) is None:
+            self._first = None
+            return
+        replica, model = serving
         await db.execute(HEARTBEAT, {"id": replica, "model": model})
         await db.execute(_NOT_LOST, {"id": replica})
         now = time.monotonic()

@@ -16,7 +16,9 @@ from typing import Any
 
 from psycopg.types.json import Json
 
+from app.engine.engine import Engine
 from app.engine.model_reloader import ModelReloader
+from app.errors import EngineStopped
 from app.jobs.job import Job, JobState
 from app.jobs.local_store import check_room
 from app.jobs.postgres_maintenance import EXPIRED, HEARTBEAT, Maintenance
@@ -73,10 +75,15 @@ class SharedStore:
     journal_seconds: float | None = 10.0
 
     def __init__(
-        self, url: str, settings: Settings, models: ModelReloader, metrics: Metrics
+        self,
+        url: str,
+        settings: Settings,
+        engine: Engine,
+        models: ModelReloader,
+        metrics: Metrics,
     ) -> None:
         self.changes = Changes()
-        self._settings, self._models = settings, models
+        self._settings, self._engine, self._models = settings, engine, models
         self._database = Database(url, metrics.store_up)
         self._maintenance = Maintenance(self._database, settings, serving=self._serving)
         self._run: Run | None = None
@@ -106,9 +113,9 @@ class SharedStore:
             ),
         }
 
-    def _serving(self) -> tuple[str, str]:
-        """This replica's id, and the SHA-256 of the model that it serves."""
-        return self._replica, self._models.current.sha256
+    def _serving(self) -> tuple[str, str] | None:
+        """This replica's id, and the SHA-256 of its model; None if its device failed."""
+        return (self._replica, self._models.current.sha256) if self._engine.alive else None
 
     def _notify(self, id: str) -> None:
         self.changes.notify(id)
@@ -130,7 +137,9 @@ class SharedStore:
 
     async def _claim(self) -> Job | None:
         """Claim the next queued job of the served model; None if there is none."""
-        replica, model = self._serving()
+        if (serving := self._serving()) is None:
+            return None
+        replica, model = serving
         async with self._database.connection() as db:
             found = await db.execute(_CLAIM, {"id": replica, "model": model})
             row = await found.fetchone()
@@ -156,7 +165,8 @@ class SharedStore:
         if not task.cancelled() and (error := task.exception()):
             logger.error("evaluation %s was interrupted: %s", job.id, error)
             await asyncio.sleep(RETRY_SECONDS)
-            await self._persist(lambda: self._release(job))
+            if not isinstance(error, EngineStopped):  # else it counts as lost with this replica
+                await self._persist(lambda: self._release(job))
 
     async def _is_lost(self, job: Job) -> bool:
         try:

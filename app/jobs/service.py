@@ -20,6 +20,7 @@ from app.engine.session import Session
 from app.errors import (
     BodyTooLarge,
     Cancelled,
+    EngineStopped,
     FieldError,
     InvalidParameters,
     NotFound,
@@ -57,7 +58,7 @@ class Jobs:
     ) -> None:
         self._engine, self._models, self._metrics = engine, models, metrics
         self._batch_size = settings.evaluation_batch
-        self._store = _store_for(settings, models, metrics)
+        self._store = _store_for(settings, engine, models, metrics)
         for state in STATES:
             metrics.jobs.labels(state).set_function(partial(self._store.count, state))
         self._admitted: dict[str, ServedModel] = {}  # the model that each job was admitted with
@@ -83,8 +84,10 @@ class Jobs:
         keys differ. Only requests with this `owner`, or with None, see the job.
 
         Raises Overloaded or BodyTooLarge if there is no room, NotReady if the job can't be stored,
-        and InvalidParameters if the key was used for another evaluation.
+        EngineStopped if it can't run, and InvalidParameters if the key was used for another
+        evaluation.
         """
+        self._engine.check_alive()
         # Chosen now: a replica that continues the job must use the same precision.
         precision: Precision = "bf16" if model.search.bf16 else "fp32"
         digest = await asyncio.to_thread(
@@ -195,7 +198,7 @@ class Jobs:
         await self._store.close()
 
     async def _run(self, job: Job) -> None:
-        """Run the evaluation `job`. If cancelled, queue it again."""
+        """Run the evaluation `job`. If cancelled, queue it again. Raises EngineStopped."""
         try:
             await self._evaluate(job)
         except Lost as error:
@@ -251,7 +254,7 @@ class Jobs:
             report.cancel()
             await self._store.put_back(job, await progress.last_journal(STOP_SECONDS))
             raise
-        except StoreError:
+        except (StoreError, EngineStopped):  # another process can continue it
             raise
         except Exception:
             logger.exception("evaluation %s failed", job.id)
@@ -287,7 +290,9 @@ class Jobs:
             await asyncio.sleep(self._store.show_seconds)
 
 
-def _store_for(settings: Settings, models: ModelReloader, metrics: Metrics) -> JobStore:
+def _store_for(
+    settings: Settings, engine: Engine, models: ModelReloader, metrics: Metrics
+) -> JobStore:
     if settings.database_url is None:
         return LocalStore(settings)
     try:
@@ -296,7 +301,8 @@ def _store_for(settings: Settings, models: ModelReloader, metrics: Metrics) -> J
         raise ValueError(
             "ROBUST_DATABASE_URL needs the extra postgres: pip install 'robust[postgres]'"
         ) from error
-    return SharedStore(settings.database_url.get_secret_value(), settings, models, metrics)
+    url = settings.database_url.get_secret_value()
+    return SharedStore(url, settings, engine, models, metrics)
 
 
 def _evaluation(

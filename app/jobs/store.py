@@ -74,7 +74,10 @@ class JobStore(Protocol):
         """The number of jobs in that state, when the store last counted."""
 
     async def start(self, run: Run) -> None:
-        """Run the queued jobs with `run`, one at a time. If cancelled, `run` calls `put_back`."""
+        """Run the queued jobs with `run`, one at a time, until it raises EngineStopped.
+
+        If cancelled, `run` calls `put_back`.
+        """
 
     async def add(self, job: Job, dataset: Dataset) -> Job:
         """Queue `job`, or return the existing job that is the same.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.errors import EngineStopped
 from app.http.dependencies import ServiceOf
 from app.http.problem import documented
 from app.http.schemas import CompareCard, Health, ModelCard, RuntimeChoice
@@ -52,8 +51,7 @@ async def model(request: Request, service: ServiceOf) -> ModelCard:
 @router.get("/livez", summary="Whether the service runs", responses=documented(503))
 async def livez(service: ServiceOf) -> Health:
     """503 if the thread that owns the device has died: restart the service."""
-    if not service.engine.alive:
-        raise EngineStopped("The device thread has stopped.")
+    service.engine.check_alive()
     return Health(status="ok")
 
 

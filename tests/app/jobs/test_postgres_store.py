@@ -22,7 +22,13 @@ from app.metrics import Metrics
 from app.settings import Settings
 from benchmarks.private_postgres import PrivatePostgres, why_not
 from tests.app.jobs.test_owners import check_owners
-from tests.app.jobs.test_service import ATTACKS, finish, submit, without_seconds
+from tests.app.jobs.test_service import (
+    ATTACKS,
+    end_device_thread,
+    finish,
+    submit,
+    without_seconds,
+)
 from tests.support.serving import Brake, Gate, Running, gated, labeled, png, serving, until
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -415,6 +421,29 @@ def test_a_replica_that_reports_again_was_not_lost(pair: Pair, settings: Setting
         upkeep(runner)
         assert query(settings, "SELECT lost_by FROM evaluations") == [([],)]
         forget_all_active(pair)
+
+
+def test_a_replica_whose_device_thread_ended_counts_as_lost(
+    pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(settings) as third, gated(third.service) as gate, monkeypatch.context() as patched:
+        for running in pair:  # so that the third replica claims the job
+            patched.setattr(store(running), "_serving", lambda: None)
+        job = submit(third, 35)
+        until(lambda: gate.waiting)
+        end_device_thread(third, gate)
+        submit(pair[0], 36)
+        time.sleep(3)  # longer than the third replica would wait before it claims the next job
+        replica = store(third)._replica
+        rows = query(settings, "SELECT state, replica FROM evaluations ORDER BY created")
+        assert rows == [("running", replica), ("queued", None)]
+        seen = query(settings, f"SELECT seen FROM replicas WHERE id = '{replica}'")
+        upkeep(third)
+        assert query(settings, f"SELECT seen FROM replicas WHERE id = '{replica}'") == seen
+        assert judge(pair[0], silent=third)[0] == [replica]
+        patched.undo()
+        assert finish(pair[0], job["id"])["state"] == "done"
+    forget_all_active(pair)
 
 
 def forget_all_active(pair: Pair) -> None:

@@ -28,7 +28,7 @@ from robust.datasets import Dataset
 from robust.evaluation.journal import Journal
 from robust.threat_model import ThreatModel
 from tests.app.conftest import write_checkpoint
-from tests.support.serving import Running, gated, labeled, serving, until
+from tests.support.serving import Gate, Running, gated, labeled, serving, until
 
 TIMES = ("seconds", "times")
 ATTACKS = {"attack": ["fgsm", "pgd-3"], "eps": "2/255"}
@@ -217,6 +217,42 @@ def left_over(settings: Settings) -> str:
         running.stop_jobs(gate)
     id: str = job["id"]
     return id
+
+
+def end_device_thread(running: Running, gate: Gate) -> None:
+    """Let the pass that waits at `gate` end the device thread."""
+
+    def die(_: torch.Tensor) -> torch.Tensor:
+        raise SystemExit
+
+    gate.inner = die
+    gate.open.set()
+    until(lambda: not running.service.engine.alive)
+
+
+def test_stored_jobs_continue_after_the_device_thread_ended(settings: Settings) -> None:
+    with serving(settings) as running, gated(running.service) as gate:
+        ids = [submit(running, n)["id"] for n in (20, 21)]
+        until(lambda: gate.waiting)
+        end_device_thread(running, gate)
+        until(lambda: running.service.jobs._store._worker.done())  # type: ignore[attr-defined]
+        states = {job["state"] for job in running.client.get("/evaluate").json()}
+        assert states <= {"queued", "running"}
+        response = running.client.post("/evaluate", files={"file": labeled(22)}, data=ATTACKS)
+        assert response.status_code == 503
+    with serving(settings) as running:
+        assert [finish(running, id)["state"] for id in ids] == ["done", "done"]
+
+
+def test_jobs_in_memory_fail_with_the_device_thread(settings: Settings) -> None:
+    in_memory = settings.model_copy(update={"jobs": None})
+    with serving(in_memory) as running, gated(running.service) as gate:
+        ids = [submit(running, n)["id"] for n in (20, 21)]
+        until(lambda: gate.waiting)
+        end_device_thread(running, gate)
+        for id in ids:
+            job = finish(running, id)
+            assert (job["state"], "device failed" in job["error"]) == ("failed", True)
 
 
 def test_a_job_of_another_model_fails_and_says_so(settings: Settings, tmp_path: Path) -> None:
