@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,12 @@ Source = bytes | str | Path
 """An image or a set: its bytes, or the path of a file."""
 
 MAX_SLEEP = 30.0  # seconds before a retry, even if the service asks for more
+MAX_WAIT = 999_999  # seconds of `Prefer: wait` that the service reads
 _RETRYABLE = (429, 503)  # statuses
 
 
 class ServiceError(Exception):
-    """An error response, or no response at all (`status` 0).
+    """An error response, one that is not JSON, or no response at all (`status` 0).
 
     `errors` lists each invalid field with what was expected and what was found.
     """
@@ -103,8 +105,8 @@ class Client:
     """A client of the service at an address. Close it, or use it in a `with` statement.
 
     `key` is one of the service's API keys, if it has any. Requests refused because the service is
-    full or not ready are retried up to `retries` times, after `Retry-After`. Every method
-    raises ServiceError.
+    full or not ready are retried up to `retries` times, after `Retry-After`; `watch` also retries
+    if its connection ends before the evaluation. Every method raises ServiceError.
     """
 
     def __init__(
@@ -178,19 +180,39 @@ class Client:
     ) -> Job:
         """Start an evaluation of a labeled npz or pt file, or of a registered `dataset`.
 
-        Waits up to `wait` seconds for the result, within the service's limit. Further parameters
-        are those of POST /evaluate: norm, eps, alpha, steps, restarts, seed, limit.
+        Waits up to `wait` seconds, rounded up, for the result, within the service's limit. Further
+        parameters are those of POST /evaluate: norm, eps, alpha, steps, restarts, seed, limit,
+        curve.
         """
         fields = {"attack": _names(attacks), "dataset": dataset, **parameters}
         files = [] if data is None else [data]
-        return _job(self._post("/evaluate", files, fields, {"Prefer": f"wait={wait:g}"}))
+        prefer = {"Prefer": f"wait={math.ceil(min(wait, MAX_WAIT))}"}
+        return _job(self._post("/evaluate", files, fields, prefer))
 
     def job(self, id: str) -> Job:
         """The current state of an evaluation."""
-        return _job(self._request("GET", f"/evaluate/{id}").json())
+        return _job(self._request("GET", f"/evaluate/{id}"))
 
     def watch(self, id: str) -> Iterator[Job]:
         """Yield the state of an evaluation after each change, until it has ended."""
+        begun, left = False, self._retries
+        while True:
+            try:
+                for job in self._events(id):
+                    begun, left = True, self._retries + 1  # one for the end of these events
+                    yield job
+                return
+            except ServiceError as error:
+                # A service that stops ends the stream, and its next process continues the job.
+                retryable = error.status in _RETRYABLE or (begun and error.status == 0)
+                if not left or not retryable:
+                    raise
+                left -= 1
+                _sleep_before_retry(error)
+
+    def _events(self, id: str) -> Iterator[Job]:
+        """Yield the job after each change; raises ServiceError if that ends before the job."""
+        ended = False
         try:
             with self._http.stream("GET", f"/evaluate/{id}/events") as response:
                 if response.is_error:
@@ -198,18 +220,23 @@ class Client:
                     raise _error(response)
                 for line in response.iter_lines():
                     if line.startswith("data:"):
-                        yield _job(json.loads(line.removeprefix("data:")))
+                        job = _job(json.loads(line.removeprefix("data:")))
+                        ended = not job.active
+                        yield job
         except httpx.TransportError as failure:
-            raise _no_response(failure) from failure
+            if not ended:
+                raise _no_response(failure) from failure
+        if not ended:
+            problem = {"detail": "the events ended before the evaluation did"}
+            raise ServiceError(0, problem, None)
 
     def cancel(self, id: str) -> Job:
         """Stop a running evaluation, or delete a finished one."""
-        return _job(self._request("DELETE", f"/evaluate/{id}").json())
+        return _job(self._request("DELETE", f"/evaluate/{id}"))
 
     def model(self) -> dict[str, Any]:
         """The card of the served model."""
-        card: dict[str, Any] = self._request("GET", "/model").json()
-        return card
+        return self._request("GET", "/model")
 
     def ready(self) -> bool:
         """Whether the service responds and accepts requests."""
@@ -229,23 +256,37 @@ class Client:
         # Files are read here, so that a request can be repeated.
         parts = [("file", ("file", _content(file))) for file in files]
         # Without a file httpx sends a URL-encoded form, which the service also accepts.
-        response = self._request("POST", path, data=given, files=parts or None, headers=headers)
-        content: dict[str, Any] = response.json()
-        return content
+        return self._request("POST", path, data=given, files=parts or None, headers=headers)
 
-    def _request(self, method: str, path: str, **more: Any) -> httpx.Response:
+    def _request(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         for left in range(self._retries, -1, -1):
             try:
                 response = self._http.request(method, path, **more)
             except httpx.TransportError as failure:
                 raise _no_response(failure) from failure
             if response.is_success:
-                return response
+                return _content_of(response)
             error = _error(response)
             if not left or response.status_code not in _RETRYABLE:
                 break
-            time.sleep(min(error.retry_after or 1.0, MAX_SLEEP))
+            _sleep_before_retry(error)
         raise error
+
+
+def _sleep_before_retry(error: ServiceError) -> None:
+    time.sleep(min(error.retry_after or 1.0, MAX_SLEEP))
+
+
+def _content_of(response: httpx.Response) -> dict[str, Any]:
+    try:
+        content = response.json()
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):  # for example a page of a proxy
+        got = response.headers.get("Content-Type", "no Content-Type")
+        problem = {"title": "Not JSON", "detail": f"expected a JSON object, got {got}"}
+        raise ServiceError(response.status_code, problem, None)
+    return content
 
 
 def _names(attacks: str | Sequence[str]) -> list[str]:

@@ -1,9 +1,11 @@
 """The client says what the service says, and needs no torch for it."""
 
 import io
+import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,76 @@ def test_one_attack_by_its_name(running: Running) -> None:
         (attack,) = client.attack(png(), "fgsm")
         assert attack.name == "fgsm"
         assert attack.outcome in ("broken", "withstood")
+
+
+def job(state: str) -> dict[str, Any]:
+    return {
+        "id": "1", "state": state, "model_sha256": "a", "images": 1, "evaluation": None,
+        "error": None,
+    }  # fmt: skip
+
+
+def events(*states: str) -> httpx.Response:
+    text = "".join(f"event: x\ndata: {json.dumps(job(state))}\n\n" for state in states)
+    return httpx.Response(200, text=text, headers={"Content-Type": "text/event-stream"})
+
+
+def refused(_: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused")
+
+
+@pytest.mark.parametrize(
+    ("answers", "seen", "status"),
+    [
+        ([httpx.Response(429), events("running", "done")], ["running", "done"], None),
+        # The service stops, is gone for a moment, loads its model, and continues the job.
+        (
+            [events("running"), refused, httpx.Response(503), events("running", "done")],
+            ["running", "running", "done"],
+            None,
+        ),
+        ([events("running"), httpx.Response(404)], ["running"], 404),
+        ([events("running"), refused, refused, refused], ["running"], 0),
+        ([refused], [], 0),
+        ([events()], [], 0),
+        ([httpx.Response(503)] * 3, [], 503),
+    ],
+)
+def test_a_watch_goes_on_over_a_restart(
+    monkeypatch: pytest.MonkeyPatch, answers: list[Any], seen: list[str], status: int | None
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    left = iter(answers)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.path == "/evaluate/1/events"
+        found = next(left)
+        return found if isinstance(found, httpx.Response) else found(request)
+
+    states: list[str] = []
+    fails = nullcontext() if status is None else pytest.raises(ServiceError, match=f"^{status} ")
+    with Client("http://x", transport=httpx.MockTransport(answer)) as client, fails:
+        for found in client.watch("1"):
+            states.append(found.state)
+    assert (states, list(left)) == (seen, [])
+
+
+@pytest.mark.parametrize(
+    ("wait", "sent"), [(0, "0"), (0.5, "1"), (30, "30"), (1e6, "999999"), (float("inf"), "999999")]
+)
+def test_the_service_reads_how_long_to_wait(wait: float, sent: str) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["Prefer"] == f"wait={sent}"
+        return httpx.Response(202, json=job("queued"))
+
+    with Client("http://x", transport=httpx.MockTransport(answer)) as client:
+        assert client.evaluate(b"npz", wait=wait).active
+
+
+@pytest.mark.parametrize("text", ["<html>log in</html>", "[]"])
+def test_an_answer_that_is_no_json_object_is_an_error(text: str) -> None:
+    page = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
+    with Client("http://x", transport=page) as client:
+        for ask in (client.model, lambda: client.job("1"), lambda: client.predict(png())):
+            with pytest.raises(ServiceError, match="200 Not JSON: expected a JSON object"):
+                ask()
