@@ -76,7 +76,8 @@ class Connection(HttpToolsProtocol):
     - It is closed if a request's head takes longer than `timeout` seconds; uvicorn itself waits
       forever for the first request and for slow heads. The middleware limits the time of a body,
       because it can send an error response. Body bytes after the response count as the next head.
-    - It is closed if the client does not read the response for `timeout` seconds.
+    - It is closed if the client does not read the response for `timeout` seconds, also when it
+      is to be closed after that response: closing alone waits for the client forever.
     - A head of over 64 KiB is refused, and so is a chunked body whose framing is much larger than
       its content: each chunk costs the event loop as much time as a kilobyte.
     - Invalid HTTP gets a problem document. A request to upgrade the protocol is handled as if it
@@ -220,15 +221,28 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self._running = self.pipeline[-1][0]
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stop_write_timer()
-        self._write_timer = self.loop.call_later(self._timeout, self.transport.abort)
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
         super().resume_writing()
+        if self.transport.is_closing():
+            self._close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the idle connection."""
+        self._close()
+
+    def _close(self) -> None:
+        """Close the connection once the client has read everything, or takes too long."""
+        self.transport.close()
+        if self.transport.get_write_buffer_size() and self._write_timer is None:
+            self._start_write_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse invalid HTTP with a problem document."""
@@ -250,14 +264,14 @@ class Connection(HttpToolsProtocol):
         elif self._in_body:
             if not cycle.response_started:
                 self.transport.write(_refusal(status, title, detail))
-            self.transport.close()
+            self._close()
             cycle.disconnected = True  # so that its handler sends no second response
             cycle.message_event.set()
         elif not self._idle:
             cycle.keep_alive = False
         else:
             self.transport.write(_refusal(status, title, detail))
-            self.transport.close()
+            self._close()
 
     @property
     def _idle(self) -> bool:
@@ -271,6 +285,10 @@ class Connection(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _start_write_timer(self) -> None:
+        self._stop_write_timer()
+        self._write_timer = self.loop.call_later(self._timeout, self.transport.abort)
+
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
@@ -278,8 +296,8 @@ class Connection(HttpToolsProtocol):
 
     def _close_if_idle(self) -> None:
         self._head_timer = None
-        if self._idle and not self.transport.is_closing():
-            self.transport.close()
+        if self._idle:
+            self._close()
 
 
 def _refusal(status: int, title: str, detail: str) -> bytes:

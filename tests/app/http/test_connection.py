@@ -1,13 +1,23 @@
 """What comes over a bare connection that is no ordinary request."""
 
+import asyncio
 import json
 import socket
 import time
 from contextlib import suppress
 
 import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
-from app.http.connection import MAX_HEAD_BYTES, MAX_PIPELINED, SLICE_BYTES, OpenConnections
+from app.http.connection import (
+    MAX_HEAD_BYTES,
+    MAX_PIPELINED,
+    SLICE_BYTES,
+    OpenConnections,
+    connection_class,
+)
 from app.http.trust import trusted_addresses
 from tests.support.faults import connect, unharmed
 from tests.support.serving import Running, gated, png, until
@@ -258,3 +268,39 @@ def test_a_connection_too_many_is_closed_at_once(
             first.sendall(HEAD % b"GET /livez" + b"\r\n")
             assert first.recv(12)
         monkeypatch.undo()
+
+
+async def answer_50_kilobytes(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = [(b"content-length", b"50000")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": bytes(50_000)})
+
+
+@pytest.mark.parametrize("header", [b"Connection: close\r\n", b""])
+def test_closing_does_not_wait_for_a_client_that_reads_nothing(header: bytes) -> None:
+    """Though what it does not read is too little for asyncio to pause the response."""
+
+    async def run() -> None:
+        config = uvicorn.Config(answer_50_kilobytes, lifespan="off", log_config=None)
+        config.timeout_keep_alive = 0  # seconds
+        config.load()
+        state, loop = ServerState(), asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+        def make() -> asyncio.Protocol:
+            made: asyncio.Protocol = connection_class(0.2)(
+                config=config, server_state=state, app_state={}
+            )
+            return made
+
+        with theirs:
+            await loop.create_connection(make, sock=ours)
+            theirs.sendall(HEAD % b"GET /" + header + b"\r\n")
+            async with asyncio.timeout(30):
+                while not state.total_requests:
+                    await asyncio.sleep(0.01)
+                while state.connections:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
