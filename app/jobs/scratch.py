@@ -12,7 +12,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "robust-"
+# Nothing else may be named like this: a folder of ROBUST_JOBS also has a file `lock`.
+PREFIX = "robust-scratch-"
 LOCK = "lock"  # locked by the folder's process; the kernel unlocks it when that dies
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from app.jobs.disk import JobFolder
 from app.jobs.scratch import remove_abandoned, scratch_folder
 
 HOLD = """
@@ -26,7 +27,8 @@ def test_a_killed_process_leaves_nothing_for_long(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "robust-mine").mkdir()  # no scratch folder of ours
+    jobs = tmp_path / "robust-jobs"  # no scratch folder of ours
+    JobFolder(jobs).close()
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -44,4 +46,5 @@ def test_a_killed_process_leaves_nothing_for_long(
         remove_abandoned()
         assert own.is_dir()
         assert not theirs.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["robust-mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["robust-jobs"]
+    assert (jobs / "jobs.sqlite").is_file()
