@@ -24,6 +24,7 @@ Reply = tuple[Header, list[bytearray]]
 _READ_BYTES = 2**18  # at a time
 
 NICENESS = 10  # so that predictions get the CPU first
+SECRET_PREFIXES = ("ROBUST_", "OTEL_", "PG")  # variables that may hold keys and passwords
 IDLE_SECONDS = 60.0  # after which an idle worker is killed
 
 
@@ -193,9 +194,10 @@ class _Worker:
         self._timer: asyncio.TimerHandle | None = None
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
-        # It finds the same modules as this process, and uses one thread.
+        # It finds the same modules as this process, uses one thread, and knows no secrets.
+        known = {k: v for k, v in os.environ.items() if not k.startswith(SECRET_PREFIXES)}
         environment = {
-            **os.environ,
+            **known,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",

@@ -322,3 +322,17 @@ def test_a_budget_is_never_overdrawn_and_nobody_is_passed_over() -> None:
 
     asyncio.run(run())
     assert left == [4, 5, 5]
+
+
+def test_a_worker_gets_none_of_the_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("ROBUST_API_KEYS", "ROBUST_ADMIN_KEYS", "ROBUST_DATABASE_URL", "PGPASSWORD")
+    for name in secrets:
+        monkeypatch.setenv(name, "sEcReT")
+    worker = pools._Worker()
+    try:
+        environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes()
+    finally:
+        worker.close()
+        worker.exit_code()
+    assert b"OMP_NUM_THREADS=1" in environment
+    assert b"sEcReT" not in environment
