@@ -31,6 +31,8 @@ from robust.threat_model import Norm, parse_eps
 Size = Annotated[float, BeforeValidator(parse_eps)]  # 8/255, or a number
 _NUMBER = re.compile(r"[-+0-9.eE/ ]+")
 _ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
+# A name or an IPv6 address in brackets, with an optional port; or the address alone.
+_HOST = re.compile(r"(?:(\*|(?:\*\.)?[a-z0-9._-]+)|\[([0-9a-f:.]+)\])(?::[0-9]+)?|([0-9a-f:.]+)")
 
 
 def _split(value: object) -> object:
@@ -39,16 +41,32 @@ def _split(value: object) -> object:
     return tuple(item.strip() for item in value.split(",") if item.strip())
 
 
+def _split_some(value: object) -> object:
+    """Like `_split`, but a value such as " " is a mistake: it must not turn protection off."""
+    items = _split(value)
+    if value and not items:
+        raise ValueError("at least one value between the commas")
+    return items
+
+
 def _check_keys(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
     if not all(re.fullmatch(r"[!-~]+", key.get_secret_value()) for key in keys):
         raise ValueError("comma-separated keys of visible ASCII characters")
     return keys
 
 
+def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    """The hosts as they are compared: in lowercase, without port and brackets."""
+    found = [_HOST.fullmatch(host.lower()) for host in hosts]
+    if not all(found):
+        raise ValueError("comma-separated hosts such as example.org, *.example.org or ::1, or *")
+    return tuple(match[1] or match[2] or match[3] for match in found if match)
+
+
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     if not all(_ORIGIN.fullmatch(origin) for origin in origins):
         raise ValueError("comma-separated origins such as https://example.org, or *")
-    return origins
+    return tuple(origin.lower() for origin in origins)  # as browsers send them
 
 
 def _rgb(named: dict[str, Rgb]) -> AfterValidator:
@@ -67,11 +85,14 @@ def _rgb(named: dict[str, Rgb]) -> AfterValidator:
 Mean = Annotated[str | None, _rgb(NAMED_MEANS)]
 Std = Annotated[str | None, _rgb(NAMED_STDS)]
 Keys = Annotated[
-    tuple[SecretStr, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_keys)
+    tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_some), AfterValidator(_check_keys)
+]
+Hosts = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(_split_some), AfterValidator(_check_hosts)
 ]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Origins = Annotated[
-    tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_origins)
+    tuple[str, ...], NoDecode, BeforeValidator(_split_some), AfterValidator(_check_origins)
 ]
 
 
@@ -145,14 +166,15 @@ class Settings(BaseSettings):
 
     api_keys: Keys = Field(
         default=(),
-        description="Comma-separated API keys; every request needs one.",
+        description="Comma-separated API keys; every request needs one, except for the page, /docs "
+        "and the probes.",
     )
     admin_keys: Keys = Field(
         default=(), description="Comma-separated API keys that can access every evaluation."
     )
-    allowed_hosts: Names = Field(
+    allowed_hosts: Hosts = Field(
         default=(),
-        description="Accepted Host headers, or *; unset: any, but on loopback only local names.",
+        description="Accepted hosts, or *; unset: any, but on loopback only local names.",
     )
     trusted_proxies: Names = Field(
         default=("127.0.0.1", "::1"),
@@ -313,6 +335,11 @@ class Settings(BaseSettings):
     def max_cost(self) -> int:
         """The maximum forward passes of one request: a client's share of the queue."""
         return max(1, int(self.client_share * self.queue_limit))
+
+    @property
+    def max_predictions(self) -> int:
+        """The maximum images of one prediction request; more would never fit into the queue."""
+        return min(self.max_images, self.max_cost)
 
     @property
     def compare_path(self) -> Path | None:

@@ -11,12 +11,11 @@ from starlette.types import Scope
 
 from app.errors import Unauthorized
 from app.http.headers import headers_of
+from app.http.paths import PROBE_PATHS
 from app.http.trust import client_address
 
 # Health probes and static pages: a browser that opens a page can't send a key.
-PUBLIC_PATHS = frozenset(
-    {"/", "/docs", "/openapi.json", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
-)
+PUBLIC_PATHS = PROBE_PATHS | {"/", "/docs", "/openapi.json"}
 PUBLIC_PREFIXES = ("/docs/assets/", "/playground/")
 NOBODY = "nobody"  # an owner without evaluations
 

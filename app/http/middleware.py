@@ -24,11 +24,12 @@ from app.errors import (
     ServiceError,
     SlowBody,
     Unauthorized,
+    UnknownHost,
 )
 from app.http.auth import Keys
 from app.http.compression import Inflater
 from app.http.headers import headers_of
-from app.http.paths import route_path
+from app.http.paths import PROBE_PATHS, route_path
 from app.http.problem import error_response
 from app.http.trust import check_host, check_origin
 from app.service import Service
@@ -110,8 +111,8 @@ class RequestMiddleware:
             raw.append((b"cache-control", b"no-store"))
         # A request without a caller was refused: the model is not revealed. The handler stores
         # the model that it used in `state`, because another one may be current by now.
-        models = self._service.models
-        if "caller" in state and (sha256 := state.get("model_sha256") or models.sha256):
+        models, accepted = self._service.models, "caller" in state and "unknown_host" not in state
+        if accepted and (sha256 := state.get("model_sha256") or models.sha256):
             precision = state.get("precision") or models.precision
             raw.append((b"x-model-sha256", sha256.encode()))
             raw.append((b"x-model-precision", precision.encode()))
@@ -168,7 +169,7 @@ class LimitMiddleware:
         body = _RequestBody(self._service, scope, receive, send)
         try:
             self._admit(scope)
-            if encoding := _encoding(scope):
+            if scope["method"] == "POST" and (encoding := _encoding(scope)):
                 body.inflater = Inflater(encoding)
         except ServiceError as error:
             body.stop_reading = _declared_bytes(scope) > SMALL_BODY
@@ -184,11 +185,16 @@ class LimitMiddleware:
 
     def _admit(self, scope: Scope) -> None:
         service, settings = self._service, self._service.settings
-        headers = headers_of(scope)
-        check_host(headers, settings.allowed_hosts)
+        headers, path = headers_of(scope), route_path(scope)
+        try:
+            check_host(headers, settings.allowed_hosts)
+        except UnknownHost:
+            if path not in PROBE_PATHS:
+                raise
+            scope["state"]["unknown_host"] = True
         check_origin(scope["method"], headers, settings.cors_origins)
         try:
-            scope["state"]["caller"] = self._keys.identify(scope, route_path(scope))
+            scope["state"]["caller"] = self._keys.identify(scope, path)
         except Unauthorized:
             service.metrics.rejected.labels("key").inc()
             raise
@@ -207,8 +213,8 @@ class LimitMiddleware:
 class _RequestBody:
     """The body of one request, read within its limits: `receive` and `send` of the inner app.
 
-    Counts the bytes in memory. Once the body of a POST is complete, the request takes one of the
-    slots for active requests.
+    Only POST needs a body; that of another request is dropped. Counts the bytes in memory. Once the
+    body of a POST is complete, the request takes one of the slots for active requests.
     """
 
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,6 +232,8 @@ class _RequestBody:
         self._state = scope["state"]
 
     async def receive(self) -> Message:
+        if not self._is_post:
+            return await self._drop_body()
         if self._complete:  # the next message is the client's disconnect
             return await self._receive()
         if self.inflater is None:
@@ -238,8 +246,17 @@ class _RequestBody:
             self.stop_reading = True
             self._rejected.labels("body").inc()
             raise BodyTooLarge(self._max_bytes)
-        if self._complete and self._is_post:
+        if self._complete:
             self._take_slot()
+        return message
+
+    async def _drop_body(self) -> Message:
+        """An empty body, at once; then the client's disconnect. What arrives is not kept."""
+        if not self._complete:
+            self._complete = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        while (message := await self._receive())["type"] == "http.request":
+            pass
         return message
 
     async def _receive_in_time(self) -> Message:
@@ -284,8 +301,6 @@ class _RequestBody:
         in_flight, settings = self._service.in_flight, self._service.settings
         self._size += more
         in_flight.bytes += more
-        if not self._is_post:
-            return
         shares = self._service.shares
         of_client = shares.add_bytes(self._client, more)
         if in_flight.bytes > settings.max_held_bytes or of_client > shares.client_bytes:
@@ -297,7 +312,7 @@ class _RequestBody:
         """Release the request's bytes and slot: its body is no longer needed."""
         shares = self._service.shares
         self._service.in_flight.bytes -= self._size
-        if self._is_post and self._size:
+        if self._size:
             shares.add_bytes(self._client, -self._size)
         self._size = 0
         if self._has_slot:

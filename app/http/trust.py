@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -69,6 +69,8 @@ def _network_of(host: str) -> str:
         address = ip_address(host.partition("%")[0])
     except ValueError:
         return host
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:  # all share one /64
+        return str(address.ipv4_mapped)
     return str(ip_network((address, _IPV6_CLIENT_BITS), strict=False))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from app.errors import Forbidden, UnknownHost
 from app.http.trust import LOOPBACK_HOSTS, check_host, check_origin, client_address
 from app.settings import Settings
 from tests.app.http.test_errors import assert_problem
-from tests.support.serving import Running, labeled, png, serving, until
+from tests.support.faults import connect, unharmed
+from tests.support.serving import Running, gated, labeled, png, serving, until
 
 KEYS = {name: {"X-API-Key": f"key-of-{name}"} for name in ("ann", "bob", "admin")}
 
@@ -97,6 +100,42 @@ def test_a_foreign_page_is_refused_and_told_no_model(local: Running) -> None:
         assert "X-Model-SHA256" not in response.headers
     assert local.client.get("/model", headers={"Host": "evil.example"}).status_code == 400
     assert local.client.post("/predict", content=png()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/v2/models/robust/ready"],
+)
+def test_probes_work_with_any_host_and_name_no_model(local: Running, path: str) -> None:
+    response = local.client.get(path, headers={"Host": "10.1.2.3:8000"})
+    assert response.status_code == 200
+    assert "X-Model-SHA256" not in response.headers
+    assert "X-Model-SHA256" in local.client.get(path).headers
+
+
+def test_the_prefix_alone_is_the_page(checkpoint: Path) -> None:
+    settings = Settings(
+        checkpoint=checkpoint, threads=1, device="cpu", api_keys="key", root_path="/robust"
+    )
+    with serving(settings) as running:
+        assert running.client.get("/robust").headers["Location"] == "/robust/"
+        assert running.client.get("/robust", follow_redirects=True).status_code == 200
+
+
+def test_bodies_of_other_methods_than_post_are_dropped(running: Running) -> None:
+    packed, in_flight = gzip.compress(bytes(2**20)), running.service.in_flight
+    head = (
+        b"GET /evaluate/%s/events HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n"
+        b"Content-Length: %d\r\n\r\n"
+    )
+    with unharmed(running), gated(running.service), connect(running) as connection:
+        id = running.client.post("/evaluate?attack=fgsm", content=labeled(40)).json()["id"]
+        connection.sendall(head % (id.encode(), len(packed) + 1) + packed)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        until(lambda: in_flight.count == 1)
+        time.sleep(0.2)  # the body arrives, though not all of it
+        assert in_flight.bytes == 0
+        running.client.delete(f"/evaluate/{id}")
 
 
 def test_redirects_stay_here(running: Running) -> None:
@@ -189,6 +228,26 @@ def test_only_trusted_proxies_say_who_asks(checkpoint: Path) -> None:
 def test_a_client_is_an_address_or_a_network_of_ipv6() -> None:
     found = [client_address({"client": (host, 1)}) for host in ("192.0.2.1", "2001:db8::1", "x:y")]
     assert found == ["192.0.2.1", "2001:db8::/64", "x:y"]
+    mapped = {client_address({"client": (f"::ffff:192.0.2.{n}", 1)}) for n in (1, 2)}
+    assert mapped == {"192.0.2.1", "192.0.2.2"}
+
+
+def test_hosts_and_origins_are_compared_as_browsers_send_them() -> None:
+    given = "Example.ORG:8080, *.example.net, [::1]:80, [::2], ::3, 127.0.0.1"
+    settings = Settings(allowed_hosts=given, cors_origins="https://Example.ORG")
+    assert settings.cors_origins == ("https://example.org",)
+    for host in ("example.org", "a.example.net", "[::1]:8000", "[::2]", "[::3]", "127.0.0.1"):
+        check_host({b"host": host.encode()}, settings.allowed_hosts)
+    for host in ("https://example.org", "a b", "exa*mple.org"):
+        with pytest.raises(ValueError, match="comma-separated hosts"):
+            Settings(allowed_hosts=host)
+
+
+@pytest.mark.parametrize("name", ["api_keys", "admin_keys", "allowed_hosts", "cors_origins"])
+@pytest.mark.parametrize("value", [" ", ",", " , "])
+def test_a_list_of_nothing_turns_no_protection_off(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        Settings(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
