@@ -235,7 +235,7 @@ class Shares:
         _add(self._slots, client, -1)
 
     def may_watch(self, client: str) -> bool:
-        """Whether the client may watch one more evaluation; watchers cost a message per change."""
+        """Whether the client may watch or wait for one more evaluation: each change costs time."""
         return self._watching[client] < self.client_slots
 
     @contextmanager

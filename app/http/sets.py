@@ -6,6 +6,7 @@ import asyncio
 import io
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from app.service import Service
 from app.settings import Settings
 from robust.datasets import Dataset, DatasetError, load_dataset, load_upload
 from robust.datasets.errors import TooManyToFit
+from robust.datasets.registry import form_of_file
 from robust.matching import first_images, match_classes
 
 # A set within these limits is cheap: it is read in a thread, which can't be stopped, within about
@@ -34,14 +36,22 @@ _IMAGES = re.compile(r"images\.npy|.*/data/\d+")
 
 
 def registered(settings: Settings) -> dict[str, Path]:
-    """The path of each set in the operator's folder, by its name without a suffix."""
+    """The path of each set in the operator's folder, by its name.
+
+    That of a file is without the suffix, unless another set has the same name then.
+    """
     folder = settings.datasets
     if folder is None or not folder.is_dir():
         return {}
-    return {
-        path.name if path.is_dir() else path.stem: path.absolute()
+    short = {
+        path: path.name if path.is_dir() else path.stem
         for path in sorted(folder.iterdir())
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.name)
+        and (path.is_dir() or form_of_file(path.name))
+    }
+    count = Counter(short.values())
+    return {
+        name if count[name] == 1 else path.name: path.absolute() for path, name in short.items()
     }
 
 

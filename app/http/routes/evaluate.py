@@ -1,7 +1,9 @@
 """POST /evaluate and its jobs: clean and robust accuracy on a labeled set."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
+from copy import copy
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -62,17 +64,19 @@ async def evaluate(request: Request, response: Response) -> JobStatus:
     """Start an evaluation of an uploaded npz or pt file, or of a registered set.
 
     The response has the job's id and URL. With `Prefer: wait=N` it waits up to N seconds for the
-    result. The same images and settings sent again are the same job, unless the header
-    `Idempotency-Key` differs.
+    result, unless the client waits for or watches its share of evaluations already. The same images
+    and settings sent again are the same job, unless the header `Idempotency-Key` differs.
     """
     service = service_of(request)
     job = await _submit(request, service)
     response.headers["Location"] = str(request.url_for("job", id=job.id).path)
     seconds = _preferred_wait(request, service.settings.deadline_seconds)
-    if seconds is not None:
+    client = request.state.caller.client
+    if seconds is not None and service.shares.may_watch(client):
         request.state.body.release()  # while it waits for a job, it needs no slot
         response.headers["Preference-Applied"] = f"wait={seconds:g}"
-        job = await unless_gone(request, service.jobs.ended(job, seconds))
+        with service.shares.watching(client):
+            job = await unless_gone(request, service.jobs.ended(job, seconds))
         if not job.active:
             response.status_code = 200
     return job_status(job)
@@ -99,10 +103,15 @@ async def _submit(request: Request, service: Service) -> Job:
     )
 
 
-@router.get("", summary="List evaluations", responses=documented(503))
-async def jobs(request: Request, service: ServiceOf) -> list[JobStatus]:
+@router.get(
+    "", summary="List evaluations", response_model=list[JobStatus], responses=documented(503)
+)
+async def jobs(request: Request, service: ServiceOf) -> Response:
     """The queued, running and finished evaluations, newest first; finished ones expire."""
-    return [job_status(job) for job in await service.jobs.all(request.state.caller.owner)]
+    found = [copy(job) for job in await service.jobs.all(request.state.caller.owner)]
+    # In a thread, one at a time: a thousand results would occupy the event loop for long.
+    content = await asyncio.to_thread(lambda: [job_status(job).model_dump_json() for job in found])
+    return Response(f"[{','.join(content)}]", media_type="application/json")
 
 
 @router.get(

@@ -213,7 +213,7 @@ async def infer(request: Request, model: ModelOfVersion) -> Response:
                 body,
                 request.headers.get(HEADER_LENGTH),
                 size=model.input_size,
-                limit=service.settings.max_images,
+                limit=service.settings.max_predictions,
             )
         )
         probabilities = await service.engine.predict(

@@ -74,7 +74,7 @@ async def limits(service: ServiceOf) -> Limits:
         max_steps=settings.max_steps,
         max_queries=settings.max_queries,
         max_restarts=settings.max_restarts,
-        max_images=settings.max_images,
+        max_images=settings.max_predictions,
         max_upload_images=settings.max_upload_images,
         max_body_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,

@@ -31,7 +31,7 @@ async def predict(request: Request) -> Response:
     Send one or several files in the form field `file`, or one image as the body.
     """
     service = service_of(request)
-    upload = await read_upload(request, max_files=service.settings.max_images)
+    upload = await read_upload(request, max_files=service.settings.max_predictions)
     parameters = parse(PredictParameters, upload.parameters)
     model = service.model_for(request)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import robust
+from app.http.sets import registered
 from app.settings import Settings
 from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint
@@ -317,3 +318,13 @@ def test_a_class_that_the_model_lacks_is_refused_everywhere(
     assert "10" in capsys.readouterr().err
     with pytest.raises(ValueError, match="labels from 0 to 9, got 10 to 10"):
         robust.evaluate(robust.load_model(checkpoint), images, [10], attacks="fgsm", progress=False)
+
+
+def test_two_sets_of_one_name_keep_their_suffixes(tmp_path: Path) -> None:
+    for name in ("a.npz", "b.npz", "b.pt", "c.npz", "README.md", "t10k-images-idx3-ubyte"):
+        (tmp_path / name).touch()
+    (tmp_path / "c").mkdir()
+    found = registered(Settings(datasets=tmp_path))
+    names = ("a", "b.npz", "b.pt", "c", "c.npz", "t10k-images-idx3-ubyte")
+    assert sorted(found) == sorted(names)
+    assert found["b.pt"] == tmp_path / "b.pt"

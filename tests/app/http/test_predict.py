@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from app.settings import Settings
 from robust.checkpoint import load_checkpoint
 from robust.images import decode_image, fit_image, to_float
 from robust.prediction import predict
-from tests.support.serving import CLASSES, Running, gated, jpeg, png, until
+from tests.support.serving import CLASSES, Running, gated, jpeg, png, serving, until
 
 
 def library_probabilities(checkpoint, data: bytes) -> torch.Tensor:
@@ -88,3 +89,14 @@ def test_orientation_of_a_photograph_is_applied(running: Running, checkpoint) ->
     turned = running.client.post("/predict", content=buffer.getvalue()).json()["results"][0]
     expected = library_probabilities(checkpoint, buffer.getvalue())
     assert turned["probability"] == pytest.approx(float(expected.max()), abs=1e-5)
+
+
+def test_more_images_than_ever_fit_into_the_queue_are_refused_for_good(checkpoint) -> None:
+    settings = Settings(
+        checkpoint=checkpoint, threads=1, device="cpu", queue_limit=4, client_share=0.5
+    )
+    with serving(settings) as running:
+        assert running.client.get("/limits").json()["max_images"] == 2
+        for n, status in ((2, 200), (3, 422)):
+            files = [("file", png(seed)) for seed in range(n)]
+            assert running.client.post("/predict", files=files).status_code == status
