@@ -136,7 +136,11 @@ class EvaluateParameters(AttackParameters):
     dataset: str | None = Field(
         default=None, description="The name of a data set that the operator registered."
     )
-    limit: Positive | None = Field(default=None, description="Score only the first images.")
+    limit: Positive | None = Field(
+        default=None,
+        description="Score at most this many images: the first, or evenly spaced ones if the set "
+        "is sorted by class.",
+    )
     curve: Whole = Field(
         default=0,
         ge=0,
@@ -148,7 +152,7 @@ def parse(kind: type[P], values: Mapping[str, Sequence[str]]) -> P:
     """Validate parameters, each with one or more values, as `kind`. Raises InvalidParameters."""
     lists = {name for name, item in kind.model_fields.items() if item.annotation == list[str]}
     errors = [
-        FieldError(field=_safe_name(name), expected="one value", got=f"{len(texts)}")
+        FieldError(field=safe_name(name), expected="one value", got=f"{len(texts)}")
         for name, texts in values.items()
         if len(texts) > 1 and name not in lists
     ]
@@ -176,7 +180,7 @@ def field_errors(errors: Sequence[Any], *, known: str = "") -> list[FieldError]:
         if error["type"] == "extra_forbidden":
             expected, got = f"one of the parameters {known}", "another one"
         found.append(
-            FieldError(field=_safe_name(parts[0] if parts else "body"), expected=expected, got=got)
+            FieldError(field=safe_name(parts[0] if parts else "body"), expected=expected, got=got)
         )
     return found
 
@@ -290,5 +294,6 @@ def resolve_class(text: str | None, field: str, classes: Sequence[str]) -> int |
         raise invalid(field, expected, describe(text)) from None
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
+    """The name of a parameter if it may be repeated in an error; `unknown` if not."""
     return name if re.fullmatch(r"[a-z_]{1,32}", name) else "unknown"

@@ -17,10 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.errors import BadRequest, ClientGone, InvalidParameters, ServiceError, invalid
 from app.http.headers import headers_of
+from app.http.parameters import safe_name
 
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 4096
 MAX_JSON_BYTES = 16 * 2**20  # parsing holds the GIL, and so delays every other request
+MAX_JSON_VALUES = 1000
 BASE64_PIECE = 2**18  # characters decoded at a time; a multiple of 4
 _NO_FILENAME = "part without a filename"  # given to a part `file` that has none
 _DATA_URL = re.compile(rb"data:[A-Za-z0-9.+/;=-]{0,100},")
@@ -102,8 +104,11 @@ async def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str
     Raises BadRequest unless it is a flat object, and InvalidParameters for invalid base64.
     """
     # Every item of a list becomes a Python object; the text of an image is a single one.
-    if len(body) > MAX_JSON_BYTES or body.count(b",") + body.count(b"[") > 1000:
-        raise BadRequest("The JSON is too large; send images as multipart/form-data.")
+    if len(body) > MAX_JSON_BYTES or body.count(b",") + body.count(b"[") > MAX_JSON_VALUES:
+        raise BadRequest(
+            f"expected JSON of at most {MAX_JSON_BYTES} bytes and {MAX_JSON_VALUES} values; send "
+            "images as multipart/form-data."
+        )
     try:
         values = from_json(body)
     except ValueError:
@@ -116,7 +121,8 @@ async def _read_json(body: bytes, max_files: int) -> tuple[list[bytes], dict[str
     if len(files) > max_files:
         raise _too_many_files(max_files)
     return files, {
-        name: [_parameter_text(item) for item in _as_list(value)] for name, value in values.items()
+        name: [_parameter_text(name, item) for item in _as_list(value)]
+        for name, value in values.items()
     }
 
 
@@ -124,11 +130,11 @@ def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _parameter_text(value: object) -> str:
+def _parameter_text(name: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str | int | float):
-        raise BadRequest("expected text and numbers as parameters in the JSON")
+        raise invalid(safe_name(name), "text or a number", "another kind of value")
     return str(value)
 
 
@@ -251,4 +257,4 @@ def _text_instead_of_file() -> InvalidParameters:
 
 
 def _too_many_files(limit: int) -> InvalidParameters:
-    return invalid("file", f"at most {limit}", "more")
+    return invalid("file", f"at most {limit} file{'s' * (limit != 1)}", "more")

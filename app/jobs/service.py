@@ -46,7 +46,7 @@ STOP_SECONDS = 5.0  # for the device to finish a step
 _KEY_USED = FieldError(
     field="Idempotency-Key",
     expected="a key that was not used for another evaluation",
-    got="a used one",
+    got="the key of another evaluation",
 )
 
 
