@@ -111,7 +111,7 @@ def to_dataset(about: dict[str, Any], content: bytearray) -> Dataset:
     n, *shape = about["shape"]
     try:
         labels = torch.frombuffer(content, dtype=torch.int64, count=n)
-        # Release 0.1 stored no dtype: all its sets are uint8.
+        # Version 1 of the tables has no dtype: all its sets are uint8.
         dtype = torch.float32 if about.get("dtype") == "float32" else torch.uint8
         images = torch.frombuffer(content, dtype=dtype, offset=8 * n).reshape(n, *shape)
         dataset = Dataset(

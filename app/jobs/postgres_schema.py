@@ -16,7 +16,6 @@ class SchemaError(ValueError):
 class Step:
     """SQL to upgrade the tables from the previous version to this one, and to downgrade them."""
 
-    release: str  # the first one with this version
     up: str
     down: str
 
@@ -56,7 +55,7 @@ ALTER TABLE images ALTER content SET STORAGE EXTERNAL;
 CREATE TABLE replicas (id text PRIMARY KEY, model text NOT NULL, seen timestamptz NOT NULL);
 """
 
-# Release 0.1 used procrastinate's tables for its queue. They stay, empty, for a downgrade.
+# Version 1 used procrastinate's tables for its queue. They stay, empty, for a downgrade.
 _OWN_QUEUE = """
 ALTER TABLE evaluations ADD replica text, ADD lost_by text[] NOT NULL DEFAULT '{}', DROP lost;
 UPDATE evaluations SET run = coalesce(run, 0);
@@ -74,8 +73,8 @@ UPDATE robust_version SET version = 2;
 _OWN_QUEUE_BACK = """
 DO $$ BEGIN
     IF to_regclass('procrastinate_jobs') IS NULL THEN
-        RAISE EXCEPTION 'these tables were not made by release 0.1, which can''t use them; '
-            'DROP SCHEMA robust CASCADE lets it make its own, without the evaluations';
+        RAISE EXCEPTION 'these tables were not created as version 1, so its service can''t use '
+            'them; DROP SCHEMA robust CASCADE lets it create its own, without the evaluations';
     END IF;
 END $$;
 ALTER TABLE images ALTER CONSTRAINT images_evaluation_fkey NOT DEFERRABLE;
@@ -86,8 +85,8 @@ ALTER TABLE evaluations DROP replica, DROP lost_by, ADD lost int NOT NULL DEFAUL
 UPDATE robust_version SET version = 1;
 """
 STEPS = (
-    Step(release="0.1", up=_FIRST, down=""),
-    Step(release="0.2", up=_OWN_QUEUE, down=_OWN_QUEUE_BACK),
+    Step(up=_FIRST, down=""),
+    Step(up=_OWN_QUEUE, down=_OWN_QUEUE_BACK),
 )
 VERSION = len(STEPS)  # version of the tables in this release
 FIND_VERSION = "SELECT version FROM robust_version"

@@ -440,7 +440,7 @@ def test_a_replica_whose_device_thread_ended_counts_as_lost(
         seen = query(settings, f"SELECT seen FROM replicas WHERE id = '{replica}'")
         upkeep(third)
         assert query(settings, f"SELECT seen FROM replicas WHERE id = '{replica}'") == seen
-        assert judge(pair[0], silent=third)[0] == [replica]
+        assert [replica] in judge(pair[0], silent=third)
         patched.undo()
         assert finish(pair[0], job["id"])["state"] == "done"
     forget_all_active(pair)
