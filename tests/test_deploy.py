@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from app.application import create_app
+from app.http.paths import PROBE_PATHS
 from app.metrics import Metrics
 from app.settings import Settings
 
@@ -205,6 +206,25 @@ def test_probes_ask_what_there_is(pod: Manifest, routes: set[str]) -> None:
     assert container["args"][0] == "serve"
     assert options == {"--host": "0.0.0.0", "--port": str(port["containerPort"])}
     assert re.search(rf"^EXPOSE {port['containerPort']}$", (ROOT / "Dockerfile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("pod", pods())
+def test_probes_need_neither_a_key_nor_a_known_host(pod: Manifest) -> None:
+    (container,) = pod["containers"]
+    probes = [container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
+    assert {probe["httpGet"]["path"] for probe in probes} <= PROBE_PATHS
+
+
+@pytest.mark.parametrize("pod", pods())
+def test_the_memory_limit_fits_the_most_that_the_service_uses(pod: Manifest) -> None:
+    (container,) = pod["containers"]
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
+    settings, model = Settings(), int(1.4e9)  # as docs/configuration.md has it
+    limits = [settings.max_held_bytes, settings.decode_memory * 3 // 2, settings.jobs_bytes, model]
+    assert sum(limits) <= limit
+    assert not {"ROBUST_MAX_HELD_BYTES", "ROBUST_DECODE_MEMORY", "ROBUST_JOBS_BYTES"} & {
+        variable["name"] for variable in container["env"]
+    }
 
 
 @pytest.mark.parametrize("pod", pods())
