@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -20,6 +19,7 @@ from app.http.routes import attack, evaluate, inference, limits, predict, status
 from app.http.trust import ProxyMiddleware
 from app.service import Service
 from app.settings import Settings
+from robust.environment import project_version
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -41,7 +41,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = Application(
         title="robust",
         summary="Classify images, attack the classifier, and measure how robust it is.",
-        version=_version(),
+        version=project_version(),
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
@@ -74,10 +74,3 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         root_path=service.settings.root_path,
     )
     return app
-
-
-def _version() -> str:
-    try:
-        return version("robust")
-    except PackageNotFoundError:  # running from a checkout without an installation
-        return "0"
