@@ -3,7 +3,7 @@
 # Runs as uid 10001 and writes only to
 #   /app/models  a checkpoint trained beside the service, with its run (`docker exec CONTAINER robust train --out models/...`)
 #   /data        the user's data and checkpoints
-#   /tmp         uploads and caches
+#   /tmp         caches, and journals of evaluations in PostgreSQL
 # so `--read-only --tmpfs /tmp` is enough to serve; add `-v NAME:/app/models` to train into a serving container.
 ARG BASE_IMAGE=python:3.12-slim
 FROM ${BASE_IMAGE}
@@ -53,7 +53,7 @@ COPY examples examples
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Asks the service on its default port; a container that trains has none and may be run with --no-healthcheck.
+# Checks the service on its default port; run a container that trains with --no-healthcheck.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python3", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["robust"]

@@ -12,10 +12,10 @@ _HEAD = """\
 # Configuration of the service
 
 Every setting is an environment variable; an empty one counts as unset, except `ROBUST_COMPARE`.
-Options of `robust serve` (`--checkpoint`, `--device`, `--precision`, `--root-path`) override the
-variables. With an invalid value the service does not start, and one line names the variable, what
-was expected and what was found. Numbers use the digits 0 to 9; limits on eps are in pixel units
-and may be fractions (`8/255`).
+Options of `robust serve` override the variables of the same name (`--model` is
+`ROBUST_CHECKPOINT`). With an invalid value the service does not start, and one line names the
+variable, what was expected and what was found. Numbers use the digits 0 to 9; limits on eps are in
+pixel units and may be fractions (`8/255`).
 
 This page is generated from `app/settings.py` with
 `python -m app.configuration > docs/configuration.md`; a test checks that it is up to date.
@@ -29,12 +29,14 @@ _TAIL = """
 - **On the open internet**: `ROBUST_API_KEYS`, `ROBUST_ALLOWED_HOSTS`, and
   `ROBUST_TRUSTED_PROXIES` if there is a proxy in front of the service. Without the last one, all
   clients behind the proxy count as a single client.
-- **Little memory**: `ROBUST_MAX_HELD_BYTES` limits request bodies, `ROBUST_DECODE_MEMORY` the
-  decode workers, `ROBUST_JOBS_BYTES` evaluations. Their sum plus the model (some 1 GB, and 1.4 GB
-  during an evaluation) is the most memory that the service uses.
-- **A slow model**: with the CIFAR stem a forward pass of one image takes some 45 ms on two cores
-  and a gradient 93 ms, so the default `ROBUST_DEADLINE_SECONDS` is enough for some 300 gradients
-  or 600 queries. Raise it for longer attacks, or use `POST /evaluate`, which has no deadline. A
+- **Little memory**: the service uses at most `ROBUST_MAX_HELD_BYTES` for request bodies, 1.5 times
+  `ROBUST_DECODE_MEMORY` for decoding, `ROBUST_JOBS_BYTES` for evaluations (only without
+  `ROBUST_JOBS` and `ROBUST_DATABASE_URL`), and some 1 GB for the model, or 1.4 GB during an
+  evaluation.
+- **A slow model**: with the CIFAR stem, on two cores of an Intel Xeon in float32, a forward pass of
+  one image takes some 45 ms and a gradient 93 ms, so the default `ROBUST_DEADLINE_SECONDS` is
+  enough for some 300 gradients or 600 queries. (On an AMD EPYC with bfloat16, PGD-20 of one image
+  takes 0.61 s.) Raise it for longer attacks, or use `POST /evaluate`, which has no deadline. A
   prediction may wait for one pass of an evaluation, of `ROBUST_EVALUATION_BATCH` images.
 - **Long attacks delay other clients**: lower `ROBUST_CLIENT_SHARE`. One request may cost at most
   that share of `ROBUST_QUEUE_LIMIT`; by default 8,192 forward passes, enough for square with its

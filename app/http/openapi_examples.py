@@ -141,7 +141,7 @@ def example_responses() -> dict[tuple[str, str, str], Any]:
             "default_attacks": ["fgsm", "pgd"],
             "default_eps": {"linf": 8 / 255, "l2": 0.5},
             "max_eps": {"linf": 64 / 255, "l2": 10.0},
-            "max_cost": 4096,
+            "max_cost": 8192,
             "max_steps": 200,
             "max_queries": 5000,
             "max_restarts": 10,
