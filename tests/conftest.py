@@ -1,4 +1,4 @@
-"""What tests of every package share."""
+"""Fixtures for the tests of every package."""
 
 import os
 from collections.abc import Callable

@@ -57,7 +57,7 @@ def test_help_is_quick_and_fits_a_screen() -> None:
         (["attack", "--eps", "banana", "a.png"], 2, "such as 8/255"),
     ],
 )
-def test_what_needs_no_torch_does_not_wait_for_it(
+def test_commands_without_torch_do_not_import_it(
     arguments: list[str], status: int, words: str
 ) -> None:
     code = (
@@ -284,7 +284,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), TypeError("t"), AssertionError(), RuntimeError()])
-def test_a_defect_keeps_its_traceback(
+def test_internal_error_keeps_its_traceback(
     broken: Callable[[BaseException], None], error: BaseException
 ) -> None:
     broken(error)
@@ -310,7 +310,7 @@ def test_traceback_on_demand(broken: Callable[[BaseException], None]) -> None:
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "robust: expected enough memory"),
     ],
 )
-def test_errors_of_the_user_in_words(
+def test_user_errors_have_no_traceback(
     broken: Callable[[BaseException], None],
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
@@ -353,7 +353,7 @@ def test_ctrl_c_in_a_real_process(folder: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_reader_that_goes_away(folder: Path) -> None:
+def test_closed_output_pipe(folder: Path) -> None:
     """As in `robust predict ... | head -0`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     reading, writing = os.pipe()
@@ -367,7 +367,7 @@ def test_reader_that_goes_away(folder: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_checkpoint_is_looked_for_in_models(
+def test_default_checkpoint_is_in_models(
     stock: Path,
     checkpoint_path: Path,
     tmp_path: Path,

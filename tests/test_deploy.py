@@ -1,4 +1,4 @@
-"""The manifests fit Kubernetes' schemas, and what they name is what the service has."""
+"""The manifests fit Kubernetes' schemas and match the service."""
 
 import copy
 import re
@@ -125,7 +125,7 @@ def test_every_manifest_fits_the_schemas(name: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["kind", "misspelt", "type"])
-def test_the_schemas_refuse_what_is_wrong(wrong: str) -> None:
+def test_schemas_reject_invalid_manifests(wrong: str) -> None:
     manifest = copy.deepcopy(only(variant("base"), "Deployment"))
     container = manifest["spec"]["template"]["spec"]["containers"][0]
     if wrong == "kind":
@@ -139,7 +139,7 @@ def test_the_schemas_refuse_what_is_wrong(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_pod_of_the_inference_service_is_a_pod(version: str) -> None:
+def test_inference_service_pod_is_valid(version: str) -> None:
     (service,) = load(FOLDER / "kserve" / "inference-service.yaml")
     assert (service["apiVersion"], service["kind"]) == (
         "serving.kserve.io/v1beta1",
@@ -158,7 +158,7 @@ def test_the_pod_of_the_inference_service_is_a_pod(version: str) -> None:
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 @pytest.mark.parametrize("name", VARIANTS)
-def test_kustomize_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
+def test_kustomize_gives_the_same_result(name: str, tmp_path: Path) -> None:
     folder, components = parts(name)
     shutil.copytree(FOLDER, tmp_path / "kubernetes")
     own = {"resources": [f"../kubernetes/{folder}"]}
@@ -174,7 +174,7 @@ def test_kustomize_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
     assert made == {item["kind"]: item for item in variant(name)}
 
 
-def test_no_file_is_forgotten() -> None:
+def test_every_file_is_used() -> None:
     names = {path.parent.name for path in FOLDER.rglob("*.yaml")}
     assert names == {"base", "cpu", "gpu", "keys", "kserve", "monitoring", "postgres"}
     for path in FOLDER.rglob("kustomization.yaml"):
@@ -193,7 +193,7 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 @pytest.mark.parametrize("pod", pods())
-def test_probes_ask_what_there_is(pod: Manifest, routes: set[str]) -> None:
+def test_probes_use_existing_routes(pod: Manifest, routes: set[str]) -> None:
     (container,) = pod["containers"]
     (port,) = container["ports"]
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -216,7 +216,7 @@ def test_probes_need_neither_a_key_nor_a_known_host(pod: Manifest) -> None:
 
 
 @pytest.mark.parametrize("pod", pods())
-def test_the_memory_limit_fits_the_most_that_the_service_uses(pod: Manifest) -> None:
+def test_memory_limit_covers_the_services_peak(pod: Manifest) -> None:
     (container,) = pod["containers"]
     limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
     settings, model = Settings(), int(1.4e9)  # as docs/configuration.md has it
@@ -228,9 +228,7 @@ def test_the_memory_limit_fits_the_most_that_the_service_uses(pod: Manifest) -> 
 
 
 @pytest.mark.parametrize("pod", pods())
-def test_variables_are_settings_with_values_that_fit(
-    pod: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_are_valid_settings(pod: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     (container,) = pod["containers"]
     for variable in container["env"]:
         prefix, _, name = variable["name"].partition("_")
@@ -244,7 +242,7 @@ def test_variables_are_settings_with_values_that_fit(
 
 
 @pytest.mark.parametrize("pod", pods())
-def test_the_container_may_write_where_the_image_does(pod: Manifest) -> None:
+def test_container_can_write_where_the_image_does(pod: Manifest) -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f"USER {pod['securityContext']['runAsUser']}:" in dockerfile
     (container,) = pod["containers"]
@@ -255,7 +253,7 @@ def test_the_container_may_write_where_the_image_does(pod: Manifest) -> None:
     assert set(resources["limits"]) == set(resources["requests"]) >= {"cpu", "memory"}
 
 
-def test_the_gpu_variant_asks_for_one_and_uses_it() -> None:
+def test_gpu_variant_requests_and_uses_a_gpu() -> None:
     (container,) = only(variant("gpu"), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     device = {item["name"]: item.get("value") for item in container["env"]}["ROBUST_DEVICE"]
@@ -263,7 +261,7 @@ def test_the_gpu_variant_asks_for_one_and_uses_it() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_clients_return_to_their_replica_unless_any_will_do(name: str) -> None:
+def test_clients_stick_to_their_replica_unless_state_is_shared(name: str) -> None:
     manifests = variant(name)
     service = only(manifests, "Service")["spec"]
     (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
@@ -274,7 +272,7 @@ def test_clients_return_to_their_replica_unless_any_will_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_everything_selects_the_pods(name: str) -> None:
+def test_selectors_match_the_pods(name: str) -> None:
     manifests = variant(name)
     deployment = only(manifests, "Deployment")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
@@ -295,7 +293,7 @@ def test_everything_selects_the_pods(name: str) -> None:
         assert ("authorization" in endpoint) == ("keys" in name)
 
 
-def test_the_autoscalers_metric_is_made_of_the_services(routes: set[str]) -> None:
+def test_autoscaler_metric_uses_the_services_metrics(routes: set[str]) -> None:
     (values,) = load(FOLDER / "monitoring" / "adapter-values.yaml")
     (rule,) = values["rules"]["custom"]
     series = rule["seriesQuery"].partition("{")[0]
@@ -317,7 +315,7 @@ def test_the_autoscalers_metric_is_made_of_the_services(routes: set[str]) -> Non
 # The page
 
 
-def test_the_page_names_every_variant_and_only_what_there_is() -> None:
+def test_page_names_exactly_the_existing_variants() -> None:
     text = PAGE.read_text()
     for name in ("cpu", "gpu", "keys", "kserve", "monitoring", "postgres"):
         assert f"deploy/kubernetes/{name}" in text or f"kubernetes/{name}" in text, name
@@ -332,7 +330,7 @@ KINDS = ["Deployment", "InferenceService"]  # what they set the image of
 
 
 @pytest.mark.parametrize(("block", "kind"), list(zip(BLOCKS, KINDS, strict=True)), ids=KINDS)
-def test_a_kustomization_on_the_page_can_be_built(block: str, kind: str, tmp_path: Path) -> None:
+def test_kustomizations_on_the_page_build(block: str, kind: str, tmp_path: Path) -> None:
     kustomization = yaml.safe_load(block)
     for name in [*kustomization["resources"], *kustomization.get("components", [])]:
         assert (FOLDER / Path(name).name / "kustomization.yaml").is_file()

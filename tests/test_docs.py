@@ -1,4 +1,4 @@
-"""Every page: commands are run or say why not, links lead somewhere, and the site can be built."""
+"""Every page: commands run or state why not, links work, and the site builds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def commands() -> list[Any]:
 
 
 @pytest.mark.parametrize("block", commands())
-def test_a_command_runs(block: str, tmp_path: Path) -> None:
+def test_documented_command_runs(block: str, tmp_path: Path) -> None:
     lines = block.replace("\\\n", " ").splitlines()
     assert all(re.match(r"robust |#|$", line) for line in lines), "say `<!-- not run: why -->`"
     for folder in ("examples", "models"):
@@ -56,7 +56,7 @@ def test_a_command_runs(block: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tests_of_their_own_exist() -> None:
+def test_named_tests_exist() -> None:
     for page, test in ELSEWHERE.items():
         assert page in (ROOT / test).read_text()
 
@@ -65,7 +65,7 @@ def test_tests_of_their_own_exist() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
-def test_the_site_has_no_dead_link(tmp_path: Path) -> None:
+def test_site_has_no_dead_links(tmp_path: Path) -> None:
     """`--strict` turns every warning into an error: links, anchors, pages outside the menu."""
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
@@ -105,14 +105,12 @@ def hooks() -> Any:
         ("[a](https://example.org/)", "README.md", "index.md", "[a](https://example.org/)"),
     ],
 )
-def test_links_lead_to_where_things_are_in_the_site(
-    markdown: str, source: str, page: str, expected: str
-) -> None:
+def test_links_point_into_the_site(markdown: str, source: str, page: str, expected: str) -> None:
     assert hooks().rewrite(markdown, source, page) == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
-def test_a_link_to_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_link_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     hooks().rewrite("[a](gone.md)", "README.md", "index.md")
     assert "README.md links to gone.md" in caplog.text
 
@@ -159,7 +157,7 @@ def test_every_public_name_has_a_docstring(module: str) -> None:
     assert [name for item in sorted(modules) for name in undocumented(item)] == []
 
 
-def test_the_table_of_where_to_add_names_what_there_is() -> None:
+def test_where_to_add_table_names_existing_files() -> None:
     text = (DOCS / "architecture.md").read_text()
     table = text.partition("## Where do I add")[2]
     paths = re.findall(r"`((?:app|robust|training|docs)/[\w./-]+)`", table)
@@ -178,7 +176,7 @@ def test_the_workflow_runs_the_tests_on_linux_and_macos() -> None:
     assert job["steps"][-1]["run"] == "make test"
 
 
-def test_the_hooks_before_a_commit_are_those_of_make() -> None:
+def test_pre_commit_hooks_match_make() -> None:
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repository["repo"] == "local"  # nothing is downloaded
     tools = {hook["entry"].split()[0] for hook in repository["hooks"]}

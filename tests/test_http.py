@@ -107,7 +107,7 @@ def test_the_python_blocks(address: str, folder: Path) -> None:
     assert (folder / "pgd-5.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_links_and_settings_are_there() -> None:
+def test_links_and_settings_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target
     for variable in re.findall(r"ROBUST_(\w+)", PAGE):

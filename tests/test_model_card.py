@@ -1,4 +1,4 @@
-"""The shipped model does on the test images what its record and card say."""
+"""The shipped model reaches the figures in its record and card."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ TOLERANCE = 0.003
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_card_s_figures_hold() -> None:
+def test_model_card_figures_are_reproduced() -> None:
     path = Path(os.environ.get("CIFAR10_TEST", ROOT / "test.npz"))
     if not path.exists():
         pytest.skip(f"needs the 5,000 test images: {path}, or where CIFAR10_TEST says")
@@ -49,7 +49,7 @@ def test_the_card_s_figures_hold() -> None:
         )
 
 
-def test_the_shipped_model_was_trained_by_the_recipe_it_is_said_to() -> None:
+def test_shipped_model_was_trained_by_its_recipe() -> None:
     recorded = load_checkpoint(CHECKPOINT).sidecar.recipe
     recipe = files.from_json(files.to_json(gpu().to_dict()))
     assert {name: recorded[name] for name in recipe if name in recorded and name != "name"} == {

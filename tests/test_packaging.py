@@ -85,11 +85,11 @@ def test_every_line_of_the_constraints_is_one_pin_and_names_no_host() -> None:
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
-def test_every_dependency_is_pinned_to_a_version_that_it_allows(requirement: Requirement) -> None:
+def test_every_dependency_is_pinned_to_an_allowed_version(requirement: Requirement) -> None:
     assert pins()[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-def test_torch_refuses_pickles_that_run_code() -> None:
+def test_torch_rejects_pickles_that_run_code() -> None:
     # Checkpoints rely on weights_only=True, which had a hole before.
     floors = [r.specifier for r in requirements() if r.name == "torch"]
     assert all(Version("2.10") not in floor for floor in floors)
@@ -99,7 +99,7 @@ def test_torch_refuses_pickles_that_run_code() -> None:
 # The layers
 
 
-def test_no_package_imports_one_above_or_beside_it() -> None:
+def test_packages_import_only_lower_layers() -> None:
     forbidden = {
         "robust": {"app", "training", "robust_cli"},
         "app": {"training", "robust_cli"},
@@ -187,7 +187,7 @@ def test_the_health_check_passes_only_while_the_service_is_ready(
         assert subprocess.run(command, check=False, timeout=30).returncode == exit_code
 
 
-def test_all_that_the_dockerfile_copies_is_there_and_not_ignored() -> None:
+def test_files_copied_by_the_dockerfile_exist_and_are_not_ignored() -> None:
     allowed = {
         line.removeprefix("!")
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -208,7 +208,7 @@ def test_all_that_the_dockerfile_copies_is_there_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.name)
-def test_an_example_is_a_small_photograph_that_says_nothing_of_its_owner(path: Path) -> None:
+def test_examples_are_small_photographs_without_metadata(path: Path) -> None:
     assert path.stat().st_size < 100_000
     with Image.open(path) as image:
         image.load()
@@ -217,7 +217,7 @@ def test_an_example_is_a_small_photograph_that_says_nothing_of_its_owner(path: P
         assert not image.getexif(), "camera, owner or place in a file that is given away"
 
 
-def test_the_table_of_sources_names_each_photograph_with_author_and_license() -> None:
+def test_source_table_names_each_photograph_with_author_and_license() -> None:
     lines = (EXAMPLES / "README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line][2:]
     assert len(rows) >= 4
@@ -228,7 +228,7 @@ def test_the_table_of_sources_names_each_photograph_with_author_and_license() ->
         assert license in {"CC0 1.0", "public domain"}
 
 
-def test_the_labeled_examples_are_what_the_model_sees_of_the_photographs() -> None:
+def test_labeled_examples_equal_the_preprocessed_photographs() -> None:
     with np.load(EXAMPLES / "photos.npz", allow_pickle=False) as arrays:
         images, labels, classes = arrays["images"], arrays["labels"], arrays["classes"]
     names = [str(classes[label]) for label in labels]

@@ -1,4 +1,4 @@
-"""The README's commands are run, and what they print compared with what stands there."""
+"""The README's commands are run and their output compared with the README."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def run_shell(commands: str, folder: Path) -> str:
     return run(["bash", "-euo", "pipefail", "-c", commands], folder)
 
 
-def test_the_curl_lines_are_answered(address: str, folder: Path) -> None:
+def test_curl_commands_get_responses(address: str, folder: Path) -> None:
     (lines,) = (e.commands.splitlines() for e in examples() if e.kind == "curl")
     predicted, attacked, evaluated = (
         json.loads(run_shell(line.replace(ADDRESS, address), folder)) for line in lines
@@ -124,7 +124,7 @@ TRAIN_IN_SMALL = (
 
 @pytest.mark.timeout(900)  # one of them trains, which a busy machine makes slow
 @pytest.mark.parametrize("example", [e for e in examples() if e.kind == "robust"], ids=str)
-def test_terminal_lines_print_what_is_shown(
+def test_terminal_commands_print_what_is_shown(
     example: Example,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,20 +161,20 @@ def test_the_python_block_prints_the_table(folder: Path) -> None:
     assert len(block.splitlines()) <= 12
 
 
-def test_every_block_is_run_or_says_why_not() -> None:
+def test_every_block_is_run_or_states_why_not() -> None:
     kinds = [example.kind for example in examples()]
     assert kinds.count("robust") >= 4
     assert "docker" not in kinds  # no engine here: it has to say so
     assert README.count("```sh\n") == len(kinds)
 
 
-def test_the_readme_is_short_and_opens_with_the_two_commands() -> None:
+def test_readme_is_short_and_starts_with_two_commands() -> None:
     first = examples()[:2]
     assert [example.commands for example in first] == ["make serve", "make test"]
     assert len(README.splitlines()) <= 180
 
 
-def test_the_results_are_those_of_the_sidecar() -> None:
+def test_results_match_the_sidecar() -> None:
     sidecar = json.loads((ROOT / "models" / "robust_model.json").read_text())
     recorded = [row for row in sidecar["evaluation"] if row.get("data") == "test.npz"]
     assert {row["attack"] for row in recorded} >= {"clean", "fgsm", "pgd-20"}
@@ -186,6 +186,6 @@ def test_the_results_are_those_of_the_sidecar() -> None:
             assert shown in README, row["attack"]
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_are_not_broken() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

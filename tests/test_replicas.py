@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_a_killed_replica_loses_nothing(tmp_path: Path) -> None:
+def test_killed_replica_loses_nothing(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model.pt")
     command = [sys.executable, "benchmarks/replicas.py", "--checkpoint", str(tmp_path / "model.pt")]
     command += ["--images", "100", "--eps", "1/255", "--clients", "2", "--lost-seconds", "6"]
@@ -24,7 +24,7 @@ def test_a_killed_replica_loses_nothing(tmp_path: Path) -> None:
     assert "the same result: yes" in done.stdout
 
 
-def test_nginx_repeats_what_may_be_repeated() -> None:
+def test_nginx_retries_safe_requests() -> None:
     text = CONFIGURATION.read_text()
     places = {part.split()[0]: part for part in text.split("location ")[1:]}
     assert set(places) == {"/", "/evaluate"}

@@ -1,4 +1,4 @@
-"""What the figures of benchmarks/serving rest on: the load, the ratios, and the end of servers."""
+"""What benchmarks/serving relies on: load, ratios, and stopping servers."""
 
 import os
 import runpy
@@ -25,14 +25,14 @@ ANSWERS = """Running 1s test @ http://127.0.0.1:1/predict
 """  # noqa: E501
 
 
-def test_throughput_counts_what_was_answered_with_200() -> None:
+def test_throughput_counts_only_200_responses() -> None:
     found = load.read_load(ANSWERS, 16)
     assert found.throughput == 15
     assert found.requests == 40
     assert found.errors() == "10 429, 1 broken"
 
 
-def test_the_image_is_as_small_as_it_is_said_to_be() -> None:
+def test_image_has_the_stated_size() -> None:
     image = load.small_png(32)
     assert 2000 < len(image) < 3000
     assert read_cheap_pixels(image, 32, most=CHEAP, max_pixels=1024).shape == (3, 32, 32)
@@ -84,7 +84,7 @@ def test_every_server_is_told_the_precision(name: str, monkeypatch: pytest.Monke
     assert given == [{"SERVING_BATCH": "16", variable: "bf16"}]
 
 
-def test_the_network_of_the_peers_computes_in_the_precision(
+def test_peer_network_computes_in_the_given_precision(
     checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peers = runpy.run_path(str(servers.PEERS / "network.py"))
@@ -103,7 +103,7 @@ def test_the_network_of_the_peers_computes_in_the_precision(
     assert 0 < (logits["bf16"] - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_ratios_are_taken_within_a_turn() -> None:
+def test_ratios_are_computed_within_a_round() -> None:
     rates = {("robust", 0): 80.0, ("litserve", 0): 20.0, ("robust", 1): 30.0, ("litserve", 1): 10.0}
     loads = [
         {"stem": "cifar", "turn": turn, "clients": 16, "server": server, "throughput": rate}
@@ -123,7 +123,7 @@ def test_ratios_are_taken_within_a_turn() -> None:
     assert met == {"throughput": False, "to_limit": False, "to_litserve": True}
 
 
-def test_the_limit_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     def forward(x: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_the_limit_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["p50_ms"] == pytest.approx(10)
 
 
-def test_a_server_ends_with_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_ends_with_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "LEFT_SECONDS", 0.5)
     sleeper = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     process = subprocess.Popen([sys.executable, "-c", sleeper], stdin=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""A small checkpoint with random weights, and one service for the tests that leave it as it is."""
+"""A small checkpoint with random weights, and one service shared by tests that don't change it."""
 
 import gc
 import os

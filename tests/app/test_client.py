@@ -1,4 +1,4 @@
-"""The client says what the service says, and needs no torch for it."""
+"""The client returns the service's results without importing torch."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def client(running: Running) -> Any:
         yield client
 
 
-def test_it_needs_no_torch() -> None:
+def test_client_needs_no_torch() -> None:
     code = (
         "import sys, robust.client; "
         "print({'torch', 'numpy', 'fastapi', 'pydantic'} & set(sys.modules))"
@@ -76,7 +76,7 @@ def test_evaluations(client: Client, tmp_path: Path) -> None:
             ask(job.id)
 
 
-def test_a_registered_set_is_asked_for_by_name(checkpoint: Path, tmp_path: Path) -> None:
+def test_registered_dataset_is_requested_by_name(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.npz").write_bytes(labeled(4))
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", datasets=tmp_path, api_keys="right"
@@ -97,7 +97,7 @@ def test_a_registered_set_is_asked_for_by_name(checkpoint: Path, tmp_path: Path)
         assert (caught.value.status, caught.value.retry_after) == (0, None)
 
 
-def test_the_model(client: Client) -> None:
+def test_model_card(client: Client) -> None:
     assert client.model()["classes"] == list(CLASSES)
 
 
@@ -113,7 +113,7 @@ def test_errors_name_the_field(client: Client) -> None:
 
 
 @pytest.mark.parametrize(("failures", "answered"), [(0, True), (2, True), (3, False)])
-def test_work_turned_away_is_offered_again_when_asked_for(
+def test_rejected_work_is_retried_if_requested(
     monkeypatch: pytest.MonkeyPatch, failures: int, answered: bool
 ) -> None:
     slept: list[float] = []
@@ -138,7 +138,7 @@ def test_work_turned_away_is_offered_again_when_asked_for(
     assert all(png() in body for body in bodies)
 
 
-def test_other_errors_are_not_offered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("slept"))
     page = httpx.MockTransport(lambda _: httpx.Response(502, text="<html>a proxy</html>"))
     with Client("http://x", transport=page) as client, pytest.raises(ServiceError) as caught:
@@ -146,7 +146,7 @@ def test_other_errors_are_not_offered_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert (caught.value.status, caught.value.title) == (502, "Bad Gateway")
 
 
-def test_one_attack_by_its_name(running: Running) -> None:
+def test_single_attack_by_name(running: Running) -> None:
     with Client(running.url) as client:
         (attack,) = client.attack(png(), "fgsm")
         assert attack.name == "fgsm"

@@ -1,4 +1,4 @@
-"""The processes that decode what is large: ended with the request, and made anew."""
+"""Decode workers for large inputs: killed with their request, and replaced."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def ask(pool: WorkerPool, data: bytes, **named: object) -> bytes:
     return bytes(parts[0])
 
 
-def test_a_worker_gives_the_pixels_that_a_thread_would_and_goes_on_after_a_bad_image() -> None:
+def test_worker_decodes_like_a_thread_and_survives_a_bad_image() -> None:
     async def work(pool: WorkerPool) -> list[object]:
         first = await ask(pool, png())
         broken, _ = await pool.run(image(b""), [b"GIF89a"], client="a", memory=MEMORY, most=0)
@@ -69,7 +69,7 @@ def test_a_worker_gives_the_pixels_that_a_thread_would_and_goes_on_after_a_bad_i
     assert use(work) == [read_pixels(png(), 8).tobytes(), "unsupported"]
 
 
-def test_a_killed_worker_costs_its_one_request() -> None:
+def test_killed_worker_fails_only_its_request() -> None:
     async def work(pool: WorkerPool) -> None:
         await ask(pool, png())
         os.kill(pool._idle[0]._process.pid, signal.SIGSTOP)
@@ -100,7 +100,7 @@ def test_a_killed_worker_costs_its_one_request() -> None:
     ("named", "seconds", "error"),
     [({}, 0.1, NotReady), ({"deadline": 0.1}, 60.0, DeadlineExceeded)],
 )
-def test_what_takes_too_long_ends_with_its_worker(
+def test_worker_that_does_not_start_in_time_is_killed(
     named: dict[str, float], seconds: float, error: type[Exception]
 ) -> None:
     async def work(pool: WorkerPool) -> None:
@@ -116,7 +116,7 @@ def test_what_takes_too_long_ends_with_its_worker(
     use(work, seconds=seconds)
 
 
-def test_a_file_that_takes_too_long_ends_with_its_worker() -> None:
+def test_worker_decoding_too_long_is_killed() -> None:
     async def work(pool: WorkerPool) -> None:
         await ask(pool, png())  # so that there is a worker
         (worker,) = pool._idle
@@ -134,7 +134,7 @@ def test_a_file_that_takes_too_long_ends_with_its_worker() -> None:
     [("/bin/false", "it exited with code 1"), ("/nowhere/python", "No such file")],
     ids=["ends at once", "can't be started"],
 )
-def test_the_service_fails_when_no_worker_starts_and_recovers(
+def test_failed_worker_start_is_reported_and_recovers(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     program: str,
@@ -154,7 +154,7 @@ def test_the_service_fails_when_no_worker_starts_and_recovers(
     use(work)
 
 
-def test_what_nobody_waits_for_ends_at_once() -> None:
+def test_cancelled_decoding_ends_at_once() -> None:
     async def work(pool: WorkerPool) -> None:
         worker = pools._Worker()
         pool._idle.append(worker)
@@ -172,7 +172,7 @@ def test_what_nobody_waits_for_ends_at_once() -> None:
     use(work)
 
 
-def test_a_worker_has_no_more_memory_than_it_was_given() -> None:
+def test_worker_memory_is_limited() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((6000, 6000, 3), np.uint8)).save(buffer, "PNG")
 
@@ -186,7 +186,7 @@ def test_a_worker_has_no_more_memory_than_it_was_given() -> None:
     use(work)
 
 
-def test_a_set_comes_as_it_was_sent(tmp_path: Path) -> None:
+def test_dataset_is_decoded_exactly(tmp_path: Path) -> None:
     request = {"task": "set", "path": None, "size": 32, "max_images": 10, "max_pixels": 10**6}
 
     async def work(pool: WorkerPool) -> None:
@@ -203,7 +203,7 @@ def test_a_set_comes_as_it_was_sent(tmp_path: Path) -> None:
     use(work, memory=4 * MEMORY)
 
 
-def test_a_worker_that_nobody_needs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "IDLE_SECONDS", 0.0)
 
     async def work(pool: WorkerPool) -> None:
@@ -220,12 +220,12 @@ def test_a_worker_that_nobody_needs_is_ended(monkeypatch: pytest.MonkeyPatch) ->
     "answer",
     [b"", b"{}", b"[]", b'{"blobs": [-1]}', b'{"blobs": [9]}', b'{"blobs": 1}', b"[" * 10**5],
 )
-def test_what_is_no_answer_of_a_worker_is_refused(answer: bytes) -> None:
+def test_malformed_worker_response_is_rejected(answer: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         unpack(answer, most=8)
 
 
-def test_what_takes_too_long_of_a_processor_is_told_apart() -> None:
+def test_cpu_time_limit_has_its_own_error() -> None:
     async def work(pool: WorkerPool) -> None:
         data = bombs.deep_color_png(2000)  # 0.1 s
         pool._cpu_seconds = 0.01
@@ -239,7 +239,7 @@ def test_what_takes_too_long_of_a_processor_is_told_apart() -> None:
     use(work)
 
 
-def test_slots_go_to_the_client_that_used_them_least() -> None:
+def test_slots_go_to_the_client_with_the_least_recent_use() -> None:
     async def run() -> list[str]:
         slots, order = FairSemaphore(1, per_client=1), []
 
@@ -263,7 +263,7 @@ def test_slots_go_to_the_client_that_used_them_least() -> None:
     assert asyncio.run(run()) == ["new", "cheap", "dear"]
 
 
-def test_clients_that_used_little_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_with_little_use_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semaphores, "_MAX_CLIENTS", 10)
 
     async def run() -> None:
@@ -276,7 +276,7 @@ def test_clients_that_used_little_are_forgotten(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(run())
 
 
-def test_slots_go_to_the_client_that_holds_fewest() -> None:
+def test_slots_go_to_the_client_holding_the_fewest() -> None:
     order: list[str] = []
 
     async def run() -> None:
@@ -303,7 +303,7 @@ def test_slots_go_to_the_client_that_holds_fewest() -> None:
     assert order == ["a0", "b0", "c0", "a2"]
 
 
-def test_a_budget_is_never_overdrawn_and_nobody_is_passed_over() -> None:
+def test_budget_is_never_exceeded_and_served_in_order() -> None:
     left: list[int] = []
 
     async def run() -> None:

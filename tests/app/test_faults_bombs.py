@@ -1,4 +1,4 @@
-"""Small files that claim or hold far more: refused before they cost memory or time."""
+"""Decompression bombs are rejected before they cost memory or time."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def bombs() -> dict[str, tuple[str, dict[str, Any], set[int]]]:
     }
 
 
-def test_bombs_are_refused_without_the_memory_they_ask_for(default: Running) -> None:
+def test_bombs_are_rejected_without_allocating_their_size(default: Running) -> None:
     every = bombs()
     with unharmed(default):
         for name, (path, request, expected) in every.items():
@@ -126,7 +126,7 @@ def test_bombs_are_refused_without_the_memory_they_ask_for(default: Running) -> 
             assert time.process_time() - began < 2, name
 
 
-def test_sets_at_their_largest_are_read_one_after_the_other(default: Running) -> None:
+def test_largest_datasets_are_read_one_at_a_time(default: Running) -> None:
     data, size = npz(80_000)  # not more than an upload may hold once inflated, but too many images
 
     def send(_: int) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Clients that vanish in the middle, send too slowly or take nothing: all is let go of."""
+"""Clients that disconnect, send slowly or never read: all their resources are released."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def uploads() -> list[bytes]:
 
 
 @pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_clients_that_vanish_while_they_send(
+def test_clients_disconnecting_while_sending(
     patient: Running, n: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     random, requests = Random(0), uploads()
@@ -79,7 +79,7 @@ def test_clients_that_vanish_while_they_send(
 
 
 @pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_clients_that_vanish_before_they_have_their_answer(
+def test_clients_disconnecting_before_the_response(
     patient: Running, n: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     random = Random(1)
@@ -109,7 +109,7 @@ def test_clients_that_vanish_before_they_have_their_answer(
     assert no_failures(patient, before, caplog)
 
 
-def test_an_attack_of_a_client_that_vanished_ends_at_its_next_step(patient: Running) -> None:
+def test_attack_of_a_disconnected_client_stops_at_its_next_step(patient: Running) -> None:
     with unharmed(patient), gated(patient.service) as gate:
         connection = connect(patient)
         connection.sendall(whole(b"POST /attack?attack=pgd-200", png()))
@@ -122,7 +122,7 @@ def test_an_attack_of_a_client_that_vanished_ends_at_its_next_step(patient: Runn
         assert gate.calls == 1
 
 
-def test_slow_senders_are_cut_off_and_others_served_meanwhile(patient: Running) -> None:
+def test_slow_senders_time_out_while_others_are_served(patient: Running) -> None:
     half = [request[: len(request) // 2] for request in uploads()]
     with unharmed(patient):
         before = statuses(patient)
@@ -143,7 +143,7 @@ def test_slow_senders_are_cut_off_and_others_served_meanwhile(patient: Running) 
             connection.close()
 
 
-def test_readers_that_take_nothing_are_cut_off(patient: Running) -> None:
+def test_clients_that_never_read_are_disconnected(patient: Running) -> None:
     with unharmed(patient):
         connections = [connect(patient, receive_buffer=4096) for _ in range(20)]
         for connection in connections:
@@ -154,7 +154,7 @@ def test_readers_that_take_nothing_are_cut_off(patient: Running) -> None:
             connection.close()
 
 
-def test_a_reader_that_takes_little_at_a_time_gets_it_all(patient: Running) -> None:
+def test_slow_reader_gets_the_whole_response(patient: Running) -> None:
     expected = patient.client.get(BUNDLE.decode().split()[1]).content
     with unharmed(patient), connect(patient, receive_buffer=65536) as connection:
         connection.sendall(HEAD % BUNDLE + b"Connection: close\r\n\r\n")
@@ -166,7 +166,7 @@ def test_a_reader_that_takes_little_at_a_time_gets_it_all(patient: Running) -> N
         assert answer.partition(b"\r\n\r\n")[2] == expected
 
 
-def test_a_body_that_is_no_http_ends_its_request_quietly(
+def test_malformed_chunked_body_ends_its_request_quietly(
     patient: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     with unharmed(patient), gated(patient.service) as gate:

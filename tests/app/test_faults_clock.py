@@ -1,4 +1,4 @@
-"""A clock set back or forward: whatever is timed goes by the clock that nobody sets."""
+"""A clock set back or forward: all timing uses the monotonic clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = 3.0  # until a deadline, or until a slow sender is cut off
 
 
 @pytest.mark.parametrize("jump", [-YEAR, YEAR], ids=["back", "forward"])
-def test_a_clock_that_is_set_changes_no_deadline_and_no_rate(
+def test_setting_the_clock_changes_no_deadline_or_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     path = tmp_path / "robust_model.pt"

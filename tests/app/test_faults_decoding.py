@@ -1,4 +1,4 @@
-"""Small files that are dear to decode: ended with their request, whatever else goes on."""
+"""Small files that are expensive to decode: stopped with their request."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_large_image_is_decoded_by_a_worker_to_the_same_pixels(
+def test_worker_decodes_a_large_image_to_the_same_pixels(
     default: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[np.ndarray] = []
@@ -93,9 +93,7 @@ def test_a_large_image_is_decoded_by_a_worker_to_the_same_pixels(
     ("path", "body"),
     [(b"/predict", LARGE), (b"/attack", LARGE), (b"/evaluate", bombs.pickle_of_many_operations())],
 )
-def test_a_client_that_goes_takes_its_decoding_with_it(
-    default: Running, path: bytes, body: bytes
-) -> None:
+def test_disconnecting_kills_the_decoding(default: Running, path: bytes, body: bytes) -> None:
     service = default.service
     pool = service.set_workers if path == b"/evaluate" else service.quick_workers
     with unharmed(default):
@@ -109,7 +107,7 @@ def test_a_client_that_goes_takes_its_decoding_with_it(
         until(lambda: not busy(pool))
 
 
-def test_a_photograph_waits_for_no_bomb(default: Running) -> None:
+def test_photograph_does_not_wait_for_a_bomb(default: Running) -> None:
     pool, body = default.service.image_workers, bombs.progressive_jpeg()
     size = b"X-Forwarded-For: 192.0.2.%d\r\nContent-Length"
     with unharmed(default):
@@ -125,7 +123,7 @@ def test_a_photograph_waits_for_no_bomb(default: Running) -> None:
             vanish(connection, reset=True)
 
 
-def test_an_image_that_is_not_quick_after_all_goes_to_the_others(
+def test_image_over_the_quick_limit_moves_to_the_slow_workers(
     default: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(default.service.quick_workers, "_cpu_seconds", 0.001)
@@ -134,7 +132,7 @@ def test_an_image_that_is_not_quick_after_all_goes_to_the_others(
     assert len(default.service.image_workers._idle) >= 1
 
 
-def test_a_worker_that_can_not_be_started_is_a_503(
+def test_worker_that_cannot_start_returns_503(
     default: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with unharmed(default), monkeypatch.context() as patch:
@@ -159,7 +157,7 @@ def test_a_worker_that_can_not_be_started_is_a_503(
     ],
     ids=["scans", "webp", "fill bytes", "segments", "chunks", "npz", "pickle"],
 )
-def test_a_bomb_costs_the_service_little(
+def test_bomb_costs_the_service_little_time_and_memory(
     default: Running, path: str, body: object, statuses: set[int]
 ) -> None:
     data = body()  # type: ignore[operator]
@@ -171,7 +169,7 @@ def test_a_bomb_costs_the_service_little(
         assert peak.grown() < 4 * len(data) + 32 * MB
 
 
-def test_a_small_set_does_not_wait_for_one_that_is_dear(default: Running) -> None:
+def test_small_dataset_does_not_wait_for_an_expensive_one(default: Running) -> None:
     pool = default.service.set_workers
     with unharmed(default):
         dear = connect(default)
@@ -187,7 +185,7 @@ def test_a_small_set_does_not_wait_for_one_that_is_dear(default: Running) -> Non
         assert default.client.delete(job.headers["Location"]).status_code == 200
 
 
-def test_a_set_of_many_tiny_images_is_not_cheap() -> None:
+def test_dataset_of_many_tiny_images_is_not_cheap() -> None:
     """Each of them is fitted to the model's size."""
     settings = Settings(max_upload_images=2000)
     many, some = (labeled(n, images=np.zeros((n, 1, 1, 3), np.uint8)) for n in (1001, 1000))
@@ -203,7 +201,7 @@ def test_a_set_of_many_tiny_images_is_not_cheap() -> None:
     assert len(native) == 1001
 
 
-def test_an_image_waits_for_no_more_than_is_being_decoded(
+def test_single_image_waits_only_for_images_being_decoded(
     default: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, going, begun = images._decode_if_cheap, Semaphore(0), []
@@ -233,7 +231,7 @@ def test_an_image_waits_for_no_more_than_is_being_decoded(
     assert not waiting
 
 
-def test_what_is_cheap_to_read_is_found_by_its_directory(tmp_path: Path) -> None:
+def test_cheap_datasets_are_recognized_by_their_directory(tmp_path: Path) -> None:
     assert sets.is_cheap(labeled(100))
     assert not sets.is_cheap(labeled(12_000))
     assert not sets.is_cheap(bombs.pickle_of_many_operations())
@@ -246,7 +244,7 @@ def test_what_is_cheap_to_read_is_found_by_its_directory(tmp_path: Path) -> None
     assert not sets.is_cheap(tmp_path)
 
 
-def test_sigterm_ends_it_in_time_whatever_is_decoded(checkpoint: Path) -> None:
+def test_sigterm_ends_the_service_in_time_during_decoding(checkpoint: Path) -> None:
     grace = 10.0  # of which a quarter remains for the end of the process, on any machine
     server = Server(checkpoint, ROBUST_GRACE_SECONDS=str(grace))
     body = bombs.progressive_jpeg()
@@ -273,7 +271,7 @@ def test_sigterm_ends_it_in_time_whatever_is_decoded(checkpoint: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_the_process_ends_while_a_thread_is_busy() -> None:
+def test_process_exits_while_a_thread_is_busy() -> None:
     code = (
         "import threading, time; from app.server import _exit_after\n"
         "threading.Thread(target=time.sleep, args=(600,)).start(); _exit_after(0.1)"
@@ -295,7 +293,7 @@ def resident(pid: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bomb", ["jpeg", "png", "pickle"])
-def test_beside_four_bombers_others_are_served(bomb: str) -> None:
+def test_others_are_served_during_four_bomb_uploads(bomb: str) -> None:
     """The promise: p99 under 1 s and the process under 2 GB, with the shipped model.
 
     With its decode workers it stays under the 3 GiB that the manifests give a pod.
@@ -352,7 +350,7 @@ def test_beside_four_bombers_others_are_served(bomb: str) -> None:
 
 
 @pytest.mark.slow
-def test_beside_four_patient_bombers_photographs_are_answered(checkpoint: Path) -> None:
+def test_photographs_are_served_during_four_repeated_bomb_uploads(checkpoint: Path) -> None:
     """The promise: the worst of 20 photographs waits under 1 s more than alone."""
     server = Server(checkpoint, ROBUST_LOG_LEVEL="error")
     photo = Image.effect_mandelbrot((4000, 3000), (-2, -1.2, 1, 1.2), 50).convert("RGB")

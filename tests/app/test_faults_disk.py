@@ -1,4 +1,4 @@
-"""A disk that is full for a while: nothing half-done is left, and what was taken on is not lost."""
+"""A temporarily full disk: no partial files are left and no accepted job is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_on_a_full_disk_a_finished_evaluation_can_be_read_and_is_removed_later(
+def test_finished_evaluation_on_a_full_disk_is_readable_and_deleted_later(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", jobs=tmp_path / "jobs")
@@ -49,9 +49,7 @@ def test_on_a_full_disk_a_finished_evaluation_can_be_read_and_is_removed_later(
         assert rows.fetchall() == []
 
 
-def test_a_full_disk_loses_no_evaluation_and_leaves_nothing_half_done(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_full_disk_loses_no_evaluation(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "jobs"
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", jobs=folder)
     with serving(settings) as running, unharmed(running):

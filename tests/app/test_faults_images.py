@@ -29,7 +29,7 @@ def outcome_of(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("n", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
-def test_a_mutated_image_decodes_or_is_refused(n: int) -> None:
+def test_mutated_image_decodes_or_is_rejected(n: int) -> None:
     peak, seen, longest = Peak(), Counter[str](), 0.0
     for data in broken_images(n, seed=n):
         began = time.thread_time()

@@ -1,4 +1,4 @@
-"""Ten times the work that the device can do: turned away at once, the rest in good time."""
+"""Tenfold overload: the excess is rejected at once, the rest is answered in time."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run(running: Running, load: Callable[[httpx.AsyncClient], object]) -> tuple[
 
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_ten_times_the_rate_is_turned_away_and_nothing_dies_of_it(
+def test_tenfold_overload_is_rejected_and_the_service_survives(
     narrow: Running, seconds: int
 ) -> None:
     with unharmed(narrow), slowed(narrow.service):

@@ -1,4 +1,4 @@
-"""kill -9 while a checkpoint is replaced: the old one or the new one is served, never a mixture."""
+"""kill -9 while a checkpoint is replaced: the old or the new one is served, never a mixture."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def assert_whole(answer: dict[str, Any], known: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "rounds", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
-def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(
+def test_writer_killed_at_any_moment_leaves_a_complete_checkpoint(
     tmp_path: Path, rounds: int
 ) -> None:
     random, path = Random(0), tmp_path / "served" / "robust_model.pt"

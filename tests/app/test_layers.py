@@ -1,4 +1,4 @@
-"""Which room of the service may import which."""
+"""Which package of the service may import which."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import app
 
 ROOT = Path(app.__file__).parent
-# Each may import itself and what stands below it; those of one line don't import each other.
-FLOORS = (
+# Lowest first. A package may import itself and lower layers, but no other of its own layer.
+LAYERS = (
     {"errors", "settings", "configuration", "metrics", "logs", "tracing"},
     {"engine", "decoding"},
     {"jobs"},
@@ -20,10 +20,10 @@ FLOORS = (
     {"server"},
     {"commands"},
 )
-LOWEST = FLOORS[0]
+LOWEST = LAYERS[0]
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -36,19 +36,24 @@ def imported(path: Path) -> Iterator[str]:
             yield from names if node.module == "app" else [node.module]
 
 
-def test_imports_only_lead_downwards() -> None:
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
-    arrows = {
-        (room(".".join(["app", *path.relative_to(ROOT).with_suffix("").parts])), room(name))
+def test_imports_point_only_downward() -> None:
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    edges = {
+        (
+            package_of(".".join(["app", *path.relative_to(ROOT).with_suffix("").parts])),
+            package_of(name),
+        )
         for path in ROOT.rglob("*.py")
         if path.parent != ROOT or path.stem != "__init__"
         for name in imported(path)
         if name.startswith("app.")
     }
-    assert {name for arrow in arrows for name in arrow} == floor.keys()
+    assert {name for edge in edges for name in edge} == layer.keys()
     wrong = [
-        (above, below)
-        for above, below in arrows
-        if above != below and floor[below] >= floor[above] and not {above, below} <= LOWEST
+        (importer, target)
+        for importer, target in edges
+        if importer != target
+        and layer[target] >= layer[importer]
+        and not {importer, target} <= LOWEST
     ]
     assert wrong == []

@@ -1,4 +1,4 @@
-"""Log lines name their request and are one JSON object each where asked."""
+"""Log lines name their request and can be JSON."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def test_json_lines(root: logging.Logger, capsys: pytest.CaptureFixture[str]) ->
     assert "ValueError: why" in second["exception"]
 
 
-def test_lines_from_every_thread_name_their_request(
+def test_log_lines_from_every_thread_name_their_request(
     running: Running, root: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, str]] = []

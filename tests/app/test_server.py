@@ -1,4 +1,4 @@
-"""``robust serve`` as a process: what it prints, what it survives, how it ends."""
+"""``robust serve`` as a process: startup, signals and exit."""
 
 import os
 import re
@@ -61,7 +61,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.process.communicate()
 
 
-def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path) -> None:
+def test_service_from_start_to_sigterm(server: Server, tmp_path: Path) -> None:
     # The line to paste works as it is, where there is curl.
     command = re.fullmatch(r"  (curl -F file=@(\S+) (\S+))\n", server.lines[1])
     assert command is not None
@@ -90,7 +90,7 @@ def test_a_session_from_the_ready_line_to_sigterm(server: Server, tmp_path: Path
     assert errors.count("POST /predict 200") == 1
 
 
-def test_a_request_in_hand_is_finished(server: Server) -> None:
+def test_running_request_finishes_after_sigterm(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     data = png()
     with socket.create_connection((host, int(port)), timeout=120) as connection:
@@ -106,7 +106,7 @@ def test_a_request_in_hand_is_finished(server: Server) -> None:
     assert server.process.wait(120) == 0
 
 
-def test_asked_twice_it_waits_for_nobody(server: Server) -> None:
+def test_second_signal_exits_immediately(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(
@@ -120,14 +120,14 @@ def test_asked_twice_it_waits_for_nobody(server: Server) -> None:
         assert time.monotonic() - begun < 60
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+def test_port_in_use_is_reported_before_loading() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         line = fails("--port", port, "--checkpoint", "/no/such/file")
     assert re.search(rf"port {port} is in use", line)
 
 
-def test_what_is_wrong_at_the_start_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_startup_errors_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
     assert "not an address of this machine" in fails("--host", "192.0.2.1", "--port", "0")
     line = fails("--port", "0", "--checkpoint", str(checkpoint), ROBUST_MAX_STEPS="0")
     assert "ROBUST_MAX_STEPS" in line
@@ -135,9 +135,7 @@ def test_what_is_wrong_at_the_start_is_one_line(checkpoint: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "other hash", "no device"])
-def test_a_checkpoint_that_can_not_be_used_ends_the_start(
-    checkpoint: Path, tmp_path: Path, how: str
-) -> None:
+def test_unusable_checkpoint_fails_startup(checkpoint: Path, tmp_path: Path, how: str) -> None:
     import click
 
     import app.commands

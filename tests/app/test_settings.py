@@ -1,4 +1,4 @@
-"""Every setting is described, read from its variable, and refused when it makes no sense."""
+"""Every setting is described, read from its variable, and rejected when invalid."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from robust.loading import ModelOptions
 from robust.threat_model import ThreatModel
 
 
-def test_every_setting_has_one_line_of_description() -> None:
+def test_every_setting_has_a_one_line_description() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
         assert len(field.description) <= 100, name
 
 
-def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_CHECKPOINT", "/data/model.pt")
     monkeypatch.setenv("ROBUST_MAX_STEPS", "7")
     monkeypatch.setenv("ROBUST_UNKNOWN", "ignored")
@@ -36,18 +36,18 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     "given",
     [{"max_steps": 0}, {"deadline_seconds": 0}, {"max_eps_linf": 1.1}, {"log_format": "xml"}],
 )
-def test_settings_that_make_no_sense(given: dict[str, object]) -> None:
+def test_invalid_settings_are_rejected(given: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Settings(**given)  # type: ignore[arg-type]
 
 
-def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.setenv(f"ROBUST_{name.upper()}", "")
     assert Settings() == Settings.model_construct(compare="")  # where it means none
 
 
-def test_the_model_to_compare_with_lies_beside_the_checkpoint_unless_set(
+def test_comparison_model_defaults_to_the_checkpoints_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     checkpoint, plain = tmp_path / "robust_model.pt", tmp_path / "plain_model.pt"
@@ -61,7 +61,7 @@ def test_the_model_to_compare_with_lies_beside_the_checkpoint_unless_set(
     assert Settings(checkpoint=checkpoint).compare_path == Path("/nowhere/other.pt")
 
 
-def test_what_a_bare_file_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_options_for_a_file_without_a_sidecar(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"ARCH": "timm:x", "MEAN": "imagenet", "STD": "0.2,0.2,0.2", "CLASSES": "cat, dog"}
     for name, value in {**said, "INPUT_SIZE": "64"}.items():
         monkeypatch.setenv(f"ROBUST_{name}", value)
@@ -80,7 +80,7 @@ def test_what_a_bare_file_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
         read_settings()
 
 
-def test_largest_eps_as_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_eps_may_be_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_MAX_EPS_LINF", "32/255")
     assert Settings().max_eps("linf") == 32 / 255
     monkeypatch.setenv("ROBUST_MAX_EPS_LINF", "320/255")
@@ -94,13 +94,15 @@ def test_largest_eps_as_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("MAX_STEPS", "2_0"), ("MAX_IMAGES", "٣"), ("GRACE_SECONDS", "1_0.5")]
 )
-def test_numbers_have_ascii_digits(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_numbers_must_be_plain_ascii(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(f"ROBUST_{name}", value)
     with pytest.raises(ValidationError, match="digits 0 to 9"):
         Settings()
 
 
-def test_the_page_on_the_settings_is_up_to_date() -> None:
+def test_configuration_page_is_up_to_date() -> None:
     path = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert path.read_text() == page(), "run python -m app.configuration > docs/configuration.md"
 

@@ -1,4 +1,4 @@
-"""Traces go to a collector where one is named, and nowhere otherwise."""
+"""Traces are sent to the configured collector, and nowhere without one."""
 
 import gzip
 import subprocess
@@ -50,7 +50,7 @@ def attributes(item: Any) -> dict[str, Any]:
     return {pair.key: pair.value.int_value or pair.value.string_value for pair in item.attributes}
 
 
-def test_a_request_its_wait_and_its_time_on_the_device(
+def test_request_queue_wait_and_device_time_are_traced(
     checkpoint: Path, collector: tuple[str, list[Any]]
 ) -> None:
     endpoint, sent = collector
@@ -91,7 +91,7 @@ def test_a_request_its_wait_and_its_time_on_the_device(
         assert times[3] <= request.end_time_unix_nano + 1_000_000
 
 
-def test_work_that_never_began_has_only_waited(
+def test_work_that_never_started_has_only_a_wait_span(
     checkpoint: Path, collector: tuple[str, list[Any]]
 ) -> None:
     endpoint, sent = collector
@@ -108,7 +108,7 @@ def test_work_that_never_began_has_only_waited(
     assert [span.name for span, _ in sent if span.parent_span_id == late.span_id] == ["queue"]
 
 
-def test_a_collector_that_is_not_there_harms_nobody(checkpoint: Path) -> None:
+def test_missing_collector_does_no_harm(checkpoint: Path) -> None:
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", traces="http://127.0.0.1:9/v1/traces"
     )
@@ -116,7 +116,7 @@ def test_a_collector_that_is_not_there_harms_nobody(checkpoint: Path) -> None:
         assert running.client.post("/predict", content=png()).status_code == 200
 
 
-def test_without_the_setting_nothing_is_loaded_for_it(running: Running) -> None:
+def test_opentelemetry_is_not_imported_unless_enabled(running: Running) -> None:
     assert type(running.service.tracing) is Tracing
     code = "import sys, app.tracing; print('opentelemetry.sdk' in sys.modules)"
     root = Path(__file__).parents[2]
@@ -124,12 +124,12 @@ def test_without_the_setting_nothing_is_loaded_for_it(running: Running) -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_without_the_extra_the_start_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_named_at_startup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ValueError, match="extra otel"):
         tracing_for("http://127.0.0.1:9/v1/traces", "1")
 
 
-def test_an_endpoint_is_an_address() -> None:
+def test_endpoint_must_be_a_url() -> None:
     with pytest.raises(ValueError, match="traces"):
         Settings(traces="collector:4318")

@@ -16,20 +16,20 @@ def row(name: str, seed: int, clean: int, pgd: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", [name for name in LINES if name not in ("base", "classic")])
-def test_a_line_changes_something_and_ends_with_as_many_epochs(name: str) -> None:
+def test_ablation_changes_the_recipe_but_not_its_epochs(name: str) -> None:
     recipe, base = LINES[name].recipe(), LINES["base"].recipe()
     assert recipe != base
     assert recipe.epochs == base.epochs - (name == "one-phase-passes")
 
 
-def test_classic_keeps_all_but_its_length() -> None:
+def test_classic_changes_only_its_length() -> None:
     recipe: Recipe = LINES["classic"].recipe()
     assert [phase.epochs for phase in recipe.phases] == [5, 3]
     assert (recipe.optimizer, recipe.batch_size, recipe.weight_decay) == ("sgd", 256, 1e-4)
     assert recipe.phases[1].parts[2].steps == 20
 
 
-def test_the_table_has_means_over_seeds_and_the_change_of_each() -> None:
+def test_table_has_means_over_seeds_and_differences() -> None:
     rows = [
         row("base", 0, 100, 40),
         row("base", 1, 102, 42),
@@ -46,7 +46,7 @@ def test_the_table_has_means_over_seeds_and_the_change_of_each() -> None:
     ]
 
 
-def test_runs_share_images_and_score_others(tmp_path: Path) -> None:
+def test_runs_share_training_images_and_score_others(tmp_path: Path) -> None:
     pixels = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((60, 3, 32, 32), np.uint8)
     np.savez(tmp_path / "train.npz", images=pixels, labels=np.arange(60) % 2)
 
@@ -67,7 +67,7 @@ def test_runs_share_images_and_score_others(tmp_path: Path) -> None:
     assert ids(1) == (kept, scored)
 
 
-def test_a_line_cut_short_by_a_kill_is_run_again(
+def test_truncated_result_line_is_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ablation.jsonl"

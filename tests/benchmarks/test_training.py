@@ -14,7 +14,7 @@ def small(recipe: Recipe) -> Recipe:
     )
 
 
-def test_the_operations_counted_are_those_of_the_passes() -> None:
+def test_counted_operations_match_the_passes() -> None:
     """A backward pass is two forward ones, less the first layer's gradient to the image."""
     recipe = small(gpu())
     pgd = recipe.phases[1]  # PGD-2
@@ -75,7 +75,7 @@ def test_the_profile_names_the_kernels_of_each_part() -> None:
 
 
 @pytest.mark.slow
-def test_folding_is_compared_in_turns() -> None:
+def test_folding_is_compared_in_alternation() -> None:
     recipe = small(gpu())
     lines = compare_folding(recipe, recipe.phases[1], torch.device("cpu"), repeats=2).splitlines()
     assert [line.split(":")[0] for line in lines] == ["attack", "step"]

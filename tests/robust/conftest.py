@@ -1,4 +1,4 @@
-"""Models whose answers are known by hand."""
+"""Models whose outputs are known by hand."""
 
 from collections.abc import Callable
 

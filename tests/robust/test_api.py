@@ -76,7 +76,7 @@ def test_images_in_any_form(
     assert (result.clean.correct, result.attacks[0].correct) == (20, withstanding(model, x))
 
 
-def test_any_callable_and_images_of_8_bits(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_any_callable_and_8_bit_images(data: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = data
     images = (x * 255).round().to(torch.uint8)
     result = robust.evaluate(lambda z: model(z), images.numpy(), y, attacks="fgsm", **BALL)
@@ -85,7 +85,7 @@ def test_any_callable_and_images_of_8_bits(data: tuple[nn.Module, Tensor, Tensor
     assert result.clean.correct == int(right.sum())
 
 
-def test_a_dataset_brings_its_labels(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_dataset_provides_its_labels(data: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = data
     dataset = Dataset(images=x, labels=y, classes=("cat", "dog"), name="pets")
     result = robust.evaluate(model, dataset, attacks="fgsm", **BALL)
@@ -96,7 +96,7 @@ def test_a_dataset_brings_its_labels(data: tuple[nn.Module, Tensor, Tensor]) -> 
             call(model, dataset, y)
 
 
-def test_the_classes_of_a_dataset_are_those_of_the_model(
+def test_dataset_classes_are_matched_to_the_model(
     data: tuple[nn.Module, Tensor, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     net, x, y = data
@@ -116,7 +116,7 @@ def test_the_classes_of_a_dataset_are_those_of_the_model(
         robust.attack(model, dataset)
 
 
-def test_an_attack_leads_away_from_the_prediction_or_to_a_target(
+def test_attack_leaves_the_prediction_or_reaches_a_target(
     data: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
     model, x, y = data
@@ -232,13 +232,15 @@ def test_a_result_prints_and_converts(
         ({"precision": "fp16"}, "a precision out of auto, fp32, bf16, got 'fp16'"),
     ],
 )
-def test_refuses(make_linear: Callable[..., nn.Module], change: Any, message: str) -> None:
+def test_rejects_invalid_arguments(
+    make_linear: Callable[..., nn.Module], change: Any, message: str
+) -> None:
     values = {"model": make_linear(), "images": torch.zeros(2, 3, 4, 4), "labels": [0, 1]} | change
     with pytest.raises(ValueError, match=message):
         robust.evaluate(**{"progress": False, "curve": 0, **values})
 
 
-def test_whole_numbers_of_numpy_and_a_device_by_name(
+def test_numpy_integers_and_device_names_are_accepted(
     data: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
     one = np.int64(1)
@@ -264,23 +266,21 @@ def test_whole_numbers_of_numpy_and_a_device_by_name(
         (robust.load_dataset, {"train": "test"}, "train as True or False, got 'test'"),
     ],
 )
-def test_loading_refuses(
+def test_loading_rejects_invalid_arguments(
     load: Callable[..., Any], argument: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "none.pt", **argument)
 
 
-def test_a_folder_without_a_name_is_one_like_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_current_folder_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"expected model.safetensors or"):
         robust.load_model(".")
 
 
 @pytest.mark.parametrize("attack", [None, ["pgd"]])
-def test_an_attack_is_a_name(data: tuple[nn.Module, Tensor, Tensor], attack: Any) -> None:
+def test_attack_must_be_a_name(data: tuple[nn.Module, Tensor, Tensor], attack: Any) -> None:
     with pytest.raises(ValueError, match="an attack by name or as AttackSettings, got a"):
         robust.attack(*data, attack)
 
@@ -322,7 +322,7 @@ def test_models_that_cannot_be_called(
         (lambda logits: logits[0], r"with at least 2 classes, got \(2,\) from the model"),
     ],
 )
-def test_how_to_take_the_logits(
+def test_error_shows_how_to_return_logits(
     data: tuple[nn.Module, Tensor, Tensor],
     call: Callable[..., Any],
     wrap: Callable[[Tensor], Any],
@@ -333,14 +333,16 @@ def test_how_to_take_the_logits(
         call(lambda images: wrap(model(images)), x, y)
 
 
-def test_names_in_any_case(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_names_are_case_insensitive(data: tuple[nn.Module, Tensor, Tensor]) -> None:
     for norm, default in (("L2", 0.5), ("Linf", 8 / 255)):
         result = robust.evaluate(*data, attacks="FGSM", norm=norm, curve=0, progress=False)
         threat_model = result.attacks[0].attack.threat_model
         assert (threat_model.norm, threat_model.eps) == (norm.lower(), default)
 
 
-def test_attacks_keep_their_order_and_count_once(data: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_attacks_keep_their_order_without_duplicates(
+    data: tuple[nn.Module, Tensor, Tensor],
+) -> None:
     settings = resolve_attack("pgd-3", LINF)
     attacks = [settings, "fgsm", settings, "pgd-3"]
     result = robust.evaluate(*data, attacks=attacks, **BALL)
@@ -348,7 +350,7 @@ def test_attacks_keep_their_order_and_count_once(data: tuple[nn.Module, Tensor, 
     assert robust.evaluate(*data, attacks=[], **BALL).attacks == ()
 
 
-def test_an_attack_without_labels_refuses_what_one_with_labels_does(
+def test_attack_without_labels_validates_the_same_arguments(
     data: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
     model, x, _ = data
@@ -382,7 +384,7 @@ def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch) -> 
     assert robust.__version__ == "unknown"
 
 
-def test_importing_robust_is_immediate() -> None:
+def test_importing_robust_is_fast() -> None:
     code = "import robust, sys; assert 'torch' not in sys.modules; print(dir(robust))"
     public = [*robust._PUBLIC, "__version__"]
     assert [name for name in dir(robust) if not isinstance(getattr(robust, name), ModuleType)] == (

@@ -121,7 +121,7 @@ def test_same_model_same_bytes(tmp_path: Path, make_classifier: Make) -> None:
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("num_classes", [2, 37])
-def test_architecture_is_read_off_the_keys(arch: str, stem: str, num_classes: int) -> None:
+def test_architecture_is_read_from_the_keys(arch: str, stem: str, num_classes: int) -> None:
     with torch.device("meta"):
         state = Classifier(
             Architecture(arch=arch, stem=stem, num_classes=num_classes)
@@ -205,7 +205,7 @@ class Command:
 
 
 @pytest.mark.parametrize("how", ["torch", "old torch", "pickle", "beside the weights"])
-def test_a_pickle_never_runs(tmp_path: Path, bare: Path, how: str) -> None:
+def test_pickled_code_never_runs(tmp_path: Path, bare: Path, how: str) -> None:
     marker = tmp_path / "ran"
     command = Command(marker)
     if how == "pickle":
@@ -218,13 +218,13 @@ def test_a_pickle_never_runs(tmp_path: Path, bare: Path, how: str) -> None:
     assert not marker.exists()
 
 
-def test_whole_module_is_refused(bare: Path, make_classifier: Make) -> None:
+def test_pickled_module_is_rejected(bare: Path, make_classifier: Make) -> None:
     torch.save(make_classifier().net, bare)
     refused(bare, "a pickle that refers to")
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"model": {"a": torch.ones(1)}}, {1: torch.ones(1)}, 3])
-def test_other_values_are_refused(bare: Path, value: object) -> None:
+def test_other_values_are_rejected(bare: Path, value: object) -> None:
     torch.save(value, bare)
     refused(bare, "a state dict, or a file with only one")
 
@@ -286,7 +286,7 @@ def test_wrong_entries(
     refused(changed(bare, change), *words)
 
 
-def test_loading_draws_no_random_weights_and_takes_large_ones(bare: Path) -> None:
+def test_loading_skips_random_initialization_and_accepts_large_weights(bare: Path) -> None:
     value = torch.full((64,), 3e38)  # finite, though their sum is not
     before = torch.get_rng_state()
     loaded = load_checkpoint(changed(bare, lambda state: state.update({"bn1.bias": value})))
@@ -308,7 +308,7 @@ def architecture(**fields: object) -> dict[str, object]:
     return {"arch": "resnet18", "num_classes": 4, **fields}
 
 
-def test_sidecar_of_other_weights(pair: Path) -> None:
+def test_sidecar_of_other_weights_is_rejected(pair: Path) -> None:
     changed(pair, lambda state: state["bn1.bias"].add_(1))
     refused(pair, "as in its sidecar", files.sha256_file(pair))
 
@@ -370,14 +370,14 @@ def test_sidecar_cut_off_anywhere(pair: Path) -> None:
         refused(pair, "a valid sidecar")
 
 
-def test_json_of_something_else_is_no_sidecar(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unrelated_json_is_not_a_sidecar(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As `robust evaluate --json` leaves it beside the weights."""
     sidecar_path(bare).write_text('{"checkpoint": "model.pt", "results": []}')
     assert load_checkpoint(bare).sidecar.classes == ("0", "1", "2", "3")
     assert f"{sidecar_path(bare)} does not describe a checkpoint and is ignored" in caplog.messages
 
 
-def test_the_sidecar_is_not_the_checkpoint(pair: Path, make_classifier: Make) -> None:
+def test_sidecar_is_not_accepted_as_a_checkpoint(pair: Path, make_classifier: Make) -> None:
     refused(sidecar_path(pair), "the name of a weights file")
     classifier = make_classifier()
     sidecar = Sidecar(architecture=classifier.architecture, classes=CLASSES)
@@ -483,9 +483,7 @@ def test_full_disk_leaves_the_old_pair(
     assert names(pair.parent) == {"model.pt", "model.json"}
 
 
-def test_kernel_that_refuses_to_write_leaves_the_old_pair(
-    pair: Path, make_classifier: Make
-) -> None:
+def test_write_error_leaves_the_old_pair(pair: Path, make_classifier: Make) -> None:
     import resource
 
     old = load_checkpoint(pair).sha256
@@ -507,7 +505,7 @@ def test_folder_that_is_a_file(tmp_path: Path, make_classifier: Make) -> None:
 
 
 @pytest.mark.parametrize(("weight", "dtype"), [(float("nan"), torch.float32), (1e6, torch.float16)])
-def test_weights_that_are_not_finite_are_not_saved(
+def test_non_finite_weights_are_not_saved(
     tmp_path: Path, make_classifier: Make, weight: float, dtype: torch.dtype
 ) -> None:
     classifier = make_classifier()
@@ -527,7 +525,7 @@ def test_sidecar_of_another_architecture_is_not_saved(
     assert names(tmp_path) == set()
 
 
-def test_recorded_results_stand_in_the_sidecar_once(pair: Path) -> None:
+def test_result_is_recorded_once(pair: Path) -> None:
     row = {"data": "test.npz", "attack": "fgsm", "norm": "linf", "eps": 0.1, "accuracy": 0.5}
     row["data_sha256"] = "all"
     other = {**row, "attack": "clean", "accuracy": 0.9}
@@ -540,7 +538,7 @@ def test_recorded_results_stand_in_the_sidecar_once(pair: Path) -> None:
     assert [(r["attack"], r["data_sha256"], r["accuracy"]) for r in rows] == expected
 
 
-def test_results_recorded_at_the_same_time_are_all_kept(
+def test_results_recorded_concurrently_are_all_kept(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured, write = load_checkpoint(pair), files.write_json
@@ -575,14 +573,14 @@ def test_results_of_other_weights_are_not_recorded(pair: Path) -> None:
     assert load_checkpoint(pair).sidecar.evaluation == measured.sidecar.evaluation
 
 
-def test_results_are_not_recorded_on_a_guess(bare: Path) -> None:
+def test_results_are_not_recorded_for_a_guessed_model(bare: Path) -> None:
     measured = load_checkpoint(bare)
     with pytest.raises(CheckpointError, match=r"json: expected a sidecar to add results to"):
         record_evaluation(measured, [{"data": "test.npz", "attack": "clean"}])
     assert not sidecar_path(bare).exists()
 
 
-def test_what_is_guessed_is_told(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_guesses_are_reported(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_checkpoint(bare)
     half, message = caplog.messages
     assert half == f"{bare}: converted float16 weights to float32"
@@ -590,7 +588,7 @@ def test_what_is_guessed_is_told(bare: Path, caplog: pytest.LogCaptureFixture) -
     assert "assumed: activation relu" in message
 
 
-def test_a_link_leads_to_the_sidecar_as_well(
+def test_symlinked_checkpoint_finds_its_sidecar(
     pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     link = tmp_path / "links" / "current.pt"
@@ -613,6 +611,6 @@ def test_a_link_leads_to_the_sidecar_as_well(
         DatasetError("b.npz", expected="images", found="text"),
     ],
 )
-def test_errors_reach_other_processes(error: ValueError) -> None:
+def test_errors_can_be_pickled(error: ValueError) -> None:
     sent = pickle.loads(pickle.dumps(error))
     assert (type(sent), str(sent), vars(sent)) == (type(error), str(error), vars(error))

@@ -24,7 +24,7 @@ def test_state_dict_is_torchvisions(arch: str, stem: str) -> None:
 
 
 @pytest.mark.parametrize("arch", RESNETS)
-def test_a_seed_gives_the_network_that_torchvision_builds(arch: str) -> None:
+def test_seeded_network_equals_torchvisions(arch: str) -> None:
     built = []
     for build in (getattr(torchvision.models, arch), lambda num_classes: ResNet(arch, num_classes)):
         with torch.random.fork_rng(devices=[]):
@@ -102,6 +102,6 @@ def test_logits_are_float32_also_from_half_precision(
         ({"std": (1.0, 0.0, 1.0)}, "std of 3 positive"),
     ],
 )
-def test_architecture_refuses(fields: dict[str, object], message: str) -> None:
+def test_architecture_rejects_invalid_values(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Architecture(**fields)  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def probabilities(checkpoint_path: Path, image: Path) -> Tensor:
 # predict
 
 
-def test_predict_tells_the_likeliest(robust: Robust, checkpoint_path: Path, photo: Path) -> None:
+def test_predict_prints_the_top_classes(robust: Robust, checkpoint_path: Path, photo: Path) -> None:
     expected = probabilities(checkpoint_path, photo)
     classes = load_checkpoint(checkpoint_path).sidecar.classes
     header, line = robust("predict", photo, "--top-k", 2).splitlines()
@@ -94,7 +94,7 @@ def test_predict_as_json(robust: Robust, checkpoint_path: Path, photo: Path) -> 
     assert sum(item["probability"] for item in one["top"]) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_crop_and_a_resize_are_told(
+def test_crop_and_resize_are_reported(
     checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = load_checkpoint(checkpoint_path).classifier.architecture.input_size
@@ -117,7 +117,7 @@ def test_a_crop_and_a_resize_are_told(
     assert [item["changes"] for item in report] == [[note], [note], []]
 
 
-def test_a_broken_image_is_named_and_the_others_answered(
+def test_broken_image_is_named_and_the_others_are_predicted(
     checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken, absent = tmp_path / "broken.jpg", tmp_path / "absent.jpg"
@@ -153,7 +153,7 @@ def test_folders_and_patterns(
     assert f"expected images in {folder}/*.gif, found none" in capsys.readouterr().err
 
 
-def test_what_is_guessed_stands_in_the_json(
+def test_json_lists_the_guesses(
     checkpoint_path: Path,
     photo: Path,
     tmp_path: Path,
@@ -171,7 +171,7 @@ def test_what_is_guessed_stands_in_the_json(
     assert f"{bare}: read off the keys: resnet18, stem imagenet; assumed: " in caplog.text
 
 
-def test_a_device_that_disagrees_is_told_and_left(
+def test_disagreeing_device_is_reported_and_not_used(
     checkpoint_path: Path,
     photo: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -207,7 +207,7 @@ def test_names_from_a_sidecar_cannot_reach_the_terminal(
 # attack
 
 
-def test_attack_reports_what_the_files_decode_to(
+def test_attack_reports_the_predictions_of_the_written_files(
     robust: Robust, checkpoint_path: Path, photo: Path, tmp_path: Path
 ) -> None:
     out, report_path = tmp_path / "out", tmp_path / "report.json"
@@ -282,7 +282,7 @@ def test_attack_of_a_folder(
     assert "expected images with different names" in capsys.readouterr().err
 
 
-def test_attack_with_everything_set(robust: Robust, photo: Path, tmp_path: Path) -> None:
+def test_attack_with_every_option(robust: Robust, photo: Path, tmp_path: Path) -> None:
     report = json.loads(
         robust(
             *("attack", photo, "--attack", "pgd-3", "--norm", "l2", "--eps", "2", "--alpha", "0.5"),
@@ -307,7 +307,7 @@ def test_attack_with_everything_set(robust: Robust, photo: Path, tmp_path: Path)
     assert (tmp_path / "photo-pgd-3x2.png").exists()
 
 
-def test_attack_away_from_another_label_says_it_was_wrong_already(
+def test_attack_on_a_misclassified_label_reports_already_wrong(
     robust: Robust, checkpoint_path: Path, photo: Path, tmp_path: Path
 ) -> None:
     last = int(probabilities(checkpoint_path, photo).argmin())
@@ -350,7 +350,7 @@ def test_evaluate_reports(
     assert "linf  1/255" in lines[3]
 
 
-def test_evaluate_tells_what_changed_on_reading(
+def test_evaluate_reports_changes_made_on_reading(
     checkpoint_path: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "large.npz"
@@ -400,7 +400,7 @@ def test_evaluate_shows_progress_in_plain_lines(
     assert re.search(r"pgd-2 [0-9.]+% \([0-9.]+% to [0-9.]+%\)$", shown[-1])
 
 
-def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
+def test_evaluate_reports_its_environment(robust: Robust, data: Path) -> None:
     arguments = ("--attack", "pgd-2", "--seed", 3, "--batch-size", 8, "--curve", 5)
     arguments += ("--precision", "fp32")
     report = json.loads(robust("evaluate", "--data", data, *arguments, "--json", "-"))
@@ -424,7 +424,7 @@ def test_evaluate_says_what_it_depends_on(robust: Robust, data: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "n"), [(32, 100), (64, 100), (224, 8), (1024, 1)])
-def test_large_images_go_in_smaller_passes(size: int, n: int) -> None:
+def test_large_images_use_smaller_batches(size: int, n: int) -> None:
     assert default_batch_size(size) == n
 
 
@@ -478,7 +478,7 @@ def test_evaluate_warns_of_images_trained_on(
     assert "warning: training-data" in capsys.readouterr().err
 
 
-def test_evaluate_shows_what_it_found_though_it_can_not_be_written(
+def test_evaluate_prints_results_even_if_they_cannot_be_written(
     checkpoint_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not the folder's mode, which says nothing to root."""
@@ -490,7 +490,7 @@ def test_evaluate_shows_what_it_found_though_it_can_not_be_written(
 
 
 @pytest.mark.parametrize("model", ["bare.pt", "own.py:make"])
-def test_evaluate_refuses_to_record_without_a_sidecar_before_it_begins(
+def test_evaluate_rejects_record_without_a_sidecar_before_starting(
     model: str,
     checkpoint_path: Path,
     data: Path,
@@ -509,7 +509,7 @@ def test_evaluate_refuses_to_record_without_a_sidecar_before_it_begins(
     assert "expected a checkpoint with a sidecar to add results to, found none" in output.err
 
 
-def test_without_a_model_in_this_folder_the_option_is_named(
+def test_missing_default_model_error_names_the_option(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -518,7 +518,7 @@ def test_without_a_model_in_this_folder_the_option_is_named(
     assert found in " ".join(capsys.readouterr().err.split())
 
 
-def test_json_never_replaces_a_sidecar(
+def test_json_output_never_replaces_a_sidecar(
     checkpoint_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (checkpoint_path, sidecar_path(checkpoint_path)):
@@ -532,7 +532,7 @@ def test_json_never_replaces_a_sidecar(
     assert "a model's sidecar" in capsys.readouterr().err
 
 
-def test_evaluate_goes_on_from_its_journal(
+def test_evaluate_resumes_from_its_journal(
     checkpoint_path: Path,
     data: Path,
     tmp_path: Path,
@@ -626,7 +626,7 @@ def test_progress_is_a_bar_on_a_terminal(
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "safetensors"])
-def test_export_says_how_to_load(robust: Robust, tmp_path: Path, kind: str) -> None:
+def test_export_prints_how_to_load(robust: Robust, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.bin"
     printed = robust("export", "--format", kind, "--out", path)
     first, second = printed.splitlines()

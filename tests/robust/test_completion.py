@@ -12,7 +12,7 @@ from robust_cli import run
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_scripts_ask_robust_itself(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_scripts_call_robust(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert f"_ROBUST_COMPLETE={shell}_complete" in script
@@ -41,6 +41,6 @@ def test_bash_completes_commands_and_options() -> None:
     assert done.stdout.splitlines() == ["evaluate export", "--evaluation", "zsh"]
 
 
-def test_another_shell_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_shell_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["completion", "tcsh"]) == 2
     assert "'bash', 'zsh', 'fish'" in capsys.readouterr().err

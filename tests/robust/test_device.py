@@ -1,4 +1,4 @@
-"""Which device is taken, and what happens to one that does not compute what the CPU does."""
+"""Device selection, and devices that disagree with the CPU."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from robust.classifier import Classifier
 from robust.device import DeviceDisagrees, compare_with_cpu, resolve_device
 
 
-def test_devices() -> None:
+def test_named_devices() -> None:
     assert resolve_device("cpu").type == "cpu"
     for name in ("banana", "meta"):
         with pytest.raises(ValueError, match="expected a device such as auto, cpu, cuda, mps, xpu"):
@@ -21,7 +21,7 @@ def test_devices() -> None:
 @pytest.mark.parametrize(
     ("found", "taken"), [("cuda", "cuda"), ("mps", "mps"), ("xpu", "xpu"), ("hpu", "cpu")]
 )
-def test_auto_takes_what_torch_finds(
+def test_auto_uses_the_device_torch_finds(
     found: str, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accelerator = SimpleNamespace(type=found)
@@ -31,7 +31,7 @@ def test_auto_takes_what_torch_finds(
     assert resolve_device("auto") == torch.device("cpu")
 
 
-def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_index_out_of_range_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1") == torch.device("cuda:1")
@@ -40,7 +40,7 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps", "xpu"])
-def test_absent_devices_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_devices_are_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.get_device_module(name), "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"expected a {name.upper()} device for '{name}', found"):
         resolve_device(name)

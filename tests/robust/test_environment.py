@@ -1,4 +1,4 @@
-"""What a measured number depends on, in words."""
+"""The hardware and software description of a measurement."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_a_gpu_has_its_own_name() -> None:
     assert device_in_words(torch.device("cuda")) == torch.cuda.get_device_name()
 
 
-def test_a_gpu_is_unused_where_its_driver_is_there_and_the_cpu_serves(tmp_path: Path) -> None:
+def test_gpu_is_reported_unused_if_the_cpu_is_used(tmp_path: Path) -> None:
     control = tmp_path / "nvidiactl"
     assert not unused_gpu(CPU, control)
     control.touch()
@@ -30,5 +30,5 @@ def test_a_gpu_is_unused_where_its_driver_is_there_and_the_cpu_serves(tmp_path: 
     assert not unused_gpu(torch.device("cuda"), control)
 
 
-def test_versions_are_those_installed() -> None:
+def test_versions_match_the_installed_packages() -> None:
     assert versions()["torch"] == torch.__version__

@@ -123,7 +123,7 @@ def test_torchvision_file_is_a_strict_float32_state_dict(
         assert torch.equal(model.eval()(images(checkpoints["plain"])), logits(checkpoints["plain"]))
 
 
-def test_normalization_is_refused_where_it_would_be_lost(
+def test_export_that_would_lose_normalization_is_rejected(
     checkpoints: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="use onnx or safetensors"):
@@ -206,7 +206,7 @@ def test_unknown_format(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> N
         export_checkpoint(checkpoints["plain"], tmp_path / "model", "keras")  # type: ignore[arg-type]
 
 
-def test_refused_write_leaves_the_old_file(
+def test_failed_write_leaves_the_old_file(
     checkpoints: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
     import resource

@@ -49,7 +49,7 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
 
 
-def test_a_disk_that_refuses_leaves_the_old_file(tmp_path: Path) -> None:
+def test_write_error_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with largest_file(1000), pytest.raises(OSError, match="too large") as caught:
@@ -109,7 +109,7 @@ files.write_atomic(path, write)
 
 
 @pytest.mark.parametrize("moment", ["writing", "staged"])
-def test_what_a_killed_process_left_is_removed_by_the_next_write(
+def test_temporary_file_of_a_killed_process_is_removed_by_the_next_write(
     tmp_path: Path, moment: str
 ) -> None:
     path = tmp_path / "model [1].pt"
@@ -132,7 +132,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_write(
     assert path.read_bytes() == b"mine"
 
 
-def test_a_staged_file_is_kept_beside_other_writes_until_it_is_discarded(tmp_path: Path) -> None:
+def test_staged_file_is_kept_during_other_writes(tmp_path: Path) -> None:
     path, open_files = tmp_path / "a.bin", len(os.listdir("/dev/fd"))
     staged = files.stage(path, lambda file: file.write(b"first"))
     files.write_atomic(path, lambda file: file.write(b"second"))
@@ -153,7 +153,7 @@ def test_json_is_read_back(tmp_path: Path) -> None:
     assert "ü".encode() in files.to_json(value)
 
 
-def test_json_without_a_meaning_is_refused(tmp_path: Path) -> None:
+def test_non_finite_json_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", float("nan"))
     assert names(tmp_path) == set()

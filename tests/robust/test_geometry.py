@@ -17,7 +17,7 @@ def images(low: float, high: float) -> st.SearchStrategy[Tensor]:
 
 @settings(max_examples=100, deadline=None)
 @given(x=images(0, 1), x_adv=images(-3, 3), eps=eps_values, norm=st.sampled_from(NORMS))
-def test_projection_lands_in_the_ball_and_the_range_and_stays(
+def test_projection_lands_in_the_ball_and_range_and_is_idempotent(
     x: Tensor, x_adv: Tensor, eps: float, norm: Norm
 ) -> None:
     once = project(x_adv, x, norm=norm, eps=eps)
@@ -32,14 +32,14 @@ def test_projection_lands_in_the_ball_and_the_range_and_stays(
 
 @settings(max_examples=50, deadline=None)
 @given(x=images(0, 1), inside=images(0, 1), norm=st.sampled_from(NORMS))
-def test_projection_leaves_what_is_inside(x: Tensor, inside: Tensor, norm: Norm) -> None:
+def test_projection_keeps_points_inside(x: Tensor, inside: Tensor, norm: Norm) -> None:
     found = project(inside, x, norm=norm, eps=5.0 if norm == "l2" else 1.0)
     torch.testing.assert_close(found, inside, rtol=0, atol=1e-6)
 
 
 @settings(max_examples=100, deadline=None)
 @given(gradient=images(-3, 3), scale=st.sampled_from([1e-20, 1e-8, 1.0, 1e8]))
-def test_steepest_step_has_length_one_and_follows_best(gradient: Tensor, scale: float) -> None:
+def test_steepest_step_has_unit_length_and_best_alignment(gradient: Tensor, scale: float) -> None:
     gradient = gradient * scale
     some = gradient.abs().amax(dim=(1, 2, 3)) > 1e-25
     for norm in NORMS:

@@ -1,4 +1,4 @@
-"""Models given whole: the user's code, exported graphs, ONNX, hub folders, services."""
+"""Complete models: user code, exported graphs, ONNX, hub folders, services."""
 
 import json
 import sys
@@ -87,7 +87,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["make_model", "function", "model"])
-def test_the_users_own_code(
+def test_model_from_user_code(
     name: str, code: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ModelOptions(input_size=SIDE, classes=("a", "b", "c", "d"))
@@ -127,7 +127,7 @@ def test_the_users_own_code(
         ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set the input size\)"),
     ],
 )
-def test_code_that_makes_no_classifier(name: str, words: str, code: Path) -> None:
+def test_code_without_a_classifier_is_rejected(name: str, words: str, code: Path) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(f"{code}:{name}")
 
@@ -145,14 +145,14 @@ def test_a_python_file_without_a_name_is_listed_but_never_run(tmp_path: Path) ->
         load_checkpoint(path)
 
 
-def test_modules_that_are_not_there(code: Path) -> None:
+def test_missing_modules_are_named(code: Path) -> None:
     with pytest.raises(CheckpointError, match="a Python file, found none of that name"):
         load_checkpoint(f"{code.parent}/absent.py:make_model")
     with pytest.raises(CheckpointError, match=r"a module no\.such, found No module named 'no'"):
         load_checkpoint("no.such:make_model")
 
 
-def test_what_the_users_code_adds_to_the_search_path_stays(
+def test_sys_path_entries_added_by_user_code_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.py"
@@ -163,12 +163,12 @@ def test_what_the_users_code_adds_to_the_search_path_stays(
     assert str(tmp_path) not in sys.path
 
 
-def test_options_for_weights_are_refused_with_a_whole_model(code: Path) -> None:
+def test_weight_options_are_rejected_for_a_whole_model(code: Path) -> None:
     with pytest.raises(CheckpointError, match="for the option arch, found a whole python model"):
         load_checkpoint(f"{code}:make_model", options=ModelOptions(arch="resnet18"))
 
 
-def test_probabilities_are_told(code: Path) -> None:
+def test_probabilities_are_reported(code: Path) -> None:
     loaded = load_checkpoint(f"{code}:softmax")
     assert "it seems to return probabilities, but logits are expected" in loaded.notes
 
@@ -346,7 +346,7 @@ def test_timms_hub_folder(tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded.classifier, x), logits_of(net, (x - 0.5) / 0.5))
 
 
-def test_folders_that_are_refused(tmp_path: Path) -> None:
+def test_unusable_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.safetensors .* in the folder, found nothing"):
         load_checkpoint(tmp_path)
     save_file({"a": torch.ones(2, 2)}, tmp_path / "model.safetensors")
@@ -459,7 +459,7 @@ def serve() -> Iterator[Any]:
         {"kind": "UINT8", "binary": False, "output": "scores", "most": 1},
     ],
 )
-def test_a_service(ways: dict[str, Any], serve: Any) -> None:
+def test_remote_service(ways: dict[str, Any], serve: Any) -> None:
     server, url = serve(**ways)
     loaded = load_checkpoint(Path(url))  # a path has lost a slash
     assert loaded.guessed == {"classes": "assumed"}
@@ -476,7 +476,7 @@ def test_a_service(ways: dict[str, Any], serve: Any) -> None:
         loaded.check_attacks([resolve_attack("fgsm", ThreatModel(norm="linf", eps=0.1))])
 
 
-def test_services_that_are_refused(serve: Any) -> None:
+def test_unusable_services_are_rejected(serve: Any) -> None:
     server, url = serve()
     with pytest.raises(CheckpointError, match=r"expected a model of a service, found .*404"):
         load_checkpoint(url + "x")

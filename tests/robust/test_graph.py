@@ -1,4 +1,4 @@
-"""The ONNX graph says the same as the classifier, for any number of images."""
+"""The ONNX graph agrees with the classifier for any number of images."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_agrees_with_the_classifier(arch: str, activation: str, stem: str, side:
         torch.testing.assert_close(torch.from_numpy(logits), expected[:n], rtol=0, atol=1e-5)
 
 
-def test_a_map_too_large_for_a_matrix() -> None:
+def test_feature_map_too_large_for_a_matrix() -> None:
     classifier = classifier_of(arch="resnet18", input_size=64)
     graph = build_onnx(for_inference(classifier)).graph
     assert [node.op_type for node in graph.node].count("Conv") > 10

@@ -1,4 +1,4 @@
-"""What decoding would cost is known from the header, and the worst headers cost milliseconds."""
+"""Decoding costs are estimated from the header, and the worst headers cost milliseconds."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ WORST = {
 
 
 @pytest.mark.parametrize("name", WORST)
-def test_the_worst_headers_are_refused_in_milliseconds(name: str) -> None:
+def test_worst_headers_are_rejected_in_milliseconds(name: str) -> None:
     data, kind = WORST[name]
     start = time.thread_time()
     for refuse in (lambda: decode_cost(data, size=32), lambda: read_image(data, 32)):
@@ -140,7 +140,7 @@ SAMPLES = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of /proc/self")
 @pytest.mark.parametrize("name", SAMPLES)
-def test_the_memory_of_decoding_is_within_what_was_told(name: str) -> None:
+def test_decoding_stays_within_the_estimated_memory(name: str) -> None:
     data = SAMPLES[name]
     cost = decode_cost(data, size=32)
     before = reset_peak()
@@ -149,7 +149,7 @@ def test_the_memory_of_decoding_is_within_what_was_told(name: str) -> None:
     assert cost.memory < 24 * SIDE[0] * SIDE[1]
 
 
-def test_the_cost_of_the_worst_images_that_pass() -> None:
+def test_cost_of_the_worst_accepted_images() -> None:
     deep = decode_cost(png(3000, 3000, 16, 0), size=32)
     assert deep.memory < 110e6  # it took 200 MB
     lossless = Image.new("RGB", (2000, 2000))
@@ -171,7 +171,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale_with_the_same_result() -> No
     assert torch.equal(read_image(small, 32), fit_image(decode_image(small), 32))
 
 
-def test_an_image_error_goes_from_process_to_process() -> None:
+def test_image_error_can_be_pickled() -> None:
     error = ImageError("too_large", expected="a", found="b")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.kind, str(again)) == (ImageError, error.kind, str(error))

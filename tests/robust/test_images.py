@@ -77,7 +77,7 @@ def test_other_formats_are_unsupported(kind: str) -> None:
         decode_image(data)
 
 
-def test_no_bytes_and_unknown_bytes() -> None:
+def test_empty_and_unknown_bytes_are_rejected() -> None:
     assert kind_of(b"") == "empty"
     assert kind_of(b"hello, hello") == "unsupported"
     with pytest.raises(ImageError) as caught:
@@ -92,7 +92,7 @@ def test_the_pixel_cap_is_inclusive(kind: str) -> None:
     assert kind_of(data, max_pixels=1199) == "too_large"
 
 
-def test_a_png_bomb_is_refused_from_its_header() -> None:
+def test_png_bomb_is_rejected_by_its_header() -> None:
     rows = zlib.compressobj()
     body = b"".join([rows.compress(bytes(3750)) for _ in range(2000)]) + rows.flush()
     header = chunk(b"IHDR", struct.pack(">2I5B", 30_000, 30_000, 1, 0, 0, 0, 0))
@@ -101,7 +101,7 @@ def test_a_png_bomb_is_refused_from_its_header() -> None:
     assert kind_of(bomb) == "too_large"
 
 
-def test_sizes_that_pillow_would_warn_of_pass_under_a_larger_cap() -> None:
+def test_sizes_above_pillows_warning_limit_are_accepted_under_a_larger_cap() -> None:
     data = png(100_000, 1000, 1, 0, bytes(12_501) * 1000)
     assert decode_image(data, max_pixels=100_000_000).size == (100_000, 1000)
 
@@ -110,13 +110,13 @@ def test_sizes_that_pillow_would_warn_of_pass_under_a_larger_cap() -> None:
     ("body", "at"),
     [(b"VP8X", 24), (b"VP8L", 21), (b"VP8 ", 26)],
 )
-def test_webp_bombs_are_refused_from_their_header(body: bytes, at: int) -> None:
+def test_webp_bombs_are_rejected_by_their_header(body: bytes, at: int) -> None:
     data = bytearray(b"RIFF\x40\0\0\0WEBP" + body + bytes(60))
     data[at : at + 6] = b"\xff" * 6
     assert kind_of(bytes(data)) == "too_large"
 
 
-def test_a_jpeg_bomb_is_refused_from_its_header() -> None:
+def test_jpeg_bomb_is_rejected_by_its_header() -> None:
     data = bytearray(encoded(photo(), "JPEG"))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
@@ -124,7 +124,7 @@ def test_a_jpeg_bomb_is_refused_from_its_header() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_files_truncated_anywhere_are_broken(kind: str) -> None:
+def test_truncated_files_are_broken(kind: str) -> None:
     data = encoded(photo(), kind)
     assert {kind_of(data[:length]) for length in range(16, len(data))} == {"broken"}
 
@@ -142,7 +142,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     np.testing.assert_allclose(upright.getpixel((0, 0)), photo().getpixel(corner), atol=12)
 
 
-def test_exif_of_a_webp_may_start_as_in_a_jpeg() -> None:
+def test_webp_exif_may_have_a_jpeg_prefix() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(photo(), "WEBP", exif=exif)
@@ -154,7 +154,7 @@ def test_exif_of_a_webp_may_start_as_in_a_jpeg() -> None:
     assert decode_image(data).size == (30, 40)
 
 
-def test_a_second_header_does_not_get_past_the_cap() -> None:
+def test_second_header_does_not_bypass_the_pixel_cap() -> None:
     small, large = encoded(photo(1, 1), "PNG"), encoded(photo(), "PNG")
     assert kind_of(small[:33] + large[8:], max_pixels=1) == "broken"
     small, large = encoded(photo(), "JPEG"), encoded(photo(300, 300), "JPEG")
@@ -181,7 +181,7 @@ def test_alpha_is_composited_on_white() -> None:
     assert pixel(encoded(Image.new("LA", (2, 2), (0, 51)), "PNG")) == (204, 204, 204)
 
 
-def test_palettes_and_their_transparency() -> None:
+def test_palette_transparency() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -203,20 +203,20 @@ def test_palettes_and_their_transparency() -> None:
         (16, b"\x55\x55\xaa\xaa", 0x5555, [255, 170]),
     ],
 )
-def test_a_transparent_grey_of_any_depth(
+def test_transparent_gray_of_any_bit_depth(
     bits: int, row: bytes, key: int, expected: list[int]
 ) -> None:
     data = png(2, 1, bits, 0, b"\0" + row, chunk(b"tRNS", struct.pack(">H", key)))
     assert [pixel(data, (x, 0))[0] for x in (0, 1)] == expected
 
 
-def test_a_transparent_color_of_16_bits() -> None:
+def test_transparent_16_bit_color() -> None:
     rows = b"\0" + struct.pack(">6H", 65535, 0, 0, 0, 0, 65535)
     data = png(2, 1, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 65535, 0, 0)))
     assert [pixel(data, (x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
 
 
-def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+def test_16_bit_gray_is_scaled_not_clipped() -> None:
     expected = {
         0: 0,
         128: 0,
@@ -232,14 +232,14 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     assert pixel(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65535, 257 * 7, 0))) == (255, 7, 0)
 
 
-def test_grey_and_cmyk_become_rgb() -> None:
+def test_gray_and_cmyk_become_rgb() -> None:
     assert pixel(encoded(Image.new("L", (8, 8), 77), "PNG")) == (77, 77, 77)
     red = np.array(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")))
     np.testing.assert_allclose(red, (255, 0, 0), atol=3)
     np.testing.assert_allclose(pixel(encoded(Image.new("L", (8, 8), 77), "JPEG")), 77, atol=1)
 
 
-def test_modes_without_a_range_are_refused() -> None:
+def test_modes_without_a_range_are_rejected() -> None:
     for image in (Image.new("F", (2, 2)), Image.new("I", (2, 2), 70_000)):
         with pytest.raises(ImageError) as caught:
             to_rgb(image)
@@ -247,13 +247,13 @@ def test_modes_without_a_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_the_first_frame_of_an_animation(kind: str) -> None:
+def test_first_frame_of_an_animation_is_used(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert pixel(data) == (255, 0, 0)
 
 
-def test_metadata_of_any_kind_passes_in_silence() -> None:
+def test_metadata_raises_no_warnings() -> None:
     body = struct.pack(">2I", 0, 0)  # an animation of no frames: Pillow warns of it
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**7)))  # and refuses this
     assert pixel(png(1, 1, 8, 0, b"\0\x07", chunk(b"acTL", body), text)) == (7, 7, 7)
@@ -299,7 +299,7 @@ def test_any_bytes_give_an_image_or_an_image_error(magic: bytes, tail: bytes) ->
     outcome(magic + tail)
 
 
-def test_fitting_the_right_size_is_exact() -> None:
+def test_resizing_to_the_same_size_is_exact() -> None:
     image = photo(32, 32)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(fit_image(image, 32), expected)
@@ -321,7 +321,7 @@ def test_fitting_is_antialiased() -> None:
     assert fit_image(photo(3, 2), 32).shape == (3, 32, 32)
 
 
-def test_float_and_back_is_the_identity() -> None:
+def test_float_round_trip_is_the_identity() -> None:
     values = torch.arange(256, dtype=torch.uint8)
     floats = to_float(values)
     assert floats.dtype == torch.float32
@@ -331,14 +331,14 @@ def test_float_and_back_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_floats_are_the_nearest_on_every_device(device: str) -> None:
+def test_float_values_are_correctly_rounded_on_every_device(device: str) -> None:
     values = torch.arange(256, dtype=torch.uint8)
     expected = (values.double() / 255).float()
     assert torch.equal(to_float(values.to(device)).cpu(), expected)
     assert torch.equal(to_float(values.float().to(device)).cpu(), expected)
 
 
-def test_png_and_back_is_the_identity() -> None:
+def test_png_round_trip_is_the_identity() -> None:
     image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     assert torch.equal(decode_png(encode_png(image)), image)
     for bad in (image.float(), image[:1], image[None]):

@@ -67,7 +67,7 @@ def test_a_large_image() -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_another_size_is_refused() -> None:
+def test_other_image_size_is_rejected() -> None:
     fast = for_inference(classifier_of(arch="resnet18"))
     for shape in ((1, 3, 33, 33), (1, 3, 16, 16), (1, 1, 32, 32), (3, 32, 32)):
         with pytest.raises(ValueError, match=r"expected images \(N, 3, 32, 32\), got"):
@@ -75,7 +75,7 @@ def test_another_size_is_refused() -> None:
     assert fast(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
 
 
-def test_the_copy_is_frozen_and_the_classifier_untouched() -> None:
+def test_copy_is_frozen_and_the_classifier_is_unchanged() -> None:
     classifier = classifier_of(arch="resnet18").train()
     before = copy.deepcopy(classifier.state_dict())
     fast = for_inference(classifier)
@@ -87,7 +87,7 @@ def test_the_copy_is_frozen_and_the_classifier_untouched() -> None:
     assert all(torch.equal(v, before[k]) for k, v in classifier.state_dict().items())
 
 
-def test_later_changes_do_not_reach_the_copy() -> None:
+def test_later_changes_do_not_affect_the_copy() -> None:
     classifier = classifier_of(arch="resnet18")
     fast, x = for_inference(classifier), images(2, 32)
     expected, _ = logits_and_gradient(fast, x)
@@ -134,7 +134,7 @@ def test_a_bfloat16_copy_keeps_pixels_and_logits_in_float32(arch: str, stem: str
 
 
 @pytest.mark.gpu
-def test_the_device_follows_the_classifier() -> None:
+def test_copy_is_on_the_classifiers_device() -> None:
     classifier = classifier_of(arch="resnet18")
     x = images(2, 32)
     expected, _ = logits_and_gradient(classifier, x)

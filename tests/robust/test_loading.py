@@ -111,7 +111,7 @@ FORMS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(
+def test_every_form_gives_the_same_logits(
     form: str, network: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, words = FORMS[form]
@@ -126,7 +126,7 @@ def test_forms(
 
 
 @pytest.mark.parametrize("form", ["sequential", "madry", "mu and sigma"])
-def test_a_normalization_layer_is_taken_over(
+def test_normalization_layer_is_used(
     form: str, network: nn.Module, state: State, tmp_path: Path
 ) -> None:
     made: State = {
@@ -166,7 +166,7 @@ def test_two_models_in_one_file_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_told(
+def test_half_precision_is_reported(
     dtype: torch.dtype, network: nn.Module, state: State, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.pt"
@@ -192,7 +192,7 @@ def test_safetensors(network: nn.Module, state: State, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", ["[" * 200_000, "9" * 6000, "3", '{"a": 1}x', "\u0661"])
-def test_metadata_that_makes_no_sense(state: State, tmp_path: Path, classes: str) -> None:
+def test_invalid_metadata_is_rejected(state: State, tmp_path: Path, classes: str) -> None:
     path = tmp_path / "weights.safetensors"
     about = {"architecture": "resnet18", "stem": "imagenet", "activation": "relu"}
     about |= {"mean": "[0, 0, 0]", "std": "[1, 1, 1]", "input_size": "32", "classes": classes}
@@ -201,7 +201,7 @@ def test_metadata_that_makes_no_sense(state: State, tmp_path: Path, classes: str
         load_checkpoint(path)
 
 
-def test_our_own_safetensors_tell_everything(
+def test_exported_safetensors_need_no_guesses(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     classifier = classifier_of(
@@ -229,7 +229,7 @@ def test_our_own_safetensors_tell_everything(
         assert torch.equal(loaded.classifier(x), classifier(x))
 
 
-def test_key_says_which(state: State, tmp_path: Path) -> None:
+def test_key_option_selects_the_entry(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     other = {key: value * 0 for key, value in state.items()}
     torch.save({"last": state, "best": {"weights": other}}, path)
@@ -243,7 +243,7 @@ def test_key_says_which(state: State, tmp_path: Path) -> None:
         load_checkpoint(path, options=ModelOptions(key="middle"))
 
 
-def test_all_that_is_guessed_is_told_and_recorded(
+def test_guesses_are_reported_and_recorded(
     state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "weights.pt"
@@ -267,7 +267,7 @@ def test_all_that_is_guessed_is_told_and_recorded(
     assert json.loads(json.dumps(loaded.origin()))["guessed"] == loaded.guessed
 
 
-def test_what_is_said_is_not_guessed(state: State, tmp_path: Path) -> None:
+def test_given_options_are_not_guessed(state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(state, path)
     options = ModelOptions(
@@ -298,7 +298,7 @@ def test_what_is_said_is_not_guessed(state: State, tmp_path: Path) -> None:
         ({"mean": (123.7, 116.3, 103.5)}, "divide by 255"),
     ],
 )
-def test_what_is_said_must_fit(
+def test_given_options_must_match_the_weights(
     options: dict[str, Any], words: str, state: State, tmp_path: Path
 ) -> None:
     torch.save(state, tmp_path / "weights.pt")
@@ -306,7 +306,7 @@ def test_what_is_said_must_fit(
         load_checkpoint(tmp_path / "weights.pt", options=ModelOptions(**options))
 
 
-def test_a_sidecar_is_not_contradicted(checkpoint_path: Path) -> None:
+def test_options_must_not_contradict_the_sidecar(checkpoint_path: Path) -> None:
     load_checkpoint(checkpoint_path, options=ModelOptions(arch="resnet18", input_size=32))
     with pytest.raises(CheckpointError, match="others; the sidecar has input_size 32"):
         load_checkpoint(checkpoint_path, options=ModelOptions(input_size=64))
@@ -327,7 +327,7 @@ def test_a_sidecar_is_not_contradicted(checkpoint_path: Path) -> None:
         (lambda s: {"fc.weight": s["fc.weight"]}, "found 1 keys such as fc.weight"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_mismatched_entries_are_named(
     change: Callable[[State], State], words: str, state: State, tmp_path: Path
 ) -> None:
     torch.save(change(state), tmp_path / "weights.pt")
@@ -337,7 +337,7 @@ def test_what_does_not_fit_is_named(
     assert len(str(caught.value)) < 500
 
 
-def test_a_pickle_of_more_is_refused_by_name(state: State, tmp_path: Path) -> None:
+def test_pickle_with_other_classes_is_rejected_by_name(state: State, tmp_path: Path) -> None:
     torch.save({"state_dict": state, "more": Unsafe()}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"refers to posix.mkdir, .* state dict alone"):
         load_checkpoint(tmp_path / "weights.pt")
@@ -351,7 +351,7 @@ class Unsafe:
         return os.mkdir, ("ran",)
 
 
-def test_what_lies_beside_the_weights_is_no_obstacle(state: State, tmp_path: Path) -> None:
+def test_other_entries_beside_the_weights_are_ignored(state: State, tmp_path: Path) -> None:
     """Settings of the run, paths and NumPy's numbers, as Lightning and train scripts keep them."""
     beside = {
         "hyper_parameters": {"root": tmp_path, "args": Namespace(lr=0.1)},
@@ -437,7 +437,7 @@ def test_class_names(tmp_path: Path) -> None:
         parse_classes("cat,dog,cat")
 
 
-def test_a_network_of_a_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_network_from_a_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import torchvision
 
     net = torchvision.models.squeezenet1_1(num_classes=5).eval()

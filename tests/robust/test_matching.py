@@ -12,7 +12,7 @@ def dataset(classes: tuple[str, ...], labels: list[int]) -> Dataset:
     return Dataset(images=images, labels=torch.tensor(labels), classes=classes, name="folder")
 
 
-def test_same_names_pass() -> None:
+def test_same_names_are_accepted() -> None:
     data = dataset(CLASSES, [0, 3])
     assert match_classes(data, CLASSES) is data
 
@@ -23,16 +23,16 @@ def test_names_in_another_order_are_mapped() -> None:
     assert matched.classes == CLASSES
 
 
-def test_some_of_the_names_are_mapped() -> None:
+def test_subset_of_the_names_is_mapped() -> None:
     assert match_classes(dataset(("dog", "ship"), [0, 1, 1]), CLASSES).labels.tolist() == [1, 3, 3]
 
 
-def test_numbers_are_taken_as_they_are() -> None:
+def test_unnamed_labels_are_used_unchanged() -> None:
     assert match_classes(dataset(("0", "1", "2"), [2, 0]), CLASSES).labels.tolist() == [2, 0]
     assert match_classes(dataset(CLASSES, [3, 1]), ("0", "1", "2", "3")).labels.tolist() == [3, 1]
 
 
-def test_labels_that_are_taken_as_numbers_are_told() -> None:
+def test_labels_used_as_numbers_are_reported() -> None:
     told = match_classes(dataset(("0", "1"), [1, 0]), CLASSES).changes
     assert told == ("read labels as numbers of the model's classes: 0 is cat, 1 is dog",)
     told = match_classes(dataset(CLASSES, [3, 1]), ("0", "1", "2", "3")).changes
@@ -42,7 +42,7 @@ def test_labels_that_are_taken_as_numbers_are_told() -> None:
     assert match_classes(dataset(("ship", "cat"), [0, 1]), CLASSES).changes == ()
 
 
-def test_names_that_are_numbers_are_names() -> None:
+def test_numeric_names_are_matched_as_names() -> None:
     digits = tuple(str(k) for k in range(10))
     assert match_classes(dataset(("3", "5"), [0, 1, 1]), digits).labels.tolist() == [3, 5, 5]
     with pytest.raises(DatasetError, match="does not have 10"):
@@ -66,7 +66,7 @@ def test_other_classes_are_refused(
 
 
 @pytest.mark.parametrize("names", [("cat", "dog"), ("cat",), tuple("abcdefghijk")])
-def test_other_names_than_outputs_without_names_are_refused(names: tuple[str, ...]) -> None:
+def test_names_are_rejected_if_the_models_outputs_have_none(names: tuple[str, ...]) -> None:
     unnamed = tuple(str(k) for k in range(10))
     with pytest.raises(DatasetError) as raised:
         match_classes(dataset(names, [0, 0]), unnamed)
@@ -86,13 +86,13 @@ def test_first_images() -> None:
     assert len(first_images(mixed, 100)) == 6
 
 
-def test_first_images_of_sorted_data_are_of_every_class() -> None:
+def test_first_images_of_sorted_data_cover_every_class() -> None:
     data = dataset(("a", "b", "c"), [0] * 10 + [1] * 10 + [2] * 10)
     some = first_images(data, 6)
     assert some.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert first_images(data, 30).images.equal(data.images)
 
 
-def test_numbers_fit_a_model_with_a_class_name_twice() -> None:
+def test_unnamed_labels_fit_a_model_with_a_duplicate_class_name() -> None:
     crane = ("crane", "cat", "crane")
     assert match_classes(dataset(("0", "1", "2"), [2, 0]), crane).labels.tolist() == [2, 0]

@@ -50,7 +50,7 @@ def smallest_levels(model: nn.Module, images: Tensor) -> list[int]:
     return [math.ceil(margin / per_level) for margin in margins(model, images)]
 
 
-def test_on_a_linear_model_the_smallest_level_is_found(near: nn.Module, x: Tensor) -> None:
+def test_smallest_level_is_found_on_a_linear_model(near: nn.Module, x: Tensor) -> None:
     images = to_uint8(x)
     levels = smallest_levels(near, images)
     assert len(set(levels)) > 2
@@ -59,14 +59,14 @@ def test_on_a_linear_model_the_smallest_level_is_found(near: nn.Module, x: Tenso
     assert [outcome.linf * 255 for outcome in outcomes] == pytest.approx(levels)
 
 
-def test_a_point_right_at_the_boundary_is_pushed_outward(near: nn.Module, x: Tensor) -> None:
+def test_point_on_the_boundary_is_pushed_outward(near: nn.Module, x: Tensor) -> None:
     images = to_uint8(x)
     levels = smallest_levels(near, images)
     outcomes = run(near, images, "fab-t", ThreatModel(eps=max(levels) / 255))
     assert all(outcome.success for outcome in outcomes)
 
 
-def test_an_eps_between_two_levels_holds_the_lower_one(near: nn.Module, x: Tensor) -> None:
+def test_eps_between_two_levels_means_the_lower_one(near: nn.Module, x: Tensor) -> None:
     images = to_uint8(x)
     levels = smallest_levels(near, images)
     middle = sorted(levels)[3]
@@ -88,9 +88,7 @@ def shortest(w: Tensor, margins: list[float], most: int = 4000) -> list[int]:
     return [int((best > margin).nonzero()[0]) for margin in margins]
 
 
-def test_on_a_linear_model_the_closest_image_in_l2_is_nearly_found(
-    near: nn.Module, x: Tensor
-) -> None:
+def test_nearly_closest_l2_image_is_found_on_a_linear_model(near: nn.Module, x: Tensor) -> None:
     images = to_uint8(x)
     expected = shortest(near.w, [255 * margin for margin in margins(near, images)])
     outcomes = run(near, images, "minimal", ThreatModel(norm="l2", eps=0.5))
@@ -114,7 +112,7 @@ def convolutional(seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_what_pgd_fools_minimal_fools_too_and_no_farther(norm: Norm) -> None:
+def test_minimal_fools_every_image_pgd_fools_at_no_larger_distance(norm: Norm) -> None:
     model = convolutional(0)
     x = torch.randint(0, 256, (20, 3, 16, 16), generator=torch.Generator().manual_seed(1))
     ball = ThreatModel(norm=norm, eps=4 / 255 if norm == "linf" else 0.2)
@@ -142,7 +140,7 @@ class Flat(nn.Module):
         return torch.stack([torch.full_like(change, 0), change - self.margin], dim=1)
 
 
-def test_what_only_pgd_finds_is_taken_and_pulled_closer() -> None:
+def test_images_only_pgd_fools_are_kept_and_moved_closer() -> None:
     image = torch.full((3, 4, 4), 128, dtype=torch.uint8)
     model = Flat(image, margin=11 * 4.5 / 255)
     for name, levels in (("pgd-20", 8), ("minimal", 5)):
@@ -151,7 +149,7 @@ def test_what_only_pgd_finds_is_taken_and_pulled_closer() -> None:
         assert outcome.linf * 255 == pytest.approx(levels)
 
 
-def test_in_python_minimal_stays_between_the_levels(near: nn.Module, x: Tensor) -> None:
+def test_python_api_minimal_is_not_rounded_to_8_bits(near: nn.Module, x: Tensor) -> None:
     images = to_uint8(x)
     y = torch.ones(len(x), dtype=torch.int64)
     result = resolve_attack("minimal", ThreatModel(eps=0.1)).run(near, to_float(images), y)

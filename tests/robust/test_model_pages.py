@@ -17,23 +17,23 @@ PAGE = (ROOT / "docs" / "your-own-model.md").read_text()
 TESTED_BY: dict[str, Any] = {
     "Checkpoint of ours": test_checkpoint.test_round_trip,
     "State dict": test_checkpoint.test_bare_state_dict_loads,
-    "State dict in a wrapper": test_loading.test_forms,
-    "Lightning checkpoint": test_loading.test_forms,
-    "Prefixed keys": test_loading.test_forms,
-    "Extra keys": test_loading.test_forms,
-    "Normalization layer": test_loading.test_a_normalization_layer_is_taken_over,
-    "MadryLab's robustness": test_loading.test_a_normalization_layer_is_taken_over,
-    "Half precision": test_loading.test_half_precision_is_told,
+    "State dict in a wrapper": test_loading.test_every_form_gives_the_same_logits,
+    "Lightning checkpoint": test_loading.test_every_form_gives_the_same_logits,
+    "Prefixed keys": test_loading.test_every_form_gives_the_same_logits,
+    "Extra keys": test_loading.test_every_form_gives_the_same_logits,
+    "Normalization layer": test_loading.test_normalization_layer_is_used,
+    "MadryLab's robustness": test_loading.test_normalization_layer_is_used,
+    "Half precision": test_loading.test_half_precision_is_reported,
     "safetensors": test_loading.test_safetensors,
-    "safetensors of ours": test_loading.test_our_own_safetensors_tell_everything,
-    "Network of timm or torchvision": test_loading.test_a_network_of_a_library,
+    "safetensors of ours": test_loading.test_exported_safetensors_need_no_guesses,
+    "Network of timm or torchvision": test_loading.test_network_from_a_library,
     "Hugging Face folder": test_given.test_timms_hub_folder,
     "Hugging Face folder of ours": test_given.test_our_own_hub_folder,
-    "Python": test_given.test_the_users_own_code,
+    "Python": test_given.test_model_from_user_code,
     "TorchScript": test_given.test_torchscript,
     "torch.export": test_given.test_torch_export,
     "ONNX (extra `runtime`)": test_given.test_onnx,
-    "Service": test_given.test_a_service,
+    "Service": test_given.test_remote_service,
 }
 
 
@@ -42,7 +42,7 @@ def test_every_form_in_the_table_has_a_test() -> None:
     assert [row.split("|")[1].strip() for row in table.splitlines()] == list(TESTED_BY)
 
 
-def test_your_own_model(
+def test_your_own_model_page_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("timm")

@@ -67,7 +67,7 @@ def test_public_layouts_are_read(name: str) -> None:
     assert bool(reading.unused) == ("sub_block1" in name)
 
 
-def test_what_no_key_tells_is_doubted() -> None:
+def test_values_not_in_the_keys_are_reported_as_doubts() -> None:
     reading = networks.read_layout(LAYOUTS["PreActResNet-18 raw shortcut"])
     assert reading is not None
     assert "use arch preact_resnet18:no-final-norm" in reading.doubts[0]
@@ -86,7 +86,7 @@ def test_what_no_key_tells_is_doubted() -> None:
         ("ResNet-50", "layer3.6.conv1.weight", (1,), r"bottleneck blocks \[3, 4, 7, 3\]"),
     ],
 )
-def test_networks_that_no_family_builds(
+def test_unknown_networks_are_rejected(
     name: str, key: str, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(networks.UnknownLayout, match=message):
@@ -94,7 +94,7 @@ def test_networks_that_no_family_builds(
 
 
 @pytest.mark.parametrize(("arch", "variant"), SMALL)
-def test_the_inference_copy_agrees(arch: str, variant: str) -> None:
+def test_inference_copy_agrees(arch: str, variant: str) -> None:
     classifier = classifier_of(
         arch=arch,
         variant=variant,
@@ -116,7 +116,7 @@ def test_the_inference_copy_agrees(arch: str, variant: str) -> None:
     assert expected.std() > 0.01
 
 
-def test_a_copy_that_disagrees_is_left(
+def test_disagreeing_copy_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As of a family whose entry names the wrong norms."""
@@ -129,7 +129,7 @@ def test_a_copy_that_disagrees_is_left(
 
 
 @pytest.mark.parametrize(("arch", "variant"), SMALL[2:])
-def test_the_graph_agrees(arch: str, variant: str) -> None:
+def test_onnx_graph_agrees(arch: str, variant: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     classifier = classifier_of(arch=arch, variant=variant, stem="cifar", input_size=16)
     x = images(3, 16)
@@ -142,7 +142,7 @@ def test_the_graph_agrees(arch: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "preact_resnet18", "wide_resnet10_1"])
-def test_zeroed_residuals_learn_again(arch: str) -> None:
+def test_zeroed_residuals_get_gradients(arch: str) -> None:
     classifier = Classifier(Architecture(arch=arch, stem="cifar", input_size=16, num_classes=3))
     classifier.zero_residuals()
     ends = networks.family_of(arch).residual_ends
@@ -154,7 +154,7 @@ def test_zeroed_residuals_learn_again(arch: str) -> None:
     assert all(weight.grad is not None and weight.grad.any() for weight in weights)
 
 
-def test_same_padding_is_tensorflows() -> None:
+def test_same_padding_matches_tensorflow() -> None:
     """Of the first pixel nothing lies outside, of the last one row and one column."""
     conv = SameConv2d(1, 1)
     nn.init.ones_(conv.weight)
@@ -173,12 +173,12 @@ def test_same_padding_is_tensorflows() -> None:
         ({"arch": "resnet18", "variant": "deepmind"}, "variant to be one of '' for resnet18"),
     ],
 )
-def test_wrong_choices(fields: dict[str, str], message: str) -> None:
+def test_invalid_options_are_rejected(fields: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Architecture(**fields)  # type: ignore[arg-type]
 
 
-def test_sides_are_those_of_a_pass() -> None:
+def test_feature_map_sizes_match_a_forward_pass() -> None:
     net = networks.build("resnet18", num_classes=2, stem="imagenet")
     sides = networks.convolution_sides(net, 32)
     assert sides["conv1"] == (32, 16)

@@ -54,7 +54,7 @@ def images(n: int = 3, side: int = 16) -> Tensor:
     ],
     ids=["resnet18", "silu, normalized", "norms not folded"],
 )
-def test_logits_and_gradient_are_those_of_autograd(changed: dict[str, object]) -> None:
+def test_logits_and_gradient_match_autograd(changed: dict[str, object]) -> None:
     model = classifier_of(**changed)  # type: ignore[arg-type]
     fast = Packed(model, torch.float32)
     x = images(side=32)
@@ -66,7 +66,7 @@ def test_logits_and_gradient_are_those_of_autograd(changed: dict[str, object]) -
         torch.testing.assert_close(fast(x), logits, rtol=0, atol=1e-6)
 
 
-def test_a_pass_keeps_its_gradient_while_others_run() -> None:
+def test_gradient_of_a_pass_is_kept_while_others_run() -> None:
     model = classifier_of(input_size=32)
     fast = Packed(model, torch.float32)
     x, other = images(side=32), images(side=32).flip(0)
@@ -79,14 +79,14 @@ def test_a_pass_keeps_its_gradient_while_others_run() -> None:
     assert float((found - slope).abs().max() / slope.abs().max()) < 1e-5
 
 
-def test_what_has_no_packed_form_is_named() -> None:
+def test_unsupported_layer_is_named() -> None:
     with pytest.raises(NotPackable, match="max-pooling"):
         Packed(classifier_of(stem="imagenet", input_size=64), torch.float32)
     with pytest.raises(ValueError, match=r"expected images \(N, 3, 32, 32\), got \(3, 3, 16, 16\)"):
         Packed(classifier_of(input_size=32), torch.float32)(images())
 
 
-def test_a_packed_copy_that_disagrees_or_is_slower_is_not_taken(
+def test_disagreeing_or_slower_packed_copy_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = classifier_of(input_size=32)
@@ -109,7 +109,7 @@ def test_a_packed_copy_that_disagrees_or_is_slower_is_not_taken(
     assert "of the largest logit, above the limit of 1%" in caplog.text
 
 
-def test_searches_in_bfloat16_take_it_where_the_processor_can() -> None:
+def test_bfloat16_searches_use_packed_weights_if_the_cpu_supports_it() -> None:
     model = classifier_of(input_size=32)
     rough = in_bf16(model, CPU)
     (logits, found), (expected, slope) = (

@@ -46,7 +46,7 @@ def test_predict_is_the_softmax_of_eval_mode(model: Classifier, photo: Tensor) -
     assert not probabilities.is_inference()
 
 
-def test_predict_refuses_logits_that_mean_nothing() -> None:
+def test_predict_rejects_invalid_logits() -> None:
     with pytest.raises(ValueError, match="expected finite logits"):
         predict(lambda x: torch.full((len(x), 2), torch.nan), torch.zeros(1, 3, 4, 4))
 
@@ -86,7 +86,7 @@ def test_find_class_refuses(name: str) -> None:
     [ThreatModel(eps=8 / 255), ThreatModel(eps=0.03), ThreatModel(norm="l2", eps=0.5)],
     ids=str,
 )
-def test_what_is_returned_is_what_was_scored(
+def test_returned_image_is_the_one_that_was_scored(
     model: Classifier, photo: Tensor, attack: str, ball: ThreatModel
 ) -> None:
     outcome = attack_image(model, photo, settings=resolve_attack(attack, ball))
@@ -142,7 +142,7 @@ def test_image_must_be_8_bit(model: Classifier, photo: Tensor) -> None:
         attack_image(model, to_float(photo), settings=resolve_attack("fgsm", ThreatModel()))
 
 
-def test_seed_decides(model: Classifier, photo: Tensor) -> None:
+def test_seed_determines_the_result(model: Classifier, photo: Tensor) -> None:
     def image(seed: int) -> Tensor:
         settings = resolve_attack("pgd-2", ThreatModel(), alpha=0.001, seed=seed)
         return attack_image(model, photo, settings=settings).image
@@ -199,7 +199,7 @@ def sure(x: Tensor) -> Tensor:
     return torch.stack([10 + mean, mean.square()], dim=1)
 
 
-def test_a_success_that_is_none_in_float32_is_searched_for_again(photo: Tensor) -> None:
+def test_success_not_confirmed_in_float32_is_searched_again(photo: Tensor) -> None:
     settings = resolve_attack("pgd-3", ThreatModel())
     x = torch.stack([photo, photo.flip(2)])
     before = predict(sure, to_float(x))
@@ -216,7 +216,7 @@ def test_a_success_that_is_none_in_float32_is_searched_for_again(photo: Tensor) 
     assert rough.images == 8
 
 
-def test_an_attack_that_ends_at_the_boundary_is_searched_for_in_float32(
+def test_attack_ending_at_the_boundary_is_searched_in_float32(
     model: Classifier, photo: Tensor
 ) -> None:
     rough = Counted(model)

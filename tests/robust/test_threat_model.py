@@ -39,9 +39,7 @@ def test_projection_stays_inside_and_is_idempotent(
 
 
 @given(threat_model=balls, seed=seeds)
-def test_projection_leaves_a_point_of_the_ball_where_it_is(
-    threat_model: ThreatModel, seed: int
-) -> None:
+def test_projection_keeps_points_of_the_ball(threat_model: ThreatModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(SHAPE, generator=generator)
     nearer = ThreatModel(norm=threat_model.norm, eps=threat_model.eps * 0.99)
@@ -100,7 +98,7 @@ def test_rounding_l2_keeps_most_of_the_length() -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_eps_zero_is_the_point_itself(norm: str) -> None:
+def test_eps_zero_is_the_identity(norm: str) -> None:
     x = eight_bit(0)
     ball = ThreatModel(norm=norm, eps=0.0)  # type: ignore[arg-type]
     assert torch.equal(ball.project(x + 0.3, x), x)
@@ -148,7 +146,7 @@ def test_parse_eps(text: str | float, size: float) -> None:
         "|"
     ),
 )
-def test_parse_eps_refuses(text: str) -> None:
+def test_parse_eps_rejects_invalid_text(text: str) -> None:
     with pytest.raises(ValueError, match="expected a"):
         parse_eps(text)
 
@@ -180,6 +178,6 @@ def test_a_norm_is_read_in_any_case() -> None:
         ("l2", math.inf, "at least 0"),
     ],
 )
-def test_threat_model_refuses(norm: str, eps: float, message: str) -> None:
+def test_threat_model_rejects_invalid_values(norm: str, eps: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThreatModel(norm=norm, eps=eps)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Files that are small to send and dear to decode."""
+"""Files that are small to send and expensive to decode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of faults share: bare sockets, and what must hold once a fault is over."""
+"""Shared by the fault tests: bare sockets, and checks for after a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the playground do with the page."""
+"""Helpers for playground tests."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_fgsm_moves_every_pixel_by_eps(model: nn.Module, x: Tensor, targets: Ten
 
 
 @pytest.mark.parametrize("kind", ["fgsm-rs", "pgd"])
-def test_started_attacks_stay_in_the_ball(
+def test_randomly_started_attacks_stay_in_the_ball(
     kind: str, model: nn.Module, x: Tensor, targets: Tensor
 ) -> None:
     part = AdversarialPart(kind=kind, steps=3)  # type: ignore[arg-type]
@@ -56,14 +56,14 @@ def test_started_attacks_stay_in_the_ball(
     assert delta.mean() > 0.5 * EPS
 
 
-def test_n_fgsm_leaves_the_ball_by_its_noise(model: nn.Module, x: Tensor, targets: Tensor) -> None:
+def test_n_fgsm_may_leave_the_ball_by_its_noise(
+    model: nn.Module, x: Tensor, targets: Tensor
+) -> None:
     delta = (attack(model, x, targets, AdversarialPart(kind="n-fgsm")) - x).abs()
     assert EPS * 2 < delta.max() <= 3 * EPS + 1e-6
 
 
-def test_clean_and_a_zero_radius_return_the_images(
-    model: nn.Module, x: Tensor, targets: Tensor
-) -> None:
+def test_clean_and_eps_zero_return_the_images(model: nn.Module, x: Tensor, targets: Tensor) -> None:
     assert attack(model, x, targets, AdversarialPart(kind="clean")) is x
     none = ThreatModel(norm="linf", eps=0)
     part = AdversarialPart(kind="pgd", steps=3)
@@ -79,7 +79,7 @@ def test_trades_starts_off_the_minimum_of_the_divergence(model: nn.Module, x: Te
     assert (x_adv - x).abs().max() == pytest.approx(EPS, abs=1e-6)
 
 
-def test_batch_norm_is_not_moved_by_an_attack(x: Tensor, targets: Tensor) -> None:
+def test_attack_does_not_update_batch_norm_statistics(x: Tensor, targets: Tensor) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 3)).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attack(model, x, targets, AdversarialPart(kind="pgd", steps=2))
@@ -115,7 +115,7 @@ def phase_of(*parts: AdversarialPart, **fields: object) -> Phase:
     return Phase(name="phase", epochs=1, parts=parts, **fields)  # type: ignore[arg-type]
 
 
-def test_a_clean_phase_is_smoothed_cross_entropy(
+def test_clean_phase_uses_smoothed_cross_entropy(
     model: nn.Module, x: Tensor, targets: Tensor
 ) -> None:
     loss = loss_of(phase_of(AdversarialPart(kind="clean")), model, x, targets)
@@ -125,7 +125,9 @@ def test_a_clean_phase_is_smoothed_cross_entropy(
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_shares_weigh_the_parts(split: bool, model: nn.Module, x: Tensor, targets: Tensor) -> None:
+def test_loss_weights_are_applied(
+    split: bool, model: nn.Module, x: Tensor, targets: Tensor
+) -> None:
     parts = AdversarialPart(kind="clean", share=0.3), AdversarialPart(kind="fgsm", share=0.7)
     loss = loss_of(phase_of(*parts, split=split), model, x, targets)
     x_adv = attack(model, x, targets, parts[1])
@@ -137,7 +139,7 @@ def test_shares_weigh_the_parts(split: bool, model: nn.Module, x: Tensor, target
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_trades_adds_the_divergence(model: nn.Module, x: Tensor, targets: Tensor) -> None:
+def test_trades_adds_the_kl_divergence(model: nn.Module, x: Tensor, targets: Tensor) -> None:
     part = AdversarialPart(kind="pgd", steps=3)
     natural = F.cross_entropy(model(x), targets, label_smoothing=0.1).item()
     weak = loss_of(phase_of(part, loss="trades", trades_beta=1.0), model, x, targets).item()
@@ -150,7 +152,7 @@ def test_trades_adds_the_divergence(model: nn.Module, x: Tensor, targets: Tensor
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "trades"])
-def test_class_weights_count_each_image_by_its_class(
+def test_class_weights_apply_per_image(
     loss: str, model: nn.Module, x: Tensor, targets: Tensor
 ) -> None:
     """The weighted loss is the weighted mean of the losses of single images."""
@@ -179,9 +181,7 @@ def test_class_weights_count_each_image_by_its_class(
     torch.testing.assert_close(even, each.mean())
 
 
-def test_a_teacher_has_its_share_of_the_targets(
-    model: nn.Module, x: Tensor, targets: Tensor
-) -> None:
+def test_teacher_targets_are_mixed_by_weight(model: nn.Module, x: Tensor, targets: Tensor) -> None:
     mixed = distilled_targets(targets, model, x, weight=0.25)
     assert torch.allclose(mixed, 0.75 * targets + 0.25 * model(x).softmax(dim=1))
     assert not mixed.requires_grad

@@ -57,7 +57,7 @@ def test_flip_mirrors_all_or_none(x: Tensor) -> None:
     assert torch.equal(crop_and_flip(x, 0, 0.0, seeded()), x)
 
 
-def test_rotation_by_a_right_angle_is_exact(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotation_by_90_degrees_is_exact(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment_module, "_uniform", fixed(math.pi / 2))
     turned = rotate(x, 90, seeded())
     assert min(
@@ -74,14 +74,14 @@ def test_jitter_scales_brightness_then_contrast_then_saturation(
     assert jitter(x, 1.0, seeded()).abs().max() < 1e-6  # no brightness: black
 
 
-def test_jitter_keeps_a_flat_gray_image_flat_and_gray() -> None:
+def test_jitter_keeps_a_uniform_gray_image_uniform() -> None:
     gray = torch.full((8, 3, 4, 4), 0.5)
     changed = jitter(gray, 0.2, seeded())
     assert changed.flatten(1).std(dim=1).max() < 1e-6
     assert changed[:, 0, 0, 0].std() > 0.01
 
 
-def test_cutout_greys_one_square_of_each_image() -> None:
+def test_cutout_sets_one_square_of_each_image_to_gray() -> None:
     x = torch.zeros(64, 3, 16, 16)
     masked = (cutout(x, 6, seeded()) == 0.5).all(dim=1)
     counts = masked.flatten(1).sum(dim=1)
@@ -101,7 +101,7 @@ def test_mixup_blends_images_and_targets_alike() -> None:
     assert len(blended.max(dim=1).values.unique()) > 3  # a share for each image
 
 
-def test_mixup_shares_follow_beta() -> None:
+def test_mixup_weights_follow_beta() -> None:
     _, blended = mixup(torch.zeros(4000, 1, 1, 1), torch.eye(4000), 0.2, seeded())
     share = blended.diagonal()
     assert share.mean() == pytest.approx(0.5, abs=0.03)

@@ -29,7 +29,9 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(x), labels)
 
 
-def test_each_weight_moves_by_its_share_up_its_gradient(model: nn.Module, x: Tensor) -> None:
+def test_each_weight_moves_up_its_gradient_by_gamma_times_its_norm(
+    model: nn.Module, x: Tensor
+) -> None:
     before = copied(model)
     loss = loss_of(model.eval(), x)
     names = ["0.weight", "4.weight"]
@@ -50,7 +52,7 @@ def test_each_weight_moves_by_its_share_up_its_gradient(model: nn.Module, x: Ten
         )
 
 
-def test_weights_come_back_bit_for_bit_also_after_an_error(model: nn.Module, x: Tensor) -> None:
+def test_weights_are_restored_bit_for_bit_even_after_an_error(model: nn.Module, x: Tensor) -> None:
     before = copied(model)
     with (
         pytest.raises(RuntimeError, match="in the block"),
@@ -60,7 +62,7 @@ def test_weights_come_back_bit_for_bit_also_after_an_error(model: nn.Module, x: 
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_no_gamma_asks_for_no_loss(model: nn.Module, x: Tensor) -> None:
+def test_gamma_zero_computes_no_loss(model: nn.Module, x: Tensor) -> None:
     before = copied(model)
 
     def never() -> Tensor:
@@ -70,7 +72,7 @@ def test_no_gamma_asks_for_no_loss(model: nn.Module, x: Tensor) -> None:
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_batch_norm_follows_the_batch_once(model: nn.Module, x: Tensor) -> None:
+def test_batch_norm_statistics_are_updated_once(model: nn.Module, x: Tensor) -> None:
     model.train()
     norm = model[1]
     with perturbed(model, lambda: loss_of(model, x), gamma=GAMMA):
@@ -82,7 +84,7 @@ def test_batch_norm_follows_the_batch_once(model: nn.Module, x: Tensor) -> None:
     assert norm.track_running_stats
 
 
-def test_the_gradient_is_that_of_the_perturbed_weights(model: nn.Module, x: Tensor) -> None:
+def test_gradient_is_taken_at_the_perturbed_weights(model: nn.Module, x: Tensor) -> None:
     """Also under autocast, which keeps the weights it has cast."""
     model.eval()
 
@@ -99,7 +101,7 @@ def test_the_gradient_is_that_of_the_perturbed_weights(model: nn.Module, x: Tens
     assert torch.equal(model[4].weight.grad, expected)  # type: ignore[arg-type]
 
 
-def test_a_weight_without_a_gradient_stays(x: Tensor) -> None:
+def test_weight_without_a_gradient_is_unchanged(x: Tensor) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3, bias=False))
     before = copied(model)
     with perturbed(model, lambda: 0 * model(x).sum(), gamma=GAMMA):

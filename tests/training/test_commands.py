@@ -33,12 +33,14 @@ def data(here: Path, colors: Dataset) -> None:
     torch.save(validation, here / "val.pt")
 
 
-def test_the_norm_is_read_in_any_case(data: None) -> None:
+def test_norm_is_case_insensitive(data: None) -> None:
     assert run(["train", "--recipe", "tiny", "--norm", "L2", "--out", "m.pt"]) == 0
     assert json.loads(Path("m.json").read_text())["threat_model"]["norm"] == "l2"
 
 
-def test_without_data_the_forms_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_data_error_lists_the_formats(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["train"]) == 2
     message = capsys.readouterr().err
     for form in ("train.pt", ".npz", "a folder", "cifar10", "--data digits"):
@@ -62,7 +64,7 @@ def test_without_data_the_forms_are_listed(here: Path, capsys: pytest.CaptureFix
         (["--data", "digits", "--recipe", "tiny", "--init", "none.pt"], "none.pt: expected"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(
+def test_errors_are_one_line(
     arguments: list[str], expected: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["train", *arguments]) == 2
@@ -73,7 +75,9 @@ def test_what_is_wrong_is_told_in_one_line(
 
 
 @pytest.mark.usefixtures("data")
-def test_train_pt_in_this_folder_is_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_pt_in_the_current_folder_is_used(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["train", "--recipe", "tiny", "--out", "model.pt", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("train.pt: 80 images, 4 classes; recipe tiny, 3 epochs on cpu")
@@ -88,7 +92,7 @@ def test_train_pt_in_this_folder_is_taken(here: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("data")
-def test_sigterm_saves_and_resume_goes_on(
+def test_sigterm_saves_and_resume_continues(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -111,7 +115,7 @@ def test_sigterm_saves_and_resume_goes_on(
     assert load_checkpoint(here / "model.pt").classifier.architecture.num_classes == 4
 
 
-def test_fields_are_set_and_a_run_is_repeated_from_its_record(
+def test_fields_can_be_set_and_a_run_repeated_from_its_record(
     here: Path, data: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["train", "--device", "cpu", "--seed", "7", "--classes", "red,green,blue,yellow"]
@@ -132,9 +136,7 @@ def test_fields_are_set_and_a_run_is_repeated_from_its_record(
     assert "run.json used --seed 7, this run uses 0" in capsys.readouterr().err
 
 
-def test_recipes_are_listed_and_printed_as_they_are_read(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipes_are_listed_and_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{listed}" for name in RECIPES)

@@ -37,7 +37,7 @@ def test_auto_is_for_cuda() -> None:
     ]
 
 
-def test_a_compiler_that_fails_is_told_and_done_without(
+def test_failing_compiler_is_reported_and_skipped(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(nn.Module):
@@ -86,7 +86,7 @@ def test_every_graph_of_a_step_is_tried(
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("bf16", [False, True])
-def test_compiled_passes_are_those_of_the_model(bf16: bool, model: nn.Module, x: Tensor) -> None:
+def test_compiled_passes_match_the_model(bf16: bool, model: nn.Module, x: Tensor) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fast = compiled_loss(model, x, bf16=bf16)
     assert fast is not model

@@ -10,9 +10,7 @@ from training.recipe import Recipe
 CPU = torch.device("cpu")
 
 
-def test_the_cost_of_a_run_is_what_its_size_says(
-    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_cost_follows_from_its_size(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_module, "_seconds_per_image", lambda *args, **kwargs: 0.5)
     recipe = replace(tiny, arch="resnet18", stem="imagenet", optimizer="sgd")
     cost = estimate(recipe, images=80, num_classes=4, device=CPU)
@@ -34,14 +32,14 @@ def test_the_cost_of_a_run_is_what_its_size_says(
     assert large.activation_bytes == pytest.approx(4 * small.activation_bytes, rel=0.05)
 
 
-def test_a_pass_is_timed_and_free_memory_known(tiny: Recipe) -> None:
+def test_pass_is_timed_and_free_memory_is_known(tiny: Recipe) -> None:
     assert estimate(tiny, images=80, num_classes=4, device=CPU).seconds > 0
     free = available_bytes(CPU)
     assert free is None or free > 1 << 20
     assert resident_bytes() > 100 << 20  # torch alone
 
 
-def test_too_little_memory_is_warned_of(
+def test_too_little_memory_gives_a_warning(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cost_module, "_seconds_per_image", lambda *args, **kwargs: 0.5)

@@ -23,7 +23,7 @@ def split(dataset: Dataset, recipe: Recipe, validation: Dataset | None = None) -
     return TrainingData.split(dataset, recipe, seed=0, device=CPU, validation=validation)
 
 
-def test_a_stratified_share_is_held_out(tiny: Recipe, colors: Dataset) -> None:
+def test_stratified_fraction_is_held_out(tiny: Recipe, colors: Dataset) -> None:
     data = split(colors, tiny)
     assert (len(data.images), len(data.held_images)) == (64, 16)
     assert data.held_source == {"data": "held out from training"}
@@ -33,7 +33,7 @@ def test_a_stratified_share_is_held_out(tiny: Recipe, colors: Dataset) -> None:
     }
 
 
-def test_validation_images_take_the_place_of_the_share(
+def test_validation_images_replace_the_held_out_fraction(
     tiny: Recipe, colors: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     validation = replace(
@@ -51,7 +51,7 @@ def test_validation_images_take_the_place_of_the_share(
     assert "5 of the held-out images are also training images" in caplog.text
 
 
-def test_validation_images_that_do_not_fit_are_refused(tiny: Recipe, colors: Dataset) -> None:
+def test_incompatible_validation_images_are_rejected(tiny: Recipe, colors: Dataset) -> None:
     with pytest.raises(TrainingError, match="colors: expected images of 16 x 16 pixels"):
         split(colors, tiny, replace(colors, images=colors.images[:, :, :8, :8]))
     with pytest.raises(DatasetError, match="does not have pink"):
@@ -60,7 +60,7 @@ def test_validation_images_that_do_not_fit_are_refused(tiny: Recipe, colors: Dat
         split(colors, tiny, colors.subset([]))
 
 
-def test_what_is_odd_about_the_classes_is_logged(
+def test_class_problems_are_logged(
     tiny: Recipe, colors: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -77,7 +77,7 @@ def test_what_is_odd_about_the_classes_is_logged(
     assert weights[data.labels].mean().item() == pytest.approx(1)
 
 
-def test_a_run_uses_class_weights_and_records_its_classes_and_validation_images(
+def test_run_uses_class_weights_and_records_classes_and_validation_images(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[torch.Tensor] = []
@@ -104,7 +104,7 @@ def test_a_run_uses_class_weights_and_records_its_classes_and_validation_images(
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_refused_run_leaves_nothing(
+def test_rejected_run_leaves_no_files(
     tiny: Recipe, colors: Dataset, tmp_path: Path, existing: bool
 ) -> None:
     out = tmp_path / "new" / "models" / "model.pt"

@@ -28,11 +28,11 @@ def test_images_are_counted_per_class() -> None:
     assert describe_counts(many) == "images per class: 1 (k1) to 30 (k30), median 16"
 
 
-def test_even_classes_give_no_warning() -> None:
+def test_balanced_classes_give_no_warning() -> None:
     assert class_warnings(counts(a=(90, 10), b=(50, 5))) == []
 
 
-def test_labels_from_1_leave_a_class_without_images() -> None:
+def test_labels_starting_at_1_leave_a_class_without_images() -> None:
     (message,) = class_warnings(counts(_0=(0, 0), _1=(90, 10), _2=(90, 10)))
     assert message.startswith("class 0 without images (do the labels begin at 1?)")
     (message,) = class_warnings(counts(a=(0, 0), b=(90, 10), c=(90, 10), d=(0, 0)))
@@ -50,7 +50,7 @@ def test_a_class_of_one_image_is_named() -> None:
 
 
 @pytest.mark.parametrize(("large", "warned"), [(99, False), (100, True)])
-def test_ten_times_the_smallest_is_uneven(large: int, warned: bool) -> None:
+def test_largest_class_ten_times_the_smallest_is_imbalanced(large: int, warned: bool) -> None:
     classes = counts(a=(large, 5), b=(10, 5))
     assert bool(class_warnings(classes)) == warned
     if warned:
@@ -58,12 +58,12 @@ def test_ten_times_the_smallest_is_uneven(large: int, warned: bool) -> None:
         assert message.endswith("10 times as many as b (10)")
 
 
-def test_a_class_that_is_only_held_out_is_named() -> None:
+def test_class_only_in_the_held_out_set_is_named() -> None:
     (message,) = class_warnings(counts(a=(90, 10), b=(0, 3)))
     assert message == "class b without training images, only held out"
 
 
-def test_few_held_out_images_come_with_their_interval() -> None:
+def test_few_held_out_images_are_reported_with_their_interval() -> None:
     message = held_out_warning(14)
     assert message is not None
     assert message.startswith("only 14 images held out: a measured accuracy of 50% may be anything")
@@ -80,7 +80,7 @@ def test_images_in_both_sets_are_counted() -> None:
     assert shared_images(images, others) == 3
 
 
-def test_balanced_weights_make_classes_count_alike() -> None:
+def test_balanced_weights_give_classes_equal_weight() -> None:
     weights = balanced_weights(counts(a=(6, 0), b=(0, 4), c=(2, 0)))
     assert weights.tolist() == pytest.approx([8 / 12, 0, 8 / 4])
     assert (weights * torch.tensor([6.0, 0.0, 2.0])).sum().item() == pytest.approx(8)

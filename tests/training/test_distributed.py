@@ -1,4 +1,4 @@
-"""Two processes that share out every batch train what one trains."""
+"""Two processes that split every batch train the same model as one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def arguments(data: Path, out: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in named.items()]
 
 
-def test_shares_are_all_images_each_once() -> None:
+def test_shards_cover_every_image_once() -> None:
     rows, whole = torch.arange(11), torch.arange(11)[3:8]
     shares = [Shard(n=11, first=rank, step=3) for rank in range(3)]
     assert sorted(torch.cat([share.of(rows) for share in shares]).tolist()) == list(range(11))
@@ -58,7 +58,7 @@ def test_shares_are_all_images_each_once() -> None:
         assert share.of(rows)[where].tolist() == part.of(whole).tolist()
 
 
-def test_a_share_draws_what_its_images_draw_in_the_whole() -> None:
+def test_shard_draws_match_the_whole_batch() -> None:
     def noise(x: Tensor, generator: torch.Generator) -> Tensor:
         return torch.rand(x.shape, generator=generator)
 
@@ -70,7 +70,7 @@ def test_a_share_draws_what_its_images_draw_in_the_whole() -> None:
         assert torch.equal(drawn, whole[rank::3])
 
 
-def test_a_shared_batch_has_the_gradient_of_the_whole() -> None:
+def test_sharded_batch_has_the_gradient_of_the_whole() -> None:
     first, second = map(
         json.loads, run_together(Path(__file__).parents[1] / "support" / "gradient_worker.py")
     )
@@ -109,7 +109,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return out
 
 
-def test_two_processes_stopped_at_a_step_stand_where_one_stands(
+def test_two_processes_stopped_at_a_step_match_one(
     stopped: Path, colors: Dataset, out: Path
 ) -> None:
     steps = iter(range(1, 6))
@@ -123,9 +123,7 @@ def test_two_processes_stopped_at_a_step_stand_where_one_stands(
 
 
 @pytest.mark.slow  # half a minute
-def test_a_lost_worker_is_started_again_and_the_run_ends_the_same(
-    stopped: Path, together: Path, data: Path
-) -> None:
+def test_restarted_worker_gives_the_same_result(stopped: Path, together: Path, data: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     workers = ["--nproc-per-node=2", "--max-restarts=1", str(SCRIPT)]
     finished = subprocess.run(
@@ -144,7 +142,7 @@ def test_a_lost_worker_is_started_again_and_the_run_ends_the_same(
     assert load_checkpoint(stopped).sidecar.device.startswith("2 times cpu")
 
 
-def test_what_does_not_go_together_is_refused(
+def test_incompatible_options_are_rejected(
     colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small.tiny()
@@ -157,14 +155,14 @@ def test_what_does_not_go_together_is_refused(
         train(recipe, colors, out=out, device=CPU, world=World(size=2))
 
 
-def test_alone_nothing_is_said() -> None:
+def test_single_process_communicates_nothing() -> None:
     collectives = Collectives()
     collectives.all_reduce_sum([torch.ones(2)])
     assert collectives.any(True)
     assert collectives.bytes == 0
 
 
-def test_the_module_is_the_command() -> None:
+def test_module_is_the_command() -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "training", "--data", "digits", "--recipe", "none"],
         cwd=ROOT,

@@ -11,7 +11,7 @@ from training.recipe import Recipe
 from training.run import train
 
 
-def test_a_resnet_is_trained_and_continued(tiny: Recipe, colors: Dataset, tmp_path: Path) -> None:
+def test_resnet_is_trained_and_continued(tiny: Recipe, colors: Dataset, tmp_path: Path) -> None:
     recipe = replace(
         tiny,
         arch="resnet18",

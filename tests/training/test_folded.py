@@ -47,7 +47,7 @@ def logits_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_refreshed_copy_computes_what_the_model_computes_now(arch: str) -> None:
+def test_refreshed_copy_matches_the_current_model(arch: str) -> None:
     model = trained(arch)
     folded = FoldedCopy(model, torch.float32)
     x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def test_a_refreshed_copy_computes_what_the_model_computes_now(arch: str) -> Non
     assert sum(1 for _ in norms_of(folded)) < sum(1 for _ in norms_of(model))
 
 
-def test_a_copy_shares_nothing_and_needs_no_gradient() -> None:
+def test_copy_shares_no_memory_and_has_no_gradients() -> None:
     model = trained(ARCHS[0]).train()
     folded = FoldedCopy(model, torch.float32)
     theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
@@ -77,7 +77,7 @@ def test_a_copy_shares_nothing_and_needs_no_gradient() -> None:
     assert not any(module.training for module in folded.net.modules())
 
 
-def test_bfloat16_weights_give_logits_in_float32_near_those_of_the_model() -> None:
+def test_bfloat16_weights_give_float32_logits_close_to_the_models() -> None:
     model = trained("resnet18")
     folded = FoldedCopy(model, torch.bfloat16)
     assert folded.net.get_parameter("conv1.weight").dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_bfloat16_weights_give_logits_in_float32_near_those_of_the_model() -> No
     assert agree > 0.9
 
 
-def test_a_family_without_pairs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family_without_foldable_pairs_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     family = type("Family", (), {"norm_pairs": None})
     monkeypatch.setattr("training.folded.family_of", lambda arch: family)
     with pytest.raises(ValueError, match="expected a family with norm_pairs, got resnet18"):

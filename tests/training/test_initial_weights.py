@@ -54,7 +54,7 @@ def test_imagenet_weights_get_a_new_head_and_the_normalization_of_the_recipe(
     assert "add --set mean=imagenet" in load_initial_weights(fresh(), init, CLASSES)
 
 
-def test_a_wrapped_file_of_as_many_classes_keeps_its_head(bare: Callable[..., Path]) -> None:
+def test_wrapped_file_with_the_same_class_count_keeps_its_head(bare: Callable[..., Path]) -> None:
     init = load_checkpoint(bare(4, "state_dict"))
     model = fresh(activation="silu")
     words = load_initial_weights(model, init, CLASSES)
@@ -63,7 +63,7 @@ def test_a_wrapped_file_of_as_many_classes_keeps_its_head(bare: Callable[..., Pa
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_our_own_checkpoint_says_everything(checkpoint_path: Path) -> None:
+def test_own_checkpoint_needs_no_options(checkpoint_path: Path) -> None:
     init = load_checkpoint(checkpoint_path)
     words = load_initial_weights(fresh(), init, CLASSES)
     assert words.endswith("took 122 of 122 tensors")

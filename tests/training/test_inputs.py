@@ -47,9 +47,7 @@ def images(root: Path, *names: str) -> None:
         ),
     ],
 )
-def test_the_folder_that_is_meant_is_named(
-    tmp_path: Path, names: tuple[str, ...], found: str
-) -> None:
+def test_intended_folder_is_suggested(tmp_path: Path, names: tuple[str, ...], found: str) -> None:
     images(tmp_path, *names)
     with pytest.raises(DatasetError) as caught:
         load_images(str(tmp_path), size=8)
@@ -66,7 +64,7 @@ def test_the_folder_that_is_meant_is_named(
         (),
     ],
 )
-def test_other_folders_are_left_to_the_reader(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_other_folders_are_passed_to_the_reader(tmp_path: Path, names: tuple[str, ...]) -> None:
     images(tmp_path, *names)
     check_layout(tmp_path)
     check_layout(tmp_path / "none")
@@ -90,7 +88,7 @@ def test_class_names_are_given_in_the_order_of_the_labels(tmp_path: Path) -> Non
         load_images(source, size=8, classes=("cat", "dog"))
 
 
-def test_another_ball_scales_the_steps_given_in_pixels() -> None:
+def test_changed_eps_scales_steps_given_in_pixels() -> None:
     recipe = gpu()
     assert with_threat_model(recipe, None, None) == recipe
     half = with_threat_model(recipe, None, 4 / 255)
@@ -105,7 +103,7 @@ def test_another_ball_scales_the_steps_given_in_pixels() -> None:
         with_threat_model(quick(), None, 2.0)
 
 
-def test_names_of_the_data_are_matched_in_any_order(colors: Dataset, tmp_path: Path) -> None:
+def test_class_names_are_matched_in_any_order(colors: Dataset, tmp_path: Path) -> None:
     images(tmp_path, "b/1.png", "a/1.png", "a/2.png")
     dataset = load_images(str(tmp_path), size=8, classes=("b", "a"))
     assert dataset.labels.tolist() == [1, 1, 0]

@@ -1,4 +1,4 @@
-"""`--minutes`: epochs fitted into a time, against a clock of the test's own."""
+"""`--minutes`: epochs fitted into a time, with a fake clock."""
 
 import json
 import logging
@@ -110,7 +110,7 @@ def test_epochs_fill_the_time_in_the_proportions_of_the_recipe(
 
 
 @pytest.mark.parametrize("slowdown", [0.5, 2.0])
-def test_the_later_phases_are_fitted_again_by_the_clock(
+def test_later_phases_are_fitted_again_to_the_measured_time(
     slowdown: float,
     tiny: Recipe,
     colors: Dataset,
@@ -132,7 +132,7 @@ def test_the_later_phases_are_fitted_again_by_the_clock(
     assert 300 - 10 < clock.now < 300
 
 
-def test_a_phase_that_gets_slow_is_shortened_and_still_ends_its_schedule(
+def test_slow_phase_is_shortened_and_finishes_its_schedule(
     tiny: Recipe, colors: Dataset, out: Path, clock: Clock
 ) -> None:
     def observe(progress: Progress) -> None:
@@ -159,7 +159,7 @@ def test_a_phase_that_gets_slow_is_shortened_and_still_ends_its_schedule(
     assert epochs_of(out)["adversarial"] == -(-len(steps) // 4)
 
 
-def test_too_few_minutes_are_refused_with_the_least_that_would_do(
+def test_too_few_minutes_are_rejected_with_the_minimum(
     tiny: Recipe, colors: Dataset, out: Path, clock: Clock
 ) -> None:
     with pytest.raises(TrainingError, match=r"for an epoch of each phase, got 0\.5") as refused:
@@ -181,7 +181,7 @@ def test_too_few_minutes_are_refused_with_the_least_that_would_do(
     assert 0.8 * 60 * least.minutes < clock.now < 60 * least.minutes
 
 
-def test_a_resumed_run_keeps_the_epochs_that_were_fitted(
+def test_resumed_run_keeps_its_fitted_epochs(
     tiny: Recipe, colors: Dataset, out: Path, clock: Clock
 ) -> None:
     calls = iter(range(100))
@@ -206,7 +206,7 @@ def test_a_resumed_run_keeps_the_epochs_that_were_fitted(
     assert load_checkpoint(out).sidecar.recipe["minutes"] == before["minutes"]
 
 
-def test_timing_changes_nothing_in_the_run(
+def test_timing_does_not_change_the_run(
     tiny: Recipe, colors: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With real steps: as long a run without `--minutes` ends with the same bits."""
@@ -239,7 +239,7 @@ def test_epochs_are_fitted_in_proportion_with_one_at_least() -> None:
     assert few[1] >= 8
 
 
-def test_slow_steps_take_steps_from_the_phase() -> None:
+def test_slow_steps_shorten_the_phase() -> None:
     now = [0.0]
     recipe = Recipe(name="r", phases=(Phase(name="a", epochs=10), Phase(name="b", epochs=1)))
     costs = Costs(steps=10, step=(1.0, 1.0), score=2.0, finish=5.0)
@@ -256,7 +256,7 @@ def test_slow_steps_take_steps_from_the_phase() -> None:
     assert after(300.0, 12) == 13  # one more, to end the schedule
 
 
-def test_a_phase_gets_its_steps_back_and_the_last_one_more() -> None:
+def test_fast_steps_restore_the_phase_and_extend_the_last() -> None:
     """Steps of 3 s, then of 0.5 s where 1 s was timed; 2 s for a score after 10 of them."""
     now = [0.0]
     recipe = Recipe(name="r", phases=(Phase(name="a", epochs=5), Phase(name="b", epochs=5)))
@@ -273,6 +273,6 @@ def test_a_phase_gets_its_steps_back_and_the_last_one_more() -> None:
     assert [after(0.5, done, 1) for done in range(1, 11)][-1] > 100
 
 
-def test_the_age_of_this_process_is_known() -> None:
+def test_process_age_is_known() -> None:
     assert 0 < process_age() < 24 * 3600
     assert Deadline.of_this_process(1).elapsed == pytest.approx(process_age(), abs=0.5)

@@ -10,23 +10,23 @@ def row(pgd: float, fgsm: float | None = None, adversarial: bool = True) -> dict
     return {"pgd": pgd, "fgsm": fgsm, "adversarial": adversarial, "n": 100}
 
 
-def test_a_healthy_run_warns_of_nothing() -> None:
+def test_healthy_run_gives_no_warning() -> None:
     assert warnings_for([row(0.1), row(0.2), row(0.3), row(0.29)]) == []
 
 
-def test_a_gap_between_fgsm_and_pgd_is_a_collapse() -> None:
+def test_gap_between_fgsm_and_pgd_is_catastrophic_overfitting() -> None:
     (message,) = warnings_for([row(0.30), row(0.02, fgsm=0.6)])
     assert message.startswith("collapse: FGSM accuracy is 58.0 points above")
 
 
-def test_a_lasting_fall_is_robust_overfitting() -> None:
+def test_lasting_decline_is_robust_overfitting() -> None:
     falling = [row(0.40), row(0.36), row(0.35), row(0.34)]
     (message,) = warnings_for(falling)
     assert message.startswith("robust overfitting: PGD-10 accuracy")
     assert warnings_for(falling[:3]) == []
 
 
-def test_the_clean_phase_is_no_collapse() -> None:
+def test_clean_phase_is_not_reported_as_collapse() -> None:
     assert warnings_for([row(0.0, fgsm=0.4, adversarial=False)]) == []
 
 
@@ -35,7 +35,7 @@ def test_the_threshold_is_fifteen_points(gap: float) -> None:
     assert bool(warnings_for([row(0.3, fgsm=0.3 + gap)])) == (gap > 0.15)
 
 
-def test_epochs_without_a_score_warn_of_nothing() -> None:
+def test_epochs_without_a_score_give_no_warning() -> None:
     unscored = {"pgd": None, "fgsm": None, "adversarial": True, "n": 0}
     falling = [row(0.40), row(0.36), unscored, row(0.35), unscored, row(0.34)]
     assert len(warnings_for(falling)) == 1

@@ -12,7 +12,7 @@ from training.recipes import quick
 from training.state import TrainingError
 
 
-def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
+def test_learning_rate_warms_up_then_follows_a_cosine() -> None:
     phase = Phase(name="a", epochs=1, learning_rate=0.4, warmup=0.1)
     rates = [learning_rate(phase, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.04)
@@ -22,7 +22,7 @@ def test_the_rate_warms_up_then_falls_as_a_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_a_phase_goes_on_from_the_rate_where_the_one_before_ended() -> None:
+def test_phase_starts_at_the_learning_rate_of_the_previous_end() -> None:
     first = Phase(name="a", epochs=1, learning_rate=0.4, warmup=0.1, final_rate=0.25)
     second = Phase(name="b", epochs=1, learning_rate=0.1, warmup=0)
     assert max(learning_rate(first, step, 100) for step in range(100)) == 0.4
@@ -48,7 +48,7 @@ def test_norms_and_biases_are_not_decayed(optimizer: str) -> None:
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
-def test_sgd_is_nesterov_or_plain() -> None:
+def test_sgd_uses_nesterov_or_plain_momentum() -> None:
     model = nn.Linear(2, 2)
     group = make_optimizer(model, replace(quick(), optimizer="sgd")).param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.9, True)
@@ -56,7 +56,7 @@ def test_sgd_is_nesterov_or_plain() -> None:
     assert (group["momentum"], group["nesterov"]) == (0.0, False)
 
 
-def test_the_average_has_buffers_of_its_own_and_follows() -> None:
+def test_ema_has_its_own_buffers_and_tracks_the_weights() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     averaged = AveragedModel(model, decay=0.9)
     averaged.steps = 1000  # past the warm-up
@@ -75,7 +75,7 @@ def test_the_average_has_buffers_of_its_own_and_follows() -> None:
     assert not averaged.module.training
 
 
-def test_no_decay_copies_the_model() -> None:
+def test_zero_ema_decay_copies_the_model() -> None:
     model = nn.Linear(3, 3)
     averaged = AveragedModel(model, decay=0.0)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_precision_can_be_forced() -> None:
 
 
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 16)])
-def test_no_bf16_on_the_cpu_where_maps_shrink_to_a_pixel(stem: Stem, size: int) -> None:
+def test_cpu_avoids_bf16_if_feature_maps_shrink_to_a_pixel(stem: Stem, size: int) -> None:
     cpu = torch.device("cpu")
     recipe = replace(quick(), stem=stem, input_size=size)
     assert not uses_bf16(replace(recipe, precision="auto"), cpu)
@@ -101,7 +101,7 @@ def test_no_bf16_on_the_cpu_where_maps_shrink_to_a_pixel(stem: Stem, size: int) 
 
 
 @pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16"])
-def test_auto_takes_bf16_where_the_cpu_multiplies_it(
+def test_auto_uses_bf16_if_the_cpu_supports_it(
     feature: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu, found = torch.device("cpu"), {"avx512_f": True}

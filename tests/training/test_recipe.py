@@ -52,7 +52,7 @@ def test_every_recipe_names_its_phases_and_is_json(name: str) -> None:
     assert RECIPES[name].__doc__
 
 
-def test_the_page_says_of_every_recipe_where_it_has_run() -> None:
+def test_docs_state_where_every_recipe_has_run() -> None:
     rows = re.findall(r"^\| `([a-z][a-z-]+)` \|.*\| ([^|]+) \|$", PAGE.read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == list(RECIPES)
     for name, ran in rows:
@@ -62,7 +62,7 @@ def test_the_page_says_of_every_recipe_where_it_has_run() -> None:
             assert re.findall(r"[\d.]+", ran) == re.findall(r"[\d.]+", RAN[name].replace("-10", ""))
 
 
-def test_classic_is_the_baselines_schedule() -> None:
+def test_classic_has_the_baseline_schedule() -> None:
     recipe = classic()
     clean, adversarial = recipe.phases
     assert (clean.epochs, adversarial.epochs) == (100, 50)
@@ -79,7 +79,7 @@ def test_classic_is_the_baselines_schedule() -> None:
     assert adversarial.parts[2].steps == 20
 
 
-def test_classic_cpu_is_classic_in_as_many_passes_as_cpu() -> None:
+def test_classic_cpu_has_classics_shape_and_cpus_cost() -> None:
     full, short = classic(), classic_cpu()
     clean, adversarial = short.phases
     assert clean.epochs == 2 * adversarial.epochs
@@ -182,12 +182,12 @@ def test_classic_cpu_is_classic_in_as_many_passes_as_cpu() -> None:
         ({"ema_decay": 1.0}, "ema_decay"),
     ],
 )
-def test_a_wrong_recipe_says_which_field(change: dict[str, object], expected: str) -> None:
+def test_invalid_recipe_names_the_field(change: dict[str, object], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         replace(quick(), **change)  # type: ignore[arg-type]
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"one of quick, .*gpu-further, .*classic-cpu, got 'slow'"):
         named_recipe("slow")
 
@@ -202,7 +202,7 @@ def test_the_shipped_recipe_leaves_normalisation_to_the_first_batch_norm() -> No
     ("recipe", "passes", "petaflop"),
     [(gpu(), 230, 29), (gpu_further(), 231, 29), (fast(), 199, 11)],
 )
-def test_the_gpu_recipes_cost_what_their_docstrings_say(
+def test_gpu_recipe_costs_match_their_docstrings(
     recipe: Recipe, passes: float, petaflop: float
 ) -> None:
     with torch.device("meta"):
@@ -214,7 +214,7 @@ def test_the_gpu_recipes_cost_what_their_docstrings_say(
 
 
 @pytest.mark.parametrize("recipe", [gpu(), gpu_further(), fast()])
-def test_a_phase_of_the_gpu_recipes_begins_where_the_one_before_ended(recipe: Recipe) -> None:
+def test_gpu_recipe_phases_continue_the_learning_rate(recipe: Recipe) -> None:
     *_, adversarial, strong = recipe.phases
     assert adversarial.learning_rate * adversarial.final_rate == pytest.approx(strong.learning_rate)
     assert strong.warmup == strong.final_rate == 0
@@ -238,7 +238,7 @@ def test_plain_has_no_attack_and_the_architecture_of_fast() -> None:
     assert recipe.select == "clean"  # PGD accuracy near 0 could not pick one
 
 
-def test_awp_and_a_teacher_cost_what_they_run() -> None:
+def test_awp_and_a_teacher_add_their_passes() -> None:
     phase = Phase(
         name="a", epochs=1, parts=(AdversarialPart(kind="pgd", steps=2),), loss="trades", awp=0.005
     )
@@ -272,7 +272,7 @@ def test_awp_and_a_teacher_cost_what_they_run() -> None:
         ),
     ],
 )
-def test_what_a_phase_costs(phase: Phase, passes: float) -> None:
+def test_phase_cost(phase: Phase, passes: float) -> None:
     assert phase.passes == passes
     parts = phase.parts
     if len(parts) == 2:

@@ -14,7 +14,7 @@ from training.recipes import RECIPES, gpu, named_recipe, quick
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_is_read_back_from_its_toml_and_json(name: str, tmp_path: Path) -> None:
+def test_recipes_round_trip_through_toml_and_json(name: str, tmp_path: Path) -> None:
     recipe = named_recipe(name)
     toml, as_json = tmp_path / "mine.toml", tmp_path / "mine.json"
     toml.write_text(to_toml(recipe))
@@ -35,7 +35,7 @@ def test_sizes_are_written_as_fractions_and_every_field_is_there() -> None:
     assert recipe_from_values(tomllib.loads(to_toml(odd))) == odd
 
 
-def test_a_run_is_repeated_from_its_record(tmp_path: Path) -> None:
+def test_run_is_repeated_from_its_record(tmp_path: Path) -> None:
     recipe = replace(quick(), batch_size=32)
     run, sidecar = tmp_path / "run.json", tmp_path / "model.json"
     files.write_json(run, {"recipe": recipe.to_dict(), "seed": 3, "init": None, "data": {}})
@@ -86,7 +86,7 @@ def test_fields_are_set_from_the_command_line() -> None:
     assert override(gpu(), []) == gpu()
 
 
-def test_a_whole_list_of_parts_can_be_set() -> None:
+def test_list_of_parts_can_be_set() -> None:
     parts = json.dumps([{"kind": "clean", "share": 0.5}, {"kind": "pgd", "share": 0.5, "steps": 7}])
     changed = override(quick(), [f"adversarial.parts={parts}"])
     assert [part.kind for part in changed.phases[1].parts] == ["clean", "pgd"]
@@ -134,7 +134,7 @@ def test_a_named_normalization_sets_mean_and_std(name: str) -> None:
         ("adversarial.parts.0=3", "^adversarial.parts.0: expected a table of fields, got 3"),
     ],
 )
-def test_what_is_wrong_with_an_override_is_named(assignment: str, expected: str) -> None:
+def test_invalid_override_is_explained(assignment: str, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         override(quick(), [assignment])
 
@@ -166,7 +166,7 @@ def test_what_is_wrong_with_an_override_is_named(assignment: str, expected: str)
         ),
     ],
 )
-def test_a_wrong_file_is_named_with_the_field(
+def test_invalid_file_is_named_with_the_field(
     name: str, text: str, expected: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -175,7 +175,7 @@ def test_a_wrong_file_is_named_with_the_field(
         load_recipe(str(path))
 
 
-def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_from_a_user_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # restored afterwards
     (tmp_path / "own_recipes.py").write_text(
@@ -194,7 +194,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             load_recipe(source)
 
 
-def test_an_unknown_source_lists_names_and_forms() -> None:
+def test_unknown_source_lists_names_and_formats() -> None:
     with pytest.raises(ValueError, match=r"one of quick, .*, or FILE.toml, FILE.json or package"):
         load_recipe("slow")
     with pytest.raises(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Recipes from the command line to the file that someone else loads, in small."""
+"""Small recipes, from the command line to a checkpoint that torchvision loads."""
 
 import json
 from pathlib import Path

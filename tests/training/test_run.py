@@ -132,7 +132,7 @@ def test_a_run_killed_outright_resumes_bit_equal(
     assert out.read_bytes() == finished.read_bytes()
 
 
-def test_another_run_on_the_same_output_is_refused(
+def test_second_run_on_the_same_output_is_rejected(
     tiny: Recipe, colors: Dataset, out: Path
 ) -> None:
     with RunFolder.of(out).locked(), pytest.raises(TrainingError, match="another training run"):
@@ -147,7 +147,7 @@ def test_an_unfinished_run_is_not_overwritten(tiny: Recipe, colors: Dataset, out
     assert RunFolder.of(out).state.exists()
 
 
-def test_a_run_begins_with_the_weights_it_is_given(
+def test_run_starts_from_the_given_weights(
     tiny: Recipe, colors: Dataset, out: Path, finished: Path
 ) -> None:
     """At a rate of nearly nothing, without averaging, it ends with them."""
@@ -177,7 +177,7 @@ def test_other_classes_get_a_new_head(
     assert not torch.equal(before["fc.weight"], after["fc.weight"])
 
 
-def test_a_beginning_of_another_architecture_is_refused(
+def test_initial_weights_of_another_architecture_are_rejected(
     tiny: Recipe, colors: Dataset, out: Path, finished: Path
 ) -> None:
     other = replace(tiny, arch="wide_resnet16_1")
@@ -188,7 +188,7 @@ def test_a_beginning_of_another_architecture_is_refused(
         train(other, colors, out=out, device=CPU, init=load_checkpoint(finished))
 
 
-def test_a_seed_that_holds_out_images_seen_before_is_told(
+def test_different_held_out_images_than_the_initial_run_give_a_warning(
     tiny: Recipe, colors: Dataset, out: Path, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     init = load_checkpoint(finished)
@@ -207,7 +207,7 @@ def test_a_seed_that_holds_out_images_seen_before_is_told(
         assert ("with --seed 0 the same images are held out" in caplog.text) is (seed == 1)
 
 
-def test_a_run_from_before_a_field_existed_is_resumed(
+def test_run_from_before_a_field_existed_is_resumed(
     tiny: Recipe, colors: Dataset, out: Path, finished: Path
 ) -> None:
     with pytest.raises(Stopped):
@@ -250,7 +250,7 @@ def test_resuming_a_finished_run_changes_nothing(
     assert sidecar == load_checkpoint(finished).sidecar
 
 
-def test_a_run_over_its_own_beginning_is_resumed_when_it_is_done(
+def test_run_that_replaces_its_initial_weights_can_be_resumed(
     tiny: Recipe, colors: Dataset, tmp_path: Path, finished: Path
 ) -> None:
     """`--init model.pt --out model.pt`: once that is written, init is no longer what it was."""
@@ -282,7 +282,7 @@ def test_a_run_over_its_own_beginning_is_resumed_when_it_is_done(
     assert files.read_json(folder.manifest)["finished"]
 
 
-def test_what_a_finished_run_left_is_put_aside(
+def test_files_of_a_finished_run_are_moved_aside(
     tiny: Recipe, colors: Dataset, tmp_path: Path, finished: Path
 ) -> None:
     out = tmp_path / "model.pt"
@@ -302,7 +302,7 @@ def test_what_a_finished_run_left_is_put_aside(
     assert not folder.path.with_name("model.2").exists()  # the second found nothing to keep
 
 
-def test_a_checkpoint_of_any_origin_is_kept_when_a_run_replaces_it(
+def test_replaced_checkpoint_is_kept_whatever_its_origin(
     tiny: Recipe, colors: Dataset, out: Path, finished: Path
 ) -> None:
     for path in (finished, finished.with_suffix(".json")):
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_any_origin_is_kept_when_a_run_replaces_it(
     assert load_checkpoint(kept / out.name).sidecar == load_checkpoint(finished).sidecar
 
 
-def test_what_a_killed_writer_left_is_removed(
+def test_temporary_file_of_a_killed_writer_is_removed(
     tiny: Recipe, colors: Dataset, out: Path, finished: Path
 ) -> None:
     folder = RunFolder.of(out).path
@@ -335,7 +335,7 @@ def test_a_damaged_record_is_named(
         train(tiny, colors, out=out, device=CPU, resume=resume)
 
 
-def test_a_state_of_no_run_is_not_resumed(tiny: Recipe, colors: Dataset, out: Path) -> None:
+def test_unrelated_state_file_is_not_resumed(tiny: Recipe, colors: Dataset, out: Path) -> None:
     with pytest.raises(Stopped):
         train(tiny, colors, out=out, device=CPU, should_stop=lambda: True)
     RunFolder.of(out).manifest.unlink()
@@ -343,7 +343,7 @@ def test_a_state_of_no_run_is_not_resumed(tiny: Recipe, colors: Dataset, out: Pa
         train(tiny, colors, out=out, device=CPU, resume=True)
 
 
-def test_an_observer_without_a_reader_is_no_failed_write(
+def test_closed_progress_pipe_does_not_fail_the_run(
     tiny: Recipe, colors: Dataset, out: Path
 ) -> None:
     def closed(progress: Progress) -> None:
@@ -353,14 +353,14 @@ def test_an_observer_without_a_reader_is_no_failed_write(
         train(tiny, colors, out=out, device=CPU, observe=closed)
 
 
-def test_images_of_another_size_are_refused(tiny: Recipe, colors: Dataset, out: Path) -> None:
+def test_images_of_another_size_are_rejected(tiny: Recipe, colors: Dataset, out: Path) -> None:
     other = replace(colors, images=F.interpolate(colors.images, scale_factor=2))
     with pytest.raises(TrainingError, match="colors: expected images of 16 x 16 pixels"):
         train(tiny, other, out=out, device=CPU)
     assert not out.exists()
 
 
-def test_the_images_that_score_an_epoch_are_of_every_class(
+def test_images_that_score_an_epoch_cover_the_classes(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_class = colors.subset(colors.labels.argsort(stable=True).tolist())
@@ -412,7 +412,7 @@ def loss_turns_nan(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before(
+def test_non_finite_loss_stops_the_run_and_keeps_the_previous_state(
     every: int, tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where losses are read every few steps, as on a GPU."""
@@ -434,7 +434,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state_before(
     assert all(bool(value.isfinite().all()) for value in state.model.values())
 
 
-def test_epochs_between_scores_are_not_scored(
+def test_epochs_between_evaluations_are_not_scored(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phases = (replace(tiny.phases[0], epochs=3), replace(tiny.phases[0], name="b", epochs=5))
@@ -509,9 +509,7 @@ def test_every_technique_can_be_switched(
 
 
 @pytest.mark.parametrize("name", ["gpu", pytest.param("fast", marks=pytest.mark.slow)])
-def test_the_gpu_recipes_run_in_small_and_resume(
-    name: str, colors: Dataset, tmp_path: Path
-) -> None:
+def test_small_gpu_recipes_run_and_resume(name: str, colors: Dataset, tmp_path: Path) -> None:
     """Every field as it is, but for the size: one epoch a phase, a small network and few images."""
     full = named_recipe(name)
     phases = tuple(replace(phase, epochs=1) for phase in full.phases)
@@ -534,9 +532,7 @@ def test_the_gpu_recipes_run_in_small_and_resume(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_run_is_that_of_the_recipe(
-    tiny: Recipe, colors: Dataset, tmp_path: Path
-) -> None:
+def test_compiled_run_keeps_the_recipe(tiny: Recipe, colors: Dataset, tmp_path: Path) -> None:
     """The first epoch, within the rounding of kernels that add up in another order."""
     losses = {}
     for choice in ("on", "off"):
@@ -548,7 +544,7 @@ def test_a_compiled_run_is_that_of_the_recipe(
     assert losses["on"] == pytest.approx(losses["off"], rel=0.02)
 
 
-def test_awp_begins_where_the_phase_says(tiny: Recipe, colors: Dataset, tmp_path: Path) -> None:
+def test_awp_starts_at_its_configured_epoch(tiny: Recipe, colors: Dataset, tmp_path: Path) -> None:
     phase = replace(tiny.phases[1], epochs=1)  # 4 steps
 
     def weights(name: str, **changes: float) -> bytes:
@@ -562,7 +558,7 @@ def test_awp_begins_where_the_phase_says(tiny: Recipe, colors: Dataset, tmp_path
     assert weights("at the last step", awp=0.1, awp_from=0.7) != plain
 
 
-def test_the_last_model_is_kept_where_the_recipe_says(
+def test_last_model_is_kept_if_the_recipe_says_so(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     falling = iter((0.9, 0.8, 0.7))

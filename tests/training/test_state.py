@@ -1,4 +1,4 @@
-"""What a run writes beside training."""
+"""State written in the background during training."""
 
 import threading
 from pathlib import Path
@@ -15,9 +15,7 @@ def state_of(value: float) -> RunState:
     return RunState(step=int(value), model=weights, optimizer={"state": {0: {"m": [weights]}}})
 
 
-def test_the_state_is_written_as_it_was_when_training_went_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_is_saved_as_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write, real = threading.Event(), files.write_atomic
 
     def slow(path: Path, write: object) -> None:
@@ -39,14 +37,14 @@ def test_the_state_is_written_as_it_was_when_training_went_on(
     assert found.history == []
 
 
-def test_leaving_waits_for_the_last_write(tmp_path: Path) -> None:
+def test_exit_waits_for_the_last_write(tmp_path: Path) -> None:
     with StateWriter(tmp_path / "state.pt") as writer:
         for value in (1, 2, 3):
             writer.save(state_of(value))
     assert load_state(tmp_path / "state.pt").step == 3
 
 
-def test_a_write_that_failed_is_raised_by_the_next_call(
+def test_failed_write_is_raised_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = threading.Event()

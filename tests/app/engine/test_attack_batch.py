@@ -107,7 +107,7 @@ def test_attacks_with_the_same_settings_share_their_passes() -> None:
     run(test, queue_limit=1000)
 
 
-def test_attacks_with_other_settings_do_not_share() -> None:
+def test_attacks_with_different_settings_do_not_share_passes() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         shared = served(model)
@@ -128,7 +128,7 @@ def test_attacks_with_other_settings_do_not_share() -> None:
     run(test, queue_limit=1000)
 
 
-def test_no_more_share_than_fit_and_the_rest_comes_next() -> None:
+def test_batch_is_limited_to_max_shared_and_the_rest_follows() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         shared = served(model)
@@ -142,7 +142,7 @@ def test_no_more_share_than_fit_and_the_rest_comes_next() -> None:
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd-8", "apgd-t-3", "square-30"])
-def test_company_changes_what_an_image_gets_by_rounding_only(name: str) -> None:
+def test_batching_changes_results_only_by_rounding(name: str) -> None:
     """A pass of one image rounds otherwise than one of eight: some signs of the gradient differ.
 
     What is reported is of the image that is returned, alone and in company.
@@ -176,7 +176,7 @@ def test_company_changes_what_an_image_gets_by_rounding_only(name: str) -> None:
     run(test, queue_limit=100_000)
 
 
-def test_one_that_is_given_up_leaves_between_two_steps_and_the_others_do_not_notice() -> None:
+def test_cancelled_attack_leaves_the_batch_without_affecting_others() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         loop, model = asyncio.get_running_loop(), Crowd()
         shared = served(model)
@@ -208,7 +208,7 @@ async def _cancel(task: "asyncio.Task[Any]") -> None:
     await asyncio.wait([task])
 
 
-def test_one_past_its_deadline_leaves_and_the_others_finish() -> None:
+def test_attack_past_its_deadline_leaves_the_batch_and_others_finish() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Crowd()
         model.hook = lambda: time.sleep(0.01)
@@ -229,7 +229,7 @@ def test_one_past_its_deadline_leaves_and_the_others_finish() -> None:
     run(test, queue_limit=10_000)
 
 
-def test_when_all_are_given_up_the_device_is_free_at_the_next_step() -> None:
+def test_device_is_free_at_the_next_step_when_all_attacks_expire() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Crowd()
         model.hook = lambda: time.sleep(0.02)
@@ -246,7 +246,7 @@ def test_when_all_are_given_up_the_device_is_free_at_the_next_step() -> None:
     run(test, queue_limit=10_000)
 
 
-def test_one_that_fails_does_not_fail_its_neighbours() -> None:
+def test_failing_attack_does_not_fail_the_rest_of_its_batch() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         shared = served(Brightness())
         results = await together(
@@ -260,7 +260,7 @@ def test_one_that_fails_does_not_fail_its_neighbours() -> None:
     run(test)
 
 
-def test_one_whose_target_is_its_prediction_is_told_so_alone() -> None:
+def test_only_the_attack_whose_target_is_its_prediction_is_rejected() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         shared = served(model)
@@ -279,7 +279,7 @@ def test_one_whose_target_is_its_prediction_is_told_so_alone() -> None:
     run(test)
 
 
-def test_predictions_go_ahead_between_the_steps_of_a_shared_attack() -> None:
+def test_predictions_run_between_the_steps_of_a_batched_attack() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         loop, log = asyncio.get_running_loop(), list[str]()
         urgent, model = Brightness(), Brightness()
@@ -304,7 +304,7 @@ def test_predictions_go_ahead_between_the_steps_of_a_shared_attack() -> None:
     run(test)
 
 
-def test_attacks_of_the_old_model_wait_for_it_while_a_new_one_is_served() -> None:
+def test_attacks_queued_before_a_reload_run_on_the_old_model() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         old, new = Brightness(), Brightness()
         models = [served(old), served(new)]
@@ -316,7 +316,7 @@ def test_attacks_of_the_old_model_wait_for_it_while_a_new_one_is_served() -> Non
     run(test)
 
 
-def test_all_attacks_of_a_request_are_let_in_or_none() -> None:
+def test_attacks_of_one_request_are_admitted_all_or_none() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         held = Held(Kind.ATTACK)

@@ -1,4 +1,4 @@
-"""Processors are counted as the cgroup grants them."""
+"""Available processors follow the cgroup's limit."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cpu.max": "100000 0"}, 16),
     ],
 )
-def test_version_2(tmp_path: Path, limits: dict[str, str], expected: int) -> None:
+def test_cgroup_v2(tmp_path: Path, limits: dict[str, str], expected: int) -> None:
     for name, text in limits.items():
         write(tmp_path / "fs" / name, text + "\n")
     write(tmp_path / "cgroup", "0::/pod/box\n")
@@ -45,7 +45,7 @@ def test_version_2(tmp_path: Path, limits: dict[str, str], expected: int) -> Non
 @pytest.mark.parametrize("folder", ["cpu,cpuacct", "cpu"])
 @pytest.mark.parametrize(("quota", "expected"), [("-1", 16), ("300000", 3), ("20000", 1)])
 @pytest.mark.parametrize("inside", [True, False], ids=["own path", "only the mount is seen"])
-def test_version_1(tmp_path: Path, folder: str, quota: str, expected: int, inside: bool) -> None:
+def test_cgroup_v1(tmp_path: Path, folder: str, quota: str, expected: int, inside: bool) -> None:
     box = tmp_path / "fs" / folder / ("docker/1234" if inside else "")
     write(box / "cpu.cfs_quota_us", quota + "\n")
     write(box / "cpu.cfs_period_us", "100000\n")
@@ -54,7 +54,7 @@ def test_version_1(tmp_path: Path, folder: str, quota: str, expected: int, insid
     assert found == expected
 
 
-def test_a_cgroup_outside_the_namespace(tmp_path: Path) -> None:
+def test_cgroup_outside_the_namespace(tmp_path: Path) -> None:
     write(tmp_path / "fs" / "cpu.max", "200000 100000\n")
     write(tmp_path / "cpu.max", "100000 100000\n")
     write(tmp_path / "cgroup", "0::/../neighbour\n")
@@ -62,9 +62,7 @@ def test_a_cgroup_outside_the_namespace(tmp_path: Path) -> None:
     assert found == 2
 
 
-def test_affinity_counts_where_there_is_no_cgroup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_affinity_is_used_without_a_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = available_processors(cgroups=tmp_path, membership=tmp_path / "none")
     assert found == 16
     monkeypatch.delattr(os, "sched_getaffinity")

@@ -1,4 +1,4 @@
-"""The engine: who goes first, who shares a batch, who is turned away."""
+"""Engine scheduling: priority, batching and admission."""
 
 import asyncio
 import threading
@@ -105,7 +105,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def test_predictions_that_wait_share_batches_and_keep_their_rows() -> None:
+def test_queued_predictions_share_batches_and_get_their_own_rows() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         held = Held()
@@ -144,7 +144,7 @@ def planned(model: Brightness, images: int) -> ServedModel:
         (0, 3, [1, 2]),  # as on a GPU
     ],
 )
-def test_a_prediction_waits_for_those_being_decoded_where_it_pays(
+def test_prediction_waits_for_images_being_decoded_only_if_batching_is_faster(
     enough: int, count: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "DECODE_WAIT_SECONDS", 60.0)
@@ -177,7 +177,7 @@ def test_a_prediction_waits_for_those_being_decoded_where_it_pays(
     run(test)
 
 
-def test_a_prediction_does_not_wait_long_for_others() -> None:
+def test_prediction_does_not_wait_long_for_images_being_decoded() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         with engine.decoding():
@@ -187,7 +187,7 @@ def test_a_prediction_does_not_wait_long_for_others() -> None:
     run(test)
 
 
-def test_models_never_share_a_batch() -> None:
+def test_different_models_never_share_a_batch() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         one, other = Brightness(), Brightness()
         models = [served(one), served(other)]
@@ -202,7 +202,7 @@ def test_models_never_share_a_batch() -> None:
     run(test)
 
 
-def test_urgent_work_goes_between_the_steps_of_the_rest() -> None:
+def test_higher_priority_work_runs_between_steps() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         log: list[str] = []
 
@@ -228,7 +228,7 @@ def test_urgent_work_goes_between_the_steps_of_the_rest() -> None:
     run(test)
 
 
-def test_a_flood_of_predictions_does_not_stop_an_attack() -> None:
+def test_steady_predictions_do_not_starve_an_attack() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         loop = asyncio.get_running_loop()
         model, flood = Brightness(), []
@@ -260,7 +260,7 @@ async def _call(function: Callable[[], None]) -> None:
     await settled()
 
 
-def test_work_past_the_limit_is_turned_away_and_told_when_to_come_back() -> None:
+def test_work_over_the_queue_limit_is_rejected_with_retry_after() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = served(Brightness())
         held = Held(Kind.ATTACK)
@@ -284,7 +284,7 @@ def test_work_past_the_limit_is_turned_away_and_told_when_to_come_back() -> None
     run(test, queue_limit=10)
 
 
-def test_retry_after_is_the_work_ahead_at_the_measured_pace() -> None:
+def test_retry_after_is_the_queued_work_at_the_measured_speed() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = served(Brightness())
         await engine.run(Kind.ATTACK, model, lambda session: time.sleep(0.2), cost=1)
@@ -300,7 +300,7 @@ def test_retry_after_is_the_work_ahead_at_the_measured_pace() -> None:
     run(test)
 
 
-def test_work_that_could_not_be_done_in_time_is_turned_away_at_once() -> None:
+def test_work_that_would_miss_its_deadline_is_rejected_at_once() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = served(Brightness())
         await engine.run(Kind.ATTACK, model, lambda session: time.sleep(0.2), cost=1)
@@ -323,7 +323,7 @@ def test_work_that_could_not_be_done_in_time_is_turned_away_at_once() -> None:
     run(test)
 
 
-def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
+def test_work_whose_deadline_passes_in_the_queue_never_runs() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         held = Held()
@@ -339,7 +339,7 @@ def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
     run(test)
 
 
-def test_a_deadline_stops_an_attack_between_its_steps() -> None:
+def test_deadline_stops_an_attack_between_steps() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         held = Held(Kind.ATTACK, steps=1000)
         model = Brightness()
@@ -355,7 +355,7 @@ def test_a_deadline_stops_an_attack_between_its_steps() -> None:
     run(test)
 
 
-def test_work_nobody_waits_for_is_dropped() -> None:
+def test_cancelled_work_is_dropped() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         queued, model = Brightness(), Brightness()
         held = Held(Kind.ATTACK, steps=3)
@@ -373,7 +373,7 @@ def test_work_nobody_waits_for_is_dropped() -> None:
     run(test)
 
 
-def test_one_bad_image_does_not_fail_its_neighbours() -> None:
+def test_bad_image_does_not_fail_the_rest_of_its_batch() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = served(Brightness())
         held = Held()
@@ -405,19 +405,19 @@ class Cramped(Brightness):
         return super().__call__(x)
 
 
-def no_cuda_memory() -> Exception:
+def cuda_out_of_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def device_gone() -> Exception:
+def device_lost() -> Exception:
     return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
-def no_memory_of_the_accelerator() -> Exception:
+def accelerator_out_of_memory() -> Exception:
     return torch.AcceleratorError("CUDA error: out of memory")
 
 
-def no_cpu_memory() -> Exception:
+def cpu_out_of_memory() -> Exception:
     try:
         torch.empty(2**60, dtype=torch.uint8)  # what torch really says
     except RuntimeError as error:
@@ -425,15 +425,21 @@ def no_cpu_memory() -> Exception:
     raise AssertionError("a machine with an exabyte")
 
 
-def no_onednn_memory() -> Exception:
+def onednn_out_of_memory() -> Exception:
     return RuntimeError("could not create a primitive")
 
 
 @pytest.mark.parametrize(
     "error",
-    [no_cuda_memory, no_memory_of_the_accelerator, no_cpu_memory, no_onednn_memory, MemoryError],
+    [
+        cuda_out_of_memory,
+        accelerator_out_of_memory,
+        cpu_out_of_memory,
+        onednn_out_of_memory,
+        MemoryError,
+    ],
 )
-def test_without_memory_half_the_batch_is_tried(error: Callable[[], Exception]) -> None:
+def test_batch_is_halved_when_out_of_memory(error: Callable[[], Exception]) -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Cramped(3, error)
         images = torch.cat([image(level) for level in range(1, 9)])
@@ -455,9 +461,9 @@ def test_without_memory_half_the_batch_is_tried(error: Callable[[], Exception]) 
     run(test)
 
 
-def test_an_image_too_much_for_the_memory_fails_alone() -> None:
+def test_image_too_large_for_memory_fails_alone() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
-        model = served(Cramped(2, no_cuda_memory))
+        model = served(Cramped(2, cuda_out_of_memory))
         held = Held()
         task = await held.start(engine, served(Brightness()))
         waiting = [asyncio.create_task(engine.predict(model, image(i))) for i in (1, 2, 0, 3)]
@@ -474,16 +480,16 @@ def test_an_image_too_much_for_the_memory_fails_alone() -> None:
     run(test)
 
 
-def test_an_attack_without_memory_is_told_so() -> None:
+def test_attack_out_of_memory_is_reported() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
-        model = served(Cramped(0, no_cpu_memory))
+        model = served(Cramped(0, cpu_out_of_memory))
         with pytest.raises(OutOfMemory):
             await engine.run(Kind.ATTACK, model, lambda s: s(torch.ones(1, 3, 4, 4)), cost=1)
 
     run(test)
 
 
-def test_threads_are_those_the_cgroup_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_count_follows_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = served(Brightness())
         found = await engine.run(Kind.ATTACK, model, lambda _: torch.get_num_threads(), cost=0)
@@ -496,7 +502,7 @@ def test_threads_are_those_the_cgroup_grants(monkeypatch: pytest.MonkeyPatch) ->
     run(test, threads=2)  # told so: nothing else counts
 
 
-def test_a_dead_thread_fails_what_waits_and_what_comes() -> None:
+def test_dead_engine_thread_fails_queued_and_new_work() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = served(Brightness())
 
@@ -523,9 +529,9 @@ def test_a_dead_thread_fails_what_waits_and_what_comes() -> None:
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_a_broken_device_ends_the_thread_and_no_other_is_tried_on_it(together: int) -> None:
+def test_broken_device_ends_the_engine_thread_without_retries(together: int) -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
-        model, broken = served(Brightness()), served(Cramped(0, device_gone))
+        model, broken = served(Brightness()), served(Cramped(0, device_lost))
         entered, release = threading.Event(), threading.Event()
 
         def wait(session: Session) -> None:
@@ -547,7 +553,7 @@ def test_a_broken_device_ends_the_thread_and_no_other_is_tried_on_it(together: i
     run(test)
 
 
-def test_what_goes_ahead_is_computed_as_if_alone() -> None:
+def test_prediction_during_a_bfloat16_search_is_computed_in_float32() -> None:
     """An evaluation that searches in bfloat16 lends its precision to nobody."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(2, 48, generator=generator)
@@ -577,7 +583,7 @@ def test_what_goes_ahead_is_computed_as_if_alone() -> None:
     run(test)
 
 
-def test_what_failed_together_is_tried_alone_with_its_memory_free() -> None:
+def test_out_of_memory_batch_is_retried_one_by_one_after_freeing_memory() -> None:
     held: list[weakref.ref[Tensor]] = []
 
     async def test(engine: Engine, metrics: Metrics) -> None:
@@ -606,7 +612,7 @@ def test_what_failed_together_is_tried_alone_with_its_memory_free() -> None:
     run(test)
 
 
-def test_stopping_gives_up_work_at_its_next_step() -> None:
+def test_stop_cancels_running_work_at_its_next_step() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         held = Held(Kind.EVALUATE, steps=10)
         task = await held.start(engine, served(Brightness()))
@@ -621,7 +627,7 @@ def test_stopping_gives_up_work_at_its_next_step() -> None:
     run(test)
 
 
-def test_time_on_the_device_is_counted_once() -> None:
+def test_device_time_is_counted_once() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         slow, own = Brightness(), []
         slow.hook = lambda: time.sleep(0.2)

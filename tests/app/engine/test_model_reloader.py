@@ -1,4 +1,4 @@
-"""A new checkpoint is taken over without dropping a request; a broken one is refused."""
+"""A new checkpoint is loaded without dropping a request; a broken one is rejected."""
 
 import gc
 import os
@@ -39,7 +39,7 @@ def served(running: Running) -> str:
     return sha256
 
 
-def test_no_request_is_dropped_and_each_names_its_model(reloading: Running) -> None:
+def test_reload_drops_no_request_and_each_response_names_its_model(reloading: Running) -> None:
     path = reloading.service.settings.checkpoint
     known = {served(reloading): 1}
     probabilities: dict[str, set[float]] = {}
@@ -72,7 +72,7 @@ def test_no_request_is_dropped_and_each_names_its_model(reloading: Running) -> N
     assert (reloads(reloading, "ok"), reloads(reloading, "failed")) == (2, 0)
 
 
-def test_work_in_hand_finishes_on_the_model_it_began_with(reloading: Running) -> None:
+def test_running_work_finishes_on_the_model_it_started_with(reloading: Running) -> None:
     old = served(reloading)
     with gated(reloading.service) as gate:
         job = reloading.client.post("/evaluate", files={"file": labeled(10)}).json()
@@ -91,7 +91,7 @@ def _job(running: Running, id: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "other weights", "gone"])
-def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(
+def test_broken_checkpoint_is_rejected_and_the_old_model_stays(
     reloading: Running, how: str
 ) -> None:
     path, old = reloading.service.settings.checkpoint, served(reloading)
@@ -114,7 +114,7 @@ def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(
     assert sidecar_path(path).is_file()
 
 
-def test_a_checkpoint_that_is_served_already_is_not_taken_over_again(reloading: Running) -> None:
+def test_unchanged_checkpoint_is_not_reloaded(reloading: Running) -> None:
     path = reloading.service.settings.checkpoint
     for kind in (path, sidecar_path(path)):
         os.utime(kind)
@@ -122,12 +122,12 @@ def test_a_checkpoint_that_is_served_already_is_not_taken_over_again(reloading: 
     assert (reloads(reloading, "ok"), reloads(reloading, "failed")) == (0, 0)
 
 
-def test_asking_looks_again_at_files_that_did_not_change(reloading: Running) -> None:
+def test_explicit_reload_reads_unchanged_files_again(reloading: Running) -> None:
     reloading.service.models.reload()
     until(lambda: reloads(reloading, "ok") == 1)
 
 
-def test_asking_while_it_looks_is_not_lost(
+def test_reload_requested_during_a_check_is_not_lost(
     reloading: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = reloading.service.models
@@ -145,7 +145,7 @@ def test_asking_while_it_looks_is_not_lost(
     until(lambda: reloads(reloading, "ok") == 1)
 
 
-def test_no_model_outlives_what_served_it(tmp_path: Path) -> None:
+def test_old_models_are_garbage_collected(tmp_path: Path) -> None:
     path = tmp_path / "robust_model.pt"
     write_checkpoint(path, seed=1)
     settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.05)

@@ -1,4 +1,4 @@
-"""Predictions and attacks in bfloat16: taken where they agree, told everywhere, refused by name."""
+"""bfloat16 predictions and attacks: when they are chosen, reported and rejected."""
 
 import base64
 import logging
@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         ("fp32", 0.01, 0.0, "fp32", "as asked"),
     ],
 )
-def test_bfloat16_is_taken_where_it_agrees_and_is_faster(
+def test_bfloat16_is_chosen_if_it_agrees_and_is_faster(
     clock: list[float], asked: str, seconds: float, off: float, taken: str, reason: str
 ) -> None:
     exact = Runtime(name="torch", logits=Timed(clock, 0.02))
@@ -68,7 +68,7 @@ def test_bfloat16_is_taken_where_it_agrees_and_is_faster(
     assert {choice.runtime for choice in plan.choices} == {rough if taken == "bf16" else exact}
 
 
-def test_a_runtime_slower_for_one_image_is_not_taken(clock: list[float]) -> None:
+def test_bfloat16_slower_for_one_image_is_rejected(clock: list[float]) -> None:
     def slow_alone(x: Tensor) -> Tensor:
         clock[0] += 0.03 if len(x) == 1 else 0.0
         return Timed(clock, 0.005)(x)
@@ -81,7 +81,7 @@ def test_a_runtime_slower_for_one_image_is_not_taken(clock: list[float]) -> None
     assert plan.reason == expected
 
 
-def test_a_label_that_changes_rules_bfloat16_out() -> None:
+def test_changed_label_rejects_bfloat16() -> None:
     near, expected = torch.tensor([[0.5, 0.501]]), torch.tensor([[0.501, 0.5]])
     assert (
         runtime_plan._bf16_problem(near, expected) == "1 of 1 labels differ, above the limit of 0"
@@ -96,7 +96,7 @@ def rounded(checkpoint: Path) -> Iterator[Running]:
         yield running
 
 
-def test_the_precision_is_told_with_each_answer(rounded: Running) -> None:
+def test_precision_is_reported_in_each_response(rounded: Running) -> None:
     told = rounded.client.get("/model")
     card = told.json()
     assert (card["precision"], card["precision_reason"]) == ("bf16", "as asked")
@@ -125,7 +125,7 @@ def test_attacks_search_in_bfloat16_and_are_scored_in_float32(rounded: Running) 
     assert body["before"]["probability"] == pytest.approx(float(before.max()), abs=1e-5)
 
 
-def test_evaluations_search_in_it_and_say_why(rounded: Running) -> None:
+def test_evaluations_search_in_bfloat16_and_report_why(rounded: Running) -> None:
     response = rounded.client.post(
         "/evaluate",
         files={"file": labeled(4)},
@@ -138,7 +138,7 @@ def test_evaluations_search_in_it_and_say_why(rounded: Running) -> None:
     assert evaluation["precision_reason"] == "as asked"
 
 
-def test_a_model_that_bfloat16_changes_is_served_in_float32(
+def test_model_that_bfloat16_changes_is_served_in_float32(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     exact = load_checkpoint(checkpoint).classifier
@@ -157,7 +157,7 @@ def test_a_model_that_bfloat16_changes_is_served_in_float32(
     assert f"predictions in fp32 ({card['precision_reason']})" in caplog.text
 
 
-def test_in_float32_nothing_else_is_built(running: Running) -> None:
+def test_float32_builds_no_bfloat16_model(running: Running) -> None:
     model = running.service.models.current
     assert (model.precision, model.precision_reason, model.bf16) == ("fp32", "as asked", None)
     assert model.search == SearchPrecision(bf16=False, reason="as asked")
@@ -165,7 +165,9 @@ def test_in_float32_nothing_else_is_built(running: Running) -> None:
     assert response.headers["X-Model-Precision"] == "fp32"
 
 
-def test_a_search_in_bfloat16_is_no_reason_for_predictions_in_float32(running: Running) -> None:
+def test_reason_of_the_bfloat16_search_is_not_given_for_float32_predictions(
+    running: Running,
+) -> None:
     search = SearchPrecision(bf16=True, reason="bfloat16 is faster")
     model = replace(running.service.models.current, plan=None, search=search)
     assert model.precision == "fp32"

@@ -1,4 +1,4 @@
-"""While an evaluation runs, a prediction waits for the pass it comes in, and for no other."""
+"""During an evaluation a prediction waits for the current pass only."""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +26,7 @@ class Half(Brightness):
         return super().__call__(x) - torch.tensor([0.0, 0.45])
 
 
-def test_a_prediction_goes_ahead_of_every_pass_of_an_evaluation() -> None:
+def test_prediction_runs_after_every_pass_of_an_evaluation() -> None:
     images = torch.randint(
         100, 156, (100, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

@@ -1,4 +1,4 @@
-"""What computes predictions: chosen by measurement, given up for torch when it is wrong."""
+"""Runtimes for predictions: chosen by measurement, replaced by torch when their outputs differ."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def failures(metrics: Metrics, name: str, reason: str) -> float | None:
     )
 
 
-def test_each_number_of_images_takes_what_was_fastest(clock: list[float]) -> None:
+def test_each_batch_size_uses_the_fastest_runtime(clock: list[float]) -> None:
     by_image = Slow("torch", clock, 0.0005)  # 0.5 ms an image
     by_batch = Slow("other", clock, 0.005)  # 5 ms a batch
     plan = make_plan([by_image.runtime, by_batch.runtime], side=SIDE, metrics=Metrics())
@@ -68,7 +68,7 @@ def test_each_number_of_images_takes_what_was_fastest(clock: list[float]) -> Non
         assert taken.batches == parts
 
 
-def test_what_is_no_faster_in_large_batches_is_run_in_small_ones(clock: list[float]) -> None:
+def test_small_batches_are_used_if_large_ones_are_not_faster(clock: list[float]) -> None:
     slow = Slow("torch", clock, 0.0005)
     plan = make_plan([slow.runtime], side=SIDE, metrics=Metrics())
     assert [choice.images for choice in plan.choices] == [1]
@@ -77,7 +77,7 @@ def test_what_is_no_faster_in_large_batches_is_run_in_small_ones(clock: list[flo
     assert slow.batches == [1, 1, 1]
 
 
-def test_measuring_ends_in_time(clock: list[float]) -> None:
+def test_measuring_respects_its_time_budget(clock: list[float]) -> None:
     slow = Slow("torch", clock, 0.3)
     make_plan([slow.runtime], side=SIDE, metrics=Metrics())
     assert max(slow.batches) <= runtime_plan.EXAMPLES
@@ -85,7 +85,7 @@ def test_measuring_ends_in_time(clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("off", [3e-4, float("nan")])
-def test_what_disagrees_is_not_taken(clock: list[float], off: float) -> None:
+def test_runtime_with_different_outputs_is_rejected(clock: list[float], off: float) -> None:
     exact, wrong = Slow("torch", clock, 0.01), Slow("other", clock, 0.001, off)
     metrics = Metrics()
     plan = make_plan([exact.runtime, wrong.runtime], side=SIDE, metrics=metrics)
@@ -93,7 +93,7 @@ def test_what_disagrees_is_not_taken(clock: list[float], off: float) -> None:
     assert failures(metrics, "other", "disagreed") == 1
 
 
-def test_what_fails_leaves_its_batch_to_torch(clock: list[float]) -> None:
+def test_batch_of_a_failing_runtime_is_computed_by_torch(clock: list[float]) -> None:
     exact, other = Slow("torch", clock, 0.01), Slow("other", clock, 0.001)
     metrics = Metrics()
     plan = make_plan([exact.runtime, other.runtime], side=SIDE, metrics=metrics)
@@ -107,14 +107,14 @@ def test_what_fails_leaves_its_batch_to_torch(clock: list[float]) -> None:
     assert {choice.runtime.name for choice in again.choices} == {"torch"}
 
 
-def test_work_that_goes_ahead_may_between_any_two_turns(clock: list[float]) -> None:
+def test_urgent_work_can_run_between_measurements(clock: list[float]) -> None:
     exact = Slow("torch", clock, 0.01)
     pauses: list[int] = []
     make_plan([exact.runtime], side=SIDE, metrics=Metrics(), pause=lambda: pauses.append(1))
     assert len(pauses) == len(exact.batches)
 
 
-def test_the_gap_sees_both_sure_and_unsure_answers() -> None:
+def test_gap_compares_confident_and_unconfident_outputs() -> None:
     sure = torch.tensor([[40.0, 0.0]])
     assert gap(sure, sure) == 0
     assert gap(sure + torch.tensor([[0.4, 0.0]]), sure) == pytest.approx(0.01, rel=1e-3)
@@ -123,7 +123,7 @@ def test_the_gap_sees_both_sure_and_unsure_answers() -> None:
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_all_runtimes_agree_in_any_batch(stem: str) -> None:
+def test_all_runtimes_agree_at_any_batch_size(stem: str) -> None:
     pytest.importorskip("onnxruntime")
     classifier = classifier_of(arch="resnet18", stem=stem, input_size=16)
     metrics = Metrics()
@@ -138,7 +138,7 @@ def test_all_runtimes_agree_in_any_batch(stem: str) -> None:
                 torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_without_the_packages_torch_serves(checkpoint: Path) -> None:
+def test_torch_serves_without_the_optional_packages(checkpoint: Path) -> None:
     code = (
         "import sys, torch\n"
         "sys.modules.update(onnx=None, onnxruntime=None)\n"
@@ -153,7 +153,7 @@ def test_without_the_packages_torch_serves(checkpoint: Path) -> None:
     assert done.stdout == "['torch'] torch.Size([1, 10])\n"
 
 
-def test_the_classifier_itself_is_kept_in_half_the_memory(checkpoint: Path) -> None:
+def test_classifier_is_kept_in_float16_without_loss(checkpoint: Path) -> None:
     expected = load_checkpoint(checkpoint).classifier
     model = served.load_model(checkpoint, torch.device("cpu"), threads=1)
     assert isinstance(model.classifier, served.HalfClassifier)
@@ -164,7 +164,7 @@ def test_the_classifier_itself_is_kept_in_half_the_memory(checkpoint: Path) -> N
     assert not served.HalfClassifier.is_exact(expected)
 
 
-def test_a_new_checkpoint_brings_its_runtimes(
+def test_reload_builds_the_runtimes_of_the_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")

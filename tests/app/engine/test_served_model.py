@@ -1,4 +1,4 @@
-"""How a model of any form comes into service."""
+"""Loading a model of any format for serving."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def bare(tmp_path: Path) -> Path:
     return path
 
 
-def test_options_say_what_a_bare_file_does_not(bare: Path) -> None:
+def test_options_complete_a_file_without_a_sidecar(bare: Path) -> None:
     options = ModelOptions(mean=(0.5,) * 3, input_size=SIDE, classes=("cat", "dog", "frog"))
     model = load_model(bare, CPU, options=options, attacks_only=True)
     assert (model.classes, model.input_size) == (("cat", "dog", "frog"), SIDE)
@@ -47,7 +47,7 @@ def test_options_say_what_a_bare_file_does_not(bare: Path) -> None:
         load_model(bare, CPU, options=ModelOptions(classes=("cat",)))
 
 
-def test_a_device_that_disagrees_is_left(
+def test_device_that_disagrees_with_the_cpu_is_not_used(
     bare: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def disagree(classifier: object, device: torch.device, size: int, *, moved: object) -> None:
@@ -64,7 +64,7 @@ def test_a_device_that_disagrees_is_left(
         load_model(bare, elsewhere, attacks_only=True)
 
 
-def test_the_users_own_code(tmp_path: Path) -> None:
+def test_model_from_user_code(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(CODE)
     options = ModelOptions(input_size=SIDE)
@@ -75,7 +75,7 @@ def test_the_users_own_code(tmp_path: Path) -> None:
     assert model.differentiable
 
 
-def test_without_gradients_other_attacks_are_refused(tmp_path: Path) -> None:
+def test_gradient_attacks_are_rejected_for_a_model_without_gradients(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
 

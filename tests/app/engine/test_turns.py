@@ -1,4 +1,4 @@
-"""Between clients the engine takes turns by what their work costs."""
+"""Fair scheduling between clients, by the cost of their work."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_clients_take_turns_by_cost(kind: Kind) -> None:
     ]  # fmt: skip
 
 
-def test_work_of_one_client_stays_in_order() -> None:
+def test_work_of_one_client_runs_in_order() -> None:
     waiting = queue()
     for cost in (50, 1, 30, 2):
         waiting.put(work("a", cost))
     assert [cost for _, cost in taken(waiting)] == [50, 1, 30, 2]
 
 
-def test_small_work_goes_ahead_only_within_its_share() -> None:
+def test_small_work_overtakes_large_work_only_within_its_fair_share() -> None:
     waiting = queue()
     waiting.put(large := work("a", 40))
     order = []
@@ -75,7 +75,7 @@ def test_small_work_goes_ahead_only_within_its_share() -> None:
     assert len(order) == 10  # after as much of the other's work as its own cost
 
 
-def test_a_client_has_at_most_its_share_and_gets_it_back_at_once() -> None:
+def test_client_share_is_limited_and_returned_at_once() -> None:
     waiting = queue(100, share=0.5)
     waiting.put(first := work("a", 40))
     with pytest.raises(Overloaded, match="share"):
@@ -89,7 +89,7 @@ def test_a_client_has_at_most_its_share_and_gets_it_back_at_once() -> None:
     waiting.put(work("a", 50))
 
 
-def test_others_wait_only_for_what_goes_before_them() -> None:
+def test_deadline_check_counts_only_work_that_runs_before() -> None:
     waiting = queue()
     waiting.measure(Kind.ATTACK, 1, 1.0)
     soon = time.monotonic() + 10
@@ -103,7 +103,7 @@ def test_others_wait_only_for_what_goes_before_them() -> None:
         waiting.put(work("b", 4, deadline=soon))
 
 
-def test_a_small_attack_goes_between_the_steps_of_anothers_large_one() -> None:
+def test_small_attack_runs_between_the_steps_of_another_clients_large_one() -> None:
     order: list[str] = []
 
     def attack(name: str, steps: int) -> object:
@@ -145,7 +145,7 @@ def test_a_small_attack_goes_between_the_steps_of_anothers_large_one() -> None:
     assert order[-3:] == ["own"] * 3
 
 
-def test_work_that_close_fails_is_not_taken_meanwhile() -> None:
+def test_closed_queue_hands_out_no_work() -> None:
     waiting, found = queue(), []
     first, second = work("a", 1), work("b", 2)
     first.future.add_done_callback(lambda _: found.append(waiting.take()))
@@ -156,7 +156,7 @@ def test_work_that_close_fails_is_not_taken_meanwhile() -> None:
     assert isinstance(second.future.exception(), EngineStopped)
 
 
-def test_after_a_deadline_there_is_room_at_once() -> None:
+def test_missed_deadline_frees_the_queue_at_once() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         model = Brightness()
         model.hook = lambda: time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""What is run on a GPU before it serves: here on the CPU."""
+"""Warm-up passes before a GPU serves, here on the CPU."""
 
 from collections.abc import Callable
 
@@ -33,12 +33,12 @@ def out_of_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_passes_are_filled_up_to_few_sizes() -> None:
+def test_passes_are_padded_to_a_few_batch_sizes() -> None:
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 16, 17, 48, 64)] == [1, 2, 4, 4, 8, 16, 32, 64, 64]
 
 
 @pytest.mark.parametrize(("most", "largest"), [(1, 1), (48, 64), (64, 64)])
-def test_every_size_that_serves_is_run_and_a_gradient(most: int, largest: int) -> None:
+def test_warm_up_runs_every_batch_size_and_a_gradient(most: int, largest: int) -> None:
     model = Linear()
     warm_kernels(model, 8, device=CPU, most=most)
     assert model.gradients == 1
@@ -46,14 +46,14 @@ def test_every_size_that_serves_is_run_and_a_gradient(most: int, largest: int) -
     assert max(model.passes[1:]) == largest
 
 
-def test_sizes_beyond_the_memory_are_left_out() -> None:
+def test_batch_sizes_beyond_the_memory_are_skipped() -> None:
     model = Linear(room=9, error=out_of_memory)
     warm_kernels(model, 8, device=CPU, most=64)
     assert model.passes[-2:] == [8, 16]
 
 
 @pytest.mark.parametrize(("room", "error"), [(0, out_of_memory), (9, lambda: RuntimeError("no"))])
-def test_a_model_that_cannot_run_at_all_is_refused(
+def test_model_that_cannot_run_at_all_is_rejected(
     room: int, error: Callable[[], Exception]
 ) -> None:
     with pytest.raises(RuntimeError):

@@ -1,4 +1,4 @@
-"""POST /attack: what is told of an adversarial image is true of the PNG that is given."""
+"""POST /attack: the reported results are those of the returned PNG."""
 
 import base64
 import io
@@ -34,7 +34,9 @@ def predicted(running: Running, data: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("norm", "eps", "levels"), [("linf", "8/255", 8), ("linf", "0.02", 5), ("l2", "0.5", None)]
 )
-def test_the_png_is_what_was_scored(running: Running, norm: str, eps: str, levels: int) -> None:
+def test_returned_png_is_the_image_that_was_scored(
+    running: Running, norm: str, eps: str, levels: int
+) -> None:
     body = attacked(running, jpeg(), norm=norm, eps=eps, steps="3")
     assert [item["parameters"]["attack"] for item in body["results"]] == ["fgsm", "pgd-3"]
     origin = decoded(body["input_png"])
@@ -54,7 +56,7 @@ def test_the_png_is_what_was_scored(running: Running, norm: str, eps: str, level
         assert result["after"]["probability"] == result["after"]["top"][0]["probability"]
 
 
-def test_the_default_label_is_the_prediction_and_before_is_that_of_the_image(
+def test_default_label_is_the_prediction(
     running: Running,
 ) -> None:
     data = jpeg(1)
@@ -66,7 +68,7 @@ def test_the_default_label_is_the_prediction_and_before_is_that_of_the_image(
     assert body["target"] is None
 
 
-def test_pgd_leads_to_the_target(running: Running) -> None:
+def test_pgd_reaches_the_target(running: Running) -> None:
     data = png(2)
     least = running.client.post("/predict?top_k=10", content=data).json()["results"][0]["top"][-1]
     body = attacked(running, data, attack="pgd", eps="32/255", steps="20", target=least["label"])
@@ -77,7 +79,7 @@ def test_pgd_leads_to_the_target(running: Running) -> None:
     assert result["after"]["index"] != body["before"]["index"]
 
 
-def test_a_label_by_name_or_index_is_led_away_from(running: Running) -> None:
+def test_label_by_name_or_index_is_attacked(running: Running) -> None:
     seen = predicted(running, png(3))
     other = (seen["index"] + 1) % len(CLASSES)
     by_index = attacked(running, png(3), attack="pgd", steps="2", label=str(other))
@@ -87,7 +89,7 @@ def test_a_label_by_name_or_index_is_led_away_from(running: Running) -> None:
     assert by_index["results"][0]["adversarial_png"] == by_name["results"][0]["adversarial_png"]
 
 
-def test_eps_zero_changes_nothing(running: Running) -> None:
+def test_eps_zero_is_the_identity(running: Running) -> None:
     body = attacked(running, png(), eps="0", steps="2")
     for result in body["results"]:
         assert result["adversarial_png"] == body["input_png"]
@@ -95,7 +97,7 @@ def test_eps_zero_changes_nothing(running: Running) -> None:
         assert set(decoded(result["perturbation_png"]).flatten().tolist()) == {128}
 
 
-def test_the_seed_decides_the_start(running: Running) -> None:
+def test_seed_determines_the_random_start(running: Running) -> None:
     images = [
         attacked(running, png(4), attack="pgd", steps="2", seed=seed)["results"][0][
             "adversarial_png"
@@ -105,7 +107,7 @@ def test_the_seed_decides_the_start(running: Running) -> None:
     assert images[0] == images[1] != images[2]
 
 
-def test_parameters_are_told_as_they_were_resolved(running: Running) -> None:
+def test_resolved_parameters_are_reported(running: Running) -> None:
     body = attacked(
         running, png(), attack=["pgd-7", "fgsm"], norm="linf", eps="4/255", alpha="0.01"
     )
@@ -116,7 +118,7 @@ def test_parameters_are_told_as_they_were_resolved(running: Running) -> None:
     assert fgsm["alpha"] == pytest.approx(4 / 255)
 
 
-def test_names_in_any_case(running: Running) -> None:
+def test_attack_names_are_case_insensitive(running: Running) -> None:
     body = attacked(running, png(), attack=["FGSM", "Pgd-2"], norm="L2", eps="1")
     found = [(item["parameters"]["name"], item["parameters"]["norm"]) for item in body["results"]]
     assert found == [("fgsm", "l2"), ("pgd", "l2")]
@@ -125,7 +127,7 @@ def test_names_in_any_case(running: Running) -> None:
     assert response.json()["errors"][0]["expected"].endswith("or pgd-N; did you mean pgd-20?")
 
 
-def test_accept_png_gives_the_image_itself(running: Running) -> None:
+def test_accept_png_returns_the_image(running: Running) -> None:
     body = attacked(running, png(5), attack="pgd", steps="3")
     response = running.client.post(
         "/attack?attack=pgd&steps=3", content=png(5), headers={"Accept": "image/png"}
@@ -147,7 +149,7 @@ def test_accept_png_needs_one_attack(running: Running) -> None:
     assert response.json()["errors"][0]["field"] == "attack"
 
 
-def test_a_late_attack_is_504_and_stops(checkpoint) -> None:
+def test_attack_past_its_deadline_returns_504_and_stops(checkpoint) -> None:
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", deadline_seconds=0.3)
     with serving(settings) as running, gated(running.service) as gate:
         response = running.client.post("/attack?attack=pgd&steps=50", content=png())
@@ -160,7 +162,7 @@ def test_a_late_attack_is_504_and_stops(checkpoint) -> None:
         assert gate.calls == calls <= 1  # a slow machine may not have begun
 
 
-def test_an_attack_whose_client_hangs_up_stops(running: Running) -> None:
+def test_attack_stops_when_its_client_disconnects(running: Running) -> None:
     import socket
 
     with gated(running.service) as gate:
@@ -181,7 +183,7 @@ def test_an_attack_whose_client_hangs_up_stops(running: Running) -> None:
         assert gate.calls == 2
 
 
-def test_torch_is_left_alone(running: Running) -> None:
+def test_attack_leaves_the_served_model_unchanged(running: Running) -> None:
     """No attack leaves gradients or another mode behind in the served model."""
     classifier = running.service.models.current.exact()
     attacked(running, png(), steps="2")

@@ -1,4 +1,4 @@
-"""Keys, origins and the headers that every answer carries."""
+"""API keys, origins and the headers of every response."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ def locked(checkpoint: Any) -> Iterator[Running]:
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("name", ["Authorization", "X-API-Key"])
-def test_any_of_the_keys_opens(locked: Running, key: str, name: str) -> None:
+def test_any_of_the_keys_is_accepted(locked: Running, key: str, name: str) -> None:
     value = f"Bearer {key}" if name == "Authorization" else key
     response = locked.client.post("/predict", content=png(), headers={name: value})
     assert response.status_code == 200
@@ -59,7 +59,7 @@ def test_any_of_the_keys_opens(locked: Running, key: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/predict"), ("GET", "/model"), ("GET", "/no/such/route")]
 )
-def test_without_a_key_there_is_nothing(
+def test_missing_or_wrong_key_returns_401(
     locked: Running, method: str, path: str, headers: dict[str, Any]
 ) -> None:
     response = locked.client.request(method, path, headers=headers)
@@ -67,7 +67,7 @@ def test_without_a_key_there_is_nothing(
     assert response.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-def test_every_digest_is_compared_whichever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_digest_is_compared_also_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[int, int]] = []
 
     def compare(left: bytes, right: bytes) -> bool:
@@ -94,11 +94,11 @@ def test_probes_and_pages_need_no_key(locked: Running, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/livez/", "/LIVEZ", "/docs/assets", "/playgroundx", "/metrics"])
-def test_nothing_else_is_open(locked: Running, path: str) -> None:
+def test_other_paths_need_a_key(locked: Running, path: str) -> None:
     assert locked.client.get(path).status_code == 401
 
 
-def test_a_key_is_asked_for_before_the_body_is_read(locked: Running) -> None:
+def test_key_is_checked_before_the_body_is_read(locked: Running) -> None:
     host, port = locked.url.removeprefix("http://").split(":")
     for head in (b"Content-Length: 40000", b"Transfer-Encoding: chunked"):
         with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -106,7 +106,7 @@ def test_a_key_is_asked_for_before_the_body_is_read(locked: Running) -> None:
             assert connection.recv(12) == b"HTTP/1.1 401"
 
 
-def test_no_key_is_told_or_logged(locked: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_are_never_logged(locked: Running, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         locked.client.get("/model", headers={"X-API-Key": KEYS[0]})
         locked.client.get("/model", headers={"X-API-Key": "wrong-key"})
@@ -116,13 +116,13 @@ def test_no_key_is_told_or_logged(locked: Running, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("name", ["api_keys", "cors_origins"])
 @pytest.mark.parametrize("value", ["two words", "ключ"])
-def test_lists_that_make_no_sense(name: str, value: str) -> None:
+def test_malformed_lists_are_rejected(name: str, value: str) -> None:
     with pytest.raises(ValueError, match="comma-separated") as caught:
         Settings(**{name: value})
     assert caught.value.errors()[0]["loc"] == (name,)  # type: ignore[attr-defined]
 
 
-def test_lists_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().api_keys == Settings().cors_origins == ()
     monkeypatch.setenv("ROBUST_API_KEYS", " a, b,,")
     monkeypatch.setenv("ROBUST_CORS_ORIGINS", "https://a.example,http://b.example:8080")
@@ -136,13 +136,13 @@ def test_lists_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 # Origins
 
 
-def test_pages_of_other_origins_may_not_ask(running: Running, locked: Running) -> None:
+def test_cors_rejects_other_origins(running: Running, locked: Running) -> None:
     for service, origin in ((running, ORIGIN), (locked, "https://other.example")):
         response = service.client.get("/livez", headers={"Origin": origin})
         assert "Access-Control-Allow-Origin" not in response.headers
 
 
-def test_pages_of_a_named_origin_may_ask(locked: Running) -> None:
+def test_cors_allows_a_configured_origin(locked: Running) -> None:
     asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     # A browser sends no key with what it asks before.
     before = locked.client.options(
@@ -185,7 +185,7 @@ EVERY = {
         ("POST", "/predict"),
     ],
 )
-def test_every_answer_has_the_headers(running: Running, method: str, path: str) -> None:
+def test_every_response_has_the_security_headers(running: Running, method: str, path: str) -> None:
     response = running.client.request(method, path)
     for name, value in EVERY.items():
         assert response.headers[name] == value
@@ -201,7 +201,7 @@ def test_every_answer_has_the_headers(running: Running, method: str, path: str) 
     )
 
 
-def test_the_policy_of_the_documentation_lets_its_own_script_run(running: Running) -> None:
+def test_docs_page_policy_allows_its_own_script(running: Running) -> None:
     from base64 import b64encode
     from hashlib import sha256
 
@@ -230,13 +230,13 @@ def answered(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HTT", b"GET /livez HTTP/1.1\r\nHost: x\r\nA"])
-def test_a_head_that_does_not_come_ends_the_connection(locked: Running, sent: bytes) -> None:
+def test_incomplete_request_head_closes_the_connection(locked: Running, sent: bytes) -> None:
     with connected(locked) as connection:
         connection.sendall(sent)
         assert connection.recv(1000) == b""
 
 
-def hung_up_on(connection: socket.socket, drop: bytes) -> bool:
+def closed_while_sending(connection: socket.socket, drop: bytes) -> bool:
     """Whether the other side ends a connection on which `drop` is sent again and again."""
     connection.settimeout(0.1)
     for _ in range(300):
@@ -251,13 +251,13 @@ def hung_up_on(connection: socket.socket, drop: bytes) -> bool:
     return False
 
 
-def test_a_head_in_drops_ends_the_connection_too(locked: Running) -> None:
+def test_slowly_sent_head_closes_the_connection(locked: Running) -> None:
     with connected(locked) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
-        assert hung_up_on(connection, b"A: b\r\n")
+        assert closed_while_sending(connection, b"A: b\r\n")
 
 
-def test_a_request_in_hand_and_the_next_one_have_time(locked: Running) -> None:
+def test_connection_may_be_idle_between_requests(locked: Running) -> None:
     head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
     with connected(locked) as connection:
         for _ in range(3):
@@ -272,14 +272,14 @@ def test_a_request_in_hand_and_the_next_one_have_time(locked: Running) -> None:
         assert answered(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_goes_on_after_its_answer_is_not_taken_for_ever(locked: Running) -> None:
+def test_endless_body_after_the_response_closes_the_connection(locked: Running) -> None:
     with connected(locked) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\nabc")
         assert connection.recv(12) == b"HTTP/1.1 401"
-        assert hung_up_on(connection, b"d")
+        assert closed_while_sending(connection, b"d")
 
 
-def test_a_wrong_key_in_the_settings_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_api_keys_setting_is_not_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_API_KEYS", "my secret key")
     with pytest.raises(ServeError, match=r"ROBUST_API_KEYS: expected .*keys of visible") as caught:
         read_settings()

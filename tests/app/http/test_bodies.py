@@ -1,4 +1,4 @@
-"""The forms that a body comes in: as they are expected, or refused by what they are."""
+"""Formats of a request body: accepted, or rejected by name."""
 
 from __future__ import annotations
 
@@ -69,12 +69,14 @@ def ask(running: Running, path: str = "/predict", **request: Any) -> list[Any]:
         {"content": png(), "headers": JSON},
     ],
 )
-def test_every_form_gives_the_same_prediction(running: Running, request_: dict[str, Any]) -> None:
+def test_every_body_format_gives_the_same_prediction(
+    running: Running, request_: dict[str, Any]
+) -> None:
     assert ask(running, **request_) == ask(running, content=png())
 
 
 @pytest.mark.parametrize("declared", [b"application/octet-stream", b"application/json"])
-def test_while_a_large_image_in_base64_is_decoded_other_requests_run(declared: bytes) -> None:
+def test_decoding_large_base64_does_not_block_other_requests(declared: bytes) -> None:
     image = bytes(range(256)) * 2**14  # 4 MiB
     text = base64.b64encode(image)
     is_json = declared == b"application/json"
@@ -103,21 +105,21 @@ def test_while_a_large_image_in_base64_is_decoded_other_requests_run(declared: b
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_a_compressed_body_may_arrive_byte_by_byte(encoding: str) -> None:
+def test_compressed_body_may_arrive_byte_by_byte(encoding: str) -> None:
     body = gzip.compress(b"pixels") if encoding == "gzip" else zlib.compress(b"pixels")
     inflater = Inflater(encoding)
     assert b"".join(inflater.inflate(bytes([byte])) for byte in body) == b"pixels"
     assert inflater.complete
 
 
-def test_a_part_without_a_filename_may_have_any_size(running: Running) -> None:
+def test_part_without_a_filename_may_have_any_size(running: Running) -> None:
     data = large_png()
     assert len(data) > 50_000
     expected = ask(running, content=data)
     assert ask(running, content=part('name="file"', data), headers=FORM) == expected
 
 
-def test_parameters_come_in_json_too(running: Running) -> None:
+def test_parameters_may_be_json(running: Running) -> None:
     body = {"image": TEXT, "attack": ["fgsm"], "eps": "4/255", "seed": 1}
     (result,) = ask(running, "/attack", json=body)
     assert result["parameters"]["eps_text"] == "4/255"
@@ -154,13 +156,13 @@ def test_parameters_come_in_json_too(running: Running) -> None:
         ),
     ],
 )
-def test_what_is_not_taken_is_refused_by_what_it_is(
+def test_unsupported_bodies_are_rejected_by_name(
     running: Running, request_: dict[str, Any], status: int, words: str
 ) -> None:
     assert words in json.dumps(assert_problem(running.client.post("/predict", **request_), status))
 
 
-def test_a_compressed_bomb_is_refused_piece_by_piece(running: Running) -> None:
+def test_decompression_bomb_is_rejected_while_decompressing(running: Running) -> None:
     squeeze = zlib.compressobj(wbits=31)
     bomb = b"".join(squeeze.compress(bytes(2**20)) for _ in range(256)) + squeeze.flush()
     assert len(bomb) < 300_000
@@ -174,7 +176,7 @@ def test_a_compressed_bomb_is_refused_piece_by_piece(running: Running) -> None:
         assert peak.grown() < limit + 64 * PIECE_BYTES
 
 
-def test_attacks_tell_an_outcome_of_three(running: Running) -> None:
+def test_attack_outcome_is_one_of_three(running: Running) -> None:
     seen = running.client.post("/predict", content=png()).json()["results"][0]
     other = (seen["index"] + 1) % 10
     fields = {"attack": "fgsm", "eps": "0"}
@@ -188,9 +190,7 @@ def test_attacks_tell_an_outcome_of_three(running: Running) -> None:
 
 
 @pytest.mark.parametrize(("eps", "status"), [("0", 200), ("1/255", 200), ("0.4/255", 422)])
-def test_a_ball_without_another_image_is_said_to_be_one(
-    running: Running, eps: str, status: int
-) -> None:
+def test_eps_below_one_8_bit_level_is_rejected(running: Running, eps: str, status: int) -> None:
     fields = {"attack": "fgsm", "eps": eps}
     response = running.client.post("/attack", files={"file": png()}, data=fields)
     assert response.status_code == status
@@ -198,7 +198,7 @@ def test_a_ball_without_another_image_is_said_to_be_one(
         assert "no other 8-bit image" in assert_problem(response, 422)["detail"]
 
 
-def test_null_in_json_is_a_parameter_left_out(running: Running) -> None:
+def test_json_null_means_the_parameter_is_omitted(running: Running) -> None:
     body = {"image": TEXT, "top_k": None, "images": [TEXT]}
     response = running.client.post("/predict", json={**body, "": None})
     assert response.status_code in (200, 422), response.text  # never a server error

@@ -1,4 +1,4 @@
-"""POST /attack with `compare`: two models, each attacked, and each shown the other's image."""
+"""POST /attack with `compare`: two models, each attacked, with transfer to the other."""
 
 import base64
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def compared(folder: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def turned(folder: Path) -> Iterator[Running]:
+def other_served(folder: Path) -> Iterator[Running]:
     """The two models the other way round, the one to compare with by its path."""
     robust, plain = folder / "robust_model.pt", folder / "plain_model.pt"
     given = Settings(checkpoint=plain, compare=str(robust), threads=1, device="cpu")
@@ -66,12 +66,12 @@ def without_times(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("more", ["", "&label=frog", "&target=dog&eps=32/255"])
-def test_each_is_attacked_as_it_is_alone_and_shown_the_image_of_the_other(
-    compared: Running, turned: Running, more: str
+def test_both_models_are_attacked_as_if_alone_and_transfer_is_reported(
+    compared: Running, other_served: Running, more: str
 ) -> None:
     query = QUERY.replace("attack=fgsm&", "") + more if "target" in more else QUERY + more
     both = attack(compared, f"{query}&compare=true")
-    alone, other = attack(compared, query), attack(turned, query)
+    alone, other = attack(compared, query), attack(other_served, query)
     compare = both["compare"]
     for answer, single in ((both, alone), (compare, other)):
         assert answer["model_sha256"] == single["model_sha256"]
@@ -83,7 +83,7 @@ def test_each_is_attacked_as_it_is_alone_and_shown_the_image_of_the_other(
     assert compare["model"] == "plain_model.pt"
     for results, judge, answer in (
         (compare["results"], compared, both),
-        (both["results"], turned, compare),
+        (both["results"], other_served, compare),
     ):
         for result in results:
             transfer, seen = result["transfer"], judged(judge, result)
@@ -101,7 +101,7 @@ def test_each_is_attacked_as_it_is_alone_and_shown_the_image_of_the_other(
             assert transfer["outcome"] == expected
 
 
-def test_only_the_compared_model_is_attacked_where_that_is_asked_for(compared: Running) -> None:
+def test_compare_only_attacks_just_the_comparison_model(compared: Running) -> None:
     both = attack(compared, f"{QUERY}&compare=true")
     only = attack(compared, f"{QUERY}&compare=only")
     assert only["results"] == []
@@ -111,7 +111,7 @@ def test_only_the_compared_model_is_attacked_where_that_is_asked_for(compared: R
     assert only["before"]["index"] == both["before"]["index"]
 
 
-def test_the_card_names_both(compared: Running, running: Running) -> None:
+def test_model_card_names_both_models(compared: Running, running: Running) -> None:
     card = compared.client.get("/model").json()
     assert (card["name"], card["compare"]["name"]) == ("robust_model.pt", "plain_model.pt")
     assert card["compare"]["sha256"] != card["sha256"]
@@ -119,7 +119,7 @@ def test_the_card_names_both(compared: Running, running: Running) -> None:
     assert running.client.get("/model").json()["compare"] is None
 
 
-def test_without_a_model_to_compare_with_it_is_422(running: Running) -> None:
+def test_compare_without_a_comparison_model_is_422(running: Running) -> None:
     for compare in ("true", "only"):
         response = running.client.post(f"/attack?attack=fgsm&compare={compare}", content=png())
         assert response.status_code == 422
@@ -132,18 +132,20 @@ def test_without_a_model_to_compare_with_it_is_422(running: Running) -> None:
 @pytest.mark.parametrize(
     ("query", "field"), [("compare=perhaps", "compare"), ("compare=true&compare=only", "compare")]
 )
-def test_compare_is_one_of_three_words(compared: Running, query: str, field: str) -> None:
+def test_compare_rejects_unknown_and_repeated_values(
+    compared: Running, query: str, field: str
+) -> None:
     response = compared.client.post(f"/attack?attack=fgsm&{query}", content=png())
     assert response.status_code == 422
     assert response.json()["errors"][0]["field"] == field
 
 
-def test_json_takes_true(compared: Running) -> None:
+def test_compare_may_be_true_in_json(compared: Running) -> None:
     body = {"image": base64.b64encode(png()).decode(), "attack": "fgsm", "compare": True}
     assert compared.client.post("/attack", json=body).json()["compare"]["results"]
 
 
-def test_an_image_alone_has_no_comparison(compared: Running) -> None:
+def test_compare_is_rejected_with_accept_png(compared: Running) -> None:
     response = compared.client.post(
         "/attack?attack=fgsm&compare=true", content=png(), headers={"Accept": "image/png"}
     )
@@ -151,7 +153,7 @@ def test_an_image_alone_has_no_comparison(compared: Running) -> None:
     assert response.json()["errors"][0]["field"] == "compare"
 
 
-def test_the_limit_counts_both_models(folder: Path) -> None:
+def test_queue_limit_counts_both_models(folder: Path) -> None:
     with serving(settings(folder, queue_limit=100, client_share=0.5)) as running:
 
         def status(query: str) -> int:
@@ -163,7 +165,7 @@ def test_the_limit_counts_both_models(folder: Path) -> None:
         assert status("steps=9&compare=true") == 200  # 46
 
 
-def test_the_client_has_both(compared: Running) -> None:
+def test_client_returns_both_models_results(compared: Running) -> None:
     with Client(compared.url) as client:
         (attacked,) = client.attack(png(1), "fgsm", compare=True)
         (alone,) = client.attack(png(1), "fgsm")
@@ -178,7 +180,7 @@ def test_the_client_has_both(compared: Running) -> None:
     assert attacked.compare.transfer.outcome == other["transfer"]["outcome"]
 
 
-def test_a_new_checkpoint_is_compared_from_the_next_request_on(tmp_path: Path) -> None:
+def test_reloaded_checkpoint_is_compared_from_the_next_request(tmp_path: Path) -> None:
     path = tmp_path / "robust_model.pt"
     first = write_checkpoint(path, seed=1)
     plain = write_checkpoint(tmp_path / "plain_model.pt", seed=2)
@@ -199,7 +201,7 @@ def test_a_new_checkpoint_is_compared_from_the_next_request_on(tmp_path: Path) -
         assert response.status_code == 422
 
 
-def test_a_model_that_does_not_fit_is_told_at_the_start(folder: Path, tmp_path: Path) -> None:
+def test_incompatible_comparison_model_fails_startup(folder: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(folder / "plain_model.pt")
     other = tmp_path / "other.pt"
     save_checkpoint(other, loaded.classifier, replace(loaded.sidecar, classes=CLASSES[::-1]))
@@ -212,7 +214,7 @@ def test_a_model_that_does_not_fit_is_told_at_the_start(folder: Path, tmp_path: 
         load_compare(tmp_path / "absent.pt", CPU, served=served, required=True)
 
 
-def test_a_file_that_happens_to_lie_there_does_not_stop_the_service(
+def test_unusable_default_comparison_file_is_skipped(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     served = load_model(folder / "robust_model.pt", CPU, attacks_only=True)

@@ -1,4 +1,4 @@
-"""What comes over a bare connection that is no ordinary request."""
+"""Unusual and malformed requests over a bare connection."""
 
 import asyncio
 import json
@@ -30,10 +30,10 @@ def exchange(running: Running, sent: bytes) -> bytes:
     """All that the service answers before it ends the connection."""
     with connect(running) as connection:
         connection.sendall(sent)
-        return everything(connection)
+        return read_to_end(connection)
 
 
-def everything(connection: socket.socket) -> bytes:
+def read_to_end(connection: socket.socket) -> bytes:
     answer = b""
     while piece := connection.recv(65536):
         answer += piece
@@ -63,7 +63,7 @@ def everything(connection: socket.socket) -> bytes:
         "two sizes",
     ],
 )
-def test_what_is_no_request_gets_a_problem_and_an_end(running: Running, sent: bytes) -> None:
+def test_malformed_request_gets_400_and_close(running: Running, sent: bytes) -> None:
     with unharmed(running):
         head, _, body = exchange(running, sent).partition(b"\r\n\r\n")
         lines = head.decode().splitlines()
@@ -77,25 +77,25 @@ def test_what_is_no_request_gets_a_problem_and_an_end(running: Running, sent: by
         assert int(headers["content-length"]) == len(body)
 
 
-def test_a_head_as_long_as_allowed_is_taken(running: Running) -> None:
+def test_head_of_the_maximum_length_is_accepted(running: Running) -> None:
     head = HEAD % b"GET /livez" + b"Connection: close\r\n"
     filled = head + b"A: " + (MAX_HEAD_BYTES - len(head) - 7) * b"a" + b"\r\n\r\n"
     assert len(filled) == MAX_HEAD_BYTES
     assert exchange(running, filled).startswith(b"HTTP/1.1 200")
 
 
-def test_garbage_behind_a_request_does_not_cost_it_its_answer(running: Running) -> None:
+def test_garbage_after_a_request_does_not_lose_its_response(running: Running) -> None:
     image = png()
     request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
     with unharmed(running), gated(running.service) as gate, connect(running) as connection:
         connection.sendall(request + b"garbage\r\n\r\n")
         gate.open.set()
-        answer = everything(connection)
+        answer = read_to_end(connection)
         assert answer.startswith(b"HTTP/1.1 200")
         assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_requests_sent_in_one_go_are_answered_in_order(running: Running) -> None:
+def test_pipelined_requests_are_answered_in_order(running: Running) -> None:
     one = HEAD % b"GET /livez" + b"X-Request-ID: %s\r\n"
     sent = b"".join(one % name + b"\r\n" for name in (b"a", b"b")) + one % b"c"
     answer = exchange(running, sent + b"Connection: close\r\n\r\n")
@@ -103,7 +103,7 @@ def test_requests_sent_in_one_go_are_answered_in_order(running: Running) -> None
     assert [line[-1:] for line in ids] == [b"a", b"b", b"c"]
 
 
-def test_what_follows_the_chunks_is_no_header(running: Running) -> None:
+def test_chunked_trailers_are_not_headers(running: Running) -> None:
     image = png()
     sent = HEAD % b"POST /predict" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     sent += b"%x\r\n%s\r\n0\r\nX-Request-ID: smuggled\r\n\r\n" % (len(image), image)
@@ -114,9 +114,7 @@ def test_what_follows_the_chunks_is_no_header(running: Running) -> None:
 
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
-def test_an_upgrade_nobody_offers_is_passed_over(
-    running: Running, protocol: bytes, pieces: int
-) -> None:
+def test_unsupported_upgrade_is_ignored(running: Running, protocol: bytes, pieces: int) -> None:
     body = FORM % png()
     head = HEAD % b"POST /predict" + b"Connection: Upgrade, Close\r\nUpgrade: %s\r\n" % protocol
     head += b"Content-Type: multipart/form-data; boundary=b\r\n"
@@ -125,7 +123,7 @@ def test_an_upgrade_nobody_offers_is_passed_over(
     with unharmed(running), connect(running) as connection:
         for begin in range(0, len(sent), step):
             connection.sendall(sent[begin : begin + step])
-        answer = everything(connection)
+        answer = read_to_end(connection)
     assert answer.startswith(b"HTTP/1.1 200")
     assert answer.count(b"HTTP/1.1") == 1
 
@@ -134,17 +132,17 @@ def chunked(path: bytes, sent: bytes) -> bytes:
     return HEAD % (b"POST " + path) + b"Transfer-Encoding: chunked\r\n\r\n" + sent
 
 
-def test_requests_without_end_before_their_answers_are_refused(running: Running) -> None:
+def test_pipelined_requests_are_limited(running: Running) -> None:
     with unharmed(running), gated(running.service) as gate, connect(running) as connection:
         image = png()
         head = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image)
         connection.sendall(head + image + 100 * (HEAD % b"GET /livez" + b"\r\n"))
         gate.open.set()
-        assert everything(connection).count(b"HTTP/1.1 200") == 1 + MAX_PIPELINED
+        assert read_to_end(connection).count(b"HTTP/1.1 200") == 1 + MAX_PIPELINED
 
 
 @pytest.mark.parametrize("trailer", [b"A: ", b"A: b\r\n"])
-def test_what_follows_the_chunks_is_bounded(running: Running, trailer: bytes) -> None:
+def test_chunked_trailers_are_limited(running: Running, trailer: bytes) -> None:
     filled = trailer + 2 * MAX_HEAD_BYTES // len(trailer) * (
         trailer if trailer.endswith(b"\n") else b"aaa"
     )
@@ -154,39 +152,39 @@ def test_what_follows_the_chunks_is_bounded(running: Running, trailer: bytes) ->
         assert connection.recv(12)[9:] == b"400"
 
 
-def test_a_broken_body_does_not_cost_the_request_before_it_its_answer(running: Running) -> None:
+def test_broken_body_does_not_lose_the_previous_response(running: Running) -> None:
     image = png()
     request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
     with unharmed(running), gated(running.service) as gate, connect(running) as connection:
         connection.sendall(request + chunked(b"/predict", b"ZZ\r\n"))
         gate.open.set()
-        answer = everything(connection)
+        answer = read_to_end(connection)
         assert answer.startswith(b"HTTP/1.1 200")
         assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_a_request_answered_before_its_body_is_answered_once(running: Running) -> None:
+def test_request_answered_before_its_body_gets_one_response(running: Running) -> None:
     with connect(running) as connection:
         connection.sendall(chunked(b"/nowhere", b""))
         answer = connection.recv(65536)
         assert answer.startswith(b"HTTP/1.1 404")
         connection.sendall(b"ZZ\r\n")
-        assert b"HTTP/1.1" not in everything(connection)
+        assert b"HTTP/1.1" not in read_to_end(connection)
 
 
-def test_a_body_before_the_next_head_is_not_part_of_it(running: Running) -> None:
+def test_body_is_not_counted_toward_the_next_head(running: Running) -> None:
     body = 3 * MAX_HEAD_BYTES * b"a"
     sent = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with connect(running) as connection:
         connection.sendall(sent + b"GET /livez HTTP/1.1\r\n")
         time.sleep(0.3)
         connection.sendall(b"Host: x\r\nConnection: close\r\n\r\n")
-        answer = everything(connection)
+        answer = read_to_end(connection)
         assert (answer.count(b"HTTP/1.1 200"), answer.count(b"HTTP/1.1")) == (1, 2)
 
 
 @pytest.mark.parametrize("before", [b"", HEAD % b"GET /livez" + b"\r\n"])
-def test_a_client_that_hangs_up_behind_requests_is_noticed(running: Running, before: bytes) -> None:
+def test_disconnect_after_pipelined_requests_is_noticed(running: Running, before: bytes) -> None:
     image = png()
     request = HEAD % b"POST /predict" + b"Content-Length: %d\r\n\r\n" % len(image) + image
     with gated(running.service) as gate:
@@ -201,7 +199,7 @@ def test_a_client_that_hangs_up_behind_requests_is_noticed(running: Running, bef
 @pytest.mark.parametrize(
     ("target", "answered"), [(b"http://x/livez", True), (b"http://y/livez", False)]
 )
-def test_an_address_names_the_host_of_the_header(
+def test_absolute_target_must_match_the_host_header(
     running: Running, target: bytes, answered: bool
 ) -> None:
     with connect(running) as connection:
@@ -210,7 +208,7 @@ def test_an_address_names_the_host_of_the_header(
 
 
 @pytest.mark.parametrize(("size", "refused"), [(1, True), (100, False)])
-def test_a_body_in_tiny_chunks_is_cut_off(running: Running, size: int, refused: bool) -> None:
+def test_body_in_tiny_chunks_is_rejected(running: Running, size: int, refused: bool) -> None:
     sent = chunked(b"/predict", b"%x\r\n%s\r\n" % (size, size * b"a") * (500_000 // size))
     with unharmed(running), connect(running) as connection:
         try:
@@ -221,7 +219,7 @@ def test_a_body_in_tiny_chunks_is_cut_off(running: Running, size: int, refused: 
         assert answer == (b"HTTP/1.1 413" if refused else b"HTTP/1.1 415")
 
 
-def test_a_request_behind_a_large_body_is_counted_by_itself(running: Running) -> None:
+def test_request_after_a_large_body_is_counted_separately(running: Running) -> None:
     # In one slice of what arrives, the first ends and the second's body has begun.
     sizes = SLICE_BYTES * 16 + 100, 2 * SLICE_BYTES
     requests = [
@@ -236,7 +234,7 @@ def test_a_request_behind_a_large_body_is_counted_by_itself(running: Running) ->
         assert answers.count(b"HTTP/1.1 415") == 2, answers
 
 
-def test_one_address_has_a_share_of_the_connections() -> None:
+def test_connections_per_address_are_limited() -> None:
     connections = OpenConnections(4, share=0.5, proxies=trusted_addresses(["10.0.0.0/8"]))
     asked = ["a", "a", "a", "10.0.0.1", "10.0.0.1", "b"]
     assert [connections.admit(address) for address in asked] == [
@@ -254,7 +252,7 @@ def test_one_address_has_a_share_of_the_connections() -> None:
     assert not connections._open
 
 
-def test_a_connection_too_many_is_closed_at_once(
+def test_connection_over_the_limit_is_closed_at_once(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with unharmed(running):

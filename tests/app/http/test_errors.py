@@ -1,4 +1,4 @@
-"""Every bad request gets the same shape of answer, and nothing brings a 5xx."""
+"""Every bad request gets the same error format, and none brings a 5xx."""
 
 import json
 import re
@@ -90,7 +90,7 @@ def test_bad_parameters(
     assert got is None or body["errors"][0]["got"] == got
 
 
-def test_no_steps_is_not_an_unknown_attack(running: Running) -> None:
+def test_zero_steps_is_not_reported_as_an_unknown_attack(running: Running) -> None:
     fields = {"attack": ["pgd-0", "nothing"]}
     body = assert_problem(running.client.post("/attack", files=IMAGE, data=fields), 422)
     no_steps, unknown = body["errors"]
@@ -98,7 +98,7 @@ def test_no_steps_is_not_an_unknown_attack(running: Running) -> None:
     assert unknown["expected"].startswith("an attack out of fgsm, pgd,")
 
 
-def test_the_same_steps_twice_are_taken(running: Running) -> None:
+def test_steps_given_twice_with_the_same_value_are_accepted(running: Running) -> None:
     fields = {"attack": "pgd-2", "steps": "2"}
     assert running.client.post("/attack", files=IMAGE, data=fields).status_code == 200
 
@@ -165,7 +165,7 @@ def test_bad_requests(
 
 
 @pytest.mark.parametrize("ending", [b"", b"--b", b"--b-", b"--b\r\nContent-Disp"])
-def test_a_form_cut_short_is_not_one_of_fewer_parts(running: Running, ending: bytes) -> None:
+def test_truncated_form_is_rejected(running: Running, ending: bytes) -> None:
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%s\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     whole = part % png() + part % png(1)
@@ -175,13 +175,13 @@ def test_a_form_cut_short_is_not_one_of_fewer_parts(running: Running, ending: by
     assert [result["image"] for result in response.json()["results"]] == [0, 1]
 
 
-def test_a_bad_image_among_several_is_named_by_its_place(running: Running) -> None:
+def test_bad_images_are_named_by_position(running: Running) -> None:
     files = [("file", png()), ("file", b""), ("file", png()), ("file", b"GIF89a")]
     body = assert_problem(running.client.post("/predict", files=files), 400)
     assert [error["field"] for error in body["errors"]] == ["file[1]", "file[3]"]
 
 
-def test_a_pickle_that_runs_a_command_does_not(running: Running, tmp_path: Any) -> None:
+def test_command_in_an_uploaded_pickle_does_not_run(running: Running, tmp_path: Any) -> None:
     import os
     import pickle
 
@@ -199,7 +199,7 @@ def test_a_pickle_that_runs_a_command_does_not(running: Running, tmp_path: Any) 
     assert not target.exists()
 
 
-def test_an_error_inside_is_a_500_that_tells_nothing(
+def test_internal_error_is_a_500_without_details(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -213,7 +213,7 @@ def test_an_error_inside_is_a_500_that_tells_nothing(
     assert SECRET in caplog.text  # the log says why
 
 
-def test_a_request_id_that_could_do_harm_is_replaced(running: Running) -> None:
+def test_unsafe_request_id_is_replaced(running: Running) -> None:
     given = "x" * 65
     response = running.client.get("/livez", headers={"X-Request-ID": given})
     assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-ID"])
@@ -238,7 +238,7 @@ def small(checkpoint: Any) -> Any:
 
 
 @pytest.fixture
-def hasty(small: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+def short_upload_timeout(small: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
     """`small`, which now waits for bodies half a second."""
     changed = small.service.settings.model_copy(update={"upload_seconds": 0.5})
     monkeypatch.setattr(small.service, "settings", changed)
@@ -252,7 +252,7 @@ def hasty(small: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
         (415, b"Transfer-Encoding: chunked\r\nContent-Encoding: br"),
     ],
 )
-def test_a_large_body_refused_by_its_headers_is_not_read(
+def test_body_rejected_by_its_headers_is_not_read(
     small: Running, status: int, headers: bytes
 ) -> None:
     host, port = small.url.removeprefix("http://").split(":")
@@ -264,7 +264,7 @@ def test_a_large_body_refused_by_its_headers_is_not_read(
     assert b"connection: close" in answer.lower()
 
 
-def test_a_chunked_body_is_cut_off_when_it_grows_too_large(small: Running) -> None:
+def test_oversized_chunked_body_is_rejected_while_reading(small: Running) -> None:
     sent = 0
 
     def chunks() -> Any:
@@ -281,16 +281,16 @@ def test_a_chunked_body_is_cut_off_when_it_grows_too_large(small: Running) -> No
     assert sent < 50_000
 
 
-def test_a_slow_body_is_cut_off(hasty: Running) -> None:
-    host, port = hasty.url.removeprefix("http://").split(":")
+def test_slow_body_times_out_with_408(short_upload_timeout: Running) -> None:
+    host, port = short_upload_timeout.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_chunked_body_that_stalls_is_cut_off(hasty: Running) -> None:
-    host, port = hasty.url.removeprefix("http://").split(":")
+def test_stalled_chunked_body_times_out_with_408(short_upload_timeout: Running) -> None:
+    host, port = short_upload_timeout.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head + b"3\r\nabc\r\n")
@@ -298,13 +298,13 @@ def test_a_chunked_body_that_stalls_is_cut_off(hasty: Running) -> None:
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_what_never_fits_into_the_queue_is_422(small: Running) -> None:
+def test_request_larger_than_the_queue_is_422(small: Running) -> None:
     assert_problem(small.client.post("/attack?attack=pgd&steps=2", content=png()), 422)
     assert_problem(small.client.post("/predict", files=[("file", png())] * 5), 422)
     assert small.client.post("/predict", files=[("file", png())] * 4).status_code == 200
 
 
-def test_more_requests_than_can_be_computed_are_turned_away(small: Running) -> None:
+def test_requests_over_max_requests_get_429(small: Running) -> None:
     with gated(small.service) as gate, ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(httpx.post, f"{small.url}/predict", content=png()) for _ in range(2)]
         until(lambda: small.service.shares.slots == 2)
@@ -319,7 +319,7 @@ def test_more_requests_than_can_be_computed_are_turned_away(small: Running) -> N
     until(lambda: small.service.shares.slots == 0)  # given back after the answer
 
 
-def test_requests_that_wait_for_their_bodies_hold_no_place(small: Running) -> None:
+def test_requests_reading_their_bodies_hold_no_slot(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
     slow = [socket.create_connection((host, int(port))) for _ in range(20)]
@@ -336,7 +336,7 @@ def test_requests_that_wait_for_their_bodies_hold_no_place(small: Running) -> No
     until(lambda: small.service.in_flight.posts == 0)
 
 
-def test_requests_that_wait_for_a_job_hold_no_place(
+def test_requests_waiting_for_a_job_hold_no_slot(
     small: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_flight, shares, jobs = small.service.in_flight, small.service.shares, small.service.jobs
@@ -361,7 +361,7 @@ def test_requests_that_wait_for_a_job_hold_no_place(
         assert {item.result().status_code for item in asking} == {200}
 
 
-def test_what_stands_around_chunks_counts_as_body(small: Running) -> None:
+def test_chunk_extensions_count_toward_the_body_size(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=30) as connection:
@@ -381,7 +381,7 @@ def test_what_stands_around_chunks_counts_as_body(small: Running) -> None:
     assert answer == b"HTTP/1.1 413 "
 
 
-def test_bodies_in_hand_are_bounded_together(small: Running) -> None:
+def test_total_body_bytes_are_limited(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 19999\r\n\r\n")
@@ -395,12 +395,12 @@ def test_bodies_in_hand_are_bounded_together(small: Running) -> None:
     assert small.service.in_flight.bytes == 0
 
 
-def test_too_many_images_in_a_set(small: Running) -> None:
+def test_dataset_with_too_many_images_is_rejected(small: Running) -> None:
     body = assert_problem(small.client.post("/evaluate", files={"file": labeled(6)}), 422)
     assert body["errors"][0]["field"] == "file"
 
 
-def test_draining_takes_no_new_work(small: Running) -> None:
+def test_draining_service_rejects_new_work(small: Running) -> None:
     small.service.draining = True
     try:
         for method, path in (("POST", "/predict"), ("GET", "/readyz")):
@@ -443,7 +443,7 @@ def test_mutated_images_never_bring_a_5xx(
         assert_problem(response, response.status_code)
 
 
-def test_the_document_tells_of_every_error(running: Running) -> None:
+def test_openapi_lists_every_error(running: Running) -> None:
     document = running.client.get("/openapi.json").json()
     problem = document["components"]["schemas"]["Problem"]
     assert set(problem["properties"]) >= {"type", "title", "status", "detail", "errors"}

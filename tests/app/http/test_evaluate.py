@@ -1,4 +1,4 @@
-"""POST /evaluate and its jobs: the library's result, while predictions go on."""
+"""POST /evaluate and its jobs: the library's result, while predictions are served."""
 
 import json
 import time
@@ -62,7 +62,7 @@ def finish(running: Running, id: str) -> dict[str, Any]:
     return status(running, id)
 
 
-def test_the_result_is_the_librarys(running: Running, checkpoint: Path) -> None:
+def test_result_equals_the_librarys(running: Running, checkpoint: Path) -> None:
     job = start(running, labeled(30))
     assert (job["state"], job["images"]) == ("queued", 30)
     assert [attack["attack"] for attack in job["attacks"]] == ["fgsm", "pgd-2"]
@@ -74,7 +74,7 @@ def test_the_result_is_the_librarys(running: Running, checkpoint: Path) -> None:
     assert done["finished"] >= done["created"]
 
 
-def test_prefer_wait_answers_with_the_result(running: Running, checkpoint: Path) -> None:
+def test_prefer_wait_returns_the_result(running: Running, checkpoint: Path) -> None:
     response = running.client.post(
         "/evaluate",
         files={"file": labeled(10)},
@@ -86,7 +86,7 @@ def test_prefer_wait_answers_with_the_result(running: Running, checkpoint: Path)
     assert_same(response.json()["evaluation"], library_result(checkpoint, 10))
 
 
-def test_prefer_wait_gives_up_in_time(running: Running) -> None:
+def test_prefer_wait_times_out_with_202(running: Running) -> None:
     with gated(running.service):
         begun = time.monotonic()
         response = running.client.post(
@@ -97,12 +97,12 @@ def test_prefer_wait_gives_up_in_time(running: Running) -> None:
         running.client.delete(response.headers["Location"])
 
 
-def test_limit_scores_that_many(running: Running) -> None:
+def test_limit_sets_the_number_of_images(running: Running) -> None:
     done = finish(running, start(running, labeled(30), limit="7")["id"])
     assert done["images"] == done["evaluation"]["total"] == 7
 
 
-def test_predictions_get_through_while_an_evaluation_runs(running: Running) -> None:
+def test_predictions_are_served_during_an_evaluation(running: Running) -> None:
     job = start(running, labeled(300), attack="pgd-40")
     until(lambda: status(running, job["id"])["state"] == "running")
     for seed in range(5):
@@ -125,7 +125,7 @@ def test_cancelling_stops_at_the_next_step(running: Running) -> None:
     assert status(running, job["id"])["state"] == "cancelled"
 
 
-def test_what_has_ended_can_be_forgotten(running: Running) -> None:
+def test_finished_job_can_be_deleted(running: Running) -> None:
     done = finish(running, start(running, labeled(10))["id"])
     assert running.client.delete(f"/evaluate/{done['id']}").json() == done
     assert running.client.get(f"/evaluate/{done['id']}").status_code == 404
@@ -144,7 +144,7 @@ def events(running: Running, id: str) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def test_events_tell_progress_and_the_end(running: Running, checkpoint: Path) -> None:
+def test_events_report_progress_and_the_result(running: Running, checkpoint: Path) -> None:
     with gated(running.service) as gate:
         job = start(running, labeled(250), attack="fgsm")
         gate.open.set()
@@ -164,7 +164,7 @@ def test_events_tell_progress_and_the_end(running: Running, checkpoint: Path) ->
     assert [name for name, _ in events(running, job["id"])] == ["done"]  # a late watcher
 
 
-def test_a_watcher_sees_the_end_also_when_it_comes_while_it_is_busy(running: Running) -> None:
+def test_slow_watcher_still_sees_the_end(running: Running) -> None:
     async def seen(id: str, gate: Gate) -> list[str]:
         jobs = running.service.jobs
         states = []
@@ -182,7 +182,9 @@ def test_a_watcher_sees_the_end_also_when_it_comes_while_it_is_busy(running: Run
     assert states == ["running", "done"]
 
 
-def test_one_client_watches_only_so_many(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_streams_per_client_are_limited(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shares = running.service.shares
     monkeypatch.setattr(shares, "client_slots", 1)
     with gated(running.service):
@@ -207,7 +209,7 @@ def test_events_of_a_cancelled_job_end(running: Running) -> None:
         assert [name for name, _ in events(running, job["id"])] == ["cancelled"]
 
 
-def test_jobs_are_bounded_and_expire(checkpoint: Path) -> None:
+def test_jobs_are_limited_and_expire(checkpoint: Path) -> None:
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", max_jobs=2, job_expiry_seconds=0.2
     )
@@ -222,7 +224,7 @@ def test_jobs_are_bounded_and_expire(checkpoint: Path) -> None:
         assert running.client.post("/evaluate", files={"file": labeled(10)}).status_code == 202
 
 
-def test_a_registered_set_is_known_by_name(checkpoint: Path, tmp_path: Path) -> None:
+def test_registered_dataset_is_evaluated_by_name(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sets"
     folder.mkdir()
     (folder / "held-out.npz").write_bytes(labeled(20))
@@ -244,7 +246,7 @@ def test_a_registered_set_is_known_by_name(checkpoint: Path, tmp_path: Path) -> 
             assert "secret" not in response.text
 
 
-def test_a_failed_evaluation_says_so_and_tells_nothing(running: Running) -> None:
+def test_failed_evaluation_reveals_no_details(running: Running) -> None:
     class Broken:
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("a secret path /root")
@@ -271,7 +273,7 @@ def test_a_failed_evaluation_says_so_and_tells_nothing(running: Running) -> None
     ],
     ids="empty text no-images lengths too-high negative nan truncated".split(),
 )
-def test_unusable_sets(running: Running, data: bytes) -> None:
+def test_unusable_datasets_are_rejected(running: Running, data: bytes) -> None:
     response = running.client.post("/evaluate", files={"file": data})
     assert response.status_code == 422, response.text
     (error,) = response.json()["errors"]
@@ -279,7 +281,7 @@ def test_unusable_sets(running: Running, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("labels", [[3], [3, 3], [0, 9]])
-def test_page_terminal_and_library_answer_alike(
+def test_http_command_line_and_library_agree(
     labels: list[int], running: Running, checkpoint: Path, tmp_path: Path
 ) -> None:
     """One image, one class, and fewer classes than the model knows, without their names."""
@@ -306,7 +308,7 @@ def test_page_terminal_and_library_answer_alike(
                 assert mine[name] == theirs[name]
 
 
-def test_a_class_that_the_model_lacks_is_refused_everywhere(
+def test_unknown_class_is_rejected_everywhere(
     running: Running, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, path = pixels(0, 1), tmp_path / "eleven.npz"

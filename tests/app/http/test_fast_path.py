@@ -1,4 +1,4 @@
-"""The short way to POST /predict, and what still takes the long one."""
+"""The fast path to POST /predict, and the requests that take the full stack."""
 
 import asyncio
 
@@ -41,11 +41,11 @@ def ask(method: str, path: str) -> httpx.Response:
     return asyncio.run(asked())
 
 
-def test_its_requests_are_answered_by_the_route() -> None:
+def test_fast_path_calls_the_route() -> None:
     assert ask("POST", "/predict").text == "short /predict"
 
 
-def test_its_errors_are_problems() -> None:
+def test_fast_path_errors_are_problem_json() -> None:
     answer = ask("POST", "/predict?a=b")
     assert (answer.status_code, answer.json()["detail"]) == (400, "told")
 
@@ -53,11 +53,11 @@ def test_its_errors_are_problems() -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/predict"), ("POST", "/predict/"), ("POST", "/root/predict")]
 )
-def test_others_take_the_long_way(method: str, path: str) -> None:
+def test_other_requests_take_the_full_stack(method: str, path: str) -> None:
     assert ask(method, path).text == "long"
 
 
-def test_predictions_take_it() -> None:
+def test_predictions_take_the_fast_path() -> None:
     app = create_app(Settings())
     (route,) = (item.kwargs["route"] for item in app.user_middleware if "route" in item.kwargs)
     assert isinstance(route, APIRoute)

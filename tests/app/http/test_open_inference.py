@@ -1,4 +1,4 @@
-"""The Open Inference Protocol answers what /predict answers, in its own words."""
+"""The Open Inference Protocol gives the results of /predict in its own format."""
 
 import json
 import struct
@@ -50,7 +50,7 @@ def error(response: httpx.Response, status: int) -> str:
 
 @pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
 @pytest.mark.parametrize("flat", [True, False])
-def test_the_answer_is_the_librarys(
+def test_response_equals_the_librarys_logits(
     running: Running, checkpoint: Any, datatype: str, flat: bool
 ) -> None:
     images = pixels(3, n=3)
@@ -79,7 +79,7 @@ def test_float_images_are_not_rounded(running: Running, checkpoint: Any) -> None
     assert float((got - exact).abs().max()) < 0.1 * float((rounded - exact).abs().max())
 
 
-def test_bytes_and_floats_share_a_batch(running: Running, checkpoint: Any) -> None:
+def test_uint8_and_float_images_share_a_batch(running: Running, checkpoint: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     kinds = ["UINT8", "UINT8", "FP32", "UINT8"]
@@ -100,7 +100,7 @@ def test_bytes_and_floats_share_a_batch(running: Running, checkpoint: Any) -> No
 
 
 @pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
-def test_tensors_as_binary_data(running: Running, checkpoint: Any, datatype: str) -> None:
+def test_binary_tensor_data(running: Running, checkpoint: Any, datatype: str) -> None:
     images = pixels(7, n=2)
     values = images if datatype == "UINT8" else to_float(images)
     raw = values.numpy().tobytes()
@@ -136,7 +136,7 @@ def test_tensors_as_binary_data(running: Running, checkpoint: Any, datatype: str
     assert names == [CLASSES[i] for i in index["data"]]
 
 
-def test_the_server_and_its_model(running: Running) -> None:
+def test_server_and_model_metadata(running: Running) -> None:
     sha256 = running.service.models.current.sha256
     get = running.client.get
     assert get("/v2").json()["extensions"] == ["binary_tensor_data"]
@@ -201,7 +201,7 @@ WRONG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("body", "told"), WRONG, ids=lambda value: str(value)[-40:])
-def test_what_makes_no_sense_is_told_in_the_protocols_form(
+def test_invalid_requests_get_the_protocols_error_format(
     running: Running, body: Any, told: str
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -212,7 +212,7 @@ def test_what_makes_no_sense_is_told_in_the_protocols_form(
 
 
 @pytest.mark.parametrize("item", [b"0", b"[]", b"{}", b'""'])
-def test_more_values_than_the_largest_request_has_are_not_even_parsed(
+def test_too_many_values_are_rejected_before_parsing(
     running: Running, monkeypatch: pytest.MonkeyPatch, item: bytes
 ) -> None:
     monkeypatch.setattr(codec, "from_json", None)
@@ -221,13 +221,13 @@ def test_more_values_than_the_largest_request_has_are_not_even_parsed(
     assert "at most 196608 numbers" in error(running.client.post(INFER, content=content), 400)
 
 
-def test_the_largest_request_in_nested_json_is_answered(running: Running) -> None:
+def test_largest_request_in_nested_json_is_answered(running: Running) -> None:
     answer = infer(running, inputs=[tensor(pixels(n=64), flat=False)], outputs=[{"name": "index"}])
     assert answer["outputs"][0]["shape"] == [64]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 2.0])
-def test_floats_as_binary_data_are_looked_at_too(running: Running, value: float) -> None:
+def test_binary_floats_are_checked(running: Running, value: float) -> None:
     raw = np.full(3072, value, "<f4").tobytes()
     head = NO_DATA | {"datatype": "FP32", "parameters": {"binary_data_size": len(raw)}}
     text = json.dumps({"inputs": [head]}).encode()
@@ -237,7 +237,7 @@ def test_floats_as_binary_data_are_looked_at_too(running: Running, value: float)
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "²", "99999999", "9" * 20])
-def test_a_wrong_length_of_the_json(running: Running, length: str) -> None:
+def test_wrong_json_length_is_rejected(running: Running, length: str) -> None:
     headers = {"Inference-Header-Content-Length": length.encode("latin-1")}
     error(running.client.post(INFER, content=b"{}", headers=headers), 400)
 
@@ -250,16 +250,18 @@ def test_a_wrong_length_of_the_json(running: Running, length: str) -> None:
         ("GET", INFER, 405),
     ],
 )
-def test_other_addresses(running: Running, method: str, path: str, status: int) -> None:
+def test_unknown_paths_get_the_protocols_error_format(
+    running: Running, method: str, path: str, status: int
+) -> None:
     error(running.client.request(method, path), status)
 
 
-def test_below_another_address_errors_are_problems(running: Running) -> None:
+def test_paths_outside_v2_get_problem_json(running: Running) -> None:
     response = running.client.get("/v2x")
     assert response.headers["Content-Type"] == "application/problem+json"
 
 
-def test_limits_hold_here_too(checkpoint: Any) -> None:
+def test_limits_apply_to_the_protocol(checkpoint: Any) -> None:
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", api_keys="key", queue_limit=2,
         client_share=1.0,
@@ -286,7 +288,7 @@ def test_limits_hold_here_too(checkpoint: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["classification", "class_count"])
-def test_a_class_count_gives_the_likeliest_as_text(name: str, running: Running) -> None:
+def test_classification_parameter_returns_top_classes_as_text(name: str, running: Running) -> None:
     asked: list[dict[str, Any]] = [{"name": "probabilities", "parameters": {name: 2}}]
     body = {"inputs": [tensor(pixels(n=2))], "outputs": [*asked, {"name": "index"}]}
     top, index = running.client.post(INFER, json=body).json()["outputs"]

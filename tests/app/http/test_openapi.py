@@ -1,4 +1,4 @@
-"""The OpenAPI document: every route, every status and its example are what the service answers."""
+"""The OpenAPI document: its routes, statuses and examples match the service."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def check(value: Any, schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "operation"), OPERATIONS)
-def test_every_answer_has_an_example_that_fits(
+def test_every_response_has_a_valid_example(
     method: str, path: str, operation: dict[str, Any]
 ) -> None:
     for status, response in operation["responses"].items():
@@ -52,13 +52,13 @@ def test_operations_are_complete(method: str, path: str, operation: dict[str, An
 
 
 @pytest.mark.parametrize("path", ["/predict", "/attack", "/evaluate"])
-def test_swagger_shows_a_picker_for_files(path: str) -> None:
+def test_swagger_shows_a_file_picker(path: str) -> None:
     form = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["multipart/form-data"]
     file = form["schema"]["properties"]["file"]
     assert {"type": "string", "format": "binary"} in (file, file.get("items"))
 
 
-def test_the_example_of_tensors_is_answered(running: Running) -> None:
+def test_open_inference_example_is_answered(running: Running) -> None:
     path = "/v2/models/robust/infer"
     body = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     check(body["example"], body["schema"])
@@ -66,7 +66,7 @@ def test_the_example_of_tensors_is_answered(running: Running) -> None:
     assert response.status_code == 200, response.text
 
 
-def test_what_is_answered_fits_the_document(running: Running) -> None:
+def test_responses_match_the_schema(running: Running) -> None:
     client = running.client
     job = client.post("/evaluate?attack=fgsm", files={"file": labeled(5)})
     id = job.json()["id"]

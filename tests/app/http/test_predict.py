@@ -1,4 +1,4 @@
-"""POST /predict answers what the library answers."""
+"""POST /predict gives the library's results."""
 
 import io
 
@@ -41,7 +41,7 @@ def test_one_image(running: Running, checkpoint, data: bytes, way: str) -> None:
     assert body["model_sha256"] == load_checkpoint(checkpoint).sha256
 
 
-def test_several_images_answer_as_each_alone(running: Running) -> None:
+def test_several_images_give_the_same_results_as_each_alone(running: Running) -> None:
     images = [png(seed) for seed in range(5)]
     together = running.client.post("/predict", files=[("file", data) for data in images]).json()
     assert [result["image"] for result in together["results"]] == [0, 1, 2, 3, 4]
@@ -52,14 +52,14 @@ def test_several_images_answer_as_each_alone(running: Running) -> None:
     assert len({result["probability"] for result in together["results"]}) == 5
 
 
-def test_fewer_classes_are_named_when_asked(running: Running) -> None:
+def test_top_k_limits_the_classes(running: Running) -> None:
     response = running.client.post("/predict?top_k=2", content=png())
     assert len(response.json()["results"][0]["top"]) == 2
     response = running.client.post("/predict?top_k=1000", content=png())
     assert len(response.json()["results"][0]["top"]) == len(CLASSES)
 
 
-def test_requests_that_wait_share_a_batch(running: Running) -> None:
+def test_queued_requests_share_a_batch(running: Running) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with gated(running.service) as gate, ThreadPoolExecutor(8) as pool:
@@ -80,7 +80,7 @@ def queued(running: Running) -> float:
     return value("robust_queued_forwards", {"kind": "predict"}) or 0
 
 
-def test_orientation_of_a_photograph_is_applied(running: Running, checkpoint) -> None:
+def test_exif_orientation_is_applied(running: Running, checkpoint) -> None:
     image = Image.open(io.BytesIO(jpeg(3)))
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,7 @@
-"""Reports are made in a thread of their own, one at a time, once for all, and for nobody else."""
+"""Reports are rendered one at a time in a thread and shared between requests.
+
+A report that no client waits for is dropped.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ async def begun(maker: Maker, count: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_what_nobody_waits_for_any_more_is_not_begun(maker: Maker) -> None:
+def test_cancelled_reports_are_not_started(maker: Maker) -> None:
     async def ask() -> list[bytes]:
         reports = Reports()
         asking = [asyncio.create_task(reports.get(job(f"{i}"), MODEL, pdf=True)) for i in range(24)]
@@ -72,7 +75,7 @@ def test_what_nobody_waits_for_any_more_is_not_begun(maker: Maker) -> None:
     assert maker.most_at_once == 1
 
 
-def test_a_report_is_made_once_for_all_who_ask_and_kept(maker: Maker) -> None:
+def test_report_is_rendered_once_and_cached(maker: Maker) -> None:
     async def ask() -> None:
         reports = Reports()
         asking = [asyncio.create_task(reports.get(job("a"), MODEL, pdf=False)) for _ in range(5)]

@@ -67,7 +67,7 @@ def evaluation() -> Evaluation:
     )
 
 
-def test_a_result_reads_back_what_it_wrote() -> None:
+def test_result_round_trips_through_json() -> None:
     whole = evaluation()
     again = Evaluation.from_dict(json.loads(json.dumps(whole.to_dict())))
     assert again == whole
@@ -78,7 +78,7 @@ def test_a_result_reads_back_what_it_wrote() -> None:
     assert whole.to_dict()["results"][2]["random_start"] is False
 
 
-def test_http_answers_with_the_same_fields() -> None:
+def test_http_response_has_the_same_fields() -> None:
     values = evaluation().to_dict() | {"done": 1.0}
     answer = EvaluationResult.model_validate(values, extra="forbid").model_dump(mode="json")
     clean, *attacks = values["results"]
@@ -87,7 +87,7 @@ def test_http_answers_with_the_same_fields() -> None:
     assert answer == json.loads(json.dumps(values | {"results": [clean | nothing, *attacks]}))
 
 
-def test_results_of_before_a_field_was_renamed_are_read() -> None:
+def test_results_from_before_a_field_was_renamed_are_read() -> None:
     values = evaluation().to_dict() | {"done": 1.0}
     for result in values["results"]:
         result["unheld"] = result.pop("unconfirmed")

@@ -1,4 +1,4 @@
-"""What the service tells of itself."""
+"""Model card, probes, logs and metrics."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from robust.checkpoint import load_checkpoint
 from tests.support.serving import CLASSES, Running, labeled, png, serving, until
 
 
-def test_the_card_is_the_sidecars(running: Running, checkpoint) -> None:
+def test_model_card_is_the_sidecar(running: Running, checkpoint) -> None:
     card = running.client.get("/model").json()
     loaded = load_checkpoint(checkpoint)
     assert card["sha256"] == loaded.sha256
@@ -27,7 +27,7 @@ def test_probes(running: Running) -> None:
 
 
 @pytest.mark.parametrize(("device", "warned"), [("auto", True), ("cpu", False)])
-def test_the_log_names_the_device_and_a_gpu_that_can_not_be_used(
+def test_log_names_the_device_and_an_unusable_gpu(
     checkpoint: Path,
     device: str,
     warned: bool,
@@ -42,7 +42,7 @@ def test_the_log_names_the_device_and_a_gpu_that_can_not_be_used(
     assert ("its driver too old" in messages) == warned
 
 
-def test_a_dead_device_thread_fails_the_probes(checkpoint) -> None:
+def test_dead_engine_thread_fails_the_probes(checkpoint) -> None:
     with serving(Settings(checkpoint=checkpoint, threads=1, device="cpu")) as running:
         import asyncio
 
@@ -60,7 +60,7 @@ def test_a_dead_device_thread_fails_the_probes(checkpoint) -> None:
         assert running.client.post("/predict", content=png()).status_code == 503
 
 
-def test_the_documentation_needs_nothing_from_outside(running: Running) -> None:
+def test_docs_page_needs_no_network(running: Running) -> None:
     response = running.client.get("/docs")
     links = re.findall(r'(?:src|href)="([^"]+)"', response.text)
     assert len(links) == 4  # its assets, and back to the playground
@@ -76,7 +76,7 @@ def metrics(running: Running) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def test_metrics_count_what_happens(running: Running) -> None:
+def test_metrics_count_requests_and_work(running: Running) -> None:
     before = metrics(running)
     running.client.post("/predict", files=[("file", png(1)), ("file", png(2))])
     running.client.post("/attack?attack=fgsm", content=png())
@@ -108,7 +108,7 @@ def test_metrics_count_what_happens(running: Running) -> None:
     assert not any("unknown/path" in name for name in after)
 
 
-def test_an_idle_service_reports_a_wait_of_zero_and_the_threads_it_was_given(
+def test_metrics_of_an_idle_service_report_zero_wait_and_the_thread_count(
     checkpoint: Path,
 ) -> None:
     with serving(Settings(checkpoint=checkpoint, threads=3, device="cpu")) as running:

@@ -1,4 +1,4 @@
-"""Hosts that are ours, pages of other origins, proxies, HEAD, and evaluations of other keys."""
+"""Allowed hosts, other origins, proxies, HEAD, and evaluations of other keys."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def local(checkpoint: Path) -> Iterator[Running]:
         ("localhost:8000@evil.example", False), ("127.0.0.1:80:90", False), ("localhost, x", False),
     ],
 )  # fmt: skip
-def test_hosts_of_this_machine(host: str, allowed: bool) -> None:
+def test_only_loopback_hosts_are_allowed(host: str, allowed: bool) -> None:
     try:
         check_host({b"host": host.encode()}, LOOPBACK_HOSTS)
     except UnknownHost:
@@ -77,7 +77,7 @@ def test_hosts_of_this_machine(host: str, allowed: bool) -> None:
         ("POST", {"origin": "https://friend.example", "sec-fetch-site": "cross-site"}, True),
     ],
 )
-def test_pages_of_elsewhere_change_nothing(
+def test_cross_origin_writes_are_rejected(
     method: str, headers: dict[str, str], allowed: bool
 ) -> None:
     fields = {"host": "here:8000"} | headers
@@ -90,7 +90,7 @@ def test_pages_of_elsewhere_change_nothing(
         assert allowed
 
 
-def test_a_foreign_page_is_refused_and_told_no_model(local: Running) -> None:
+def test_rejected_origin_or_host_gets_no_model_header(local: Running) -> None:
     for headers, status in (
         ({"Origin": "https://evil.example"}, 403),
         ({"Host": "evil.example"}, 400),
@@ -113,7 +113,7 @@ def test_probes_work_with_any_host_and_name_no_model(local: Running, path: str) 
     assert "X-Model-SHA256" in local.client.get(path).headers
 
 
-def test_the_prefix_alone_is_the_page(checkpoint: Path) -> None:
+def test_bare_prefix_serves_the_page(checkpoint: Path) -> None:
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", api_keys="key", root_path="/robust"
     )
@@ -138,7 +138,7 @@ def test_bodies_of_other_methods_than_post_are_dropped(running: Running) -> None
         running.client.delete(f"/evaluate/{id}")
 
 
-def test_redirects_stay_here(running: Running) -> None:
+def test_redirects_stay_on_the_host(running: Running) -> None:
     response = running.client.get("/docs/", headers={"Host": "evil.example"})
     assert response.status_code == 307
     assert response.headers["Location"] == "/docs"
@@ -151,7 +151,7 @@ def test_redirects_stay_here(running: Running) -> None:
     ["/", "/docs", "/openapi.json", "/livez", "/readyz", "/model", "/limits", "/metrics",
      "/evaluate", "/v2", "/v2/health/live", "/v2/models/robust", "/playground/page.css"],
 )  # fmt: skip
-def test_head_answers_as_get_does(running: Running, path: str) -> None:
+def test_head_matches_get(running: Running, path: str) -> None:
     got, head = running.client.get(path), running.client.head(path)
     assert head.status_code == got.status_code
     assert head.content == b""
@@ -161,7 +161,7 @@ def test_head_answers_as_get_does(running: Running, path: str) -> None:
     }
 
 
-def test_head_of_what_streams_ends_at_once(running: Running) -> None:
+def test_head_of_an_event_stream_ends_at_once(running: Running) -> None:
     job = running.client.post("/evaluate?attack=pgd-100", content=labeled(100)).json()["id"]
     head = running.client.head(f"/evaluate/{job}/events")
     assert head.headers["Content-Type"].startswith("text/event-stream")
@@ -171,7 +171,7 @@ def test_head_of_what_streams_ends_at_once(running: Running) -> None:
     assert running.client.head("/predict").status_code == 405
 
 
-def test_who_has_no_key_is_told_no_model(shared: Running) -> None:
+def test_response_without_a_key_has_no_model_header(shared: Running) -> None:
     response = shared.client.get("/model")
     assert_problem(response, 401)
     assert "X-Model-SHA256" not in response.headers
@@ -195,7 +195,7 @@ def test_evaluations_belong_to_the_key_that_started_them(shared: Running) -> Non
     assert ask("DELETE", "admin", f"/evaluate/{first}").status_code == 200
 
 
-def test_behind_a_prefix_everything_works(running: Running) -> None:
+def test_service_works_behind_a_path_prefix(running: Running) -> None:
     prefix = {"X-Forwarded-Prefix": "/lab/robust"}
     response = running.client.post(
         "/evaluate?attack=fgsm", content=labeled(3, seed=5), headers=prefix
@@ -215,7 +215,7 @@ def test_behind_a_prefix_everything_works(running: Running) -> None:
         assert odd.headers["Location"] == "/docs"
 
 
-def test_only_trusted_proxies_say_who_asks(checkpoint: Path) -> None:
+def test_forwarded_headers_need_a_trusted_proxy(checkpoint: Path) -> None:
     settings = Settings(
         checkpoint=checkpoint, threads=1, device="cpu", trusted_proxies="10.0.0.0/8", root_path="/r"
     )
@@ -225,7 +225,7 @@ def test_only_trusted_proxies_say_who_asks(checkpoint: Path) -> None:
         assert response.headers["Location"] == "/r/docs"
 
 
-def test_a_client_is_an_address_or_a_network_of_ipv6() -> None:
+def test_client_is_an_ipv4_address_or_an_ipv6_64_network() -> None:
     found = [client_address({"client": (host, 1)}) for host in ("192.0.2.1", "2001:db8::1", "x:y")]
     assert found == ["192.0.2.1", "2001:db8::/64", "x:y"]
     mapped = {client_address({"client": (f"::ffff:192.0.2.{n}", 1)}) for n in (1, 2)}
@@ -245,7 +245,7 @@ def test_hosts_and_origins_are_compared_as_browsers_send_them() -> None:
 
 @pytest.mark.parametrize("name", ["api_keys", "admin_keys", "allowed_hosts", "cors_origins"])
 @pytest.mark.parametrize("value", [" ", ",", " , "])
-def test_a_list_of_nothing_turns_no_protection_off(name: str, value: str) -> None:
+def test_empty_list_disables_no_protection(name: str, value: str) -> None:
     with pytest.raises(ValueError, match="at least one value"):
         Settings(**{name: value})  # type: ignore[arg-type]
 
@@ -265,5 +265,5 @@ def test_a_list_of_nothing_turns_no_protection_off(name: str, value: str) -> Non
         ("/attack", {"restarts": "0x1"}),
     ],
 )
-def test_numbers_have_ascii_digits(running: Running, path: str, query: dict[str, str]) -> None:
+def test_numbers_must_be_plain_ascii(running: Running, path: str, query: dict[str, str]) -> None:
     assert_problem(running.client.post(path, content=png(), params=query), 422)

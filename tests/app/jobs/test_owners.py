@@ -1,4 +1,4 @@
-"""Who sees which evaluation: each belongs to the owner that asked for it."""
+"""Each evaluation is visible only to the owner that requested it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_owners(running: Running) -> None:
             running.begin(jobs.delete(id)).result(30)
 
 
-def test_a_job_is_seen_by_its_owner_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_job_is_visible_only_to_its_owner(checkpoint: Path, tmp_path: Path) -> None:
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", jobs=tmp_path / "jobs")
     with serving(settings) as running:
         check_owners(running)

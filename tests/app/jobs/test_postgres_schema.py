@@ -1,4 +1,4 @@
-"""The tables in PostgreSQL: made once, upgraded, and taken back to those of an older release."""
+"""The PostgreSQL schema: created once, upgraded and downgraded."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ async def prepare(*urls: str) -> None:
             await database.close()
 
 
-def test_replicas_that_start_at_once_make_the_tables_once(postgres: PrivatePostgres) -> None:
+def test_replicas_starting_together_create_the_tables_once(postgres: PrivatePostgres) -> None:
     url = postgres.database()
     asyncio.run(prepare(url, url, url, url))
     assert run(url, "SELECT version FROM robust_version") == [(VERSION,)]
     assert "ERROR" not in postgres.log()
 
 
-def taken_back(url: str, monkeypatch: pytest.MonkeyPatch, to: int = 1) -> Result:
+def downgrade(url: str, monkeypatch: pytest.MonkeyPatch, to: int = 1) -> Result:
     """What `robust migrate --to 1` says."""
     monkeypatch.setenv("ROBUST_DATABASE_URL", url)
     return CliRunner().invoke(migrate, ["--to", str(to)])
 
 
-def test_from_the_first_release_to_this_one_and_back(
+def test_upgrade_from_the_first_release_and_downgrade(
     postgres: PrivatePostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = postgres.database()
@@ -94,7 +94,7 @@ def test_from_the_first_release_to_this_one_and_back(
     assert run(url, "SELECT state, run, lost_by FROM evaluations") == [("queued", 7, [])]
     assert run(url, "SELECT content FROM images") == [(b"pixels",)]
     run(url, """UPDATE evaluations SET about = '{"dataset": "x", "owner": "me"}'""")
-    assert taken_back(url, monkeypatch).output == f"version {VERSION} -> 1\n"
+    assert downgrade(url, monkeypatch).output == f"version {VERSION} -> 1\n"
     assert shape(url) == before
     assert run(url, "SELECT version FROM robust_version") == [(1,)]
     # The first release queues an evaluation without a task by itself, and knows no owners.
@@ -105,7 +105,7 @@ def test_from_the_first_release_to_this_one_and_back(
     assert run(url, "SELECT content FROM images") == [(b"pixels",)]
 
 
-def test_an_upgraded_database_is_as_a_new_one(postgres: PrivatePostgres) -> None:
+def test_upgraded_schema_equals_a_new_one(postgres: PrivatePostgres) -> None:
     old, new = postgres.database(), postgres.database()
     run(old, FIRST_RELEASE.read_text())
     run(old, "INSERT INTO robust_version VALUES (1)")
@@ -114,19 +114,19 @@ def test_an_upgraded_database_is_as_a_new_one(postgres: PrivatePostgres) -> None
     assert upgraded == shape(new)
 
 
-def test_new_tables_can_not_be_taken_back_to_a_release_that_would_lack_its_own(
+def test_downgrade_past_the_creating_release_is_rejected(
     postgres: PrivatePostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = postgres.database()
     asyncio.run(prepare(url))
-    refused = taken_back(url, monkeypatch)
+    refused = downgrade(url, monkeypatch)
     assert refused.exit_code == 2
     assert "not created as version 1" in refused.output
-    assert taken_back(url, monkeypatch, to=VERSION).output == f"version {VERSION}\n"
+    assert downgrade(url, monkeypatch, to=VERSION).output == f"version {VERSION}\n"
     assert run(url, "SELECT version FROM robust_version") == [(VERSION,)]
 
 
 @pytest.mark.parametrize(("have", "want"), [(VERSION + 1, VERSION), (1, 0), (1, VERSION + 1)])
-def test_versions_that_are_not_known_are_refused(have: int, want: int) -> None:
+def test_unknown_schema_versions_are_rejected(have: int, want: int) -> None:
     with pytest.raises(SchemaError, match=r"version"):
         script(have, want)

@@ -1,4 +1,4 @@
-"""Evaluation jobs in PostgreSQL: any replica answers, and what one loses goes on at another."""
+"""Evaluation jobs in PostgreSQL: any replica serves them, and another resumes what one loses."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def events(running: Running, id: str) -> list[str]:
     return [line.removeprefix("event: ") for line in lines if line.startswith("event:")]
 
 
-def test_any_replica_answers_for_any_job(pair: Pair) -> None:
+def test_any_replica_serves_any_job(pair: Pair) -> None:
     one, other = pair
     job = submit(one, 12, curve="6")
     assert other.client.get(f"/evaluate/{job['id']}").json()["id"] == job["id"]
@@ -107,7 +107,7 @@ def test_any_replica_answers_for_any_job(pair: Pair) -> None:
     assert one.client.get("/evaluate").json() == []
 
 
-def test_the_same_again_is_one_job_wherever_it_is_sent(pair: Pair) -> None:
+def test_identical_requests_to_any_replica_share_one_job(pair: Pair) -> None:
     one, other = pair
     with both_gated(pair):
         first = submit(one, 13)
@@ -143,7 +143,7 @@ def forget_all(pair: Pair) -> None:
     assert pair[0].client.get("/evaluate").json() == []
 
 
-def test_a_job_is_cancelled_at_another_replica(pair: Pair, settings: Settings) -> None:
+def test_job_can_be_cancelled_at_another_replica(pair: Pair, settings: Settings) -> None:
     with both_gated(pair) as gates:
         job = submit(pair[0], 17)
         runner, asked, gate, _ = running_at(pair, gates)
@@ -174,7 +174,7 @@ def undisturbed(running: Running, n: int) -> tuple[dict[str, Any], int]:
     return without_seconds(job["evaluation"]), gate.calls
 
 
-def test_a_lost_replicas_job_goes_on_where_it_was(
+def test_job_of_a_lost_replica_resumes_elsewhere(
     settings: Settings, postgres: PrivatePostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared.SharedStore, "journal_seconds", 0.0)
@@ -228,7 +228,7 @@ def store(running: Running) -> shared.SharedStore:
     return found
 
 
-def test_a_replica_that_ends_hands_its_job_over_at_once(
+def test_stopping_replica_hands_its_job_over_at_once(
     settings: Settings, postgres: PrivatePostgres
 ) -> None:
     url = SecretStr(postgres.database())
@@ -253,7 +253,7 @@ def test_a_replica_that_ends_hands_its_job_over_at_once(
     assert query(own, "SELECT lost_by FROM evaluations WHERE key IS NULL") == [([],)]
 
 
-def test_what_can_not_be_done_fails_and_says_why(pair: Pair, settings: Settings) -> None:
+def test_impossible_job_fails_with_a_reason(pair: Pair, settings: Settings) -> None:
     with both_gated(pair) as gates:
         unserved, deadly, damaged = (submit(pair[0], n)["id"] for n in (20, 21, 22))
         until(lambda: gates[0].waiting and gates[1].waiting)
@@ -276,7 +276,7 @@ def test_what_can_not_be_done_fails_and_says_why(pair: Pair, settings: Settings)
     forget_all(pair)
 
 
-def test_images_come_back_as_they_were_in_parts(
+def test_images_stored_in_parts_are_read_back(
     pair: Pair, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_rows, "PART_BYTES", 5000)
@@ -292,7 +292,7 @@ def test_images_come_back_as_they_were_in_parts(
     forget_all(pair)
 
 
-def test_what_is_finished_expires(pair: Pair, settings: Settings) -> None:
+def test_finished_jobs_expire(pair: Pair, settings: Settings) -> None:
     id = finish(pair[0], submit(pair[0], 24)["id"])["id"]
     query(settings, "UPDATE evaluations SET finished = finished - interval '2h'")
     assert pair[1].client.get(f"/evaluate/{id}").status_code == 404
@@ -302,7 +302,7 @@ def test_what_is_finished_expires(pair: Pair, settings: Settings) -> None:
     forget_all(pair)
 
 
-def test_bytes_are_bounded_for_all(pair: Pair, settings: Settings) -> None:
+def test_stored_bytes_are_limited_across_replicas(pair: Pair, settings: Settings) -> None:
     with both_gated(pair):
         submit(pair[0], 25)
         query(settings, f"UPDATE evaluations SET bytes = {settings.jobs_bytes - 1000}")
@@ -313,7 +313,7 @@ def test_bytes_are_bounded_for_all(pair: Pair, settings: Settings) -> None:
     forget_all(pair)
 
 
-def test_predictions_go_on_without_postgresql(
+def test_predictions_continue_without_postgresql(
     pair: Pair, settings: Settings, postgres: PrivatePostgres
 ) -> None:
     expected = expected_result(pair, 27)
@@ -344,7 +344,7 @@ def test_predictions_go_on_without_postgresql(
     forget_all(pair)
 
 
-def test_a_replica_starts_without_postgresql(checkpoint: Path) -> None:
+def test_replica_starts_without_postgresql(checkpoint: Path) -> None:
     settings = Settings(
         checkpoint=checkpoint,
         threads=1,
@@ -356,7 +356,7 @@ def test_a_replica_starts_without_postgresql(checkpoint: Path) -> None:
         assert running.client.get("/evaluate").status_code == 503
 
 
-def test_an_address_that_is_none_is_told_without_its_password() -> None:
+def test_invalid_database_url_is_reported_without_its_password() -> None:
     with pytest.raises(ValueError, match="ROBUST_DATABASE_URL") as caught:
         Database("postgresql://me:secret@host/x?nonsense=1", Metrics().store_up)
     assert "secret" not in str(caught.value)
@@ -371,7 +371,7 @@ def upkeep(running: Running) -> None:
         running.begin(store(running)._maintenance.once()).result(30)
 
 
-def test_an_outage_is_nobodys_loss(
+def test_database_outage_marks_no_replica_lost(
     pair: Pair, settings: Settings, postgres: PrivatePostgres
 ) -> None:
     with both_gated(pair) as gates:
@@ -395,7 +395,7 @@ def test_an_outage_is_nobodys_loss(
     forget_all(pair)
 
 
-def test_an_evaluation_that_ends_during_an_outage_is_kept(
+def test_result_finished_during_an_outage_is_kept(
     pair: Pair, settings: Settings, postgres: PrivatePostgres
 ) -> None:
     with both_gated(pair) as gates:
@@ -413,7 +413,7 @@ def test_an_evaluation_that_ends_during_an_outage_is_kept(
     forget_all(pair)
 
 
-def test_a_replica_that_reports_again_was_not_lost(pair: Pair, settings: Settings) -> None:
+def test_replica_that_heartbeats_again_is_not_lost(pair: Pair, settings: Settings) -> None:
     with both_gated(pair) as gates:
         submit(pair[0], 33)
         runner, other, _, _ = running_at(pair, gates)
@@ -452,7 +452,7 @@ def forget_all_active(pair: Pair) -> None:
     forget_all(pair)
 
 
-def test_a_check_of_the_tables_that_fails_does_not_shut_out_requests(
+def test_failed_schema_check_does_not_block_requests(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, database = pair[0], store(pair[0])._database
@@ -467,7 +467,9 @@ def test_a_check_of_the_tables_that_fails_does_not_shut_out_requests(
         assert one.client.get("/evaluate").status_code == 200
 
 
-def test_a_silent_postgresql_is_given_three_seconds(pair: Pair, postgres: PrivatePostgres) -> None:
+def test_unresponsive_postgresql_times_out_after_three_seconds(
+    pair: Pair, postgres: PrivatePostgres
+) -> None:
     one = pair[0]
     with postgres.frozen():
         begun = time.monotonic()
@@ -481,9 +483,7 @@ def test_a_silent_postgresql_is_given_three_seconds(pair: Pair, postgres: Privat
     until(lambda: "robust_store_up 1.0" in one.client.get("/metrics").text)
 
 
-def test_tables_of_another_version_are_noticed_while_running(
-    pair: Pair, settings: Settings
-) -> None:
+def test_schema_version_change_is_noticed_while_running(pair: Pair, settings: Settings) -> None:
     one = pair[0]
     query(settings, "UPDATE robust_version SET version = version + 1")
     upkeep(one)
@@ -498,7 +498,7 @@ def test_tables_of_another_version_are_noticed_while_running(
     assert "robust_store_up 1.0" in one.client.get("/metrics").text
 
 
-def test_a_query_that_ends_after_the_tables_changed_does_not_report_the_store_as_up(
+def test_query_finishing_after_a_schema_change_does_not_report_the_store_up(
     pair: Pair, settings: Settings
 ) -> None:
     one, database = pair[0], store(pair[0])._database

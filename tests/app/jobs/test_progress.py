@@ -1,4 +1,4 @@
-"""What is shown of an evaluation never gets less, neither by a kill nor by reading a journal."""
+"""Reported progress never decreases, not even after a kill or when a journal is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from robust.datasets import Dataset
 from tests.app.jobs.test_owners import ATTACK, IMAGES
 
 
-def test_watching_a_job_that_does_not_change_leaves_nothing() -> None:
+def test_watching_an_unchanged_job_leaks_nothing() -> None:
     changes = Changes()
     first, second = changes.next("a"), changes.next("a")
     assert first is second
@@ -34,7 +34,7 @@ def test_watching_a_job_that_does_not_change_leaves_nothing() -> None:
     assert unchanged() is None
 
 
-def test_a_job_that_is_cancelled_while_its_images_are_written_is_not_queued(
+def test_job_cancelled_while_its_images_are_written_is_not_queued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = JobFolder.put
@@ -68,7 +68,7 @@ def make_job() -> Job:
     )
 
 
-def test_a_killed_service_shows_at_once_what_was_known(
+def test_restarted_service_shows_the_saved_progress_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_store, "SAVE_SECONDS", 0.0)
@@ -102,7 +102,7 @@ def test_a_killed_service_shows_at_once_what_was_known(
     assert shown == [{"n": 4, "done": 0.97}] * 2
 
 
-def test_a_run_that_continues_shows_nothing_older(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_never_shows_less_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "as_json", lambda done: {"done": done})
 
     async def follow() -> list[float]:
@@ -118,6 +118,6 @@ def test_a_run_that_continues_shows_nothing_older(monkeypatch: pytest.MonkeyPatc
     assert asyncio.run(follow()) == [0.5, 0.5, 0.5, 0.7]
 
 
-def test_a_job_comes_back_as_it_was_described() -> None:
+def test_job_round_trips_through_its_record() -> None:
     job = dataclasses.replace(make_job(), owner="me", key="k")
     assert Job.from_about("a", job.about()).about() == job.about()

@@ -1,4 +1,4 @@
-"""Scratch folders go with their process, at the latest when another one starts."""
+"""Scratch folders are removed with their process, or when the next one starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with scratch_folder() as folder:
 """
 
 
-def test_a_killed_process_leaves_nothing_for_long(
+def test_scratch_folder_of_a_killed_process_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Evaluation jobs on disk: nothing is lost, nothing is done twice."""
+"""Evaluation jobs on disk: none is lost, none is run twice."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def without_seconds(value: Any) -> Any:
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
-def test_a_result_outlives_the_service(settings: Settings) -> None:
+def test_result_survives_a_restart(settings: Settings) -> None:
     with serving(settings) as running:
         done = finish(running, submit(running)["id"])
         assert done["state"] == "done"
@@ -87,7 +87,7 @@ def test_a_result_outlives_the_service(settings: Settings) -> None:
         assert running.client.get("/evaluate").json() == []
 
 
-def test_a_job_goes_on_with_the_next_service(settings: Settings) -> None:
+def test_job_resumes_after_a_restart(settings: Settings) -> None:
     with serving(settings) as running:
         expected = finish(running, submit(running)["id"])["evaluation"]
         running.client.delete(running.client.get("/evaluate").json()[0]["id"])
@@ -101,9 +101,9 @@ def test_a_job_goes_on_with_the_next_service(settings: Settings) -> None:
     assert without_seconds(found["evaluation"]) == without_seconds(expected)
 
 
-def test_a_job_keeps_its_precision_where_others_have_another(settings: Settings) -> None:
+def test_job_keeps_its_precision_after_a_settings_change(settings: Settings) -> None:
     """As when a replica without a GPU goes on with what one with a GPU began."""
-    id = left_over(settings.model_copy(update={"precision": "bf16"}))
+    id = unfinished_job(settings.model_copy(update={"precision": "bf16"}))
     with serving(settings) as running:
         done = finish(running, id)
         assert done["state"] == "done"
@@ -113,7 +113,7 @@ def test_a_job_keeps_its_precision_where_others_have_another(settings: Settings)
         assert finish(running, again["id"])["evaluation"]["precision"] == "fp32"
 
 
-def test_a_watcher_is_told_when_the_service_ends(settings: Settings) -> None:
+def test_watcher_is_notified_when_the_service_stops(settings: Settings) -> None:
     with serving(settings) as running, gated(running.service) as gate:
         job = submit(running)
         until(lambda: gate.waiting)
@@ -125,7 +125,7 @@ def test_a_watcher_is_told_when_the_service_ends(settings: Settings) -> None:
     assert set(events) == {"event: progress"}
 
 
-def test_the_same_again_is_one_job(settings: Settings) -> None:
+def test_identical_requests_share_one_job(settings: Settings) -> None:
     with serving(settings) as running, gated(running.service):
         first = submit(running)
         assert submit(running)["id"] == first["id"]
@@ -153,7 +153,7 @@ def test_the_same_again_is_one_job(settings: Settings) -> None:
         assert submit(running)["id"] != first["id"]
 
 
-def test_a_key_of_no_sense_is_refused(settings: Settings) -> None:
+def test_malformed_idempotency_key_is_rejected(settings: Settings) -> None:
     with serving(settings) as running:
         response = running.client.post(
             "/evaluate", files={"file": labeled(5)}, headers={"Idempotency-Key": "a b"}
@@ -162,7 +162,7 @@ def test_a_key_of_no_sense_is_refused(settings: Settings) -> None:
         assert response.json()["errors"][0]["field"] == "Idempotency-Key"
 
 
-def test_a_folder_belongs_to_one_service(settings: Settings, tmp_path: Path) -> None:
+def test_jobs_folder_is_locked_by_one_service(settings: Settings, tmp_path: Path) -> None:
     with serving(settings), pytest.raises(StoreError, match="another service"):
         JobFolder(tmp_path / "jobs")
     JobFolder(tmp_path / "jobs").close()
@@ -172,7 +172,7 @@ def test_a_folder_belongs_to_one_service(settings: Settings, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"no database at all", b"", b"SQLite format 3\0" + b"x" * 200])
-def test_a_broken_store_is_put_aside(settings: Settings, content: bytes) -> None:
+def test_broken_database_is_moved_aside(settings: Settings, content: bytes) -> None:
     assert settings.jobs is not None
     settings.jobs.mkdir()
     (settings.jobs / "jobs.sqlite").write_bytes(content)
@@ -183,7 +183,7 @@ def test_a_broken_store_is_put_aside(settings: Settings, content: bytes) -> None
     assert aside == ([content] if content else [])  # an empty file is an empty database
 
 
-def test_a_store_that_can_not_be_opened_now_is_not_put_aside(settings: Settings) -> None:
+def test_database_that_cannot_be_opened_now_is_not_moved_aside(settings: Settings) -> None:
     assert settings.jobs is not None
     with serving(settings) as running:
         id = finish(running, submit(running)["id"])["id"]
@@ -196,7 +196,7 @@ def test_a_store_that_can_not_be_opened_now_is_not_put_aside(settings: Settings)
         assert running.client.get(f"/evaluate/{id}").json()["state"] == "done"
 
 
-def test_files_without_a_job_are_swept(settings: Settings) -> None:
+def test_files_without_a_job_are_deleted(settings: Settings) -> None:
     assert settings.jobs is not None
     with serving(settings):
         pass
@@ -209,7 +209,7 @@ def test_files_without_a_job_are_swept(settings: Settings) -> None:
     assert not names & {"gone.npz", "gone.journal"}
 
 
-def left_over(settings: Settings) -> str:
+def unfinished_job(settings: Settings) -> str:
     """A job that a service left unfinished."""
     with serving(settings) as running, gated(running.service) as gate:
         job = submit(running)
@@ -255,8 +255,8 @@ def test_jobs_in_memory_fail_with_the_device_thread(settings: Settings) -> None:
             assert (job["state"], "device failed" in job["error"]) == ("failed", True)
 
 
-def test_a_job_of_another_model_fails_and_says_so(settings: Settings, tmp_path: Path) -> None:
-    id = left_over(settings)
+def test_job_of_another_model_fails_with_a_reason(settings: Settings, tmp_path: Path) -> None:
+    id = unfinished_job(settings)
     write_checkpoint(tmp_path / "other.pt", seed=9)
     with serving(settings.model_copy(update={"checkpoint": tmp_path / "other.pt"})) as running:
         job = running.client.get(f"/evaluate/{id}").json()
@@ -266,8 +266,8 @@ def test_a_job_of_another_model_fails_and_says_so(settings: Settings, tmp_path: 
     )
 
 
-def test_a_job_without_its_images_fails_and_says_so(settings: Settings) -> None:
-    id = left_over(settings)
+def test_job_without_its_images_fails_with_a_reason(settings: Settings) -> None:
+    id = unfinished_job(settings)
     assert settings.jobs is not None
     (settings.jobs / f"{id}.npz").write_bytes(b"PK broken")
     with serving(settings) as running:
@@ -275,7 +275,7 @@ def test_a_job_without_its_images_fails_and_says_so(settings: Settings) -> None:
         assert job["error"] == "Its images were lost while the service was down."
 
 
-def test_a_job_that_can_not_be_read_is_forgotten(settings: Settings) -> None:
+def test_unreadable_job_is_dropped(settings: Settings) -> None:
     assert settings.jobs is not None
     store = JobFolder(settings.jobs)
     store.save("odd", 0.0, {"state": "queued"})
@@ -284,7 +284,7 @@ def test_a_job_that_can_not_be_read_is_forgotten(settings: Settings) -> None:
         assert running.client.get("/evaluate").json() == []
 
 
-def test_a_full_disk_refuses_the_job_and_leaves_nothing(
+def test_full_disk_rejects_the_job_and_leaves_no_files(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -302,7 +302,7 @@ def test_a_full_disk_refuses_the_job_and_leaves_nothing(
         assert finish(running, submit(running)["id"])["state"] == "done"
 
 
-def test_expired_jobs_are_gone_from_the_disk(settings: Settings) -> None:
+def test_expired_jobs_are_deleted_from_disk(settings: Settings) -> None:
     short = settings.model_copy(update={"job_expiry_seconds": 0.2})
     with serving(short) as running:
         id = submit(running)["id"]
@@ -319,7 +319,7 @@ class Earlier(local.datetime):  # type: ignore[name-defined,misc]
         return super().now(tz).replace(year=2001)
 
 
-def test_a_clock_set_back_keeps_no_job_for_longer(
+def test_clock_set_back_does_not_extend_expiry(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(settings) as running:
@@ -331,7 +331,7 @@ def test_a_clock_set_back_keeps_no_job_for_longer(
         assert expires <= time.monotonic() + settings.job_expiry_seconds
 
 
-def test_a_finished_evaluation_has_a_report(running: Running) -> None:
+def test_finished_evaluation_has_a_report(running: Running) -> None:
     done = finish(running, submit(running, 12, curve="6")["id"])
     page = running.client.get(f"/evaluate/{done['id']}/report")
     assert page.status_code == 200
@@ -346,7 +346,9 @@ def test_a_finished_evaluation_has_a_report(running: Running) -> None:
     assert printed.content.startswith(b"%PDF")
 
 
-def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_evaluation_has_no_report(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with gated(running.service):
         job = submit(running, 13)
         response = running.client.get(f"/evaluate/{job['id']}/report")
@@ -362,7 +364,7 @@ def test_what_is_not_done_has_no_report(running: Running, monkeypatch: pytest.Mo
     assert "another is served now" in response.json()["detail"]
 
 
-def test_a_killed_service_takes_its_job_up_again(checkpoint: Path, tmp_path: Path) -> None:
+def test_killed_service_resumes_its_job(checkpoint: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = os.environ | {
@@ -405,7 +407,7 @@ def _ready(port: int) -> bool:
         return False
 
 
-def test_bytes_are_bounded_and_nothing_is_half_written(settings: Settings) -> None:
+def test_stored_bytes_are_limited_and_rejected_jobs_leave_no_files(settings: Settings) -> None:
     room = settings.model_copy(update={"jobs_bytes": 400_000})
     with serving(room) as running, gated(running.service) as gate:
         first = submit(running, 20)
@@ -424,7 +426,7 @@ def test_bytes_are_bounded_and_nothing_is_half_written(settings: Settings) -> No
         assert finish(running, submit(running, 70)["id"])["state"] == "done"  # what was refused
 
 
-def test_no_journal_takes_more_than_was_set_aside_for_it(tmp_path: Path) -> None:
+def test_journal_fits_in_the_reserved_bytes(tmp_path: Path) -> None:
     attacks = [resolve_attack("autoattack", ThreatModel(norm="linf", eps=8 / 255))]
     dataset = Dataset(
         images=torch.zeros(2000, 3, 1, 1, dtype=torch.uint8),
@@ -441,7 +443,7 @@ def test_no_journal_takes_more_than_was_set_aside_for_it(tmp_path: Path) -> None
     assert set_aside / 4 < (tmp_path / "journal").stat().st_size <= set_aside
 
 
-def test_a_job_with_an_attack_of_several_stages_is_kept_as_json() -> None:
+def test_job_with_a_multi_stage_attack_round_trips_through_json() -> None:
     attack = resolve_attack("autoattack", ThreatModel(eps=8 / 255), stages=["pgd-3", "square-5"])
     job = Job(
         id="1", model="a", dataset="b", images=1, attacks=(attack,), created=datetime.now(UTC)
@@ -460,7 +462,7 @@ def test_a_job_with_an_attack_of_several_stages_is_kept_as_json() -> None:
     assert len(digests) == 1
 
 
-def test_a_clock_set_back_during_a_job_loses_nothing(
+def test_clock_set_back_during_a_job_loses_no_result(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(settings) as running:

@@ -47,7 +47,7 @@ def test_every_attack_and_both_norms_can_be_chosen(visit: Visit, served: Running
     assert float(page.locator("#fact-l2").inner_text()) <= 128 / 255
 
 
-def test_the_slider_moves_in_steps_of_one_level_and_so_does_the_image(visit: Visit) -> None:
+def test_eps_slider_and_image_move_in_steps_of_one_level(visit: Visit) -> None:
     page = visit.open()
     expect(page.locator("#eps")).to_have_attribute("max", "64")
     page.focus("#eps")
@@ -71,7 +71,7 @@ def test_the_slider_moves_in_steps_of_one_level_and_so_does_the_image(visit: Vis
     expect(page.locator("#perturbation-text")).to_have_text("none")
 
 
-def test_steps_target_and_label_are_asked_for_and_told(visit: Visit, served: Running) -> None:
+def test_steps_target_and_label_are_sent_and_shown(visit: Visit, served: Running) -> None:
     page = visit.open()
     page.select_option("#name", "pgd")
     expect(page.locator("#steps")).to_have_value("20")
@@ -99,7 +99,7 @@ def test_steps_target_and_label_are_asked_for_and_told(visit: Visit, served: Run
     assert bold == [name for name in CLASSES if name in (predicted, target)]
 
 
-def test_probabilities_after_are_those_of_the_picture_shown(visit: Visit, served: Running) -> None:
+def test_probabilities_after_belong_to_the_shown_image(visit: Visit, served: Running) -> None:
     page = visit.open()
     expect(page.locator("#both-bars")).not_to_contain_text("…")
     answer = served.client.post("/predict?top_k=10", content=source(page, "#adversarial")).json()
@@ -110,7 +110,7 @@ def test_probabilities_after_are_those_of_the_picture_shown(visit: Visit, served
         assert float(shown.strip("<>%")) == pytest.approx(100 * told[name], abs=0.11)
 
 
-def test_the_likeliest_classes_are_those_of_the_attack_not_of_a_prediction(visit: Visit) -> None:
+def test_top_classes_come_from_the_attack_response(visit: Visit) -> None:
     attacked: list[dict[str, Any]] = []
 
     def remember(route: Route) -> None:
@@ -151,7 +151,7 @@ def test_the_likeliest_classes_are_those_of_the_attack_not_of_a_prediction(visit
     page.unroute_all(behavior="ignoreErrors")
 
 
-def test_an_older_answer_never_overwrites_a_newer_one(visit: Visit) -> None:
+def test_older_response_never_overwrites_a_newer_one(visit: Visit) -> None:
     page = visit.open()
     settled(page)
     held: list[Route] = []
@@ -177,7 +177,7 @@ def test_an_older_answer_never_overwrites_a_newer_one(visit: Visit) -> None:
     expect(page.locator("#fact-linf")).to_have_text("4/255")
 
 
-def test_moving_the_slider_fast_ends_at_the_last_place(visit: Visit) -> None:
+def test_fast_slider_moves_end_at_the_last_value(visit: Visit) -> None:
     page = visit.open()
     asked = attacks(page)
     page.focus("#eps")
@@ -188,7 +188,7 @@ def test_moving_the_slider_fast_ends_at_the_last_place(visit: Visit) -> None:
     assert 1 <= len(asked) < 40  # what was overtaken before it began was never asked for
 
 
-def test_a_long_attack_shows_progress_and_can_be_stopped(visit: Visit, served: Running) -> None:
+def test_long_attack_shows_progress_and_can_be_stopped(visit: Visit, served: Running) -> None:
     page = visit.open()
     settled(page)
     page.wait_for_timeout(300)
@@ -210,7 +210,7 @@ def test_a_long_attack_shows_progress_and_can_be_stopped(visit: Visit, served: R
     expect(page.locator("#attack-error")).to_be_hidden()
 
 
-def test_the_curl_line_gives_what_is_on_the_screen(visit: Visit, tmp_path: Path) -> None:
+def test_curl_command_reproduces_the_shown_result(visit: Visit, tmp_path: Path) -> None:
     page = visit.open()
     name = 'it\'s; a, "photo".png'
     choose(page, jpeg(3), name)
@@ -252,7 +252,7 @@ def test_the_curl_line_gives_what_is_on_the_screen(visit: Visit, tmp_path: Path)
         (502, None, "The service responded with status 502."),
     ],
 )
-def test_an_attack_that_fails_is_told_in_words(
+def test_failed_attack_shows_an_error_message(
     visit: Visit, status: int, detail: str | None, words: str
 ) -> None:
     visit.page.clock.install()
@@ -274,7 +274,7 @@ def test_an_attack_that_fails_is_told_in_words(
     expect(page.locator("#attack-error")).to_be_hidden()
 
 
-def test_a_service_that_is_busy_for_a_moment_is_asked_again(visit: Visit) -> None:
+def test_busy_service_is_retried(visit: Visit) -> None:
     page = visit.open()
     settled(page)
     busy = iter([429, 429])

@@ -46,7 +46,7 @@ def port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_a_service_that_goes_away_and_comes_back(
+def test_service_that_stops_and_returns(
     browser: Browser, checkpoint: Path, tmp_path: Path, port: int
 ) -> None:
     (tmp_path / "many.npz").write_bytes(labeled(3000))
@@ -75,7 +75,7 @@ def test_a_service_that_goes_away_and_comes_back(
     visit.close()
 
 
-def test_another_model_in_service_is_noticed(browser: Browser, tmp_path: Path) -> None:
+def test_model_change_is_noticed(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "robust_model.pt"
     first = write_checkpoint(path, seed=1, arch="resnet18")
     settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.1)
@@ -92,7 +92,7 @@ def test_another_model_in_service_is_noticed(browser: Browser, tmp_path: Path) -
         visit.close()
 
 
-def test_a_key_is_asked_for_and_used(browser: Browser, checkpoint: Path) -> None:
+def test_api_key_is_requested_and_used(browser: Browser, checkpoint: Path) -> None:
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", api_keys=("open-sesame",))
     with serving(settings) as running:
         visit = Visit(browser, running.url)
@@ -117,9 +117,7 @@ def test_a_key_is_asked_for_and_used(browser: Browser, checkpoint: Path) -> None
 # For everybody
 
 
-def test_the_theme_is_the_systems_until_another_is_chosen(
-    browser: Browser, served: Running
-) -> None:
+def test_system_theme_is_used_until_another_is_chosen(browser: Browser, served: Running) -> None:
     visit = Visit(browser, served.url, color_scheme="dark")
     page = visit.open()
     ground = "getComputedStyle(document.documentElement).backgroundColor"
@@ -162,7 +160,7 @@ def test_everything_can_be_reached_with_the_tab_key(visit: Visit) -> None:
     expect(page.locator("#seen-text")).to_contain_text("deer.jpg")
 
 
-def test_only_the_service_is_asked(browser: Browser, served: Running) -> None:
+def test_page_contacts_only_the_service(browser: Browser, served: Running) -> None:
     visit = Visit(browser, served.url)
     asked: set[str] = set()
     visit.page.on("request", lambda request: asked.add(request.url))

@@ -31,7 +31,7 @@ def pair(browser: Browser, compared: Running) -> Iterator[Visit]:
     visit.close()
 
 
-def test_both_models_are_shown_and_the_served_one_does_not_wait(
+def test_served_model_is_shown_before_the_comparison_finishes(
     pair: Visit, compared: Running
 ) -> None:
     asked: list[str] = []
@@ -69,7 +69,7 @@ def test_both_models_are_shown_and_the_served_one_does_not_wait(
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 720)])
-def test_the_verdict_is_on_the_first_screen(
+def test_verdict_is_above_the_fold(
     browser: Browser, compared: Running, width: int, height: int
 ) -> None:
     visit = Visit(browser, compared.url, viewport={"width": width, "height": height})
@@ -82,7 +82,7 @@ def test_the_verdict_is_on_the_first_screen(
 
 
 @pytest.mark.parametrize(("kind", "words"), [("clean", "Ordinary model"), ("pgd", "Other model")])
-def test_a_model_is_called_ordinary_by_how_it_was_trained(
+def test_model_without_adversarial_training_is_called_ordinary(
     pair: Visit, kind: str, words: str
 ) -> None:
     """Its threat model says what it was attacked with, not that it was trained to withstand it."""
@@ -113,7 +113,7 @@ def test_a_model_is_called_ordinary_by_how_it_was_trained(
     pair.page.unroute_all(behavior="ignoreErrors")
 
 
-def test_the_comparison_is_dimmed_until_its_own_answer_comes(pair: Visit) -> None:
+def test_comparison_is_dimmed_until_its_response_arrives(pair: Visit) -> None:
     page = pair.open("?attack=fgsm")
     expect(pair.find("#compared-result")).to_have_attribute("aria-busy", "false")
     held: list[Route] = []
@@ -141,7 +141,7 @@ def test_the_comparison_is_dimmed_until_its_own_answer_comes(pair: Visit) -> Non
     page.unroute_all(behavior="ignoreErrors")
 
 
-def test_the_comparison_can_be_switched_off(pair: Visit) -> None:
+def test_comparison_can_be_switched_off(pair: Visit) -> None:
     page = pair.open()
     expect(pair.find("#curl")).to_contain_text("compare=true")
     page.uncheck("#compare")
@@ -156,14 +156,14 @@ def test_the_comparison_can_be_switched_off(pair: Visit) -> None:
     expect(pair.find("html")).to_have_attribute("data-compared", "pgd 8")
 
 
-def test_without_a_model_to_compare_with_nothing_is_said_of_one(visit: Visit) -> None:
+def test_comparison_is_hidden_without_a_comparison_model(visit: Visit) -> None:
     visit.open()
     for name in ("#compare-field", "#compared-figure", "#compared-result", "#served-title"):
         expect(visit.find(name)).to_be_hidden()
     assert "compare" not in visit.find("#curl").inner_text()
 
 
-def test_the_original_is_wiped_over_the_adversarial_image_and_flickers(pair: Visit) -> None:
+def test_original_can_be_wiped_over_and_flickered_with_the_adversarial_image(pair: Visit) -> None:
     page = pair.open()
     clip = "node => getComputedStyle(node).clipPath"
     over = pair.find("#adversarial-original")
@@ -185,7 +185,7 @@ def test_the_original_is_wiped_over_the_adversarial_image_and_flickers(pair: Vis
     expect(pair.find("#flicker")).to_have_attribute("aria-pressed", "false")
 
 
-def test_a_later_attack_replaces_one_that_runs(visit: Visit) -> None:
+def test_new_attack_replaces_a_running_one(visit: Visit) -> None:
     page = visit.open()
     held: list[Route] = []
     given_up: list[str] = []
@@ -223,7 +223,7 @@ def run(script: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_python_command_gives_what_is_on_the_screen(pair: Visit, tmp_path: Path) -> None:
+def test_python_command_reproduces_the_shown_result(pair: Visit, tmp_path: Path) -> None:
     page = pair.open()
     page.select_option("#name", "pgd")
     page.fill("#steps", "3")
@@ -241,7 +241,7 @@ def test_the_python_command_gives_what_is_on_the_screen(pair: Visit, tmp_path: P
     ("name", "norm", "target"),
     [("fgsm", "linf", ""), ("pgd", "l2", "ship"), ("apgd-ce", "linf", "")],
 )
-def test_the_pytorch_command_runs_without_the_service(
+def test_pytorch_command_runs_without_the_service(
     pair: Visit, compared: Running, tmp_path: Path, name: str, norm: str, target: str
 ) -> None:
     page = pair.page
@@ -268,7 +268,7 @@ def test_the_pytorch_command_runs_without_the_service(
         assert 100 * float(after[1]) == pytest.approx(float(share.strip("%")), abs=1.0)
 
 
-def test_the_commands_of_an_evaluation_run(visit: Visit, tmp_path: Path) -> None:
+def test_evaluation_commands_run(visit: Visit, tmp_path: Path) -> None:
     page = visit.open()
     page.select_option("#set", label="few")
     page.fill("#set-eps", "3")

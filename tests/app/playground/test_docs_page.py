@@ -18,7 +18,7 @@ pytestmark = pytest.mark.browser
 SWAGGERS = ("nested-interactive", "heading-order")
 
 
-def test_axe_finds_nothing_and_it_leads_back(browser: Browser, running: Running) -> None:
+def test_docs_page_passes_axe_and_links_back(browser: Browser, running: Running) -> None:
     # The policy is lifted for axe alone, which runs as an inline script.
     visit = Visit(browser, running.url, bypass_csp=True)
     page = visit.page
@@ -32,7 +32,7 @@ def test_axe_finds_nothing_and_it_leads_back(browser: Browser, running: Running)
     visit.close()
 
 
-def test_padlocks_are_where_a_key_is_needed(browser: Browser, checkpoint: Path) -> None:
+def test_padlocks_mark_routes_that_need_a_key(browser: Browser, checkpoint: Path) -> None:
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", api_keys=("sesame",))
     with serving(settings) as running:
         visit = Visit(browser, running.url)

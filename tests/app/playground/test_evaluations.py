@@ -33,7 +33,7 @@ def in_pieces(route: Route, counts: tuple[int, ...]) -> None:
     route.fulfill(status=200, content_type="text/event-stream", body=body)
 
 
-def test_a_registered_set_is_evaluated_and_shown(visit: Visit, served: Running) -> None:
+def test_registered_dataset_is_evaluated_and_shown(visit: Visit, served: Running) -> None:
     page = visit.open()
     page.route("**/evaluate/*/events", lambda route: in_pieces(route, (10, 20, 30)))
     offered = page.locator("#set option").all_inner_texts()
@@ -64,7 +64,7 @@ def test_a_registered_set_is_evaluated_and_shown(visit: Visit, served: Running) 
             expect(row).to_contain_text(f"{low} to {high}")
 
 
-def test_the_report_on_an_evaluation_is_saved(visit: Visit, tmp_path: Path) -> None:
+def test_evaluation_report_is_downloaded(visit: Visit, tmp_path: Path) -> None:
     page = visit.open()
     expect(page.locator("#reports")).to_be_hidden()
     start(page, "few", eps="4")
@@ -77,7 +77,7 @@ def test_the_report_on_an_evaluation_is_saved(visit: Visit, tmp_path: Path) -> N
         assert (tmp_path / name).read_bytes().lower().startswith(beginning.lower())
 
 
-def test_an_evaluation_converges_live(visit: Visit) -> None:
+def test_running_evaluation_updates_live(visit: Visit) -> None:
     page = visit.open()
     seen: set[str] = set()
     page.expose_function("heard", lambda text: seen.add(text))
@@ -97,7 +97,7 @@ def test_an_evaluation_converges_live(visit: Visit) -> None:
     assert len(points.split()) >= 2
 
 
-def test_a_set_can_be_uploaded_and_so_can_the_examples(visit: Visit) -> None:
+def test_dataset_and_examples_can_be_uploaded(visit: Visit) -> None:
     page = visit.open()
     start(page, "Five example photographs (demo)")
     expect(page.locator("#evaluate-error")).to_be_visible()  # of classes this model does not have
@@ -114,7 +114,7 @@ def test_a_set_can_be_uploaded_and_so_can_the_examples(visit: Visit) -> None:
     expect(page.locator("#evaluate-error")).to_be_hidden()
 
 
-def test_what_cannot_be_evaluated_is_told_in_words(visit: Visit) -> None:
+def test_unusable_dataset_shows_an_error_message(visit: Visit) -> None:
     page = visit.open()
     page.select_option("#set", label="Upload a file…")
     page.click("#start")
@@ -136,7 +136,7 @@ def test_what_cannot_be_evaluated_is_told_in_words(visit: Visit) -> None:
     expect(page.locator("#start")).to_be_enabled()
 
 
-def test_an_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
+def test_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
     page = visit.open()
     settled(page)
     with gated(served.service):
@@ -153,7 +153,7 @@ def test_an_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
     expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
 
 
-def test_cancelling_keeps_the_numbers_so_far(visit: Visit) -> None:
+def test_cancelling_keeps_partial_results(visit: Visit) -> None:
     page = visit.open()
     start(page, "many")
     expect(page.locator("#accuracies tbody tr")).to_have_count(4)
@@ -164,7 +164,7 @@ def test_cancelling_keeps_the_numbers_so_far(visit: Visit) -> None:
     expect(page.locator("#accuracies tbody tr")).to_have_count(4)
 
 
-def test_an_evaluation_is_found_again_after_a_reload(visit: Visit) -> None:
+def test_evaluation_is_shown_again_after_a_reload(visit: Visit) -> None:
     page = visit.open()
     start(page, "few")
     expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")

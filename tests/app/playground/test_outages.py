@@ -25,7 +25,7 @@ def started(visit: Visit, eps: int) -> None:
     visit.page.click("#start")
 
 
-def test_an_evaluation_that_died_with_the_service_is_offered_again(visit: Visit) -> None:
+def test_evaluation_lost_with_the_service_is_offered_again(visit: Visit) -> None:
     page = visit.open()
     page.uncheck('#set-attacks [value="pgd"]')
     held: list[Route] = []
@@ -45,7 +45,7 @@ def test_an_evaluation_that_died_with_the_service_is_offered_again(visit: Visit)
     expect(visit.find("#evaluate-error")).to_be_hidden()
 
 
-def test_after_a_reload_a_lost_evaluation_is_told_with_its_settings(visit: Visit) -> None:
+def test_lost_evaluation_is_shown_with_its_settings_after_a_reload(visit: Visit) -> None:
     page = visit.open()
     page.uncheck('#set-attacks [value="pgd"]')
     started(visit, 42)
@@ -67,7 +67,7 @@ def test_after_a_reload_a_lost_evaluation_is_told_with_its_settings(visit: Visit
     expect(visit.find("#evaluate-again")).to_be_visible()
 
 
-def test_an_evaluation_asked_for_without_a_connection_begins_when_there_is_one(
+def test_evaluation_requested_offline_starts_when_online(
     visit: Visit,
 ) -> None:
     page = visit.open()
@@ -83,7 +83,7 @@ def test_an_evaluation_asked_for_without_a_connection_begins_when_there_is_one(
     expect(visit.find("#evaluate-stale")).to_contain_text("eps 43/255")
 
 
-def test_an_evaluation_that_died_is_not_run_again_unasked(visit: Visit) -> None:
+def test_lost_evaluation_is_not_rerun_automatically(visit: Visit) -> None:
     """The service is back, without the evaluation, before the page knows that it is back."""
     page = visit.open()
     posted: list[str] = []
@@ -109,7 +109,7 @@ def test_an_evaluation_that_died_is_not_run_again_unasked(visit: Visit) -> None:
     expect(visit.find("#evaluate-error")).to_contain_text("no longer has this evaluation")
 
 
-def test_an_example_clicked_without_a_connection_is_shown(visit: Visit) -> None:
+def test_example_clicked_offline_is_shown(visit: Visit) -> None:
     page = visit.open()
     page.context.set_offline(True)
     page.click('[data-example="deer"]')
@@ -121,7 +121,7 @@ def test_an_example_clicked_without_a_connection_is_shown(visit: Visit) -> None:
     expect(visit.find("#result-settings")).to_contain_text("true class deer, examples/deer.jpg.")
 
 
-def test_settings_changed_without_a_connection_are_attacked_when_there_is_one(
+def test_settings_changed_offline_are_attacked_when_online(
     visit: Visit,
 ) -> None:
     page = visit.open()
@@ -138,7 +138,7 @@ def test_settings_changed_without_a_connection_are_attacked_when_there_is_one(
     expect(visit.find("#label")).to_have_value("frog")
 
 
-def test_an_evaluation_tells_how_far_it_is_while_no_image_finishes(
+def test_evaluation_shows_progress_before_any_image_finishes(
     visit: Visit, served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robust.evaluation.stages.SHOW_SECONDS", 0.0)
@@ -190,7 +190,7 @@ def test_an_evaluation_tells_how_far_it_is_while_no_image_finishes(
     page.unroute_all(behavior="ignoreErrors")
 
 
-def test_one_point_is_no_chart(visit: Visit) -> None:
+def test_single_point_draws_no_chart(visit: Visit) -> None:
     def with_one_point(route: Route) -> None:
         answer = json.loads(route.fetch().text().split("data: ")[-1].split("\n")[0])
         route.fulfill(
@@ -210,7 +210,7 @@ def test_one_point_is_no_chart(visit: Visit) -> None:
 # Keys
 
 
-def test_a_key_is_not_asked_for_twice(browser: Browser, checkpoint: Path) -> None:
+def test_api_key_is_requested_once(browser: Browser, checkpoint: Path) -> None:
     """An answer to what was asked without a key, which comes once there is one."""
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", api_keys=("sesame",))
     with serving(settings) as running:
@@ -238,7 +238,7 @@ def test_a_key_is_not_asked_for_twice(browser: Browser, checkpoint: Path) -> Non
 # The report
 
 
-def test_the_report_opens_in_the_page_also_where_a_key_is_needed(
+def test_report_opens_in_the_page_with_an_api_key(
     browser: Browser, checkpoint: Path, tmp_path: Path, served: Running
 ) -> None:
     datasets = served.service.settings.datasets
@@ -273,7 +273,7 @@ def test_the_report_opens_in_the_page_also_where_a_key_is_needed(
 # On paper and in forced colors
 
 
-def test_on_paper_are_bars_and_verdicts_without_controls(visit: Visit) -> None:
+def test_print_shows_bars_and_verdicts_without_controls(visit: Visit) -> None:
     page = visit.open()
     page.emulate_media(media="print")
     for shown in ("#verdict", "#both-bars .track", "#adversarial", "#fact-outcome"):

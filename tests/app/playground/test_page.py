@@ -41,7 +41,7 @@ class Page(HTMLParser):
         return [value for _, given in self.elements for name in names if (value := given.get(name))]
 
 
-def test_the_page_is_served_at_the_root(running: Running) -> None:
+def test_page_is_served_at_the_root(running: Running) -> None:
     response = running.client.get("/")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")
@@ -49,7 +49,7 @@ def test_the_page_is_served_at_the_root(running: Running) -> None:
     assert running.client.head("/").status_code == 200
 
 
-def test_the_policy_forbids_all_that_is_inline_or_from_elsewhere(running: Running) -> None:
+def test_policy_forbids_inline_and_external_code(running: Running) -> None:
     policy = running.client.get("/").headers["content-security-policy"]
     rules = dict(rule.strip().split(" ", maxsplit=1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'"
@@ -60,7 +60,7 @@ def test_the_policy_forbids_all_that_is_inline_or_from_elsewhere(running: Runnin
     assert "unsafe" not in policy
 
 
-def test_nothing_is_inline_and_nothing_comes_from_outside() -> None:
+def test_page_has_no_inline_or_external_code() -> None:
     page = Page()
     assert page.inline == ""
     for tag, given in page.elements:
@@ -73,7 +73,7 @@ def test_nothing_is_inline_and_nothing_comes_from_outside() -> None:
         assert not re.search(r"""(?:src|href)=["']//""", text)
 
 
-def test_all_that_is_referred_to_is_there_and_all_that_is_there_is_referred_to(
+def test_every_asset_exists_and_is_used(
     running: Running,
 ) -> None:
     referred = {link for link in Page().values("src", "href") if link.startswith("playground/")} | {
@@ -104,7 +104,7 @@ def test_only_the_page_itself_frames_the_report(running: Running) -> None:
     assert "connect-src" not in policy  # default-src 'none': it asks for nothing
 
 
-def test_assets_have_their_kind_and_are_asked_for_again_cheaply(running: Running) -> None:
+def test_assets_have_a_content_type_and_an_etag(running: Running) -> None:
     for name, kind in {
         "main.js": "text/javascript",
         "playground.css": "text/css",
@@ -125,7 +125,7 @@ def test_assets_have_their_kind_and_are_asked_for_again_cheaply(running: Running
 @pytest.mark.parametrize(
     "path", ["../__init__.py", "%2e%2e/__init__.py", "..%2f..%2fsettings.py", "", "examples", "no"]
 )
-def test_nothing_else_is_served(running: Running, path: str) -> None:
+def test_other_files_are_not_served(running: Running, path: str) -> None:
     response = httpx.get(f"{running.url}/playground/{path}")
     assert response.status_code == 404
     assert response.headers["content-type"] == "application/problem+json"
@@ -153,7 +153,7 @@ def test_every_control_has_a_name() -> None:
             assert "alt" in given
 
 
-def test_names_in_the_scripts_are_those_of_the_api(running: Running) -> None:
+def test_script_names_match_the_api(running: Running) -> None:
     document = running.client.get("/openapi.json").json()
     names: set[str] = set()
     stack: list[object] = [document]
@@ -172,7 +172,7 @@ def test_names_in_the_scripts_are_those_of_the_api(running: Running) -> None:
     assert used - {"top_k"} <= names | of_the_card, "a name that no answer has"
 
 
-def test_the_fields_of_the_forms_are_those_of_the_routes(running: Running) -> None:
+def test_form_fields_match_the_routes(running: Running) -> None:
     document = running.client.get("/openapi.json").json()
 
     def fields(path: str) -> set[str]:
@@ -197,7 +197,7 @@ def test_the_fields_of_the_forms_are_those_of_the_routes(running: Running) -> No
         assert named <= known
 
 
-def test_the_examples_are_those_of_the_project() -> None:
+def test_examples_match_the_project() -> None:
     shipped = {path.name: path.read_bytes() for path in (ASSETS / "examples").iterdir()}
     originals = {path.name: path.read_bytes() for path in (ROOT / "examples").iterdir()}
     del originals["README.md"]
@@ -209,7 +209,7 @@ def test_the_examples_are_those_of_the_project() -> None:
 # The limits
 
 
-def test_limits_are_the_librarys_attacks_and_the_services_settings(checkpoint, tmp_path) -> None:
+def test_limits_match_the_library_and_the_settings(checkpoint, tmp_path) -> None:
     (tmp_path / "birds.npz").write_bytes(labeled(3))
     settings = Settings(
         checkpoint=checkpoint,

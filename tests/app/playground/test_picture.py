@@ -33,7 +33,7 @@ def test_opening_the_page_shows_an_example_already_attacked(visit: Visit) -> Non
     settled(page)
 
 
-def test_each_example_can_be_taken(visit: Visit) -> None:
+def test_each_example_can_be_chosen(visit: Visit) -> None:
     page = visit.open()
     for name in ("deer", "dog", "cat", "bird", "coffee", "horse"):
         page.click(f'[data-example="{name}"]')
@@ -44,7 +44,7 @@ def test_each_example_can_be_taken(visit: Visit) -> None:
         expect(page.locator("#label")).to_have_value(known)
 
 
-def test_a_chosen_file_is_seen_as_the_service_sees_it(visit: Visit, served: Running) -> None:
+def test_chosen_file_is_shown_as_the_service_decodes_it(visit: Visit, served: Running) -> None:
     page = visit.open()
     data = jpeg(5, size=(90, 60))
     choose(page, data, "my photo.jpg")
@@ -55,7 +55,7 @@ def test_a_chosen_file_is_seen_as_the_service_sees_it(visit: Visit, served: Runn
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_an_image_can_be_dropped_and_pasted(visit: Visit, way: str) -> None:
+def test_image_can_be_dropped_and_pasted(visit: Visit, way: str) -> None:
     page = visit.open()
     data = base64.b64encode(jpeg(6)).decode()
     transfer = page.evaluate_handle(
@@ -81,7 +81,7 @@ def test_an_image_can_be_dropped_and_pasted(visit: Visit, way: str) -> None:
     expect(page.locator("#seen-text")).to_contain_text("brought.jpg")
 
 
-def test_pictures_are_downloaded_as_the_png_that_was_scored(visit: Visit, tmp_path: Path) -> None:
+def test_downloaded_image_is_the_png_that_was_scored(visit: Visit, tmp_path: Path) -> None:
     page = visit.open()
     for kind in ("original", "perturbation", "adversarial"):
         with page.expect_download() as download:
@@ -103,7 +103,7 @@ def test_pictures_are_downloaded_as_the_png_that_was_scored(visit: Visit, tmp_pa
         (bytes(400_000), "large.png", "too large"),
     ],
 )
-def test_an_image_that_cannot_be_used_is_told_in_words(
+def test_unusable_image_shows_an_error_message(
     visit: Visit, data: bytes, name: str, words: str
 ) -> None:
     page = visit.open()

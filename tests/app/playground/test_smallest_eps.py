@@ -61,7 +61,7 @@ class Scripted:
         (lambda k: 4.0 if k < 20 else -0.05, 20, 11),  # a step, to which lines lead slowly
     ],
 )
-def test_few_attacks_find_it(
+def test_smallest_eps_is_found_with_few_attacks(
     visit: Visit, served: Running, margin: Margin, smallest: int, most: int
 ) -> None:
     page = visit.page
@@ -75,7 +75,7 @@ def test_few_attacks_find_it(
     assert len(found) <= most
 
 
-def test_what_was_found_is_shown_without_another_attack(visit: Visit, served: Running) -> None:
+def test_found_image_is_shown_without_another_attack(visit: Visit, served: Running) -> None:
     page = visit.page
     scripted = Scripted(visit, served, lambda k: 0.1 * (29.5 - k))
     page.goto(f"{visit.url}/?example=coffee&attack=fgsm")
@@ -89,7 +89,7 @@ def test_what_was_found_is_shown_without_another_attack(visit: Visit, served: Ru
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_smallest_eps_breaks_it_and_the_one_below_does_not(
+def test_smallest_eps_succeeds_and_the_level_below_fails(
     visit: Visit, served: Running, norm: str
 ) -> None:
     page = visit.open()
@@ -127,7 +127,7 @@ def test_the_smallest_eps_breaks_it_and_the_one_below_does_not(
     assert "broken" in broken
 
 
-def test_the_curve_begins_anew_for_another_image_and_target(visit: Visit) -> None:
+def test_new_image_or_target_resets_the_curve(visit: Visit) -> None:
     page = visit.open()
     settled(page)
     page.select_option("#target", "frog")

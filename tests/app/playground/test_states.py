@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[3] / "app" / "playground" / "assets" / "exampl
 # What the page is
 
 
-def test_the_page_says_what_it_is_and_what_eps_means(visit: Visit) -> None:
+def test_page_explains_itself_and_eps(visit: Visit) -> None:
     visit.open()
     text = visit.find(".intro").inner_text()
     assert "fool an image classifier" in text
@@ -30,7 +30,7 @@ def test_the_page_says_what_it_is_and_what_eps_means(visit: Visit) -> None:
     assert text.count(".") == 1  # one sentence
 
 
-def test_examples_that_the_model_gets_wrong_are_marked(visit: Visit, served: Running) -> None:
+def test_misclassified_examples_are_marked(visit: Visit, served: Running) -> None:
     visit.open()
     wrong = []
     for button in visit.find("#examples button").all():
@@ -51,7 +51,7 @@ def test_examples_that_the_model_gets_wrong_are_marked(visit: Visit, served: Run
     )
 
 
-def test_each_row_of_the_model_card_has_its_own_number_of_images(visit: Visit) -> None:
+def test_model_card_rows_show_their_own_image_counts(visit: Visit) -> None:
     def measured(route: Route) -> None:
         answer = route.fetch().json()
         rows = [("clean", 5000), ("autoattack", 500)]
@@ -72,7 +72,7 @@ def test_each_row_of_the_model_card_has_its_own_number_of_images(visit: Visit) -
     assert visit.find("#card table").evaluate(right) <= visit.find("#card").evaluate(right)
 
 
-def test_the_five_photographs_are_called_a_demonstration(visit: Visit) -> None:
+def test_five_photographs_are_labeled_a_demonstration(visit: Visit) -> None:
     page = visit.open()
     expect(visit.find("#set-note")).to_be_hidden()
     page.select_option("#set", label="Five example photographs (demo)")
@@ -102,7 +102,7 @@ class Held:
             route.continue_()
 
 
-def test_what_was_computed_for_other_settings_is_dimmed_until_the_answer_comes(
+def test_stale_results_are_dimmed_until_the_response_arrives(
     visit: Visit,
 ) -> None:
     page = visit.open()
@@ -130,7 +130,7 @@ def test_what_was_computed_for_other_settings_is_dimmed_until_the_answer_comes(
     assert name == "horse-fgsm-linf-9of255-adversarial.png"
 
 
-def test_the_picture_clicked_is_there_before_the_service_answers(visit: Visit) -> None:
+def test_clicked_image_is_shown_before_the_service_responds(visit: Visit) -> None:
     page = visit.open()
     Held(visit)
     page.click('[data-example="deer"]')
@@ -144,7 +144,7 @@ def test_the_picture_clicked_is_there_before_the_service_answers(visit: Visit) -
     expect(visit.find("#result-settings")).to_contain_text("horse.jpg")
 
 
-def test_a_page_opened_while_the_model_loads_says_so_and_shows_the_image(visit: Visit) -> None:
+def test_page_opened_while_the_model_loads_says_so(visit: Visit) -> None:
     page = visit.page
     loading = json.dumps({"title": "x", "detail": "The model is loading."})
     for path in ("model", "limits", "readyz"):
@@ -171,7 +171,7 @@ def test_a_page_opened_while_the_model_loads_says_so_and_shows_the_image(visit: 
         ("already_wrong", "wrong before any attack", "Wrong before any attack: "),
     ],
 )
-def test_an_attack_has_one_of_three_outcomes(
+def test_attack_outcome_is_one_of_three(
     visit: Visit, outcome: str, word: str, verdict: str
 ) -> None:
     def answered(route: Route) -> None:
@@ -188,7 +188,7 @@ def test_an_attack_has_one_of_three_outcomes(
     visit.page.unroute_all(behavior="ignoreErrors")
 
 
-def test_settings_are_never_changed_without_a_word(visit: Visit) -> None:
+def test_adjusted_settings_are_reported(visit: Visit) -> None:
     page = visit.open()
     expect(visit.find("#settings-note")).to_be_hidden()
     page.select_option("#norm", "l2")
@@ -205,7 +205,7 @@ def test_settings_are_never_changed_without_a_word(visit: Visit) -> None:
     )
 
 
-def test_a_copied_command_works_in_any_folder(visit: Visit, tmp_path: Path) -> None:
+def test_copied_command_works_in_any_folder(visit: Visit, tmp_path: Path) -> None:
     page = visit.open()
     page.select_option("#set", label="Five example photographs (demo)")
     for selector in ("#curl", "#evaluate-curl"):
@@ -223,7 +223,7 @@ def test_a_copied_command_works_in_any_folder(visit: Visit, tmp_path: Path) -> N
     assert shown == f"data:image/png;base64,{result['adversarial_png']}"
 
 
-def test_an_evaluation_for_other_settings_than_the_form_is_dimmed(visit: Visit) -> None:
+def test_evaluation_with_other_settings_is_dimmed(visit: Visit) -> None:
     page = visit.open()
     page.select_option("#set", label="few")
     page.fill("#set-eps", "5")
@@ -245,7 +245,7 @@ def test_an_evaluation_for_other_settings_than_the_form_is_dimmed(visit: Visit) 
     expect(visit.find("#evaluate-stale")).to_be_hidden()
 
 
-def test_the_address_holds_the_settings(visit: Visit) -> None:
+def test_url_holds_the_settings(visit: Visit) -> None:
     page = visit.open()
     page.click('[data-example="dog"]')
     page.select_option("#name", "pgd")
@@ -270,7 +270,7 @@ def test_the_address_holds_the_settings(visit: Visit) -> None:
     )
 
 
-def test_names_of_attacks_explain_themselves(visit: Visit, served: Running) -> None:
+def test_attack_names_have_explanations(visit: Visit, served: Running) -> None:
     page = visit.open()
     summaries = {
         item["name"]: item["summary"] for item in served.client.get("/limits").json()["attacks"]

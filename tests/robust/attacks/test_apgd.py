@@ -47,7 +47,7 @@ def climbing(rises: int, *, of: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False)])
-def test_step_is_halved_where_at_most_three_quarters_of_the_steps_rise(
+def test_step_is_halved_if_at_most_three_quarters_of_the_steps_improve(
     rises: int, halved: bool
 ) -> None:
     algorithm = APGD(norm="linf", steps=100)
@@ -59,7 +59,7 @@ def test_step_is_halved_where_at_most_three_quarters_of_the_steps_rise(
     assert size(rows) == pytest.approx(0.1 if halved else 0.2)
 
 
-def test_step_is_halved_where_the_best_stands_still_though_the_loss_rises() -> None:
+def test_step_is_halved_if_the_best_loss_stalls() -> None:
     algorithm = APGD(norm="linf", steps=100)
     rows = begun(algorithm)
     go(algorithm, rows, [0.0, *range(1, 21), 1000.0, 0.0])  # no check halves at 22 (21 of 22)
@@ -72,7 +72,7 @@ def test_step_is_halved_where_the_best_stands_still_though_the_loss_rises() -> N
     assert size(rows) == pytest.approx(0.05)
 
 
-def test_halving_goes_back_to_the_best_point() -> None:
+def test_halving_returns_to_the_best_point() -> None:
     algorithm = APGD(norm="linf", steps=100)
     rows = begun(algorithm)
     best = torch.full_like(rows.x, 0.45)
@@ -88,7 +88,7 @@ def test_halving_goes_back_to_the_best_point() -> None:
     assert torch.equal(rows.state.x_old, best)
 
 
-def test_momentum_is_1_then_three_quarters() -> None:
+def test_momentum_is_1_then_0_75() -> None:
     algorithm = APGD(norm="linf", steps=100)
     rows = begun(algorithm)
     rows.state.step_size = torch.full_like(rows.state.step_size, 0.04)
@@ -111,7 +111,7 @@ def test_starts_on_the_surface_of_the_ball(norm: Norm) -> None:
     assert bool((starts[0] != starts[1]).flatten(1).any(dim=1).all())
 
 
-def test_rows_at_different_steps_do_not_meet() -> None:
+def test_rows_at_different_steps_are_independent() -> None:
     """Two images, one begun three steps later, each as if it were alone."""
     algorithm, generator = APGD(norm="l2", steps=30), torch.Generator().manual_seed(0)
     losses = torch.randn(40, generator=generator)

@@ -38,7 +38,7 @@ attacks = pytest.mark.parametrize("run", ALL.values(), ids=ALL)
 
 
 @attacks
-def test_in_a_caller_s_inference_mode_the_result_is_the_same(
+def test_result_is_the_same_in_inference_mode(
     curved: nn.Module, images: Tensor, run: Attack
 ) -> None:
     y = curved(images).argmax(dim=1)
@@ -52,7 +52,7 @@ def test_in_a_caller_s_inference_mode_the_result_is_the_same(
     assert torch.equal(inside.success, outside.success)
 
 
-def test_autoattack_in_a_caller_s_inference_mode(curved: nn.Module, images: Tensor) -> None:
+def test_autoattack_works_in_inference_mode(curved: nn.Module, images: Tensor) -> None:
     stages = ("apgd-ce-3", "apgd-t-3", "fab-t-3", "square-20")
     small = resolve_attack("autoattack", ThreatModel(eps=0.05), stages=stages)
     x = images[:2]
@@ -73,7 +73,7 @@ def test_autoattack_in_a_caller_s_inference_mode(curved: nn.Module, images: Tens
         ({"x": [[0.5]]}, r"expected float images \(N, C, H, W\), got a list"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_mismatched_inputs_are_rejected(
     curved: nn.Module, images: Tensor, run: Attack, change: dict[str, Any], message: str
 ) -> None:
     asked: dict[str, Any] = {"x": images, "y": curved(images).argmax(dim=1)} | change
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused(
         (square, {"seed": 2**64}, "expected a seed that fits 64 bits"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(
+def test_meaningless_settings_are_rejected(
     curved: nn.Module, images: Tensor, attack: Attack, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -92,7 +92,7 @@ def test_no_step_is_shorter_in_l2(problem: tuple[list[float], list[float], float
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("gap", [100.0, -100.0])
-def test_goes_to_the_end_of_the_box_where_the_hyperplane_is_beyond(norm: Norm, gap: float) -> None:
+def test_stops_at_the_box_if_the_hyperplane_is_beyond(norm: Norm, gap: float) -> None:
     x, w = [0.2, 0.4, 0.6, 0.8, 1.0, 0.0], [1.0, -1.0, 0.0, 2.0, 0.1, -0.1]
     moved = torch.tensor(x) + solve(x, w, gap, norm).flatten()
     end = [1.0, 0.0, 0.6, 1.0, 1.0, 0.0] if gap > 0 else [0.0, 1.0, 0.6, 0.0, 0.0, 1.0]
@@ -108,14 +108,14 @@ def test_only_the_direction_of_the_gradient_counts(norm: Norm, scale: float) -> 
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_stays_where_there_is_no_gap_or_no_gradient(norm: Norm) -> None:
+def test_stays_without_a_margin_or_gradient(norm: Norm) -> None:
     x, w = [0.2, 0.4, 0.6, 0.8, 1.0, 0.0], [1.0, -1.0, 0.5, 2.0, 0.1, -0.1]
     assert not bool(solve(x, w, 0.0, norm).any())
     assert not bool(solve(x, [0.0] * SIZE, 0.7, norm).any())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
-def test_the_most_passes_are_spent_when_every_second_step_ends_beyond(steps: int) -> None:
+def test_most_passes_are_spent_if_every_second_step_crosses_the_boundary(steps: int) -> None:
     queries = count()
 
     def model(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def near(make_linear: Callable[..., nn.Module], x: Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ["ce", "margin", "pm"])
-def test_apgd_lowers_the_margin_by_all_it_can(
+def test_apgd_lowers_the_margin_by_eps_times_the_dual_norm(
     make_linear: Callable[..., nn.Module], x: Tensor, norm: Norm, loss: str
 ) -> None:
     # Not so sure of itself that the cross-entropy would be lost in rounding.
@@ -74,7 +74,7 @@ def test_minimal_finds_the_smallest_eps(near: nn.Module, x: Tensor, norm: Norm) 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", REGISTRY)
-def test_no_image_falls_that_cannot_and_gradients_find_those_that_can(
+def test_images_beyond_eps_are_never_fooled_and_gradient_attacks_fool_the_rest(
     near: nn.Module, x: Tensor, norm: Norm, name: str
 ) -> None:
     def model(images: Tensor) -> Tensor:  # with two more classes that no image is near to
@@ -94,7 +94,7 @@ def test_no_image_falls_that_cannot_and_gradients_find_those_that_can(
             assert bool(result.success.all())
 
 
-def test_square_gets_near_without_a_gradient(
+def test_square_gets_close_without_gradients(
     make_linear: Callable[..., nn.Module], x: Tensor
 ) -> None:
     model = make_linear()

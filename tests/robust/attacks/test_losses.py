@@ -32,7 +32,7 @@ def test_dlr_does_not_change_with_scale_or_shift() -> None:
         torch.testing.assert_close(scaled, dlr(LOGITS, at(1), target))
 
 
-def test_margin_is_above_0_just_where_the_attack_has_succeeded() -> None:
+def test_margin_is_positive_exactly_when_the_attack_succeeds() -> None:
     assert margin(LOGITS, at(1)).item() == -2
     assert margin(LOGITS, at(0)).item() == 3
     assert margin(LOGITS, at(0), at(1)).item() == 2
@@ -53,7 +53,7 @@ def test_losses_of_a_target_class() -> None:
     assert torch.equal(targeted_dlr(few, at(1), at(2)), margin(few, at(1), at(2)))
 
 
-def test_cross_entropy_of_a_target_is_climbed_towards_it() -> None:
+def test_targeted_cross_entropy_rises_toward_the_target() -> None:
     logits = LOGITS.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(cross_entropy(logits, at(1), at(3)).sum(), logits)
     assert gradient[0, 3] > 0

@@ -41,9 +41,7 @@ def images(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_first_target_is_the_closest_class_and_not_the_likeliest(
-    images: Tensor, norm: Norm
-) -> None:
+def test_first_target_is_the_closest_class_not_the_likeliest(images: Tensor, norm: Norm) -> None:
     model, y = Linear(images), torch.zeros(8, dtype=torch.int64)
     radii = model.radii(images, norm)[:, 1:]
     assert bool((radii.argmin(dim=1) + 1 == CLOSEST).all())
@@ -59,7 +57,7 @@ def test_the_first_target_is_the_closest_class_and_not_the_likeliest(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_what_is_measured_is_the_smallest_eps_of_each_class(images: Tensor, norm: Norm) -> None:
+def test_estimate_is_the_smallest_eps_of_each_class(images: Tensor, norm: Norm) -> None:
     model, seen = Linear(images), []
 
     class Watched(MALT):
@@ -77,7 +75,7 @@ def test_what_is_measured_is_the_smallest_eps_of_each_class(images: Tensor, norm
     torch.testing.assert_close(radii, model.radii(images, norm)[:, 1:], rtol=1e-3, atol=0)
 
 
-def test_targets_are_attacked_in_turn_and_no_more_than_there_are(images: Tensor) -> None:
+def test_targets_are_attacked_in_order_up_to_their_number(images: Tensor) -> None:
     model, y = Linear(images), torch.zeros(8, dtype=torch.int64)
     ball = ThreatModel(eps=1e-4)
     spent = []

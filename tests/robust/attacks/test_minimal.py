@@ -11,7 +11,7 @@ from robust.threat_model import ThreatModel
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_what_is_found_holds_and_lies_as_far_as_said(
+def test_found_images_are_adversarial_at_the_reported_distance(
     curved: nn.Module, images: Tensor, norm: Norm
 ) -> None:
     y = curved(images).argmax(dim=1)
@@ -24,7 +24,7 @@ def test_what_is_found_holds_and_lies_as_far_as_said(
     assert result.distance.max() <= eps + 1e-6
 
 
-def test_a_larger_eps_finds_no_fewer_and_nothing_much_farther(
+def test_larger_eps_loses_no_success_and_barely_raises_distances(
     curved: nn.Module, images: Tensor
 ) -> None:
     y = curved(images).argmax(dim=1)
@@ -58,9 +58,7 @@ def test_a_target_is_reached(curved: nn.Module, images: Tensor) -> None:
     assert float(result.distance[result.success].mean()) >= float(untargeted.distance.mean())
 
 
-def test_further_restarts_find_no_fewer_and_nothing_farther(
-    curved: nn.Module, images: Tensor
-) -> None:
+def test_more_restarts_lose_no_success(curved: nn.Module, images: Tensor) -> None:
     y = curved(images).argmax(dim=1)
     once, more = (
         minimal(curved, images, y, threat_model=ThreatModel(eps=0.01), steps=3, restarts=restarts)

@@ -22,7 +22,7 @@ def test_numbers_are_uniform(x: Tensor) -> None:
     assert 50 < chi_squared < 160  # of 99 degrees of freedom
 
 
-def test_numbers_do_not_hang_together(x: Tensor) -> None:
+def test_numbers_are_uncorrelated(x: Tensor) -> None:
     """Between neighbours, streams, seeds and images: a correlation is below 4 / sqrt(count)."""
     keys = image_keys(x, 0)
     first = uniform(keys, 0, COUNT) - 0.5
@@ -47,7 +47,7 @@ def test_normal_numbers_are_normal(x: Tensor) -> None:
     assert float(within) == pytest.approx(0.6827, abs=0.005)
 
 
-def test_numbers_belong_to_the_image(x: Tensor) -> None:
+def test_numbers_depend_on_the_image(x: Tensor) -> None:
     keys, order = image_keys(x, 3), torch.randperm(N, generator=torch.Generator().manual_seed(1))
     assert torch.equal(image_keys(x[order], 3), keys[order])
     assert torch.equal(torch.cat([image_keys(part, 3) for part in x.split(7)]), keys)

@@ -59,7 +59,7 @@ def test_l2_margin_falls_by_eps_times_the_l2_norm(
     torch.testing.assert_close(fall, 0.25 * linear.w.norm().expand(8), rtol=1e-3, atol=0)
 
 
-def test_result_is_what_the_model_sees(linear: nn.Module, x: Tensor) -> None:
+def test_returned_images_are_exactly_those_scored(linear: nn.Module, x: Tensor) -> None:
     y = torch.arange(8) % 2
     result = run_pgd(linear, x, y)
     torch.testing.assert_close(result.logits, linear(result.x_adv))
@@ -90,7 +90,7 @@ def test_eps_zero_is_the_identity(linear: nn.Module, x: Tensor, norm: str) -> No
         assert torch.equal(result.success, linear(x).argmax(dim=1) != 1)
 
 
-def test_target_is_reached_where_it_can_be(x: Tensor) -> None:
+def test_target_is_reached_if_possible(x: Tensor) -> None:
     w = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     target = torch.full((8,), 2)
 
@@ -135,7 +135,7 @@ def test_early_stop_finds_the_same_successes_for_less(
     torch.testing.assert_close(early.logits, model(early.x_adv))
 
 
-def test_restarts_go_on_with_survivors_only(
+def test_restarts_attack_only_unfooled_images(
     make_linear: Callable[..., nn.Module], x: Tensor
 ) -> None:
     model = make_linear()
@@ -152,14 +152,14 @@ def test_restarts_go_on_with_survivors_only(
     assert model.images == int(result.forwards.sum())
 
 
-def test_works_where_gradients_are_off(linear: nn.Module, x: Tensor) -> None:
+def test_works_under_no_grad(linear: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         result = fgsm(linear, x, ones(x), threat_model=LINF)
     assert torch.equal(result.x_adv, fgsm(linear, x, ones(x), threat_model=LINF).x_adv)
     assert result.distance.min().item() == pytest.approx(EPS, rel=1e-4)
 
 
-def test_masked_gradient_is_visible_as_no_change(linear: nn.Module, x: Tensor) -> None:
+def test_masked_gradient_changes_nothing(linear: nn.Module, x: Tensor) -> None:
     result = fgsm(lambda images: linear(images.round()), x, ones(x), threat_model=LINF)
     assert torch.equal(result.distance, torch.zeros(8))
 
@@ -211,7 +211,9 @@ def test_same_seed_same_result(x: Tensor, linear: nn.Module) -> None:
         ({"alpha": float("nan")}, "alpha of at least 0"),
     ],
 )
-def test_pgd_refuses(linear: nn.Module, change: dict[str, object], message: str) -> None:
+def test_pgd_rejects_invalid_arguments(
+    linear: nn.Module, change: dict[str, object], message: str
+) -> None:
     x, y = torch.full((2, 3, 4, 4), 0.5), torch.ones(2, dtype=torch.int64)
     settings = {"x": x, "y": y, "threat_model": LINF, "alpha": 0.01, "steps": 1} | change
     with pytest.raises(ValueError, match=message):
@@ -226,7 +228,7 @@ def test_fgsm_takes_the_eps_of_each_image(linear: nn.Module, eps: float) -> None
     torch.testing.assert_close(result.distance, sizes)
 
 
-def test_pgd_refuses_sizes_of_its_own_where_alpha_has_no_proportion(linear: nn.Module) -> None:
+def test_pgd_rejects_per_image_eps_with_alpha_at_eps_zero(linear: nn.Module) -> None:
     x, y = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="eps above 0, as alpha scales with it, got 0"):
         pgd(
@@ -240,7 +242,7 @@ def test_pgd_refuses_sizes_of_its_own_where_alpha_has_no_proportion(linear: nn.M
         )
 
 
-def test_without_a_random_start_further_restarts_still_begin_elsewhere(linear: nn.Module) -> None:
+def test_restarts_start_randomly_even_if_the_first_run_does_not(linear: nn.Module) -> None:
     seen: list[Tensor] = []
 
     def model(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ entries = pytest.mark.parametrize("entry", REGISTRY.values(), ids=REGISTRY)
 
 
 @entries
-def test_every_entry_is_one_algorithm_or_stages_that_are(entry: AttackEntry) -> None:
+def test_every_entry_is_an_algorithm_or_a_list_of_stages(entry: AttackEntry) -> None:
     assert bool(entry.algorithm) != bool(entry.stages)
     attack = resolve_attack(entry.name, ThreatModel())
     assert [stage.label for stage in attack.stages] == list(entry.stages or [attack.label])
@@ -55,7 +55,7 @@ def test_every_entry_is_one_algorithm_or_stages_that_are(entry: AttackEntry) -> 
 
 
 @entries
-def test_only_what_is_taken_changes_an_attack(entry: AttackEntry) -> None:
+def test_only_accepted_settings_change_an_attack(entry: AttackEntry) -> None:
     usual = resolve_attack(entry.name, ThreatModel())
     for parameter, value in {"alpha": 0.5, "steps": 7, "restarts": 3}.items():
         asked = resolve_attack(entry.name, ThreatModel(), **{parameter: value})  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_names_as_text() -> None:
     assert set(DEFAULT_ATTACKS) <= set(REGISTRY)
 
 
-def test_a_page_has_the_table_of_attacks() -> None:
+def test_attack_table_in_the_docs_is_up_to_date() -> None:
     """Printed by ``python -m robust.attack_registry``."""
     assert any(markdown_table() in page.read_text() for page in PAGES)
 
@@ -123,11 +123,11 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(MATHS))
-def test_the_mathematics_imports_no_engine(name: str) -> None:
+def test_attack_math_does_not_import_the_engine(name: str) -> None:
     assert not imported(ATTACKS / f"{name}.py") & (ENGINE | {"settings", "robust.attack_registry"})
 
 
-def test_the_schedule_and_the_registry_need_no_torch() -> None:
+def test_schedule_and_registry_need_no_torch() -> None:
     for path in (ATTACKS / "schedule.py", ROOT / "robust" / "attack_registry.py"):
         tree = ast.parse(path.read_text())
         modules = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
@@ -152,7 +152,7 @@ sys.exit(robust_cli.run(["evaluate", "--checkpoint", checkpoint, "--data", data,
 """
 
 
-def test_the_worked_example_adds_an_attack_that_appears_everywhere(
+def test_documented_example_attack_appears_everywhere(
     tmp_path: Path, checkpoint_path: Path
 ) -> None:
     (patch,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)

@@ -110,7 +110,7 @@ def test_last_iterate_is_scored_without_a_gradient(
     assert torch.equal(result.forwards, result.backwards + 1)
 
 
-def test_fooled_images_leave_and_others_fill_the_batch(
+def test_fooled_images_are_replaced_in_the_batch(
     curved: nn.Module, images: Tensor, y: Tensor
 ) -> None:
     algorithm = PGD(norm="linf", relative_alpha=0.25, steps=20)
@@ -124,7 +124,7 @@ def test_fooled_images_leave_and_others_fill_the_batch(
     assert calls < len(curved.calls)
 
 
-def test_restarts_and_targets_are_for_survivors(
+def test_restarts_and_targets_run_only_on_unfooled_images(
     curved: nn.Module, images: Tensor, y: Tensor
 ) -> None:
     one, many = (
@@ -202,7 +202,7 @@ def test_eps_0_is_the_identity(
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_image_wrong_from_the_start_is_a_success(
+def test_misclassified_image_counts_as_a_success(
     curved: nn.Module, images: Tensor, y: Tensor, name: str
 ) -> None:
     result = run(name, curved, images[-1:], y[-1:], 0.02)
@@ -211,7 +211,7 @@ def test_an_image_wrong_from_the_start_is_a_success(
         assert float(result.distance) == 0
 
 
-def test_keep_failed_off_gives_the_image_itself(
+def test_keep_failed_false_returns_the_original_image(
     curved: nn.Module, images: Tensor, y: Tensor
 ) -> None:
     for algorithm in (
@@ -227,7 +227,7 @@ def test_keep_failed_off_gives_the_image_itself(
         assert not bool(bare.distance[~bare.success].any())
 
 
-def test_a_success_counts_only_where_the_exact_model_is_fooled_too(
+def test_success_counts_only_if_the_exact_model_is_fooled(
     curved: nn.Module, make_curved: Callable[..., nn.Module], images: Tensor, y: Tensor
 ) -> None:
     def rough(x: Tensor) -> Tensor:
@@ -245,7 +245,9 @@ def test_a_success_counts_only_where_the_exact_model_is_fooled_too(
     assert bool((exact(checked.x_adv).argmax(dim=1) != y)[checked.success].all())
 
 
-def test_uint8_images_are_what_they_stand_for(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+def test_uint8_images_equal_their_float_values(
+    curved: nn.Module, images: Tensor, y: Tensor
+) -> None:
     levels = (images * 255).round().to(torch.uint8)
     algorithm = PGD(norm="linf", relative_alpha=0.25, steps=5)
     whole = searched(algorithm, curved, levels, y, 0.05)
@@ -280,7 +282,7 @@ def test_too_large_a_batch_is_halved(
     assert max(curved.calls) == 3
 
 
-def test_what_does_not_fit_even_alone_is_said(images: Tensor, y: Tensor) -> None:
+def test_image_too_large_for_memory_is_reported(images: Tensor, y: Tensor) -> None:
     def hungry(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -328,7 +330,7 @@ def snapshot(model: nn.Module) -> list[object]:
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_model_is_left_as_it_was(name: str, fail_at: int, x: Tensor) -> None:
+def test_model_is_unchanged_after_the_search(name: str, fail_at: int, x: Tensor) -> None:
     model = Moody()
     model.fail_at = fail_at
     before = snapshot(model)
@@ -343,7 +345,7 @@ def test_model_is_left_as_it_was(name: str, fail_at: int, x: Tensor) -> None:
     assert snapshot(model) == before
 
 
-def test_model_is_as_it_was_between_results(x: Tensor) -> None:
+def test_model_is_unchanged_between_results(x: Tensor) -> None:
     model = Moody()
     before = snapshot(model)
     algorithm = PGD(norm="linf", relative_alpha=0.25, steps=3)
@@ -382,9 +384,7 @@ def test_targeted_apgd_of_dlr_needs_four_classes(
         run("apgd-dlr", model, images, y, 0.1, target=(y + 1) % 3)
 
 
-def test_an_algorithm_that_never_moves_finds_nothing(
-    curved: nn.Module, images: Tensor, y: Tensor
-) -> None:
+def test_no_op_algorithm_finds_nothing(curved: nn.Module, images: Tensor, y: Tensor) -> None:
     """What tells a no-op from an attack: the distance, and a real one's successes."""
 
     class Still(PGD):
@@ -414,14 +414,14 @@ def test_an_algorithm_that_never_moves_finds_nothing(
         (lambda x: x.flatten(1).detach() + torch.zeros(1, requires_grad=True), "gradient at the"),
     ],
 )
-def test_models_that_cannot_be_attacked(
+def test_models_that_cannot_be_attacked_are_rejected(
     images: Tensor, y: Tensor, logits: Callable[[Tensor], Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
         run("pgd", logits, images, y, 0.05)
 
 
-def test_a_model_that_changes_its_images_is_refused(images: Tensor, y: Tensor) -> None:
+def test_model_that_modifies_its_input_is_rejected(images: Tensor, y: Tensor) -> None:
     def careless(x: Tensor) -> Tensor:
         return x.sub_(0.5).flatten(1)
 
@@ -431,7 +431,7 @@ def test_a_model_that_changes_its_images_is_refused(images: Tensor, y: Tensor) -
     assert torch.equal(images, before)
 
 
-def test_a_model_whose_classes_change_is_refused(images: Tensor, y: Tensor) -> None:
+def test_model_whose_class_count_changes_is_rejected(images: Tensor, y: Tensor) -> None:
     calls = []
 
     def wavering(x: Tensor) -> Tensor:
@@ -443,7 +443,7 @@ def test_a_model_whose_classes_change_is_refused(images: Tensor, y: Tensor) -> N
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_labels_without_a_class_are_refused(curved: nn.Module, images: Tensor, name: str) -> None:
+def test_out_of_range_labels_are_rejected(curved: nn.Module, images: Tensor, name: str) -> None:
     for label in (10, -1):
         y = torch.full((12,), label)
         with pytest.raises(ValueError, match=r"labels from 0 to 9, .* got (10|-1) to"):
@@ -453,20 +453,20 @@ def test_labels_without_a_class_are_refused(curved: nn.Module, images: Tensor, n
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_batches_without_images_are_refused(
+def test_empty_batches_are_rejected(
     curved: nn.Module, images: Tensor, y: Tensor, batch_size: int
 ) -> None:
     with pytest.raises(ValueError, match="batch size of at least 1"):
         run("pgd", curved, images, y, 0.05, batch_size=batch_size)
 
 
-def test_no_images_are_no_work(curved: nn.Module) -> None:
+def test_empty_input_gives_empty_results(curved: nn.Module) -> None:
     none, labels = torch.zeros(0, 3, 6, 6), torch.zeros(0, dtype=torch.int64)
     assert list(search(curved, FAB(norm="l2", steps=5), none, labels, eps=torch.zeros(0))) == []
     assert not curved.calls
 
 
-def test_nan_logits_fool_nobody(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+def test_nan_logits_are_no_success(curved: nn.Module, images: Tensor, y: Tensor) -> None:
     def broken(x: Tensor) -> Tensor:
         logits = curved(x)
         return torch.where(torch.arange(len(x)).view(-1, 1) == 0, torch.nan, logits)
@@ -478,7 +478,7 @@ def test_nan_logits_fool_nobody(curved: nn.Module, images: Tensor, y: Tensor) ->
         assert not bool(run(name, broken, images[:1], y[:1], 0.05).success.any())
 
 
-def test_whole_numbers_do_for_eps(curved: nn.Module, images: Tensor, y: Tensor) -> None:
+def test_integers_are_accepted_for_eps(curved: nn.Module, images: Tensor, y: Tensor) -> None:
     threat_model = ThreatModel(norm="l2", eps=1)
     assert bool(pgd(curved, images, y, threat_model=threat_model, alpha=1, steps=2).success.any())
     assert bool(apgd_t(curved, images, y, threat_model=threat_model, steps=2).success.any())
@@ -524,7 +524,7 @@ class Scripted(Algorithm[Shown]):
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_the_lowest_run_that_succeeds_is_the_one_given(
+def test_lowest_successful_run_is_returned(
     falls: dict[int, int], run: int | None, batch_size: int
 ) -> None:
     seen: list[int] = []
@@ -545,7 +545,7 @@ def test_the_lowest_run_that_succeeds_is_the_one_given(
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "fgsm"])  # over too soon
-def test_cancelled_images_leave_and_change_nothing_for_the_others(
+def test_cancelled_images_leave_without_affecting_others(
     curved: nn.Module, images: Tensor, y: Tensor, name: str
 ) -> None:
     whole = run(name, curved, images, y, 0.003)

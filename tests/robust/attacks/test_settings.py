@@ -86,7 +86,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, int]) -> None:
         resolve_attack("pgd", LINF, **changes)  # type: ignore[arg-type]
 
 
-def test_cost_is_what_is_spent(make_linear: Callable[..., nn.Module], x: Tensor) -> None:
+def test_cost_equals_the_passes_spent(make_linear: Callable[..., nn.Module], x: Tensor) -> None:
     model = make_linear(bias=1000.0)  # nothing fools it
     settings = resolve_attack("pgd-4", LINF, restarts=3)
     result = settings.run(model, x, ones(x))

@@ -34,7 +34,7 @@ def test_windows_of_l2_are_odd_and_of_3_at_least() -> None:
     assert sides_at([0, 4001], 2, 3) == [2, 2]  # no more than there is
 
 
-def test_windows_lie_where_they_were_drawn() -> None:
+def test_windows_are_placed_at_their_drawn_positions() -> None:
     x, sides = torch.zeros(3, 1, 8, 10), torch.tensor([3, 3, 8])
     inside, down, across = _window(
         x, sides, torch.tensor([0.0, 0.999, 0.5]), torch.tensor([0.0, 0.5, 0.999])

@@ -26,9 +26,7 @@ class Rounded(nn.Module):
 
 
 @norms
-def test_an_image_is_left_where_gradients_do_better(
-    curved: nn.Module, images: Tensor, norm: Norm
-) -> None:
+def test_check_stops_if_gradients_do_better(curved: nn.Module, images: Tensor, norm: Norm) -> None:
     y = curved(images).argmax(dim=1)
     attack = resolve_attack("square-check", ThreatModel(norm=norm, eps=EPS[norm] / 8))
     found = attack.run(curved, images, y)
@@ -39,7 +37,9 @@ def test_an_image_is_left_where_gradients_do_better(
 
 
 @norms
-def test_masked_gradients_get_all_of_square(curved: nn.Module, images: Tensor, norm: Norm) -> None:
+def test_masked_gradients_get_the_full_square_attack(
+    curved: nn.Module, images: Tensor, norm: Norm
+) -> None:
     model, y = Rounded(curved), curved(images).argmax(dim=1)
     ball = ThreatModel(norm=norm, eps=EPS[norm])
     attack = resolve_attack("square-check", ball, steps=150)

@@ -31,7 +31,7 @@ def test_length_counts_subset_and_limit() -> None:
     assert len(whole.subset([])) == 0
 
 
-def test_the_hash_is_of_content() -> None:
+def test_hash_depends_on_content_only() -> None:
     whole = dataset()
     assert len(whole.sha256) == 64
     assert whole.sha256 == dataset(name="other", classes=("w", "x", "y", "z")).sha256
@@ -61,7 +61,7 @@ def test_the_hash_is_of_content() -> None:
         {"classes": ("a", "b")},
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, object]) -> None:
+def test_inconsistent_datasets_are_rejected(changes: dict[str, object]) -> None:
     with pytest.raises(DatasetError, match="n: expected"):
         dataset(**changes)
 
@@ -111,6 +111,6 @@ def test_a_split_is_proportional_and_seeded() -> None:
 
 
 @pytest.mark.parametrize("held_out", [0, 0.0, 5, 1.0, -1])
-def test_both_parts_need_an_image(held_out: float) -> None:
+def test_both_parts_of_a_split_need_an_image(held_out: float) -> None:
     with pytest.raises(ValueError, match="expected to hold out"):
         stratified_split(torch.tensor([0, 1, 0, 1, 0]), held_out, seed=0)

@@ -47,7 +47,7 @@ def test_class_folders_on_disk_and_zipped(folder: Path, form: str) -> None:
     assert dataset.images.shape == (4, 3, 32, 32)
 
 
-def test_classes_that_are_numbers_are_in_number_order(tmp_path: Path) -> None:
+def test_numeric_classes_are_sorted_as_numbers(tmp_path: Path) -> None:
     for label in range(11):
         (tmp_path / str(label)).mkdir()
         Image.new("L", (40, 20), label).save(tmp_path / str(label) / "a.png")
@@ -80,7 +80,7 @@ def test_other_files_are_skipped_and_noted(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a.jfif", "a.bmp", "a.tif", "a.gif", "a.ppm", "a.dat", "without", "b.PNG"]
 )
-def test_images_are_told_by_content(folder: Path, name: str) -> None:
+def test_images_are_recognized_by_content(folder: Path, name: str) -> None:
     kinds = {".jfif": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".gif": "GIF", ".ppm": "PPM"}
     path = folder / "dog" / name
     Image.new("RGB", (32, 32), (30, 30, 30)).save(path, kinds.get(path.suffix, "BMP"))
@@ -91,12 +91,12 @@ def test_images_are_told_by_content(folder: Path, name: str) -> None:
         assert dataset.changes == ()
 
 
-def test_what_is_called_an_image_must_be_one_that_is_read(folder: Path) -> None:
+def test_file_with_an_image_suffix_must_be_a_readable_image(folder: Path) -> None:
     (folder / "dog" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     refusal(folder, "animals/dog/phone.heic")
 
 
-def test_a_tiff_of_16_bits_upside_down_and_an_animation(folder: Path) -> None:
+def test_sixteen_bit_rotated_tiff_and_animation(folder: Path) -> None:
     values = np.full((32, 32), 257 * 7, np.uint16)
     values[:16] = 257 * 9
     exif = Image.Exif()
@@ -117,7 +117,7 @@ def test_a_broken_image_is_named(folder: Path) -> None:
     refusal(zipped(folder), "animals.zip/dog/2.png")
 
 
-def test_the_tree_must_be_two_levels_deep(folder: Path, tmp_path: Path) -> None:
+def test_images_must_be_exactly_one_folder_deep(folder: Path, tmp_path: Path) -> None:
     image = (folder / "cat" / "1.png").read_bytes()
     (folder / "stray.png").write_bytes(image)
     assert refusal(folder).found == "stray.png"
@@ -127,7 +127,7 @@ def test_the_tree_must_be_two_levels_deep(folder: Path, tmp_path: Path) -> None:
     assert refusal(folder).found == "cat/young/1.png"
 
 
-def test_the_part_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_requested_split_is_read(folder: Path, tmp_path: Path) -> None:
     for part, classes in (("train", ("cat", "dog")), ("val", ("dog", "eel"))):
         for name in classes:
             shutil.copytree(folder / name, tmp_path / "parts" / part / name)
@@ -139,7 +139,7 @@ def test_the_part_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     assert refusal(tmp_path / "parts").expected == "a folder train"
 
 
-def test_nothing_and_one_class(folder: Path, tmp_path: Path) -> None:
+def test_empty_folder_and_single_class(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty").found == "no images"
     (folder / "fox").mkdir()
@@ -157,7 +157,7 @@ def test_nothing_and_one_class(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x/a.png", "/x/a.png", "x/../../a.png", "x\\a.png", "."])
-def test_zips_that_point_elsewhere_are_refused(folder: Path, name: str) -> None:
+def test_zips_with_unsafe_paths_are_rejected(folder: Path, name: str) -> None:
     path = zipped(folder)
     before = sorted(folder.parent.rglob("*"))
     with zipfile.ZipFile(path, "a") as archive:
@@ -166,7 +166,7 @@ def test_zips_that_point_elsewhere_are_refused(folder: Path, name: str) -> None:
     assert sorted(folder.parent.rglob("*")) == before
 
 
-def test_zip_bombs_are_refused_by_their_declared_size(tmp_path: Path) -> None:
+def test_zip_bombs_are_rejected_by_declared_size(tmp_path: Path) -> None:
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("cat/1.png", "w", force_zip64=True) as member:
@@ -186,7 +186,7 @@ def test_zip_bombs_are_refused_by_their_declared_size(tmp_path: Path) -> None:
         pass
 
 
-def test_a_member_that_is_larger_than_it_says(folder: Path) -> None:
+def test_member_larger_than_declared_is_rejected(folder: Path) -> None:
     path = folder.parent / "x.npz"
     np.savez_compressed(path, images=np.zeros((2, 3, 64, 64), np.uint8), labels=np.arange(2))
     data = bytearray(path.read_bytes())
@@ -196,7 +196,7 @@ def test_a_member_that_is_larger_than_it_says(folder: Path) -> None:
     refusal(path)
 
 
-def test_a_member_without_a_name(tmp_path: Path) -> None:
+def test_member_without_a_name_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x", "")
@@ -211,12 +211,12 @@ def test_a_member_without_a_name(tmp_path: Path) -> None:
     assert refusal(path).found == "a member without a name"
 
 
-def test_a_zip_that_is_none(tmp_path: Path) -> None:
+def test_invalid_zip_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 not really")
     assert "damaged" in refusal(tmp_path / "a.zip").found
 
 
-def test_sizes_are_fitted(folder: Path) -> None:
+def test_images_are_resized(folder: Path) -> None:
     Image.new("RGB", (100, 60), (7, 7, 7)).save(folder / "dog" / "1.png")
     dataset = load_dataset(folder, size=24)
     assert torch.equal(dataset.images[2], torch.full((3, 24, 24), 7, dtype=torch.uint8))
@@ -234,14 +234,14 @@ def test_sizes_are_fitted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("readme", ["README.txt", "top/README.txt"])
-def test_a_text_beside_the_classes_in_a_zip_is_skipped(folder: Path, readme: str) -> None:
+def test_text_file_beside_the_class_folders_in_a_zip_is_skipped(folder: Path, readme: str) -> None:
     path = zipped(folder, "top/")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(readme, "what this is")
     assert load_dataset(path).classes == ("cat", "dog", "eel")
 
 
-def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
+def test_class_folders_may_be_symlinks(folder: Path, tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     linked.mkdir()
     for name in ("cat", "dog"):
@@ -250,6 +250,6 @@ def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
     assert (dataset.classes, dataset.labels.tolist()) == (("cat", "dog"), [0, 0, 1])
 
 
-def test_a_link_to_a_folder_above_is_refused(folder: Path) -> None:
+def test_symlink_to_a_parent_folder_is_rejected(folder: Path) -> None:
     (folder / "cat" / "round").symlink_to(folder)
     assert "cat/round/cat" in refusal(folder).found

@@ -1,4 +1,4 @@
-"""Every row of the table in docs/formats.md: a file as people have it, with the right values."""
+"""Every row of the table in docs/formats.md: a file as people have it is read correctly."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_each_form_is_read(form: Form, tmp_path: Path) -> None:
         assert dataset.classes == ("cat", "dog", "eel")
 
 
-def test_the_table_of_the_page_is_that_of_the_entries() -> None:
+def test_format_table_in_the_docs_matches_the_registry() -> None:
     assert markdown_table() in (ROOT / "docs" / "formats.md").read_text()
     assert {form.title for form in FORMS} == set(EXAMPLES) | ELSEWHERE
 
@@ -166,7 +166,7 @@ def test_the_forms_are_listed_without_torch() -> None:
     assert run.stdout == "False\n"
 
 
-def test_severities_frames_and_folders_of_corruptions(tmp_path: Path) -> None:
+def test_corruption_severities_and_folders(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", LABELS[:3])
     np.save(tmp_path / "fog.npy", ROWS)  # two severities of three images
     dataset = load_dataset(tmp_path / "fog.npy")
@@ -185,7 +185,7 @@ def test_severities_frames_and_folders_of_corruptions(tmp_path: Path) -> None:
         load_dataset(tmp_path / "snow.npy")
 
 
-def test_the_part_of_a_hub_folder(tmp_path: Path) -> None:
+def test_requested_split_of_a_hub_folder(tmp_path: Path) -> None:
     assert same(load_dataset(hub(tmp_path)), ROWS[:2], LABELS[:2])
     for file in (tmp_path / "data").glob("train*"):
         file.unlink()
@@ -193,7 +193,7 @@ def test_the_part_of_a_hub_folder(tmp_path: Path) -> None:
         load_dataset(tmp_path)
 
 
-def test_what_save_to_disk_writes(tmp_path: Path) -> None:
+def test_save_to_disk_folder_is_read(tmp_path: Path) -> None:
     part = tmp_path / "test"
     part.mkdir()
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
@@ -204,7 +204,7 @@ def test_what_save_to_disk_writes(tmp_path: Path) -> None:
     assert same(load_dataset(part))
 
 
-def test_parquet_that_is_none_and_columns_that_are_missing(tmp_path: Path) -> None:
+def test_invalid_parquet_and_missing_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(DatasetError, match="complete parquet or arrow files"):
@@ -278,7 +278,7 @@ def torchvision_set(kind: type, **attributes: object) -> object:
     ],
     ids=range(10),
 )
-def test_pickles_of_every_kind(tmp_path: Path, value: object, how: str) -> None:
+def test_every_kind_of_pickle_is_read(tmp_path: Path, value: object, how: str) -> None:
     if isinstance(value, Subset):
         value = Subset(value.dataset, list(value.indices))
     assert same(load_dataset(saved(tmp_path, value, how)))
@@ -302,7 +302,7 @@ def test_gray_and_boolean_and_unreadable_pickles(tmp_path: Path) -> None:
         load_dataset(path)
 
 
-def test_a_batch_file_of_cifar10_as_it_lies_there(tmp_path: Path) -> None:
+def test_single_cifar10_batch_file_is_read(tmp_path: Path) -> None:
     """Written by Python 2: byte strings for text and for the pixels."""
     pixels = ROWS.transpose(0, 3, 1, 2).tobytes()
 

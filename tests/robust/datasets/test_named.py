@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from robust.datasets import DatasetError, load_dataset
 
 
-def test_digits_are_split_once_and_for_all() -> None:
+def test_digits_split_is_fixed() -> None:
     train, test = load_dataset("digits"), load_dataset("digits", train=False)
     assert (len(train), len(test)) == (1500, 297)
     assert train.images.shape[1:] == (3, 32, 32)
@@ -33,7 +33,7 @@ def test_digits_use_the_whole_range() -> None:
     assert levels.tolist() == [round(level * 255 / 16) for level in range(17)]
 
 
-def test_digits_keep_what_they_show() -> None:
+def test_digits_stay_recognizable() -> None:
     dataset = load_dataset("digits", size=8)
     nearest = load_dataset("digits", size=8, train=False)
     distance = torch.cdist(nearest.images.flatten(1).float(), dataset.images.flatten(1).float())
@@ -71,7 +71,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_cifar10_folder_or_the_one_above(cifar: Path) -> None:
+def test_cifar10_folder_or_its_parent(cifar: Path) -> None:
     for source in (cifar, cifar.parent):
         train, test = load_dataset(source), load_dataset(source, train=False)
         assert train.images[0, :, 5, 5].tolist() == [1, 50, 1]

@@ -199,12 +199,12 @@ def test_declared_lengths_are_not_trusted(tmp_path: Path) -> None:
     assert refusal(path) == "a damaged one (images.npy ends early)"
 
 
-def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
     path = save(tmp_path, classes=np.array([print, print, print], dtype=object))
     assert refusal(path) == "an object array"
 
 
-def test_text_that_is_none(tmp_path: Path) -> None:
+def test_invalid_text_arrays_are_rejected(tmp_path: Path) -> None:
     path = save(tmp_path, classes=np.array(["a", "b", "c"]))
     rewritten(path, "classes.npy", b"a\0\0\0", b"\xff\xff\xff\xff")
     assert refusal(path) == "no text"
@@ -245,7 +245,7 @@ def test_the_usual_names(tmp_path: Path, images: str, labels: str) -> None:
     assert dataset.changes == ()
 
 
-def test_the_part_that_is_asked_for(tmp_path: Path) -> None:
+def test_requested_split_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mnist.npz"
     parts = {"x_train": IMAGES[:4], "y_train": LABELS[:4], "x_test": IMAGES[4:]}
     np.savez(path, **parts, y_test=LABELS[4:])
@@ -263,7 +263,7 @@ def test_the_part_that_is_asked_for(tmp_path: Path) -> None:
         (("x_test", "y_val"), False, "images named"),
     ],
 )
-def test_training_images_do_not_stand_in_for_test_images(
+def test_training_images_do_not_replace_missing_test_images(
     tmp_path: Path, names: tuple[str, str], train: bool, expected: str
 ) -> None:
     np.savez(tmp_path / "a.npz", **dict(zip(names, (IMAGES, LABELS), strict=True)))
@@ -285,13 +285,13 @@ def test_a_class_name_given_twice(tmp_path: Path) -> None:
             load_dataset(tmp_path / file)
 
 
-def test_a_name_that_ends_in_an_underscore_is_no_split(tmp_path: Path) -> None:
+def test_name_ending_in_an_underscore_is_not_a_split(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, images=IMAGES, labels=LABELS, images_=IMAGES[:1], _labels=LABELS[:1])
     assert load_dataset(path).labels.tolist() == LABELS.tolist()
 
 
-def test_labels_beside(tmp_path: Path) -> None:
+def test_labels_in_a_file_beside(tmp_path: Path) -> None:
     path = tmp_path / "aa.npz"
     np.savez(path, adv_complete=IMAGES)
     np.save(tmp_path / "labels.npy", LABELS)
@@ -331,7 +331,7 @@ def test_floats_stay_floats(tmp_path: Path, dtype: str) -> None:
     assert turned.sha256 == dataset.sha256
 
 
-def test_the_hash_covers_what_8_bits_would_lose(tmp_path: Path) -> None:
+def test_hash_covers_float_precision(tmp_path: Path) -> None:
     near = FLOATS.copy()
     near[3, 1, 4, 4] = np.nextafter(near[3, 1, 4, 4], np.float32(0))
     dataset, other = (load_dataset(save(tmp_path, images=x)) for x in (FLOATS, near))
@@ -343,7 +343,7 @@ def test_the_hash_covers_what_8_bits_would_lose(tmp_path: Path) -> None:
     assert (rounded.images.numpy() == np.round(FLOATS * 255)).all()
 
 
-def test_floats_beyond_the_range_by_rounding_are_clipped_and_counted(tmp_path: Path) -> None:
+def test_floats_slightly_out_of_range_are_clipped_and_counted(tmp_path: Path) -> None:
     images = FLOATS.copy()
     images[0, 0, 0, :3] = (-5e-7, 1 + 5e-7, 0)
     dataset = load_dataset(save(tmp_path, images=images))
@@ -356,7 +356,7 @@ def test_floats_beyond_the_range_by_rounding_are_clipped_and_counted(tmp_path: P
     assert len(dataset.changes) == 1
 
 
-def test_doubles_that_float32_rounds_are_counted(tmp_path: Path) -> None:
+def test_float64_values_rounded_to_float32_are_counted(tmp_path: Path) -> None:
     images = FLOATS.astype(np.float64)
     images[0, 0, 0, :2] += 1e-12
     dataset = load_dataset(save(tmp_path, images=images))
@@ -373,7 +373,7 @@ def test_floats_are_resized_as_floats(tmp_path: Path) -> None:
     )
 
 
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+def test_image_with_too_many_pixels_is_rejected_before_decompression(tmp_path: Path) -> None:
     path = tmp_path / "large.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, shape in (("images", (1, 9000, 9000, 3)), ("labels", (1,))):
@@ -396,7 +396,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_inflated(tmp_path: 
     tracemalloc.stop()
 
 
-def test_images_that_come_out_are_bounded_too(tmp_path: Path) -> None:
+def test_resized_image_bytes_are_limited(tmp_path: Path) -> None:
     path = save(tmp_path, images=IMAGES[:, :, :1, :1])
     with pytest.raises(DatasetError, match="at most 1000000 bytes of images, found 4078368"):
         load_upload(path.read_bytes(), "x", size=476, max_images=9, max_bytes=1_000_000)

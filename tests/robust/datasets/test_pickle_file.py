@@ -64,7 +64,7 @@ def same(dataset: Dataset) -> bool:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_task_dataset_of_a_class_that_is_gone(save, protocol: int, zipped: bool) -> None:
+def test_task_dataset_of_a_missing_class_is_read(save, protocol: int, zipped: bool) -> None:
     path = save(task(), pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     assert not hasattr(sys.modules["__main__"], "TaskDataset")
     dataset = load_dataset(path)
@@ -118,7 +118,7 @@ def test_labels_of_every_form(save, labels: object) -> None:
     assert same(load_dataset(save(task(labels=labels))))
 
 
-def test_a_transform_stays_unbuilt(save) -> None:
+def test_transform_is_not_built(save) -> None:
     transform = transforms.Compose(
         [
             transforms.RandomCrop(32, padding=4),
@@ -155,7 +155,7 @@ def test_a_transform_stays_unbuilt(save) -> None:
     ids=range(12),
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_every_other_form(save, value: object, zipped: bool) -> None:
+def test_every_other_layout_is_read(save, value: object, zipped: bool) -> None:
     assert same(load_dataset(save(value, _use_new_zipfile_serialization=zipped)))
 
 
@@ -165,7 +165,7 @@ def test_class_names_are_kept(save) -> None:
     assert refusal(save({**value, "classes": ["cat"]})) == "1 class names and a label 2"
 
 
-def test_an_image_named_often_is_read_once(save) -> None:
+def test_repeated_image_is_read_once(save) -> None:
     image = pil_images()[0]
     images = load_dataset(save(task(imgs=[image] * 6))).images
     assert torch.equal(images, IMAGES[:1].expand(6, -1, -1, -1))

@@ -1,4 +1,4 @@
-"""Malicious and damaged pickles: every one is refused, and nothing of it runs."""
+"""Malicious and damaged pickles: every one is rejected, and none of its code runs."""
 
 import copyreg
 import io
@@ -55,7 +55,7 @@ def touch(path: Path) -> Call:
     return Call(os.system, f"touch {path}")
 
 
-def test_the_canary_runs_where_a_pickle_is_trusted(tmp_path: Path) -> None:
+def test_canary_runs_under_plain_pickle(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(touch(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
 
@@ -83,7 +83,7 @@ CALLS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_are_refused_by_name(tmp_path: Path, name: str, protocol: int, zipped: bool) -> None:
+def test_calls_are_rejected_by_name(tmp_path: Path, name: str, protocol: int, zipped: bool) -> None:
     path, buffer = tmp_path / "ran", io.BytesIO()
     value = {"images": CALLS[name](str(path)), "labels": [0, 1]}
     torch.save(value, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
@@ -170,7 +170,7 @@ def test_registered_extensions_do_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_is_imported_for_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "innocent_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     tree, _, _ = unpickle("x", b"\x80\x02" + glob("innocent_module", "Data") + b")\x81.")
@@ -250,7 +250,7 @@ def test_missing_storages_are_refused() -> None:
     assert refusal(torch_zip(pair(tensor(b"(K\x01t", b"(K\x01t")))) == "none"
 
 
-def test_arrays_whose_shape_is_not_theirs() -> None:
+def test_arrays_with_a_wrong_shape_are_rejected() -> None:
     honest = pickle.dumps({"images": np.zeros((2, 3, 4, 4), np.uint8), "labels": [0, 1]}, 2)
     assert load_upload(torch_zip(honest), None, size=4, max_images=2).labels.tolist() == [0, 1]
     vast = honest.replace(b"(K\x02K\x03K\x04K\x04t", b"(K\x02K\x03K\xffK\xfft")
@@ -288,11 +288,11 @@ def image_pickle(state: list[object], copies: int = 2) -> bytes:
         ([{}, "L"], "one without its state"),
     ],
 )
-def test_images_that_lie(state: list[object], found: str) -> None:
+def test_pickled_images_with_inconsistent_size_or_data(state: list[object], found: str) -> None:
     assert refusal(torch_zip(image_pickle(state))) == found
 
 
-def test_one_image_under_many_names_is_no_amplifier() -> None:
+def test_shared_image_does_not_multiply_memory() -> None:
     data = pickle.dumps(([Image.new("L", (8, 8))] * 3, [0, 1, 0]), 4)
     assert len(load_upload(torch_zip(data), None, size=8, max_images=3)) == 3
     pixels = bytes(1000 * 1000)  # one string in the file, shared by 50 images
@@ -301,7 +301,7 @@ def test_one_image_under_many_names_is_no_amplifier() -> None:
     assert "more" in refusal(torch_zip(data))
 
 
-def test_operations_are_bounded_by_the_bytes_in_the_file(tmp_path: Path) -> None:
+def test_operations_are_limited_by_the_file_size(tmp_path: Path) -> None:
     assert "more than 20000 operations" in refusal(torch_zip(b"\x80\x02" + b"]" * 40_000 + b"."))
     # A file of 2,190 bytes that unfolds to two million operations.
     buffer, path = io.BytesIO(), tmp_path / "a.pt"
@@ -315,13 +315,13 @@ def test_operations_are_bounded_by_the_bytes_in_the_file(tmp_path: Path) -> None
         load_dataset(path)
 
 
-def test_uploads_have_a_bounded_number_of_images() -> None:
+def test_uploads_have_a_limited_number_of_images() -> None:
     buffer = io.BytesIO()
     torch.save(([Image.new("L", (1, 1))] * 101, [0, 1]), buffer)
     assert refusal(buffer.getvalue()) == "101"
 
 
-def test_declared_sizes_are_capped_before_anything_is_inflated() -> None:
+def test_declared_sizes_are_checked_before_decompression() -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=np.zeros((20, 3, 300, 300), np.uint8), labels=np.arange(20))
     assert len(buffer.getvalue()) < 10_000
@@ -364,7 +364,7 @@ HONEST = honest()
 
 @settings(max_examples=300, deadline=None)
 @given(changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6))
-def test_damaged_pickles_load_or_are_refused(changes: list[tuple[float, int]]) -> None:
+def test_damaged_pickles_load_or_are_rejected(changes: list[tuple[float, int]]) -> None:
     data = bytearray(HONEST)
     for place, value in changes:
         data[int(place * (len(data) - 1))] = value
@@ -382,11 +382,11 @@ def test_damaged_pickles_load_or_are_refused(changes: list[tuple[float, int]]) -
         max_size=30,
     )
 )
-def test_any_operations_load_or_are_refused(data: list[bytes]) -> None:
+def test_random_operations_load_or_are_rejected(data: list[bytes]) -> None:
     refusal(torch_zip(b"".join([*data, b"."])))
 
 
-def test_members_are_counted_before_the_directory_is_parsed() -> None:
+def test_zip_members_are_counted_before_the_directory_is_parsed() -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("a", "")
@@ -415,7 +415,7 @@ SQUARES = b"]q\x00" + b"".join(
     ],
     ids=["many", "deep", "shared"],
 )
-def test_the_worst_pickles_cost_milliseconds(operations: bytes, found: str) -> None:
+def test_worst_pickles_cost_milliseconds(operations: bytes, found: str) -> None:
     start = time.thread_time()
     assert found in refusal(torch_zip(b"\x80\x02" + operations))
     assert time.thread_time() - start < 1  # some 0.02 s

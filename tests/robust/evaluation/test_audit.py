@@ -55,7 +55,7 @@ class Rounded(Wrapped):
         (Rounded, {"gradients", "square stronger"}),
     ],
 )
-def test_on_a_masked_model_it_is_no_weaker_than_autoattack(
+def test_audit_is_no_weaker_than_autoattack_on_a_masked_model(
     mask: type[Wrapped],
     flags: set[str],
     undefended: nn.Module,
@@ -75,7 +75,7 @@ def test_on_a_masked_model_it_is_no_weaker_than_autoattack(
         assert ours.correct <= theirs.correct < result.clean.correct - 5
 
 
-def test_what_only_one_of_two_ensembles_fooled_is_listed(
+def test_images_fooled_by_only_one_ensemble_are_listed(
     defended: nn.Module, digits: tuple[Data, Data]
 ) -> None:
     images, labels = digits[1][0][:50], digits[1][1][:50]
@@ -122,7 +122,9 @@ def test_what_only_one_of_two_ensembles_fooled_is_listed(
     assert str(only_strong) in str(result)
 
 
-def test_times_tell_what_passes_took(undefended: nn.Module, digits: tuple[Data, Data]) -> None:
+def test_times_report_the_seconds_of_passes(
+    undefended: nn.Module, digits: tuple[Data, Data]
+) -> None:
     attack = resolve_attack("audit", BALL, stages=SHORT)
     images, labels = digits[1][0][:20], digits[1][1][:20]
     result = evaluate(undefended, images, labels, num_classes=10, attacks=[attack], device=CPU)

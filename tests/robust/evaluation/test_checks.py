@@ -44,7 +44,7 @@ def run(model: Callable[[Tensor], Tensor], data: Data, **changes: object) -> Eva
         (lambda z: z.detach(), "with a gradient at the images, got none"),
     ],
 )
-def test_refuses_what_are_no_logits(
+def test_rejects_outputs_that_are_not_logits(
     model: nn.Module, linear_data: Data, answer: Callable[[Tensor], Tensor], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -52,7 +52,7 @@ def test_refuses_what_are_no_logits(
 
 
 @pytest.mark.parametrize(("n", "passes"), [(19, 19 + 8 + 16), (20, 20 + 8 + 16 + 3 * 8)])
-def test_no_normalization_is_tried_on_too_few_images(
+def test_normalization_check_needs_enough_images(
     model: nn.Module, linear_data: Data, n: int, passes: int
 ) -> None:
     result = run(model, (linear_data[0][:n], linear_data[1][:n]), attacks=[])
@@ -63,7 +63,7 @@ def test_no_normalization_is_tried_on_too_few_images(
     assert model.images == passes
 
 
-def test_a_model_without_a_gradient_can_be_asked_by_square(
+def test_model_without_gradients_can_be_attacked_by_square(
     model: nn.Module, linear_data: Data
 ) -> None:
     attacks = [resolve_attack("square", BALL, steps=20)]
@@ -86,7 +86,7 @@ class Moving(nn.Module):
         return x[:, :2, 0, 0]
 
 
-def test_refuses_statistics_that_move_and_puts_them_back(linear_data: Data) -> None:
+def test_rejects_and_restores_changing_batch_norm_statistics(linear_data: Data) -> None:
     model = Moving()
     with pytest.raises(ModelError, match="got one that changes mean and 1 more: its batch norm"):
         run(model, linear_data)
@@ -95,7 +95,7 @@ def test_refuses_statistics_that_move_and_puts_them_back(linear_data: Data) -> N
 
 
 @pytest.mark.parametrize(("attacks", "broken"), [([PGD], "nan"), ([FGSM], "nan"), ([PGD], "inf")])
-def test_refuses_nan_beyond_the_images_that_are_probed(
+def test_rejects_nan_after_the_probed_images(
     model: nn.Module, linear_data: Data, attacks: list[object], broken: str
 ) -> None:
     images, labels = linear_data[0].repeat(4, 1, 1, 1), linear_data[1].repeat(4)
@@ -110,7 +110,7 @@ def test_refuses_nan_beyond_the_images_that_are_probed(
         run(answer, (images, labels), attacks=attacks)
 
 
-def test_a_model_may_refuse_images_out_of_range(model: nn.Module, linear_data: Data) -> None:
+def test_model_may_reject_images_out_of_range(model: nn.Module, linear_data: Data) -> None:
     def answer(x: Tensor) -> Tensor:
         if bool((x < 0).any() or (x > 1).any()):
             raise ValueError("expected images in [0, 1]")
@@ -122,7 +122,7 @@ def test_a_model_may_refuse_images_out_of_range(model: nn.Module, linear_data: D
 # The last pass.
 
 
-def test_what_is_no_adversarial_image_is_caught(model: nn.Module, linear_data: Data) -> None:
+def test_images_that_are_not_adversarial_are_caught(model: nn.Module, linear_data: Data) -> None:
     x = linear_data[0][:4].float() / 255
     x[3] = 0.99
     y = (model.margin(x) > 0).long()
@@ -144,7 +144,7 @@ def test_what_is_no_adversarial_image_is_caught(model: nn.Module, linear_data: D
 
 
 @pytest.mark.parametrize("eps", [4.0, 30.0])
-def test_rounding_is_no_escape_from_a_large_ball(eps: float) -> None:
+def test_rounding_in_a_large_ball_stays_confirmed(eps: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(20, 3, 32, 32, generator=generator)
     ball = ThreatModel(norm="l2", eps=eps)
@@ -154,7 +154,7 @@ def test_rounding_is_no_escape_from_a_large_ball(eps: float) -> None:
     assert verdict.confirmed.all()
 
 
-def test_a_search_that_errs_is_seen_through(model: nn.Module, linear_data: Data) -> None:
+def test_wrong_successes_of_a_search_are_detected(model: nn.Module, linear_data: Data) -> None:
     """Half of what the copy takes for fooled is not; clean accuracy is the model's own."""
     calls = 0
 
@@ -181,7 +181,7 @@ def test_a_search_that_errs_is_seen_through(model: nn.Module, linear_data: Data)
 
 
 @pytest.mark.parametrize(("off", "most"), [(2e-6, 20), (2e-4, 85)])
-def test_a_faster_copy_decides_only_where_it_leaves_no_doubt(off: float, most: int) -> None:
+def test_faster_copy_decides_only_clear_cases(off: float, most: int) -> None:
     """The first pixel's distance from 0.5 decides, and the copy is off: little, or too much."""
     asked = 0
 
@@ -207,7 +207,7 @@ def test_a_faster_copy_decides_only_where_it_leaves_no_doubt(off: float, most: i
     assert most - 10 < asked <= most
 
 
-def test_a_classifier_is_searched_through_a_faster_copy(
+def test_classifier_is_attacked_through_its_faster_copy(
     make_classifier: Callable[..., Classifier],
 ) -> None:
     classifier = make_classifier(input_size=32)
@@ -245,9 +245,7 @@ def test_bfloat16_searches_and_float32_decides(defended: nn.Module, digits: obje
     assert run(forward, (images, labels), num_classes=10).precision == "fp32"  # auto, on a CPU
 
 
-def test_a_success_in_bfloat16_alone_does_not_end_a_search(
-    model: nn.Module, linear_data: Data
-) -> None:
+def test_bfloat16_only_success_does_not_end_a_search(model: nn.Module, linear_data: Data) -> None:
     def forward(x: Tensor) -> Tensor:
         logits = model(x)
         return logits.flip(dims=(1,)) if torch.is_autocast_enabled("cpu") else logits

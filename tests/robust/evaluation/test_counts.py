@@ -85,7 +85,7 @@ def test_wrong_images_are_not_attacked(model: nn.Module, linear_data: Data) -> N
 
 
 @pytest.mark.parametrize("names", [("fgsm", "pgd-5"), ("pgd-5",), ("autoattack", "pgd-5"), ()])
-def test_partial_results_are_of_the_beginning(
+def test_partial_results_cover_the_first_images(
     model: nn.Module, linear_data: Data, short: Short, names: tuple[str, ...]
 ) -> None:
     attacks = [short(BALL) if n == "autoattack" else resolve_attack(n, BALL) for n in names]
@@ -126,7 +126,7 @@ def test_worst_case_is_the_intersection(model: nn.Module, linear_data: Data) -> 
     assert result.worst_correct < min(int(first.sum()), int(second.sum()))
 
 
-def test_autoattack_hands_on_what_withstood(
+def test_each_autoattack_stage_gets_the_remaining_images(
     defended: nn.Module, digits: tuple[Data, Data], short: Short
 ) -> None:
     images, labels = digits[1][0][:40], digits[1][1][:40]
@@ -152,9 +152,7 @@ def test_autoattack_hands_on_what_withstood(
     assert weak.forwards + weak.backwards < (strong.forwards + strong.backwards) / 4
 
 
-def test_minimal_tells_how_far_each_prediction_is_from_breaking(
-    model: nn.Module, linear_data: Data
-) -> None:
+def test_minimal_reports_the_range_of_distances(model: nn.Module, linear_data: Data) -> None:
     right, robust = by_hand(model, linear_data)
     attack = resolve_attack("minimal", BALL)
     result = evaluate(model, *linear_data, num_classes=2, attacks=[attack], device=CPU)
@@ -198,14 +196,14 @@ def test_neither_batch_size_nor_order_matters(
             assert one.forwards == same.forwards
 
 
-def test_an_image_may_come_twice(model: nn.Module, linear_data: Data) -> None:
+def test_duplicate_images_are_allowed(model: nn.Module, linear_data: Data) -> None:
     once = evaluate(model, *linear_data, num_classes=2, attacks=[PGD], device=CPU)
     images, labels = linear_data[0].repeat(2, 1, 1, 1), linear_data[1].repeat(2)
     twice = evaluate(model, images, labels, num_classes=2, attacks=[PGD], device=CPU)
     assert twice.worst_correct == 2 * once.worst_correct
 
 
-def test_without_attacks_only_clean(model: nn.Module, linear_data: Data) -> None:
+def test_without_attacks_only_clean_accuracy(model: nn.Module, linear_data: Data) -> None:
     result = evaluate(model, *linear_data, num_classes=2, attacks=[], device=CPU, curve=9)
     assert result.attacks == result.curve == ()
     assert result.worst_correct == result.clean.correct
@@ -231,7 +229,9 @@ def test_to_dict_is_json(model: nn.Module, linear_data: Data) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(model: nn.Module, linear_data: Data, fails: bool) -> None:
+def test_model_is_unchanged_after_an_evaluation(
+    model: nn.Module, linear_data: Data, fails: bool
+) -> None:
     model.train()
     model.inner = nn.Dropout()
     model.inner.eval()
@@ -275,7 +275,7 @@ def test_the_model_is_left_as_it_was(model: nn.Module, linear_data: Data, fails:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_float32_is_exact_whatever_the_caller_allows() -> None:
+def test_float32_is_exact_even_if_the_caller_allows_tf32() -> None:
     torch.set_float32_matmul_precision("medium")  # bfloat16 products, also on a CPU
     try:
         with full_float32():
@@ -304,7 +304,7 @@ def test_float32_is_exact_whatever_the_caller_allows() -> None:
         ({"precision": "fp16"}, "precision out of auto, fp32, bf16, got 'fp16'"),
     ],
 )
-def test_refuses(
+def test_rejects_invalid_arguments(
     model: nn.Module, linear_data: Data, change: dict[str, object], message: str
 ) -> None:
     values = {"images": linear_data[0], "labels": linear_data[1], "num_classes": 2} | change
@@ -314,11 +314,11 @@ def test_refuses(
     assert model.images == 0
 
 
-def test_accuracy_of_nothing_is_no_number() -> None:
+def test_accuracy_of_no_images_is_nan() -> None:
     assert math.isnan(Accuracy(attack=None, correct=0, n=0, per_class=()).value)
 
 
-def test_the_batch_size_changes_a_classifier_s_result_by_rounding_only() -> None:
+def test_batch_size_changes_results_only_by_rounding() -> None:
     """Passes of another size round otherwise, so an attack may end elsewhere near the boundary.
 
     What may differ: distances in the last digits, and an image that falls at the very edge. Every
@@ -370,7 +370,7 @@ def test_float_images_are_scored_as_given(model: nn.Module, linear_data: Data) -
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 20)])
-def test_in_a_caller_s_inference_mode_and_for_images_of_any_shape(size: tuple[int, int]) -> None:
+def test_works_in_inference_mode_and_for_any_image_shape(size: tuple[int, int]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier(Architecture(arch="resnet18", num_classes=3, input_size=16)).eval()

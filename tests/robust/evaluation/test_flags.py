@@ -63,7 +63,7 @@ def test_digits(digits: tuple[Data, Data]) -> Data:
 
 @pytest.mark.parametrize("eps", [2 / 255, 8 / 255, 24 / 255])
 @pytest.mark.parametrize("kind", ["undefended", "defended"])
-def test_a_sound_model_raises_none(
+def test_sound_model_raises_no_flags(
     kind: str, eps: float, test_digits: Data, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(kind)
@@ -74,7 +74,7 @@ def test_a_sound_model_raises_none(
     assert run(model, test_digits, attacks("fgsm", "pgd", eps=eps, norm="l2")).flags == ()
 
 
-def test_a_sound_model_raises_none_on_a_small_set(undefended: nn.Module, digits: object) -> None:
+def test_sound_model_raises_no_flags_on_few_images(undefended: nn.Module, digits: object) -> None:
     """Where a sound attack may well fool none."""
     images, labels = digits[1]  # type: ignore[index]
     used = attacks("fgsm", "pgd", "square", eps=2 / 255, square=10)
@@ -86,7 +86,7 @@ def test_a_sound_model_raises_none_on_a_small_set(undefended: nn.Module, digits:
     assert [r.flags for r in results] == [()] * 3
 
 
-def test_autoattack_on_a_sound_model_raises_none(
+def test_autoattack_on_a_sound_model_raises_no_flags(
     defended: nn.Module, test_digits: Data, short: Short
 ) -> None:
     result = run(defended, test_digits, [short(ThreatModel(eps=24 / 255))])
@@ -144,7 +144,7 @@ def test_gradients_that_are_nan(undefended: nn.Module, test_digits: Data) -> Non
     assert result.probes.nan_gradients == result.probes.differentiated == 8
 
 
-def test_normalisation_left_out(undefended: nn.Module, test_digits: Data) -> None:
+def test_missing_normalization(undefended: nn.Module, test_digits: Data) -> None:
     """A model that was trained on normalised images."""
     mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
 
@@ -156,7 +156,7 @@ def test_normalisation_left_out(undefended: nn.Module, test_digits: Data) -> Non
     assert flag.text.startswith("49 of 50 images are classified correctly when normalized as for")
 
 
-def test_a_model_without_gradients_is_not_blamed_for_it(
+def test_model_without_gradients_raises_no_gradient_flag(
     defended: nn.Module, test_digits: Data
 ) -> None:
     result = run(lambda x: defended(x).detach(), test_digits, attacks("square"))
@@ -169,7 +169,7 @@ def test_chance(undefended: nn.Module, test_digits: Data) -> None:
     assert names(result) == {"chance"}
 
 
-def test_adversarial_images_are_not_taken_for_ones_to_normalize(
+def test_adversarial_images_are_not_mistaken_for_unnormalized_ones(
     undefended: nn.Module, test_digits: Data
 ) -> None:
     """None is right as it comes, and any change, a normalization too, brings many back."""
@@ -209,9 +209,7 @@ def test_a_masked_model(undefended: nn.Module, test_digits: Data) -> None:
     assert {"gradients", "no effect"} <= names(result)
 
 
-def test_an_iterated_attack_that_is_weaker_than_one_step(
-    undefended: nn.Module, test_digits: Data
-) -> None:
+def test_iterative_attack_weaker_than_one_step(undefended: nn.Module, test_digits: Data) -> None:
     used = attacks("fgsm", "pgd-5")
     used[1] = replace(used[1], alpha=0.1 / 255, random_start=False)
     found = names(run(undefended, test_digits, used))
@@ -233,7 +231,7 @@ class Bent(torch.autograd.Function):
         return gradient * sign.view(-1, 1, 1, 1)
 
 
-def test_a_model_that_withstands_exactly_one_step(undefended: nn.Module, test_digits: Data) -> None:
+def test_model_robust_to_exactly_one_step(undefended: nn.Module, test_digits: Data) -> None:
     result = run(
         lambda x: undefended(Bent.apply(x)), test_digits, attacks("fgsm", "pgd", eps=48 / 255)
     )
@@ -275,7 +273,7 @@ def test_a_curve_that_rises(undefended: nn.Module, test_digits: Data) -> None:
     assert "not monotone" in names(result)
 
 
-def test_accuracy_at_an_eps_that_nothing_withstands() -> None:
+def test_accuracy_at_an_eps_no_classifier_can_resist() -> None:
     """Bright or dark on average, which noise does not change, and without a gradient."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 2
@@ -294,7 +292,7 @@ def test_accuracy_at_an_eps_that_nothing_withstands() -> None:
 # What the model said when it was asked again.
 
 
-def test_successes_that_do_not_hold(undefended: nn.Module, test_digits: Data) -> None:
+def test_unconfirmed_successes(undefended: nn.Module, test_digits: Data) -> None:
     *_, result = evaluate_batches(
         lambda x: undefended(x),
         *test_digits,
@@ -308,7 +306,7 @@ def test_successes_that_do_not_hold(undefended: nn.Module, test_digits: Data) ->
     assert result.attacks[0].correct == result.clean.correct  # an unconfirmed success is none
 
 
-def test_nothing_is_concluded_from_little(undefended: nn.Module, test_digits: Data) -> None:
+def test_few_images_raise_no_flags(undefended: nn.Module, test_digits: Data) -> None:
     images, labels = test_digits
     (pgd,) = attacks("pgd-5")
     nothing = replace(pgd, alpha=0.0, random_start=False)

@@ -32,7 +32,7 @@ def foretold(model: nn.Module, data: tuple[Tensor, Tensor], attack: str) -> list
 
 
 @pytest.mark.parametrize("attack", ["pgd-10", "square-30"])
-def test_told_before_the_first_attack(
+def test_forecast_comes_before_the_first_attack(
     attack: str, model: nn.Module, linear_data: tuple[Tensor, Tensor]
 ) -> None:
     (told,) = foretold(model, linear_data, attack)
@@ -42,7 +42,7 @@ def test_told_before_the_first_attack(
     assert 0 < told.seconds == told.passes * told.seconds_per_pass
 
 
-def test_what_is_left_is_told_after_each_stage_for_the_images_that_stand(
+def test_forecast_is_updated_after_each_stage_for_the_remaining_images(
     model: nn.Module, linear_data: tuple[Tensor, Tensor]
 ) -> None:
     audit = resolve_attack("audit", BALL)
@@ -67,7 +67,7 @@ def test_what_is_left_is_told_after_each_stage_for_the_images_that_stand(
     assert first.worst - first.passes == first.images * (5000 - 100)
 
 
-def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_forecast_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(100, title="evaluate", unit="%")
     progress.show_forecast(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
     assert capsys.readouterr().err == (

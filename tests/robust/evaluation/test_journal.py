@@ -1,4 +1,4 @@
-"""Stopped anywhere and gone on with, an evaluation ends as if it had not been stopped."""
+"""An evaluation stopped anywhere and resumed gives the same result."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def spent(path: Path) -> int:
 
 
 @pytest.mark.parametrize("names", [("pgd-5", "autoattack"), ("fgsm", "pgd-5", "minimal")])
-def test_stopped_anywhere_it_ends_the_same(
+def test_resumed_evaluation_gives_the_same_result(
     model: nn.Module, linear_data: Data, short: Short, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     attacks = [short(BALL) if n == "autoattack" else resolve_attack(n, BALL) for n in names]
@@ -80,7 +80,7 @@ def test_stopped_anywhere_it_ends_the_same(
     assert model.images == PROBING
 
 
-def test_any_batch_size_goes_on(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
+def test_resumes_at_any_batch_size(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
     path = tmp_path / "journal"
     whole = last(parts(model, linear_data, None))
     first = parts(model, linear_data, path)
@@ -92,7 +92,7 @@ def test_any_batch_size_goes_on(model: nn.Module, linear_data: Data, tmp_path: P
     assert last(parts(model, shuffled, path, batch_size=16)) == whole
 
 
-def test_images_are_written_down_however_few(
+def test_finished_images_are_recorded_without_waiting_for_the_batch(
     model: nn.Module,
     linear_data: Data,
     digits: object,
@@ -145,7 +145,7 @@ for part in run(path):
 """
 
 
-def test_killed_for_real(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
+def test_killed_process_resumes(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
     taken, path = tmp_path / "taken", tmp_path / "journal"
     state = {"w": model.w.detach(), "bias": model.bias}
     state |= {"images": linear_data[0], "labels": linear_data[1]}
@@ -192,7 +192,7 @@ def change(values: dict[str, Any], name: str, data: Data, model: nn.Module) -> d
 
 
 @pytest.mark.parametrize("name", ["model", "data", "seed", "precision"])
-def test_another_evaluation_is_refused(
+def test_journal_of_another_evaluation_is_rejected(
     model: nn.Module, linear_data: Data, name: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "journal"
@@ -218,7 +218,7 @@ def test_another_evaluation_is_refused(
         (("fgsm", {}), ("pgd-5", {}), "attacks are fgsm, not pgd-5"),
     ],
 )
-def test_a_journal_says_which_setting_differs(
+def test_journal_error_names_the_differing_setting(
     one: tuple[str, Any], other: tuple[str, Any], words: str, tmp_path: Path
 ) -> None:
     def manifest(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def test_a_journal_says_which_setting_differs(
         Journal(path, manifest(*other))
 
 
-def test_a_model_without_a_state_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
+def test_model_without_a_state_dict_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
     def model(x: Tensor) -> Tensor:
         return x[:, :2, 0, 0]
 
@@ -240,7 +240,7 @@ def test_a_model_without_a_state_needs_a_name(linear_data: Data, tmp_path: Path)
         list(parts(model, linear_data, tmp_path / "journal"))  # type: ignore[arg-type]
 
 
-def test_a_refused_model_leaves_no_journal(
+def test_rejected_model_leaves_no_journal(
     model: nn.Module, linear_data: Data, tmp_path: Path
 ) -> None:
     path = tmp_path / "journal"
@@ -263,7 +263,7 @@ def other_database(path: Path) -> None:
         (other_database, "expected a journal of an evaluation, got another SQLite database"),
     ],
 )
-def test_what_is_no_journal_is_left_alone(
+def test_files_that_are_not_journals_are_left_unchanged(
     model: nn.Module,
     linear_data: Data,
     make: Callable[[Path], object],
@@ -279,12 +279,12 @@ def test_what_is_no_journal_is_left_alone(
 
 
 @pytest.mark.parametrize("path", [Path("/proc/journal"), Path("/nowhere/at/all")])
-def test_a_place_that_cannot_be_written_to(model: nn.Module, linear_data: Data, path: Path) -> None:
+def test_unwritable_path_is_reported(model: nn.Module, linear_data: Data, path: Path) -> None:
     with pytest.raises(JournalError, match=f"{path}: could not be opened"):
         list(parts(model, linear_data, path))
 
 
-def test_a_damaged_journal(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
+def test_damaged_journal_is_rejected(model: nn.Module, linear_data: Data, tmp_path: Path) -> None:
     path = tmp_path / "journal"
     list(parts(model, linear_data, path))
     whole = path.read_bytes()
@@ -300,7 +300,7 @@ def test_a_damaged_journal(model: nn.Module, linear_data: Data, tmp_path: Path) 
         list(parts(model, linear_data, path))
 
 
-def test_a_full_disk(
+def test_full_disk_is_reported(
     model: nn.Module, linear_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was finished before is kept, and gone on with once there is room."""
@@ -322,7 +322,7 @@ def test_a_full_disk(
     assert again == last(parts(model, linear_data, None, attacks=attacks))
 
 
-def test_another_number_of_processes_is_refused(
+def test_different_number_of_processes_is_rejected(
     model: nn.Module, linear_data: Data, tmp_path: Path
 ) -> None:
     path = tmp_path / "journal"

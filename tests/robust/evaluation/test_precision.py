@@ -55,7 +55,7 @@ def images(n: int = 8) -> tuple[Tensor, Tensor]:
     return x, torch.arange(n) % 4
 
 
-def test_auto_takes_bfloat16_where_it_is_faster(
+def test_auto_uses_bfloat16_if_faster(
     fast: InferenceClassifier, clock: Callable[[float, float], None]
 ) -> None:
     clock(0.3, 0.1)
@@ -72,7 +72,7 @@ def test_auto_takes_bfloat16_where_it_is_faster(
     assert chosen.reason == expected
 
 
-def test_auto_stays_in_float32_where_bfloat16_disagrees(
+def test_auto_uses_float32_if_bfloat16_disagrees(
     fast: InferenceClassifier,
     clock: Callable[[float, float], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +94,7 @@ def test_auto_stays_in_float32_where_bfloat16_disagrees(
     assert chosen.reason == "0.0% of the gradient's signs agree, below the limit of 90%"
 
 
-def test_an_error_is_measured_against_the_lead_of_the_likeliest_class(
+def test_error_is_measured_relative_to_the_margin(
     fast: InferenceClassifier,
     clock: Callable[[float, float], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -125,7 +125,7 @@ def test_auto_says_why_it_does_not_try(
     assert (str(chosen), chosen.reason, model) == ("fp32", why, fast)
 
 
-def test_a_journal_is_gone_on_with_in_its_own_precision(
+def test_journal_is_resumed_in_its_own_precision(
     fast: InferenceClassifier, clock: Callable[[float, float], None], tmp_path: Path
 ) -> None:
     pixels, labels = images(4)
@@ -176,7 +176,7 @@ def test_autoattack_in_bfloat16_is_within_two_tenths_of_a_point(
 @pytest.mark.parametrize(
     "stages", [("pgd-20",), REGISTRY["audit"].stages, REGISTRY["autoattack"].stages]
 )
-def test_both_precisions_fool_the_same_images_of_the_shipped_model_but_one(
+def test_both_precisions_fool_the_same_images_except_one(
     stages: tuple[str, ...],
 ) -> None:
     if "ROBUST_TEST_SET" not in os.environ:

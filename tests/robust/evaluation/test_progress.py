@@ -79,7 +79,7 @@ def test_progress_is_shown_at_least_every_second(
     assert within[-1].done < 0.7
 
 
-def test_progress_is_a_share_of_the_passes(
+def test_progress_is_the_fraction_of_passes_done(
     model: nn.Module, linear_data: Data, clock: Clock
 ) -> None:
     shown = followed(model, linear_data, clock, None, batch=40)  # every pass is of all images
@@ -88,7 +88,7 @@ def test_progress_is_a_share_of_the_passes(
         assert result.done == pytest.approx((now - begin) / (end - begin), abs=0.05)
 
 
-def test_the_journal_is_written_as_rarely_as_images_finish(
+def test_journal_is_written_only_when_images_finish(
     model: nn.Module,
     linear_data: Data,
     clock: Clock,

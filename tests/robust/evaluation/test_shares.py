@@ -50,7 +50,7 @@ def found(path: Path) -> Any:
     return without(json.loads(path.read_text()))
 
 
-def test_two_processes_find_what_one_finds_also_after_a_kill(
+def test_two_processes_match_one_even_after_a_kill(
     tmp_path: Path, data: Path, checkpoint_path: Path
 ) -> None:
     common = ["evaluate", "--checkpoint", str(checkpoint_path), "--data", str(data), *ATTACKS]
@@ -91,7 +91,7 @@ class Rank(World):
         return [self.received[len(self.sent) - 1] or value, value]
 
 
-def test_a_process_may_get_no_image(make_linear: Callable[..., nn.Module]) -> None:
+def test_process_may_get_no_images(make_linear: Callable[..., nn.Module]) -> None:
     def evaluated(world: World) -> Evaluation:
         *_, last = evaluate_batches(
             make_linear(),
@@ -115,7 +115,7 @@ def test_a_process_may_get_no_image(make_linear: Callable[..., nn.Module]) -> No
     assert found.curve == expected.curve
 
 
-def test_shares_come_back_to_their_places() -> None:
+def test_shards_are_gathered_in_order() -> None:
     labels = torch.arange(5)
     whole = Outcomes(None, labels, num_classes=5, batch_size=5)
     shares = [Outcomes(None, labels[r::2], num_classes=5, batch_size=5) for r in (0, 1)]

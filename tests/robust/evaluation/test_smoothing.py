@@ -39,7 +39,7 @@ def certified(offset: float, samples: int = 20_000) -> Certificate:
 
 
 @pytest.mark.parametrize("offset", [0.25, 0.5, 1.0])
-def test_the_radius_is_the_distance_to_the_boundary_at_most(offset: float) -> None:
+def test_radius_is_at_most_the_distance_to_the_boundary(offset: float) -> None:
     found = certified(offset)
     assert found.predicted == 1
     assert 0.85 * offset < found.radius < offset
@@ -49,11 +49,11 @@ def test_it_abstains_on_the_boundary() -> None:
     assert certified(0.0) == Certificate(predicted=ABSTAINED, radius=0.0)
 
 
-def test_few_samples_certify_less() -> None:
+def test_fewer_samples_certify_a_smaller_radius() -> None:
     assert 0 < certified(1.0, samples=100).radius < certified(1.0, samples=1000).radius
 
 
-def test_bounds_of_clopper_and_pearson() -> None:
+def test_clopper_pearson_bounds() -> None:
     scipy = pytest.importorskip("scipy.stats")
     for seen, n in ((1, 10), (7, 10), (990, 1000), (9_999, 10_000)):
         expected = scipy.beta.ppf(0.001, seen, n - seen + 1)
@@ -62,7 +62,7 @@ def test_bounds_of_clopper_and_pearson() -> None:
     assert least_share(10, 10, alpha=0.001) == pytest.approx(0.001**0.1)
 
 
-def test_refuses() -> None:
+def test_rejects_invalid_arguments() -> None:
     model, image = half_space(1.0)
     with pytest.raises(ValueError, match="sigma above 0"):
         certify(model, image, sigma=0.0, generator=torch.Generator())
@@ -72,7 +72,7 @@ def test_refuses() -> None:
         certify(lambda x: model(x) * torch.nan, image, sigma=0.1, generator=torch.Generator())
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smooth_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     net = networks.build("wide_resnet10_1", num_classes=3, stem="cifar", input_size=16)
     torch.save({"model": net.state_dict()}, tmp_path / "theirs.pt")

@@ -44,7 +44,7 @@ def titles(section: Section) -> list[str]:
 # Evaluations
 
 
-def test_stages_of_an_attack_are_told_one_by_one(evaluation: Values, sidecar: Sidecar) -> None:
+def test_attack_stages_are_listed(evaluation: Values, sidecar: Sidecar) -> None:
     evaluation["results"][1] |= {
         "attack": "autoattack",
         "stages": [
@@ -60,7 +60,7 @@ def test_stages_of_an_attack_are_told_one_by_one(evaluation: Values, sidecar: Si
     assert "No AutoAttack" not in titles(trust([found], None))
 
 
-def test_what_only_one_of_two_attacks_fooled_is_told(evaluation: Values, sidecar: Sidecar) -> None:
+def test_images_fooled_by_only_one_attack_are_listed(evaluation: Values, sidecar: Sidecar) -> None:
     stages = [{"attack": "pgd-1", "attacked": 83, "correct": 42, "seconds": 1.0}]
     base = evaluation["results"][1] | {"stages": stages}
     one = evaluation | {
@@ -91,7 +91,7 @@ def test_what_only_one_of_two_attacks_fooled_is_told(evaluation: Values, sidecar
         ("test.npz", "120 images of test.npz"),
     ],
 )
-def test_the_summary_says_which_images_it_is_of(
+def test_summary_names_its_images(
     evaluation: Values, sidecar: Sidecar, data: str, words: str
 ) -> None:
     evaluation["data"]["name"] = data
@@ -100,7 +100,7 @@ def test_the_summary_says_which_images_it_is_of(
     assert words.replace("120 ", "1 ").replace("images", "image") == images_of(1, data)
 
 
-def test_of_several_attacks_the_worst_case_counts(
+def test_worst_case_of_several_attacks_is_reported(
     evaluation: Values, sidecar: Sidecar, make_result: Callable[..., Values]
 ) -> None:
     weak = make_result("fgsm", [[20, 12, 6, 2], [5, 19, 12, 4], [4, 10, 26, 0], [0] * 4])
@@ -113,7 +113,7 @@ def test_of_several_attacks_the_worst_case_counts(
     assert (found.robust.correct, found.robust.ball) == (41, "linf 8/255")
 
 
-def test_clean_checks_are_told_as_such(evaluation: Values, sidecar: Sidecar) -> None:
+def test_no_flags_is_reported_as_no_sign_of_a_problem(evaluation: Values, sidecar: Sidecar) -> None:
     evaluation |= {"flags": [], "notes": []}
     assert titles(trust([parsed(evaluation, sidecar)], None)) == [
         *("No sign of a problem", "No AutoAttack", "Few images")
@@ -121,9 +121,7 @@ def test_clean_checks_are_told_as_such(evaluation: Values, sidecar: Sidecar) -> 
 
 
 @pytest.mark.parametrize("value", ["NaN", None, [1], float("inf")])
-def test_numbers_that_are_none_are_refused(
-    evaluation: Values, sidecar: Sidecar, value: object
-) -> None:
+def test_non_numbers_are_rejected(evaluation: Values, sidecar: Sidecar, value: object) -> None:
     evaluation["results"][1]["correct"] = value
     with pytest.raises(ValueError, match=r"a\.json: expected the JSON of robust evaluate"):
         parsed(evaluation, sidecar)
@@ -142,7 +140,7 @@ def test_malformed_parts_are_refused(evaluation: Values, sidecar: Sidecar, field
         parsed(evaluation, sidecar)
 
 
-def test_any_name_of_a_class_can_be_shown(evaluation: Values) -> None:
+def test_any_class_name_can_be_shown(evaluation: Values) -> None:
     names = ("$x_{", "<script>\x1b[2J\x00", "漢字\n", "")
     architecture = Architecture(arch="resnet18", num_classes=4)
     sidecar = Sidecar(architecture=architecture, classes=names)
@@ -155,7 +153,7 @@ def test_any_name_of_a_class_can_be_shown(evaluation: Values) -> None:
     assert render_pdf(document).startswith(b"%PDF")
 
 
-def test_an_attack_alone_is_told_by_class(evaluation: Values, sidecar: Sidecar) -> None:
+def test_single_attack_is_reported_by_class(evaluation: Values, sidecar: Sidecar) -> None:
     whole = parsed(evaluation, sidecar)  # a sidecar may record an attack on fewer images alone
     measurement = replace(whole, results=whole.results[1:2])
     tables = [b for b in by_class([measurement], sidecar.classes).blocks if isinstance(b, Table)]
@@ -203,7 +201,7 @@ class Rounded(Margin):
         return logits.detach() + (logits.detach() - logits)
 
 
-def test_the_surface_of_a_linear_model_is_that_of_the_formula() -> None:
+def test_loss_surface_of_a_linear_model_matches_the_formula() -> None:
     generator = torch.Generator().manual_seed(7)
     w = torch.randn(3, 4, 4, generator=generator)
     x = 0.3 + 0.4 * torch.rand(1, 3, 4, 4, generator=generator)
@@ -220,7 +218,7 @@ def test_the_surface_of_a_linear_model_is_that_of_the_formula() -> None:
     assert found.follows_gradient
 
 
-def test_a_masked_gradient_is_told() -> None:
+def test_masked_gradient_is_reported() -> None:
     generator = torch.Generator().manual_seed(7)
     w = torch.randn(3, 4, 4, generator=generator)
     x = 0.3 + 0.4 * torch.rand(1, 3, 4, 4, generator=generator)
@@ -239,7 +237,7 @@ def test_a_flat_surface_does_not_follow_its_gradient(evaluation: Values, sidecar
 # Documents and words
 
 
-def test_rows_must_fit_their_header() -> None:
+def test_rows_must_match_their_header() -> None:
     with pytest.raises(ValueError, match="rows of 2 cells in 'c'"):
         Table(caption="c", header=("a", "b"), rows=(("1",),))
 
@@ -254,12 +252,12 @@ def test_rows_must_fit_their_header() -> None:
         ((), False),
     ],
 )
-def test_columns_of_numbers(cells: tuple[str, ...], numeric: bool) -> None:
+def test_numeric_columns_are_recognized(cells: tuple[str, ...], numeric: bool) -> None:
     table = Table(caption="", header=("a",), rows=tuple((cell,) for cell in cells))
     assert table.is_numeric(0) is numeric
 
 
-def test_a_long_document_goes_over_pages_with_its_header_again() -> None:
+def test_long_table_repeats_its_header_on_each_page() -> None:
     rows = tuple((str(k), "value") for k in range(120))
     table = Table(caption="c", header=("number", "heading"), rows=rows)
     text = Text(text="Ω ≤ ε, naïve 漢字")  # some are not in the font: a box, and no failure
@@ -281,12 +279,12 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "7", True])
-def test_what_is_no_number_is_a_dash(value: object) -> None:
+def test_missing_numbers_are_shown_as_a_dash(value: object) -> None:
     for write in (words.percent, words.decimal, words.significant, words.count, words.duration):
         assert write(value) == "–"
 
 
-def test_words_in_a_row() -> None:
+def test_words_are_joined_with_commas_and_and() -> None:
     assert [words.listed(list("abc"[:k])) for k in range(4)] == ["", "a", "a and b", "a, b and c"]
 
 
@@ -300,7 +298,7 @@ def test_words_in_a_row() -> None:
         (None, "m/b.pt", ("m/b.pt", None)),
     ],
 )
-def test_run_and_checkpoint_are_found_from_each_other(
+def test_run_and_checkpoint_find_each_other(
     run: str | None,
     checkpoint: str | None,
     expected: tuple[str, str | None],
@@ -315,7 +313,7 @@ def test_run_and_checkpoint_are_found_from_each_other(
     assert found[1] == (folder and Path(folder))
 
 
-def test_what_a_run_adds_to_its_recipe_does_not_make_it_another(tmp_path: Path) -> None:
+def test_fields_added_by_a_run_do_not_change_its_recipe(tmp_path: Path) -> None:
     recipe = {"name": "tiny"}
     run = TrainingRun(name="a", epochs=(), manifest={"recipe": recipe, "data": None, "seed": 0})
     sidecar = Sidecar(
@@ -329,7 +327,7 @@ def test_what_a_run_adds_to_its_recipe_does_not_make_it_another(tmp_path: Path) 
         check_belongs(run, replace(sidecar, recipe={"name": "cpu"}), tmp_path / "a.pt")
 
 
-def test_by_class_shows_the_attack_beside_clean_also_where_it_fools_nothing(
+def test_by_class_shows_the_attack_even_if_it_fools_nothing(
     evaluation: Values, sidecar: Sidecar
 ) -> None:
     whole = parsed(evaluation, sidecar)
@@ -342,7 +340,7 @@ def test_by_class_shows_the_attack_beside_clean_also_where_it_fools_nothing(
 
 @pytest.mark.parametrize("lines", [32, 36])
 @pytest.mark.parametrize("words", [60, 300])
-def test_a_heading_is_on_the_page_of_its_table(lines: int, words: int) -> None:
+def test_heading_is_on_the_same_page_as_its_table(lines: int, words: int) -> None:
     rows = tuple((f"row{k}", "word " * words, "x " * 40) for k in range(3))
     table = Table(caption="Caption", header=("what", "value", "more"), rows=rows)
     filler = Section(title="Filler", blocks=(Text(text="filler"),) * lines)

@@ -1,4 +1,4 @@
-"""`robust report`: every part is there, with the right numbers, and needs nothing else."""
+"""`robust report`: every part is present, with the right numbers, and self-contained."""
 
 import io
 import json
@@ -114,12 +114,12 @@ def table(page: Page, caption: str) -> list[list[str]]:
     return found
 
 
-def test_every_section_is_there_in_order(page: Page, printed: PdfReader) -> None:
+def test_every_section_is_present_in_order(page: Page, printed: PdfReader) -> None:
     assert [name for tag, name in page.headings if tag == "h2"] == SECTIONS
     assert [str(entry.title) for entry in printed.outline] == SECTIONS  # type: ignore[union-attr]
 
 
-def test_the_pdf_says_all_that_the_page_says(page: Page, printed: PdfReader) -> None:
+def test_pdf_has_the_same_text_as_the_page(page: Page, printed: PdfReader) -> None:
     texts = [squeezed(found.extract_text()) for found in printed.pages]
     footer = re.compile(r"Howrobustismodel\.pt\?\d+$")  # stands between what a page break parts
     pages = "".join(footer.sub("", text) for text in texts)
@@ -138,7 +138,7 @@ def test_accuracies_with_intervals(page: Page) -> None:
     ]
 
 
-def test_the_curve_and_the_attacks_on_it(page: Page) -> None:
+def test_eps_curve_and_its_attacks(page: Page) -> None:
     rows = table(page, "Accuracy at each eps, linf")
     assert [row[1:3] for row in rows[1:]] == [
         *(["0/255", "70.0"], ["4/255", "48.0"], ["8/255", "36.0"], ["32/255", "6.0"]),
@@ -166,7 +166,7 @@ def test_learning_curves_in_numbers(page: Page) -> None:
     assert rows[3][:3] == ["3 (kept)", "adversarial", "–"]
 
 
-def test_method_in_words(page: Page) -> None:
+def test_method_section(page: Page) -> None:
     phases = table(page, "The phases")
     assert phases[1][2:] == [
         *("clean", "cross-entropy", "0.002", "10%"),
@@ -185,7 +185,7 @@ def test_costs(page: Page) -> None:
     assert table(page, "Cost of evaluation")[1][1:7] == ["120", "4.0 s", "30.0", "400", "80", "4.0"]
 
 
-def test_flags_notes_and_limits_are_told(page: Page) -> None:
+def test_flags_notes_and_limits_are_listed(page: Page) -> None:
     text = " ".join(page.words)
     assert "7 have no gradient" in text
     assert "look for rounding" in text
@@ -195,7 +195,7 @@ def test_flags_notes_and_limits_are_told(page: Page) -> None:
     assert "Few images" in text
 
 
-def test_pictures_of_a_few_images(page: Page) -> None:
+def test_example_images(page: Page) -> None:
     rows = table(page, "pgd-20 on each image")
     assert len(rows) == 4
     assert [row[-1] == "misclassified before" for row in rows[1:]] == [False, True, False]
@@ -229,7 +229,7 @@ def test_no_number_is_nan(html: str, page: Page) -> None:
     assert "nan" not in re.sub(r"data:[^\"]+", "", html).lower().replace("nan in", "")
 
 
-def test_the_page_needs_nothing_else(html: str, page: Page) -> None:
+def test_page_is_self_contained(html: str, page: Page) -> None:
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "link", "iframe", "object", "image", "base"}
     for _, attributes in page.elements:
@@ -241,7 +241,7 @@ def test_the_page_needs_nothing_else(html: str, page: Page) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]+)\)", html))
 
 
-def test_the_page_can_be_read_without_seeing_it(page: Page) -> None:
+def test_page_is_accessible_to_screen_readers(page: Page) -> None:
     levels = [int(tag[1]) for tag, _ in page.headings]
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
@@ -264,9 +264,7 @@ def test_the_page_can_be_read_without_seeing_it(page: Page) -> None:
     assert [tag for tag, _ in page.elements].count("svg") == 5
 
 
-def test_the_same_input_makes_the_same_files(
-    house: Path, tmp_path: Path, made: Path, html: str
-) -> None:
+def test_report_is_deterministic(house: Path, tmp_path: Path, made: Path, html: str) -> None:
     again = make(house, tmp_path, "--data", house / "set.npz")
     assert (again / "report.html").read_text() == html
     assert (again / "report.pdf").read_bytes() == (made / "report.pdf").read_bytes()
@@ -289,7 +287,7 @@ def test_without_evaluation_and_data(
     assert table(page, "Epochs")  # of the run beside the checkpoint
 
 
-def test_a_checkpoint_without_a_run_or_a_sidecar(house: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_a_run_or_sidecar(house: Path, tmp_path: Path) -> None:
     shutil.copy(house / "model.pt", tmp_path / "bare.pt")
     options = ["--checkpoint", str(tmp_path / "bare.pt"), "--out", str(tmp_path)]
     assert run(["report", *options]) == 0
@@ -355,7 +353,7 @@ def ruin(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("runs/model --out model.pt", ["model.pt", "is a file"]),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_bad_input_gives_one_line_and_no_file(
     ruin: Path,
     arguments: str,
     words: list[str],
@@ -369,7 +367,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (ruin / "report.html").exists()
 
 
-def test_a_missing_extra_is_told_with_its_remedy(
+def test_missing_extra_is_reported_with_its_fix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(robust.report, "find_spec", lambda name: None if name == "fpdf" else name)
@@ -377,7 +375,7 @@ def test_a_missing_extra_is_told_with_its_remedy(
     assert "found no fpdf2: pip install 'robust[report]'" in capsys.readouterr().err
 
 
-def test_help_loads_neither_torch_nor_what_draws() -> None:
+def test_help_imports_neither_torch_nor_matplotlib() -> None:
     code = (
         "import sys, robust_cli; robust_cli.run(['report', '--help']); "
         "sys.exit(len({'torch', 'matplotlib', 'fpdf'} & set(sys.modules)))"
