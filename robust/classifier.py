@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robust import networks
-from robust.choices import ACTIVATIONS, STEMS, Activation, Stem
+from robust.choices import ACTIVATIONS, MAX_CLASSES, STEMS, Activation, Stem
 from robust.device import resolve_device
 
 ARCHS = networks.ARCHS
@@ -23,8 +23,6 @@ __all__ = [
     "Stem",
     "resolve_device",
 ]
-
-MAX_CLASSES = 100_000  # more than any real data set; a broken sidecar must not use all memory
 
 
 @dataclass(frozen=True, kw_only=True)

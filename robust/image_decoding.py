@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,7 @@ _EXIF_TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS_PER_SAMPLE = 258  # tag of a TIFF
 _LARGE_JPEG = 4_000_000  # pixels above which a JPEG is decoded at a reduced scale
 _DRAFT_SIDES = 8  # pixels of a reduced JPEG per pixel of the result, along each side
 _BAND = 1 << 20  # pixels converted at a time
@@ -114,6 +115,10 @@ class OpenedImage:
     """Width and height in the file, upright."""
     frames: int
     """Frames or pages in the file, of which `image` is the first; 1 for PNG."""
+    deep: bool = False
+    """Whether the file has 16 bits per channel, of which `image` has the upper 8."""
+    transparent: bool = False
+    """Whether some pixels were not opaque, and `image` has them on white; set by `any_format`."""
 
 
 def read_pixels(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -173,8 +178,14 @@ def open_image(
         opener = next((o for magic, o in _FOLDER_OPENERS.items() if data.startswith(magic)), None)
         if opener is not None:
             return _guarded(lambda: _open_with(opener, data, max_pixels), data, max_pixels)
-    header = read_header(data, max_pixels=max_pixels)
-    return _guarded(lambda: _opened(header, size), data, max_pixels)
+    try:
+        header = read_header(data, max_pixels=max_pixels)
+    except ImageError as error:
+        if any_format and error.kind in ("empty", "unsupported"):
+            expected = "a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image"
+            raise ImageError(error.kind, expected=expected, found=error.found) from None
+        raise
+    return _guarded(lambda: _opened(header, size, transparency=any_format), data, max_pixels)
 
 
 def _guarded(decode: Callable[[], OpenedImage], data: bytes, max_pixels: int) -> OpenedImage:
@@ -190,7 +201,7 @@ def _guarded(decode: Callable[[], OpenedImage], data: bytes, max_pixels: int) ->
         raise broken(data) from None
 
 
-def _opened(header: Header, size: int | None) -> OpenedImage:
+def _opened(header: Header, size: int | None, *, transparency: bool = False) -> OpenedImage:
     image = _OPENERS[header.format](io.BytesIO(header.pixels))
     if image.size != header.size:  # if there are two headers, decoders use the last
         raise ValueError("the decoder sees another size than the header")
@@ -199,7 +210,9 @@ def _opened(header: Header, size: int | None) -> OpenedImage:
         image.draft(None, (width // scale, height // scale))
     image.load()
     _scale_transparency(image, header.sample_bits)
-    return _upright(image, header.size, orientation(header.exif))
+    transparent = transparency and is_transparent(image)
+    opened = _upright(image, header.size, orientation(header.exif))
+    return replace(opened, deep=header.sample_bits > 8, transparent=transparent)
 
 
 def _open_with(
@@ -213,8 +226,11 @@ def _open_with(
             raise ImageError(
                 "too_large", expected=f"at most {max_pixels} pixels", found=f"{width}x{height}"
             )
+        bits = image.tag_v2.get(_BITS_PER_SAMPLE, (8,)) if isinstance(image, TiffImageFile) else ()
         image.load()  # Pillow applies a TIFF's orientation itself
-        return _upright(image, image.size, 1)
+        deep = is_deep(image) or any(depth > 8 for depth in bits)
+        transparent = is_transparent(image)
+        return replace(_upright(image, image.size, 1), deep=deep, transparent=transparent)
 
 
 def _upright(image: Image.Image, size: tuple[int, int], orientation: int) -> OpenedImage:
@@ -241,33 +257,59 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ImageError for modes without a fixed range (`I` beyond 16 bits, `F`).
     """
-    transparent = "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+    transparent = _has_alpha(image)
     if image.mode == "RGB" and not transparent:
         return image
     if image.mode == "F":
         raise ImageError("unsupported", expected="8 or 16 bits a channel", found="32-bit floats")
-    if image.mode.startswith("I"):
+    if is_deep(image):
         return _by_bands(image, _rgb_of_deep_gray)
     return _by_bands(image, _on_white) if transparent else image.convert("RGB")
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Whether a Pillow image has more than 8 bits per channel."""
+    return image.mode.startswith("I")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether some pixels of a Pillow image are not opaque."""
+    if is_deep(image) or not _has_alpha(image):
+        return _has_alpha(image)  # of 16 bits: a gray level that is transparent
+    alphas = (np.asarray(_rgba(band).getchannel("A")) for _, band in _bands(image))
+    return any(bool((alpha < 255).any()) for alpha in alphas)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+
+
 def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Convert to RGB a few rows at a time, because intermediate copies take memory."""
-    width, height = image.size
-    rows = max(1, _BAND // max(width, 1))
-    if rows >= height:
+    if image.width * image.height <= _BAND:
         return convert(image)
     rgb = Image.new("RGB", image.size)
-    for top in range(0, height, rows):
-        band = image.crop((0, top, width, min(top + rows, height)))
+    for top, band in _bands(image):
         rgb.paste(convert(band), (0, top))
     return rgb
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Each band of rows and where it begins."""
+    width, height = image.size
+    rows = max(1, _BAND // max(width, 1))
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
+
+
+def _rgba(image: Image.Image) -> Image.Image:
     # RGBa and La are premultiplied; Pillow unmultiplies each only to its own plain mode.
     plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)
-    rgba = image.convert(plain).convert("RGBA")
+    return image.convert(plain).convert("RGBA")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = _rgba(image)
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 

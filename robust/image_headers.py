@@ -116,7 +116,7 @@ def broken(data: bytes) -> ImageError:
     kinds = {b"\x89": "PNG", b"\xff": "JPEG", b"R": "WEBP", b"G": "GIF", b"B": "BMP", b"P": "PPM"}
     return ImageError(
         "broken",
-        expected="a complete JPEG, PNG or WebP image",
+        expected="a complete image",
         found=f"{len(data)} bytes of {kinds.get(data[:1], 'TIFF')} that do not decode",
     )
 

@@ -22,7 +22,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     classes = tuple(classes)
     if dataset.classes == classes:
         return dataset
-    unknown = [name for name in dataset.classes if name not in classes]
+    index_of = {name: index for index, name in enumerate(classes)}
+    unknown = [name for name in dataset.classes if name not in index_of]
     has_numbers = any(name.isdecimal() for name in dataset.classes)
     if unknown and (_numbered(dataset.classes) or (_numbered(classes) and not has_numbers)):
         check_labels(dataset, len(classes))
@@ -38,6 +39,8 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
         notes = "read labels as numbers of the model's classes: " + _shown(
             [f"{name} is {known}" for name, known in pairs]
         )
+        if _numbered(dataset.classes) and len(dataset) and int(dataset.labels.min()) == 1:
+            notes += "; class 0 has no images (do the labels begin at 1?)"
         return replace(dataset, classes=classes, changes=(*dataset.changes, notes))
     if unknown:
         raise DatasetError(
@@ -45,7 +48,7 @@ def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
             expected=f"the model's classes {_shown(classes)}",
             found=f"{_shown(dataset.classes)}; the model does not have {_shown(unknown)}",
         )
-    index = torch.tensor([classes.index(name) for name in dataset.classes])
+    index = torch.tensor([index_of[name] for name in dataset.classes])
     return replace(dataset, labels=index[dataset.labels], classes=classes)
 
 

@@ -70,22 +70,28 @@ _DESCRIPTION_OPTIONS = (
         help="imagenet, cifar, 3x3-stride2, 3x3-maxpool or 3x3-stride2-maxpool. Default: inferred "
         "from the weights.",
     ),
-    click.option("--activation", metavar="NAME", help="relu or silu. Default: relu."),
+    click.option(
+        "--activation",
+        metavar="NAME",
+        help="relu or silu. Default: relu, or silu for DeepMind's networks.",
+    ),
     click.option(
         "--input-size",
         type=click.IntRange(8, 1024),
         metavar="PIXELS",
-        help="Width and height of the model's input. Default: 32.",
+        help="Width and height of the model's input. Default: from the file or library, else 32.",
     ),
     click.option(
         "--mean",
         metavar="R,G,B",
-        help="Mean of pixels in [0, 1], or imagenet or cifar10. Default: 0.",
+        help="Mean of pixels in [0, 1]: three numbers, or imagenet, cifar10, cifar100 or none. "
+        "Default: from the file or library, else 0.",
     ),
     click.option(
         "--std",
         metavar="R,G,B",
-        help="Standard deviation of pixels in [0, 1], or imagenet or cifar10. Default: 1.",
+        help="Standard deviation of pixels in [0, 1]: three numbers, or imagenet, cifar10, "
+        "cifar100 or none. Default: from the file or library, else 1.",
     ),
     click.option(
         "--classes",
@@ -337,7 +343,7 @@ class ReadImage:
 def read_image(path: Path, classifier: Classifier) -> ReadImage:
     """The image in a file of any format, at the model's size. Raises ImageError, OSError."""
     from robust import images
-    from robust.datasets.arrays import resize_note
+    from robust.datasets.arrays import conversion_notes, resize_note
 
     size = classifier.architecture.input_size
     try:
@@ -351,6 +357,7 @@ def read_image(path: Path, classifier: Classifier) -> ReadImage:
         changes.append(resize_note(1, *opened.size, size))
     if opened.frames > 1:
         changes.append(f"used the first of {opened.frames} frames")
+    changes += conversion_notes(animated=0, deep=opened.deep, transparent=opened.transparent)
     return ReadImage(path=path, pixels=images.fit_image(opened.image, size), changes=tuple(changes))
 
 

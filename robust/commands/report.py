@@ -92,6 +92,7 @@ def report(
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
     from robust.files import write_bytes
+    from robust.matching import match_classes
     from robust.report.build import build_report
     from robust.report.examples import show_examples
     from robust.report.html import render_html
@@ -109,6 +110,7 @@ def report(
     if data is not None:
         size = loaded.classifier.architecture.input_size
         dataset = load_dataset(data, size=size, train=not test).in_8_bits()
+        dataset = match_classes(dataset, loaded.sidecar.classes)
         echo_changes(dataset)
         shown = show_examples(loaded, dataset, count=examples, device=device)
     document = build_report(
@@ -136,8 +138,7 @@ def find_run(run: Path | None, checkpoint: Path | None) -> tuple[Path, Path | No
     if run is not None:
         resolved = run.resolve()
         return checkpoint or resolved.parent.parent / f"{resolved.name}.pt", run
-    if checkpoint is None:
-        return DEFAULT_CHECKPOINT, DEFAULT_CHECKPOINT.parent / RUNS / DEFAULT_CHECKPOINT.stem
+    checkpoint = checkpoint or DEFAULT_CHECKPOINT
     default_run = checkpoint.parent / RUNS / checkpoint.stem
     return checkpoint, default_run if default_run.is_dir() else None
 

@@ -93,5 +93,7 @@ def _broken_archive(source: str) -> Iterator[None]:
     except DatasetError:
         raise
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file can't be opened: `load_dataset` says why
         expected, found = "a complete zip file", f"a damaged one ({type(error).__name__})"
         raise DatasetError(source, expected=expected, found=found) from None

@@ -33,9 +33,9 @@ def dataset_from_arrays(
     """Build a Dataset of images that are uint8 or float in [0, 1].
 
     `images` are `(N, 3, H, W)`, `(N, H, W, 3)`, gray with or without a channel axis, or flattened
-    `(N, 3HW)`; for `labels` see `read_labels`. Floats that are 8-bit levels (k / 255 as float32)
-    become uint8, which is the same image; others stay float32. Without `classes` the names are
-    `0`, `1`, ... Raises DatasetError for anything else.
+    `(N, 3HW)` or `(N, HW)`; for `labels` see `read_labels`. Floats that are 8-bit levels (k / 255
+    as float32) become uint8, which is the same image; others stay float32. Without `classes` the
+    names are `0`, `1`, ... Raises DatasetError for anything else.
     """
     pixels, notes = _channels_first(source, numeric_tensor(source, "images", images))
     source.check_count(len(pixels))
@@ -64,8 +64,24 @@ def check_image_shape(source: Source, shape: Sequence[int]) -> None:
 def resize_note(count: int, width: int, height: int, size: int) -> str:
     """The entry of `Dataset.changes` for resized images."""
     cropped = "" if width == height else ", cropped to the square in the center"
-    images = "1 image" if count == 1 else f"{count} images"
-    return f"resized {images} from {width}x{height} to {size}x{size}{cropped}"
+    return f"resized {_images(count)} from {width}x{height} to {size}x{size}{cropped}"
+
+
+def conversion_notes(*, animated: int, deep: int, transparent: int) -> list[str]:
+    """The entries of `Dataset.changes` for images that are not one opaque image of 8 bits."""
+    notes = []
+    if animated:
+        files = "1 animated file" if animated == 1 else f"{animated} animated files"
+        notes.append(f"used the first frame of {files}")
+    if deep:
+        notes.append(f"rounded {_images(deep)} from 16 to 8 bits")
+    if transparent:
+        notes.append(f"put {_images(transparent)} with transparency on white")
+    return notes
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _channels_first(source: Source, images: Tensor) -> tuple[Tensor, list[str]]:

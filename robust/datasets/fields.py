@@ -10,7 +10,7 @@ IMAGES = (
     *("images", "imgs", "image", "img", "data", "x", "inputs"),
     *("adv_complete", "adv_images", "adversarial_images", "adversarial", "adv", "x_adv"),
 )
-LABELS = ("labels", "targets", "label", "target", "y", "y_true", "fine_labels")
+LABELS = ("labels", "targets", "label", "target", "y", "y_true", "fine_labels", "fine_label")
 CLASSES = ("classes", "class_names", "label_names", "fine_label_names")
 EXPECTED = f"images named {', '.join(IMAGES)} (or x_test, ...) and labels named {', '.join(LABELS)}"
 

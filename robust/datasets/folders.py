@@ -26,7 +26,8 @@ _SUFFIXES = frozenset(
 )
 _MAX_DEPTH = 8  # levels of subfolders that are searched
 _EXPECTED = "one folder of images per class"
-_MAX_NAMED = 5  # files named in a note
+_MAX_NAMED = 5  # files named in a note or an error
+_SPLITS = frozenset({*TRAIN, *TEST})
 
 Parts = tuple[str, ...]
 Read = Callable[[int | None], bytes]
@@ -47,10 +48,7 @@ def read_folder(source: Source) -> Dataset:
     images, changes = _images(
         {file.relative_to(path).parts: partial(_read_file, file) for file in files}
     )
-    split = _split(source, images)
-    if split:
-        images = {parts[1:]: read for parts, read in images.items() if parts[0] == split}
-        changes.append(f"read its folder {split}")
+    images, split = _of_split(source, images, changes)
     folders = {folder.name for folder in (path / split).iterdir() if folder.is_dir()}
     empty = {name for name in folders if not _hidden((name,))} - {parts[0] for parts in images}
     if images and empty:
@@ -60,19 +58,23 @@ def read_folder(source: Source) -> Dataset:
     return _read(source, images, changes)
 
 
-def _split(source: Source, images: Mapping[Parts, Read]) -> str:
-    """The split folder to read, such as `test` of `data/test/CLASS/IMAGE`, or an empty string.
+def _of_split(
+    source: Source, images: dict[Parts, Read], changes: list[str]
+) -> tuple[dict[Parts, Read], str]:
+    """The images of the split to read and its folder, such as `test` of `test/CLASS/IMAGE`.
 
-    Raises DatasetError if the requested split does not exist.
+    All images and an empty string if there are no such folders. Adds a note. Raises DatasetError
+    if the requested split does not exist.
     """
     found = {parts[0] for parts in images if len(parts) == 3}
-    if not found or not found <= {*TRAIN, *TEST} or any(len(parts) != 3 for parts in images):
-        return ""
+    if not found or not found <= _SPLITS or any(len(parts) != 3 for parts in images):
+        return images, ""
     wanted = TRAIN if source.train else TEST
     split = next((name for name in wanted if name in found), "")
     if not split:
         raise source.error(f"a folder {' or '.join(wanted)}", ", ".join(sorted(found)))
-    return split
+    changes.append(f"read its folder {split}")
+    return {parts[1:]: read for parts, read in images.items() if parts[0] == split}, split
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
@@ -114,8 +116,10 @@ def read_folder_zip(source: Source) -> Dataset:
                 raise source.error(expected, f"{info.file_size} bytes")
             files[parts] = partial(_read_member, archive, name)
         images, changes = _images(dict(sorted(files.items())))
-        if len({parts[0] for parts in images}) == 1 and min(map(len, images)) > 2:
+        top = {parts[0] for parts in images}
+        if len(top) == 1 and not top <= _SPLITS and min(map(len, images)) > 2:
             images = {parts[1:]: read for parts, read in images.items()}
+        images, _ = _of_split(source, images, changes)
         return _read(source, images, changes)
 
 
@@ -164,11 +168,26 @@ def _read(source: Source, images: Mapping[Parts, Read], changes: Sequence[str]) 
     classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
     label_of = {name: label for label, name in enumerate(classes)}
     fitted = ImageList(source, len(images))
+    broken: dict[str, ImageError] = {}
     for parts, read in images.items():
         try:
             fitted.add_bytes(read(None))
         except ImageError as error:
-            where = f"{source.name}/{'/'.join(parts)}"
-            raise DatasetError(where, expected=error.expected, found=error.found) from None
+            broken["/".join(parts)] = error
+            if len(broken) == _MAX_NAMED:
+                break
+    if broken:
+        raise _broken(source, broken)
     labels = torch.tensor([label_of[parts[0]] for parts in images])
     return fitted.dataset(labels, classes, changes=changes)
+
+
+def _broken(source: Source, images: Mapping[str, ImageError]) -> DatasetError:
+    """The error for the first images that can't be read, at most `_MAX_NAMED`."""
+    if len(images) == 1:
+        ((name, error),) = images.items()
+        where = f"{source.name}/{name}"
+        return DatasetError(where, expected=error.expected, found=error.found)
+    found = "; ".join(f"{name} with {error.found}" for name, error in images.items())
+    more = "; ..." if len(images) == _MAX_NAMED else ""
+    return source.error("readable images", found + more)

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robust.datasets.arrays import resize_note
+from robust.datasets.arrays import conversion_notes, resize_note
 from robust.datasets.dataset import Dataset
 from robust.datasets.source import Source
-from robust.image_decoding import open_image
+from robust.image_decoding import is_deep, is_transparent, open_image
 from robust.image_headers import ImageError
 from robust.images import fit_image
 
@@ -30,13 +30,15 @@ class ImageList:
         self.images = torch.empty((count, 3, source.size, source.size), dtype=torch.uint8)
         self.count = 0
         self._sizes = Counter[tuple[int, int]]()
-        self._animated = 0
+        self._animated, self._deep, self._transparent = 0, 0, 0
 
     def add_bytes(self, data: bytes) -> None:
         """Decode and add an image of any format allowed in folders. Raises ImageError."""
         size, limits = self.source.size, self.source.limits
         opened = open_image(data, size=size, max_pixels=limits.max_pixels, any_format=True)
         self._animated += opened.frames > 1
+        self._deep += opened.deep
+        self._transparent += opened.transparent
         self._add(opened.image, opened.size)
 
     def add_image(self, image: Image.Image) -> None:
@@ -45,6 +47,8 @@ class ImageList:
             found = f"{image.width}x{image.height}"
             expected = f"at most {self.source.limits.max_pixels} pixels"
             raise ImageError("too_large", expected=expected, found=found)
+        self._deep += is_deep(image)
+        self._transparent += is_transparent(image)
         self._add(image, image.size)
 
     def repeat(self, index: int) -> None:
@@ -74,8 +78,9 @@ class ImageList:
             )
         else:
             notes += [resize_note(n, *sides, size) for sides, n in self._sizes.items()]
-        if self._animated:
-            notes.append(f"used the first frame of {self._animated} files with several")
+        notes += conversion_notes(
+            animated=self._animated, deep=self._deep, transparent=self._transparent
+        )
         return Dataset(
             images=self.images,
             labels=labels,

@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from robust.choices import MAX_CLASSES
 from robust.datasets.source import Source
-
-MAX_CLASSES = 10_000
 
 Array = Tensor | npt.NDArray[np.generic]
 
@@ -74,7 +73,7 @@ def class_names(source: Source, labels: Tensor, classes: Sequence[str] | None) -
         raise source.error("a class name for each label", found)
     repeated = next((name for name, count in Counter(classes).items() if count > 1), None)
     if repeated is not None:
-        raise source.error("another name for each class", f"{repeated[:80]} twice or more")
+        raise source.error("a different name for each class", f"{repeated[:80]} twice or more")
     return tuple(classes)
 
 

@@ -34,8 +34,9 @@ def load_dataset(source: str | Path, *, size: int = 32, train: bool = True) -> D
     try:
         return _read_path(path, size=size, train=train)
     except OSError as error:
-        found = error.strerror or type(error).__name__
-        raise DatasetError(path.name, expected="readable files", found=found) from error
+        where = str(error.filename or path)
+        found = (error.strerror or type(error).__name__).lower()
+        raise DatasetError(where, expected="a readable file", found=found) from error
 
 
 def load_upload(

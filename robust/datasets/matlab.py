@@ -39,7 +39,7 @@ def read_mat(source: Source) -> Dataset:
         images = images.transpose(3, 0, 1, 2)
     notes = []
     if (
-        labels.dtype.kind in "ui"
+        labels.dtype.kind in "uif"  # MATLAB's numbers are floats by default
         and labels.size
         and (labels.min(), labels.max()) == (1, _SVHN_ZERO)
     ):

@@ -13,7 +13,7 @@ from robust.datasets.dataset import Dataset
 from robust.datasets.errors import DatasetError
 from robust.datasets.fields import class_name_field, image_and_label_names
 from robust.datasets.image_list import ImageList
-from robust.datasets.labels import Array, class_names, read_labels
+from robust.datasets.labels import Array, class_names, numeric_tensor, read_labels
 from robust.datasets.npz import labels_file, read_npy_file
 from robust.datasets.pickled import Builder, is_array, is_image, is_scalar
 from robust.datasets.source import Source
@@ -171,7 +171,7 @@ class _Finder:
     def _stacked(self, values: Sequence[object], what: str = "images") -> Array:
         arrays, total = [], 0
         for value in values:
-            arrays.append(torch.as_tensor(self._array(value)))
+            arrays.append(numeric_tensor(self.source, what, self._array(value)))
             total += arrays[-1].nbytes
             self._within_budget(total)
         if len({(array.shape, array.dtype) for array in arrays}) > 1:

@@ -37,6 +37,7 @@ def manifest(
         rows += [
             ("images shown", images_of(len(examples.data), examples.data.name)),
             ("SHA-256 of these images", examples.data.sha256),
+            *(("changed in reading these images", change) for change in examples.data.changes),
             ("attack on them", f"{examples.settings.label}, seed {examples.settings.seed}"),
         ]
     blocks.append(Table(caption="This report", header=header, rows=_filled(rows)))

@@ -40,6 +40,8 @@ def test_labels_used_as_numbers_are_reported() -> None:
         "read labels as numbers of the model's classes: cat is 0, dog is 1, frog is 2, ship is 3",
     )
     assert match_classes(dataset(("ship", "cat"), [0, 1]), CLASSES).changes == ()
+    (told,) = match_classes(dataset(("0", "1", "2"), [2, 1]), CLASSES).changes
+    assert told.endswith("class 0 has no images (do the labels begin at 1?)")
 
 
 def test_numeric_names_are_matched_as_names() -> None:

@@ -1,6 +1,7 @@
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,13 +109,66 @@ def test_sixteen_bit_rotated_tiff_and_animation(folder: Path) -> None:
     assert dataset.images[3, :, 0, 0].tolist() == [7, 7, 7]
     assert dataset.images[3, :, 31, 31].tolist() == [9, 9, 9]
     assert dataset.images[4, :, 0, 0].tolist() == [255, 0, 0]
-    assert dataset.changes == ("used the first frame of 1 files with several",)
+    assert dataset.changes == (
+        "used the first frame of 1 animated file",
+        "rounded 1 image from 16 to 8 bits",
+    )
+
+
+def test_transparent_images_and_those_of_16_bits_are_counted(folder: Path) -> None:
+    opaque = Image.new("RGBA", (32, 32), (1, 2, 3, 255))
+    half = Image.new("LA", (32, 32), (0, 255))
+    half.putpixel((0, 31), (0, 51))
+    palette = Image.new("P", (32, 32), 1)
+    opaque.save(folder / "dog" / "a.png")
+    half.save(folder / "dog" / "b.png")
+    palette.save(folder / "dog" / "c.gif", transparency=1)
+    Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(folder / "dog" / "d.png")
+    dataset = load_dataset(folder)
+    assert dataset.images[4, :, 31, 0].tolist() == [204] * 3
+    assert dataset.changes == (
+        "rounded 1 image from 16 to 8 bits",
+        "put 2 images with transparency on white",
+    )
 
 
 def test_a_broken_image_is_named(folder: Path) -> None:
     (folder / "dog" / "2.png").write_bytes((folder / "dog" / "1.png").read_bytes()[:60])
     refusal(folder, "animals/dog/2.png")
     refusal(zipped(folder), "animals.zip/dog/2.png")
+
+
+def test_five_broken_images_are_named(folder: Path) -> None:
+    for index in range(3):
+        (folder / "dog" / f"{index}.gif").write_bytes(b"GIF89a")
+    found = refusal(folder)
+    assert found.expected == "readable images"
+    assert found.found.startswith("dog/0.gif with 6 bytes of GIF that do not decode; dog/1.gif")
+    assert not found.found.endswith("...")
+    for index in range(3, 9):
+        (folder / "dog" / f"{index}.gif").write_bytes(b"")
+    found = refusal(folder)
+    assert found.found.count(".gif") == 5
+    assert found.found.endswith("dog/4.gif with no bytes; ...")
+    for index in range(8):
+        (folder / "dog" / f"{index}.gif").unlink()
+    found = refusal(folder, "animals/dog/8.gif")
+    assert found.expected == "a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image"
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = zipped(folder)
+
+    def denied(path: Any, *_: Any) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("robust.datasets.folders._read_file", denied)
+    error = refusal(folder, str(folder / "cat" / "1.png"))
+    assert (error.expected, error.found) == ("a readable file", "permission denied")
+    monkeypatch.setattr(zipfile, "ZipFile", denied)
+    assert refusal(packed, str(packed)).found == "permission denied"
 
 
 def test_images_must_be_exactly_one_folder_deep(folder: Path, tmp_path: Path) -> None:
@@ -135,8 +189,13 @@ def test_requested_split_is_read(folder: Path, tmp_path: Path) -> None:
         dataset = load_dataset(tmp_path / "parts", train=train)
         assert dataset.classes == classes
         assert dataset.changes == (f"read its folder {part}",)
+        for top in ("", "parts/"):
+            packed = load_dataset(zipped(tmp_path / "parts", top), train=train)
+            assert packed.classes == classes
+            assert packed.changes == (f"read its folder {part}",)
     shutil.rmtree(tmp_path / "parts" / "train")
     assert refusal(tmp_path / "parts").expected == "a folder train"
+    assert refusal(zipped(tmp_path / "parts")).expected == "a folder train"
 
 
 def test_empty_folder_and_single_class(folder: Path, tmp_path: Path) -> None:

@@ -193,6 +193,19 @@ def test_requested_split_of_a_hub_folder(tmp_path: Path) -> None:
         load_dataset(tmp_path)
 
 
+def test_labels_of_matlab_are_floats(tmp_path: Path) -> None:
+    labels = np.array([10, 1, 2, 10, 1, 2], np.float64)[:, None]
+    savemat(tmp_path / "a.mat", {"X": ROWS.transpose(1, 2, 3, 0), "y": labels})
+    dataset = load_dataset(tmp_path / "a.mat")
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert dataset.changes == ("read 2 labels 10 as 0, as in SVHN",)
+
+
+def test_as_many_classes_as_imagenet_21k(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=ROWS[:1], labels=[21_840])
+    assert len(load_dataset(tmp_path / "a.npz").classes) == 21_841
+
+
 def test_save_to_disk_folder_is_read(tmp_path: Path) -> None:
     part = tmp_path / "test"
     part.mkdir()
@@ -274,9 +287,11 @@ def torchvision_set(kind: type, **attributes: object) -> object:
         torchvision_set(SVHN, data=IMAGES.numpy(), labels=LABELS, split="test"),
         {"adv_complete": IMAGES, "labels": torch.eye(3)[torch.from_numpy(LABELS)]},
         {"images": IMAGES, "labels": [torch.eye(3)[label] for label in LABELS]},
+        {"images": [row.astype(">f4") / 255 for row in ROWS], "labels": LABELS},  # big-endian
+        {"img": IMAGES, "fine_label": LABELS, "coarse_label": LABELS * 0},  # CIFAR-100 on the hub
         {b"data": ROWS.transpose(0, 3, 1, 2).reshape(6, -1), b"labels": LABELS.tolist()},
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_every_kind_of_pickle_is_read(tmp_path: Path, value: object, how: str) -> None:
     if isinstance(value, Subset):

@@ -281,7 +281,7 @@ def test_a_class_name_given_twice(tmp_path: Path) -> None:
     content = {"images": torch.from_numpy(IMAGES), "labels": torch.from_numpy(LABELS)}
     torch.save({**content, "classes": ["cat", "cat", "dog", "eel"]}, tmp_path / "a.pt")
     for file in ("a.npz", "a.pt"):
-        with pytest.raises(DatasetError, match="another name for each class, found cat twice"):
+        with pytest.raises(DatasetError, match="a different name for each class, found cat twice"):
             load_dataset(tmp_path / file)
 
 

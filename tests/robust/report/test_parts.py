@@ -293,7 +293,7 @@ def test_words_are_joined_with_commas_and_and() -> None:
     [
         ("m/runs/a", None, ("m/a.pt", "m/runs/a")),
         ("m/runs/a", "b.pt", ("b.pt", "m/runs/a")),
-        (None, None, ("models/robust_model.pt", "models/runs/robust_model")),
+        (None, None, ("models/robust_model.pt", None)),
         (None, "m/a.pt", ("m/a.pt", "m/runs/a")),
         (None, "m/b.pt", ("m/b.pt", None)),
     ],

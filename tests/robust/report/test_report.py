@@ -218,6 +218,7 @@ def test_manifest(page: Page, house: Path) -> None:
     assert rows["SHA-256 of the images scored"] == "f" * 64
     assert rows["type of the images"] == "float32"
     assert rows["changed in reading"] == "skipped 1 broken link: cat/gone.png"
+    assert rows["changed in reading these images"].startswith("read labels as numbers of")
     assert rows["precision"] == "fp32"
     assert rows["seed"] == "5"
     assert "somebody" not in " ".join(page.words)
@@ -287,13 +288,20 @@ def test_without_evaluation_and_data(
     assert table(page, "Epochs")  # of the run beside the checkpoint
 
 
-def test_checkpoint_without_a_run_or_sidecar(house: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_a_run_or_sidecar(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(house / "model.pt", tmp_path / "bare.pt")
     options = ["--checkpoint", str(tmp_path / "bare.pt"), "--out", str(tmp_path)]
+    options += ["--data", str(house / "set.npz"), "--examples", "1"]
+    options += ["--classes", "cat,dog,eel,fox"]
     assert run(["report", *options]) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert [name for tag, name in page.headings if tag == "h2"] == SECTIONS
     assert "Not evaluated" in " ".join(page.words)
+    note = "read labels as numbers of the model's classes"
+    assert note in capsys.readouterr().err
+    assert note in " ".join(page.words)
 
 
 def broken(house: Path, folder: Path) -> Path:
