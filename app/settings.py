@@ -18,11 +18,11 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from robust.choices import Rgb
 from robust.loading.options import (
     NAMED_MEANS,
     NAMED_STDS,
     ModelOptions,
-    Rgb,
     model_options,
     parse_rgb,
 )

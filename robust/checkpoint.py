@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from robust import files
+from robust import files, networks
 from robust.classifier import Classifier
 from robust.device import compare_with_cpu, resolve_device
 from robust.loading.describe import (
     Described,
+    check_classes,
     contradiction,
     describe,
     fill,
@@ -34,11 +35,12 @@ from robust.loading.given import (
     is_service,
     open_code,
     open_file,
+    probe,
     shown,
 )
 from robust.loading.hub import open_folder
 from robust.loading.options import ModelOptions, model_options
-from robust.loading.weights import read_weights
+from robust.loading.weights import describes_itself, read_weights
 from robust.networks.layers import SkipInitialization
 from robust.sidecar import Sidecar, is_foreign, parse_sidecar
 
@@ -123,7 +125,7 @@ def save_checkpoint(
     buffer = io.BytesIO()
     torch.save(state, buffer)
     weights = buffer.getvalue()
-    sidecar = replace(sidecar, weights_sha256=sha256(weights).hexdigest())
+    sidecar = replace(sidecar, weights_sha256=hashlib.sha256(weights).hexdigest())
     target, pending = sidecar_path(path), _pending_path(path)
     try:
         _finish_interrupted_save(path)
@@ -160,7 +162,7 @@ def load_checkpoint(
     if is_service(spec):
         from robust.loading.service import open_service
 
-        return _given(spec, open_service(spec, options), options, device)
+        return _given(spec, open_service(spec), options, device)
     if is_code(spec):
         return _given(spec, open_code(spec), options, device)
     path = _weights_path(path)
@@ -173,8 +175,9 @@ def load_checkpoint(
     given = open_file(path, data)
     if given is not None:
         return _given(spec, given, options, device)
-    digest = sha256(data).hexdigest()
-    sidecar = _read_sidecar(path, digest)
+    digest = hashlib.sha256(data).hexdigest()
+    # A sidecar of the same name is that of the checkpoint it was exported from.
+    sidecar = None if describes_itself(data) else _read_sidecar(path, digest)
     if sidecar is not None:
         differing = contradiction(options, sidecar.architecture, sidecar.classes)
         if differing:
@@ -200,6 +203,8 @@ def load_checkpoint(
         classifier = Classifier(found.architecture)
     found = with_head_bias(classifier, found)
     fill(path, classifier, found.state)
+    if networks.family_of(found.architecture.arch).read is None:  # may need larger images
+        probe(path, classifier, found.architecture.input_size)
     for line in log_lines(found):
         logger.warning("%s: %s", path, line)
     classifier.classes = found.classes
@@ -217,16 +222,10 @@ def _given(
     spec: str, given: Given, options: ModelOptions, device: torch.device | str
 ) -> Checkpoint:
     """A checkpoint of a model that is not a weights file."""
-    classifier, guessed, notes = classifier_of(spec, given, options)
-    if len(classifier.classes) != classifier.architecture.num_classes:
-        raise CheckpointError(
-            spec,
-            f"{classifier.architecture.num_classes} class names",
-            f"{len(classifier.classes)} in the option classes",
-        )
+    classifier, sha256, guessed, notes = classifier_of(spec, given, options)
     found = Described(
         architecture=classifier.architecture,
-        classes=classifier.classes,
+        classes=check_classes(spec, classifier.classes, classifier.architecture),
         state={},
         guessed=guessed,
         notes=notes,
@@ -238,9 +237,9 @@ def _given(
         sidecar=Sidecar(
             architecture=classifier.architecture,
             classes=classifier.classes,
-            weights_sha256=given.sha256,
+            weights_sha256=sha256,
         ),
-        sha256=given.sha256,
+        sha256=sha256,
         path=Path(spec),
         guessed=guessed,
         notes=notes,

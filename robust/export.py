@@ -43,6 +43,11 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) 
     written = {path.resolve()} if format != "hub" else {(path / f).resolve() for f in HUB_FILES}
     if written & inputs:
         raise ValueError(f"expected another file than the checkpoint itself, got {path}")
+    if format == "torchvision" and sidecar_path(path).resolve() in inputs:
+        raise ValueError(
+            "expected another name than the checkpoint's, whose sidecar does not match this file, "
+            f"got {path}"
+        )
     if format == "hub":
         return _write_hub(checkpoint, path)
     writers = {"torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
@@ -66,15 +71,15 @@ def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
     files.write_bytes(folder / weights_name, weights)
     files.write_bytes(folder / card_name, card)
     files.write_json(folder / config_name, hub_config(checkpoint))
-    return f"import robust; model = robust.load_model({name!r})"
+    return f"import robust; model = robust.load_model({str(folder)!r})"
 
 
 def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     architecture = checkpoint.classifier.architecture
     if not _is_torchvision(architecture):
         raise ValueError(
-            f"expected a ResNet of torchvision for the torchvision format, got {architecture.arch}"
-            ": use onnx or safetensors"
+            f"expected {', '.join(resnet.FAMILY.archs)}, loaded without --arch torchvision:NAME, "
+            f"for the torchvision format, got {architecture.arch}: use onnx or safetensors"
         )
     if architecture.normalizes:
         # Folding it into conv1 would be wrong at the border, where zero padding follows it.
@@ -84,7 +89,7 @@ def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
         )
     buffer = io.BytesIO()
     torch.save(_float32_state(checkpoint.classifier), buffer)
-    load = f"model.load_state_dict(torch.load({path.name!r}, weights_only=True))"
+    load = f"model.load_state_dict(torch.load({str(path)!r}, weights_only=True))"
     return buffer.getvalue(), f"import {_rebuild(architecture)}; {load}; model.eval()"
 
 
@@ -100,8 +105,8 @@ def _safetensors(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     }
     data: bytes = save(_float32_state(checkpoint.classifier), metadata=metadata)
     if not _is_torchvision(architecture):
-        return data, f"import robust; model = robust.load_model({path.name!r})"
-    load = f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
+        return data, f"import robust; model = robust.load_model({str(path)!r})"
+    load = f"model.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
     usage = f"import safetensors.torch, {_rebuild(architecture)}; {load}; model.eval()"
     if architecture.normalizes:
         mean, std = list(architecture.mean), list(architecture.std)
@@ -128,7 +133,7 @@ def _onnx(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:
     data: bytes = model.SerializeToString()
     _check_onnx(data, classifier)
     usage = (
-        f"import onnxruntime; session = onnxruntime.InferenceSession({path.name!r}); "
+        f"import onnxruntime; session = onnxruntime.InferenceSession({str(path)!r}); "
         "(logits,) = session.run(['logits'], {'images': images})"
         f"  # float32 (N, 3, {size}, {size}) in [0, 1]"
     )

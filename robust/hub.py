@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from robust import networks
 from robust.checkpoint import Checkpoint
 from robust.networks import resnet
 from robust.threat_model import format_eps
@@ -14,7 +15,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """``config.json``: for timm, if it has the network, and for our own loader."""
     sidecar = checkpoint.sidecar
     architecture, classes = sidecar.architecture, list(sidecar.classes)
-    size = architecture.input_size
+    size, family = architecture.input_size, networks.family_of(architecture.arch)
     return {
         "architecture": architecture.arch.removeprefix("timm:"),
         "num_classes": len(classes),
@@ -28,8 +29,8 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "crop_pct": 1.0,
             "interpolation": "bicubic",
             "num_classes": len(classes),
-            "first_conv": "conv1",
-            "classifier": "fc",
+            **({"first_conv": "conv1"} if family is resnet.FAMILY else {}),
+            "classifier": family.head(checkpoint.classifier.net),
         },
         "robust": sidecar.to_dict()["architecture"],
     }

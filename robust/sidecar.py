@@ -56,15 +56,17 @@ class Sidecar:
 def is_foreign(text: bytes) -> bool:
     """Whether this is JSON of another kind, such as the result of an evaluation."""
     names = _names(text)
-    return names is not None and not names & _OWN
+    return names is not None and not _is_own(names)
 
 
 def is_sidecar(text: bytes) -> bool:
     """Whether this is a sidecar of any version, valid or not."""
-    return bool((_names(text) or set()) & _OWN)
+    return _is_own(_names(text) or set())
 
 
-_OWN = {"format_version", "architecture"}
+def _is_own(names: set[str]) -> bool:
+    # Results have the hash too, and other programs' files an architecture.
+    return "format_version" in names or {"architecture", "weights_sha256"} <= names
 
 
 def _names(text: bytes) -> set[str] | None:

@@ -47,7 +47,7 @@ def is_known(state: Mapping[str, Tensor], options: ModelOptions) -> bool:
 def describe(path: Path, weights: Weights, options: ModelOptions) -> Described:
     """The network of these weights. Raises CheckpointError that names mismatches."""
     if "architecture" in weights.metadata:
-        return _from_metadata(path, weights)
+        return _from_metadata(path, weights, options)
     reading = _reading(path, weights.state, options)
     unused = set(reading.unused)
     state = {
@@ -59,7 +59,8 @@ def describe(path: Path, weights: Weights, options: ModelOptions) -> Described:
     if reading.layout:
         notes.append(f"renamed the keys of a {reading.layout}")
     if unused:
-        notes.append(f"dropped {len(unused)} keys that the network never uses (sub_block1)")
+        layers = ", ".join(sorted({key.partition(".")[0] for key in unused}))
+        notes.append(f"dropped {len(unused)} keys that the network never uses ({layers})")
     half = {value.dtype for value in state.values()} & {torch.float16, torch.bfloat16}
     if half:
         kind = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
@@ -72,15 +73,20 @@ def describe(path: Path, weights: Weights, options: ModelOptions) -> Described:
         architecture = Architecture(**values)  # type: ignore[arg-type]
     except ValueError as error:
         raise CheckpointError(path, "a network that can be built", str(error)) from None
-    if "stem" in guessed or "variant" in guessed:
+    if {"stem", "variant"} & guessed.keys() or reading.stem == "own":
         notes += reading.doubts
+    for name in ("mean", "std"):
+        own = getattr(weights, name)
+        if own not in (None, values[name]):
+            replaced = ", ".join(f"{value:g}" for value in own)
+            notes.append(f"the option {name} replaces the file's {replaced}")
     classes = options.classes
     if classes is None:
         classes = tuple(map(str, range(architecture.num_classes)))
         guessed["classes"] = ASSUMED
     return Described(
         architecture=architecture,
-        classes=_checked_classes(path, classes, architecture),
+        classes=check_classes(path, classes, architecture),
         state=state,
         guessed=guessed,
         notes=tuple(notes),
@@ -259,7 +265,7 @@ def _properties(
     return values
 
 
-def _from_metadata(path: Path, weights: Weights) -> Described:
+def _from_metadata(path: Path, weights: Weights, options: ModelOptions) -> Described:
     """The description in the metadata of our own safetensors export."""
     metadata = weights.metadata
     try:
@@ -278,6 +284,10 @@ def _from_metadata(path: Path, weights: Weights) -> Described:
         raise CheckpointError(
             path, "the metadata of our export", f"{type(error).__name__}: {error}"
         ) from None
+    if differing := contradiction(options, architecture, classes):
+        raise CheckpointError(
+            path, "options that agree with its metadata", f"others; the metadata has {differing}"
+        )
     return Described(
         architecture=architecture, classes=classes, state=weights.state, notes=weights.notes
     )
@@ -300,6 +310,8 @@ def _library_reading(path: Path, arch: str, state: Mapping[str, Tensor]) -> netw
         mean=configuration.mean,
         std=configuration.std,
         input_size=configuration.input_size,
+        unused=tuple(key for key in state if key.startswith(networks.AUXILIARY)),
+        doubts=networks.library_doubts(arch),
     )
 
 
@@ -307,9 +319,10 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state.items()}
 
 
-def _checked_classes(
-    path: Path, classes: tuple[str, ...], architecture: Architecture
+def check_classes(
+    path: Path | str, classes: tuple[str, ...], architecture: Architecture
 ) -> tuple[str, ...]:
+    """The class names. Raises CheckpointError for another number of them."""
     if len(classes) != architecture.num_classes:
         raise CheckpointError(
             path, f"{architecture.num_classes} class names", f"{len(classes)} in the option classes"

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import os
 import re
 import sys
 import warnings
@@ -22,17 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robust import files
 from robust.attacks.passes import logits_hint
 from robust.classifier import Architecture, Classifier
 from robust.loading.describe import ASSUMED
 from robust.loading.errors import CheckpointError
 from robust.loading.options import ModelOptions
+from robust.networks.library import PREFIXES
 
 Function = Callable[[Tensor], Tensor]
 PROBED = 2  # random images passed to the model to find its number of classes
+HASHED = 10  # logits of each that identify a model whose weights can't be hashed
 # A Python file or a dotted module, and the model in it or a function that returns the model.
 _CODE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
+# An entry with the key `location` in an ONNX file, and the length of its value, a file's name.
+_EXTERNAL = re.compile(rb"\n\x08location\x12([\x80-\xff]?[\x00-\x7f])")
 SERVICE = re.compile(r"oip\+(https?):/+")  # Path drops the second slash
 
 
@@ -43,6 +49,7 @@ class Given:
     kind: str
     function: Function
     sha256: str
+    weights_hashed: bool = True  # whether a change of the weights changes sha256
     differentiable: bool = True
     input_size: int | None = None
     notes: tuple[str, ...] = ()
@@ -110,6 +117,12 @@ def open_code(spec: str) -> Given:
     """
     match = _CODE.fullmatch(spec)
     assert match is not None
+    if spec.startswith(PREFIXES):
+        raise CheckpointError(
+            spec,
+            "a weights file, with this name as --arch",
+            "the name of a network",
+        )
     name, attribute = match["module"], match["function"]
     module = _import(spec, name)
     make = getattr(module, attribute, None)
@@ -120,7 +133,12 @@ def open_code(spec: str) -> Given:
     model = make if isinstance(make, nn.Module) else _call(spec, make, attribute)
     if not callable(model):
         raise CheckpointError(spec, "a callable from images to logits", f"a {type(model).__name__}")
-    return Given(kind="python", function=model, sha256=_digest(model, module))
+    return Given(
+        kind="python",
+        function=model,
+        sha256=_digest(model, module),
+        weights_hashed=isinstance(model, nn.Module),
+    )
 
 
 def _call(spec: str, make: Callable[..., Any], name: str) -> Any:
@@ -196,8 +214,10 @@ def open_file(path: Path, data: bytes) -> Given | None:
 
 def classifier_of(
     spec: str | Path, given: Given, options: ModelOptions
-) -> tuple[Classifier, dict[str, str], tuple[str, ...]]:
-    """The model as a classifier, the guessed properties, and notes. Raises CheckpointError.
+) -> tuple[Classifier, str, dict[str, str], tuple[str, ...]]:
+    """The model as a classifier, its hash, the guessed properties, and notes.
+
+    Raises CheckpointError.
 
     Calls the model to find its inputs and outputs.
     """
@@ -209,8 +229,9 @@ def classifier_of(
     size = options.input_size or given.input_size
     if size is None:
         size, guessed["input_size"] = 32, ASSUMED
-    generator = torch.Generator().manual_seed(0)
-    output = _probe(spec, given, torch.rand(PROBED, 3, size, size, generator=generator))
+    output, sha256 = probe(spec, given.function, size), given.sha256
+    if not given.weights_hashed:
+        sha256 = _with_logits(sha256, output, probe(spec, given.function, size))
     notes = list(given.notes)
     probabilities = are_probabilities(output)
     if probabilities and given.differentiable:
@@ -237,7 +258,7 @@ def classifier_of(
         guessed["classes"] = ASSUMED
     else:
         classifier.classes = options.classes
-    return classifier, guessed, tuple(notes)
+    return classifier, sha256, guessed, tuple(notes)
 
 
 def are_probabilities(output: Tensor) -> bool:
@@ -246,9 +267,13 @@ def are_probabilities(output: Tensor) -> bool:
     return bool((output >= 0).all() and ((total - 1).abs() < 1e-3).all())
 
 
-def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
-    """The model's output for `x`, finite (N, K). Raises CheckpointError."""
-    model = given.function
+def probe(spec: str | Path, model: Function, size: int) -> Tensor:
+    """The model's output for a few random images, always the same: finite (PROBED, K).
+
+    Raises CheckpointError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(PROBED, 3, size, size, generator=generator)
     if isinstance(model, nn.Module):
         model.eval()
     try:
@@ -256,10 +281,12 @@ def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
             output = model(x)
     except CheckpointError:
         raise
-    except Exception as error:  # the user's own code
+    except Exception as error:  # the user's own code, or an image too small for a network
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            spec, f"a model that takes images {tuple(x.shape)} (else set the input size)", why
+            spec,
+            f"a model that takes images {tuple(x.shape)}; for another size set --input-size",
+            why,
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
         found = f"{type(output).__name__}{logits_hint(output)}"
@@ -274,12 +301,18 @@ def _probe(spec: str | Path, given: Given, x: Tensor) -> Tensor:
 def _import(spec: str, name: str) -> Any:
     if name.endswith(".py"):
         path = Path(name)
-        loader = importlib.util.spec_from_file_location(path.stem, path)
+        unique = re.sub(r"\W", "_", str(path.resolve()))  # clashes with no other module
+        loader = importlib.util.spec_from_file_location(unique, path)
         if not path.is_file() or loader is None or loader.loader is None:
             raise CheckpointError(spec, "a Python file", "none of that name")
         module = importlib.util.module_from_spec(loader)
-        with _importable(path.parent.resolve()):  # as `python file.py` does
-            loader.loader.exec_module(module)
+        sys.modules[unique] = module  # where dataclasses look for the names in annotations
+        try:
+            with _importable(path.parent.resolve()):  # as `python file.py` does
+                loader.loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(unique, None)
+            raise
         return module
     try:
         with _importable(Path.cwd()):
@@ -300,7 +333,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _digest(model: Any, module: Any) -> str:
-    """SHA-256 of the weights, or of the code if it has no weights."""
+    """SHA-256 of the weights, if it has any, and of the file of its code."""
     digest = hashlib.sha256()
     state = model.state_dict() if isinstance(model, nn.Module) else {}
     for key, value in state.items():
@@ -310,6 +343,19 @@ def _digest(model: Any, module: Any) -> str:
     if source is not None:
         digest.update(Path(source).read_bytes())
     return digest.hexdigest()
+
+
+def _with_logits(sha256: str, first: Tensor, second: Tensor) -> str:
+    """A hash that also changes with the logits, given for the same images in two passes.
+
+    Rounded, as they differ a little between numbers of threads. Logits that differ in two passes
+    are random and identify nothing.
+    """
+    scale = float(first.abs().max()) or 1.0
+    if float((first - second).abs().max()) > 1e-4 * scale:
+        return sha256
+    rounded = (first[:, :HASHED] / scale * 1000).round().int().tolist()
+    return hashlib.sha256(f"{sha256} {scale:.3g} {rounded}".encode()).hexdigest()
 
 
 def _opened(
@@ -344,8 +390,14 @@ def _open_onnx(path: Path, data: bytes) -> Given:
         raise CheckpointError(
             path, "the package onnxruntime for an ONNX file", "none: pip install 'robust[runtime]'"
         ) from None
+    digest, settings = hashlib.sha256(data), onnxruntime.SessionOptions()
+    for file in _external_files(path, data):
+        digest.update(bytes.fromhex(files.sha256_file(file)))
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
     try:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, settings, ["CPUExecutionProvider"])
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(path, "an ONNX file", f"a broken one ({why})") from None
@@ -377,9 +429,24 @@ def _open_onnx(path: Path, data: bytes) -> Given:
     given = Given(
         kind="onnx",
         function=function,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=digest.hexdigest(),
         differentiable=False,
         notes=("its input has channels last",) if channels_last else (),
     )
     side = shape[2]
     return replace(given, input_size=side) if isinstance(side, int) and side > 0 else given
+
+
+def _external_files(path: Path, data: bytes) -> list[Path]:
+    """The files beside an ONNX file that hold its weights, as torch.onnx.export writes them.
+
+    Raises CheckpointError if one is missing.
+    """
+    names = set()
+    for found in _EXTERNAL.finditer(data):
+        length = sum((byte & 127) << 7 * index for index, byte in enumerate(found[1]))
+        names.add(os.fsdecode(data[found.end() : found.end() + length]))
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise CheckpointError(path, f"the file {name[:200]} of its weights beside it", "none")
+    return [path.parent / name for name in sorted(names)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from robust import files
+from robust import files, networks
 from robust.loading.errors import CheckpointError, reason
 from robust.loading.options import ModelOptions, model_options
 
@@ -44,21 +44,34 @@ def open_folder(folder: Path, options: ModelOptions) -> tuple[Path, ModelOptions
 def _configured(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
     """The options in the configuration of timm or transformers."""
     options: dict[str, Any] = {}
+    size = None
     cfg = config.get("pretrained_cfg") or {}
     if "architecture" in config:
         options["arch"] = f"timm:{config['architecture']}"
+        cfg = cfg or config  # timm's older files have one level
+        arguments = config.get("model_args") or {}
+        if names := networks.other_arguments(options["arch"], arguments):
+            raise ValueError(
+                f"expected timm's own {config['architecture']}, got one with "
+                f"{', '.join(names)} in model_args: load it by file.py:function"
+            )
+        size = arguments.get("img_size")
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         value = cfg.get(name, preprocessor.get(key))
         if value is not None:
             options[name] = value
-    size = cfg.get("input_size", preprocessor.get("crop_size", preprocessor.get("size")))
+    for entry in (cfg.get("input_size"), preprocessor.get("crop_size"), preprocessor.get("size")):
+        size = entry if size is None else size
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     if size is not None:
         options["input_size"] = int(size[-1] if isinstance(size, list) else size)
-    labels = config.get("label_names") or cfg.get("label_names")
+    labels = config.get("label_names") or cfg.get("label_names") or cfg.get("labels")
     if labels is None and "id2label" in config:
         names = config["id2label"]
+        missing = [str(index) for index in range(len(names)) if str(index) not in names]
+        if missing:
+            raise ValueError(f"id2label of {len(names)} classes without {', '.join(missing[:5])}")
         labels = [names[str(index)] for index in range(len(names))]
     if labels is not None:
         options["classes"] = list(labels)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-Rgb = tuple[float, float, float]
-NAMED_MEANS: dict[str, Rgb] = {
-    "none": (0.0, 0.0, 0.0),
-    "imagenet": (0.485, 0.456, 0.406),
-    "cifar10": (0.4914, 0.4822, 0.4465),
-    "cifar100": (0.5071, 0.4865, 0.4409),
+from robust.choices import CIFAR10, CIFAR100, IMAGENET, Rgb
+
+_NAMED = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": IMAGENET,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
 }
-NAMED_STDS: dict[str, Rgb] = {
-    "none": (1.0, 1.0, 1.0),
-    "imagenet": (0.229, 0.224, 0.225),
-    "cifar10": (0.2471, 0.2435, 0.2616),
-    "cifar100": (0.2673, 0.2564, 0.2762),
-}
+NAMED_MEANS: dict[str, Rgb] = {name: mean for name, (mean, _) in _NAMED.items()}
+NAMED_STDS: dict[str, Rgb] = {name: std for name, (_, std) in _NAMED.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +103,27 @@ def parse_classes(text: str | Sequence[str]) -> tuple[str, ...]:
     """Comma-separated names, or a text file with one per line. Raises ValueError and OSError."""
     if not isinstance(text, Sequence) or not all(isinstance(part, str) for part in text):
         raise ValueError(f"expected class names as text, got {text!r}")
-    if isinstance(text, str):
-        parts = Path(text).read_text().splitlines() if _is_file(text) else text.split(",")
-    else:
+    where = ""
+    if not isinstance(text, str):
         parts = list(text)
+    elif _is_file(text):
+        where, parts = f"{text}: ", _lines(Path(text))
+    else:
+        parts = text.split(",")
     names = tuple(part.strip() for part in parts if part.strip())
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise ValueError(f"expected different class names, got {', '.join(repeated[:5])} twice")
+        raise ValueError(
+            f"{where}expected different class names, got {', '.join(repeated[:5])} twice"
+        )
     return names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected class names in UTF-8, got {error.reason}") from None
 
 
 def _is_file(text: str) -> bool:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from robust.loading.errors import CheckpointError
 from robust.loading.given import SERVICE, Given
-from robust.loading.options import ModelOptions
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT = 60.0  # seconds for a response
@@ -35,7 +34,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def open_service(spec: str, options: ModelOptions) -> Given:
+def open_service(spec: str) -> Given:
     """Read the inputs and outputs of a service's model. Raises CheckpointError."""
     url = SERVICE.sub(r"\1://", spec).rstrip("/")
     client = httpx.Client(timeout=TIMEOUT, headers={"Accept": "application/json"})
@@ -82,6 +81,7 @@ def open_service(spec: str, options: ModelOptions) -> Given:
         kind="service",
         function=model,
         sha256=versions[0] if known else hashlib.sha256(f"{url} {versions}".encode()).hexdigest(),
+        weights_hashed=bool(known),
         differentiable=False,
         input_size=side if side > 0 else None,
         notes=tuple(notes),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust.choices import Rgb
 from robust.loading.errors import CheckpointError
 
 # Entries that hold the weights of a model, best first.
@@ -33,8 +34,6 @@ _BESIDE_WEIGHTS = {
     *("easydict", "lightning", "lightning_fabric", "ml_collections", "omegaconf", "yacs"),
     "pytorch_lightning",
 }
-
-Rgb = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,21 @@ def read_weights(
 def is_safetensors(data: bytes) -> bool:
     """Whether the bytes start like a safetensors file."""
     return data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8
+
+
+def describes_itself(data: bytes) -> bool:
+    """Whether this is our own safetensors export, which needs no sidecar."""
+    return is_safetensors(data) and "architecture" in _metadata(data)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file; empty if it has none or is broken."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (ValueError, RecursionError):
+        return {}
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _read(path: Path, data: bytes) -> tuple[Any, dict[str, str]]:
@@ -123,12 +137,11 @@ def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[
     from safetensors.torch import load
 
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         state: dict[str, Tensor] = load(data)
     except Exception as error:
         why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(path, "a safetensors file", f"a broken one ({why})") from None
-    return state, dict(header.get("__metadata__") or {})
+    return state, _metadata(data)
 
 
 def _find_state(path: Path, value: Any, key: str | None) -> tuple[dict[str, Tensor], list[str]]:

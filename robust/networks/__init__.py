@@ -1,12 +1,15 @@
 """Network architectures: one file per family, and their registry."""
 
 from robust.networks.family import Family, Reading, Shapes, UnknownLayout
-from robust.networks.library import library_configuration
+from robust.networks.library import (
+    AUXILIARY,
+    library_configuration,
+    library_doubts,
+    other_arguments,
+)
 from robust.networks.registry import (
-    ACTIVATIONS,
     ARCHS,
     FAMILIES,
-    STEMS,
     build,
     check_choices,
     family_of,
@@ -15,10 +18,9 @@ from robust.networks.registry import (
 from robust.networks.sides import convolution_sides
 
 __all__ = [
-    "ACTIVATIONS",
     "ARCHS",
+    "AUXILIARY",
     "FAMILIES",
-    "STEMS",
     "Family",
     "Reading",
     "Shapes",
@@ -28,5 +30,7 @@ __all__ = [
     "convolution_sides",
     "family_of",
     "library_configuration",
+    "library_doubts",
+    "other_arguments",
     "read_layout",
 ]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
+from robust.choices import Rgb
 from robust.networks.family import Family
+from robust.networks.layers import SkipInitialization
 
 PREFIXES = ("timm:", "torchvision:")
-Rgb = tuple[float, float, float]
+# torchvision's networks with auxiliary heads, which compute nothing in eval mode. The pretrained
+# ones rescale their input, by an argument that is False without pretrained weights.
+_INCEPTIONS = ("googlenet", "inception_v3")
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +81,38 @@ def build(
                 return net
         net = timm.create_model(name, num_classes=num_classes)
         return net
+    return _of_torchvision(name, num_classes=num_classes)
+
+
+def _of_torchvision(name: str, **options: Any) -> nn.Module:
     import torchvision
 
-    net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if name in _INCEPTIONS:
+        options |= {"transform_input": True, "aux_logits": False, "init_weights": True}
+    net: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return net
 
 
-def pretrained(arch: str) -> tuple[nn.Module, tuple[str, ...] | None]:
-    """The library's network with its downloaded weights, and its class names.
+def other_arguments(arch: str, arguments: Mapping[str, Any]) -> list[str]:
+    """Which of timm's `arguments` make another network than `build`, at any size."""
+    names = [name for name in arguments if name not in ("num_classes", "img_size")]
+    if not names:
+        return []
+    import timm
 
-    The names are None if the library has none. Raises the library's exceptions when offline.
-    """
-    library, name = library_of(arch)
-    if library == "timm":
-        import timm
+    with SkipInitialization():
+        net = timm.create_model(library_of(arch)[1])
+    defaults: dict[str, Any] = {"in_chans": 3}
+    if hasattr(timm.models, "get_model_args"):  # newer versions export all of them
+        defaults |= timm.models.get_model_args(net)
+    return [name for name in names if arguments[name] != defaults.get(name)]
 
-        return timm.create_model(name, pretrained=True), None
-    import torchvision
 
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    net = torchvision.models.get_model(name, weights=weights)
-    return net, tuple(weights.meta["categories"])
+def library_doubts(arch: str) -> tuple[str, ...]:
+    """What the weights do not tell about the network."""
+    if arch not in [f"torchvision:{name}" for name in _INCEPTIONS]:
+        return ()
+    return ("transform_input is assumed to be True, as in torchvision's pretrained network",)
 
 
 @lru_cache(maxsize=8)
@@ -105,8 +122,12 @@ def library_configuration(arch: str) -> Configuration:
     if library == "timm":
         import timm
 
-        known = timm.get_pretrained_cfg(name)
-        assert known is not None
+        try:
+            known = timm.get_pretrained_cfg(name)
+        except RuntimeError:  # an unknown tag, the part after the dot
+            known = None
+        if known is None:
+            raise ValueError(f"expected a network that timm has a configuration of, got {name!r}")
         values: dict[str, Any] = known.to_dict()  # type: ignore[no-untyped-call]
         head = values.get("classifier") or _last_layer(timm.create_model(name))
         return Configuration(
@@ -117,7 +138,8 @@ def library_configuration(arch: str) -> Configuration:
         )
     import torchvision
 
-    net = torchvision.models.get_model(name, weights=None)
+    with torch.device("meta"):  # only the names of its layers are needed
+        net = _of_torchvision(name)
     transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     return Configuration(
         mean=tuple(transform.mean),

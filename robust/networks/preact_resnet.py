@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from robust.choices import CIFAR10, CIFAR100
 from robust.networks.family import Family, Reading, Shapes, UnknownLayout
 from robust.networks.layers import (
     activation_module,
@@ -39,8 +40,6 @@ _DEPTHS: dict[str, tuple[bool, tuple[int, ...]]] = {  # whether blocks are bottl
     "preact_resnet34": (False, (3, 4, 6, 3)),
     "preact_resnet50": (True, (3, 4, 6, 3)),
 }
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # mean and std in DeepMind's code
-CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 class PreActBlock(nn.Module):

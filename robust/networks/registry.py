@@ -15,8 +15,6 @@ FAMILIES: tuple[Family, ...] = (
     given.FAMILY,
 )
 ARCHS: tuple[str, ...] = tuple(arch for family in FAMILIES for arch in family.archs)
-STEMS: tuple[str, ...] = ("imagenet", "cifar")
-ACTIVATIONS: tuple[str, ...] = ("relu", "silu")
 
 
 def family_of(arch: str) -> Family:

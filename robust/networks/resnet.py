@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from robust.choices import IMAGENET
 from robust.networks.family import Family, Reading, Shapes, UnknownLayout
 from robust.networks.layers import activation_module, convolution, initialize_convolutions
 
@@ -178,7 +179,7 @@ def read(shapes: Shapes) -> Reading | None:
         kind = "bottleneck" if bottleneck else "basic"
         raise UnknownLayout(
             f"{kind} blocks {list(depths)} after a {kernel[0]}x{kernel[-1]} stem; supported are "
-            "ResNet-18, -34 and -50 with a 7x7 or a 3x3 stem"
+            "ResNet-18, -34 and -50 with a 7x7 or a 3x3 stem; for others give arch torchvision:NAME"
         )
     doubts: tuple[str, ...] = ()
     if kernel == (3, 3) and not public:
@@ -192,8 +193,8 @@ def read(shapes: Shapes) -> Reading | None:
         arch=arch,
         stem="imagenet" if kernel == (7, 7) else "cifar",
         num_classes=head[0],
-        mean=(0.485, 0.456, 0.406) if imagenet else None,
-        std=(0.229, 0.224, 0.225) if imagenet else None,
+        mean=IMAGENET[0] if imagenet else None,
+        std=IMAGENET[1] if imagenet else None,
         input_size=224 if imagenet else 32,
         renamed={key: _own_key(key) for key in shapes if _own_key(key) != key} if public else {},
         layout="CIFAR ResNet" if public else "",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from robust.choices import CIFAR10, CIFAR100
 from robust.networks.family import Family, Reading, Shapes, UnknownLayout
 from robust.networks.layers import (
     activation_module,
@@ -21,7 +22,6 @@ from robust.networks.layers import (
     initialize_convolutions,
     same_convolution,
 )
-from robust.networks.preact_resnet import CIFAR10, CIFAR100
 
 if TYPE_CHECKING:
     from robust.graph import FeatureMap, GraphBuilder

@@ -198,6 +198,8 @@ def test_the_checkpoint_is_never_overwritten(checkpoints: dict[str, Checkpoint])
     for path in (checkpoint.path, sidecar_path(checkpoint.path)):
         with pytest.raises(ValueError, match="another file than the checkpoint itself"):
             export_checkpoint(checkpoint, path.parent / "." / path.name, "safetensors")
+    with pytest.raises(ValueError, match="whose sidecar does not match this file"):
+        export_checkpoint(checkpoint, checkpoint.path.with_suffix(".pth"), "torchvision")
     assert load_checkpoint(checkpoint.path).sha256 == files.sha256_file(checkpoint.path)
 
 

@@ -102,7 +102,8 @@ def test_model_from_user_code(
     assert again.guessed == {"input_size": "assumed", "classes": "assumed"}
     x = images(3, 32)
     torch.testing.assert_close(logits_of(again.classifier, x), logits_of(network, x - 0.5))
-    assert again.sha256 == loaded.sha256
+    # A function's hash covers its logits at this input size.
+    assert (again.sha256 == loaded.sha256) == (name != "function")
     copied = for_inference(loaded.classifier)
     x = images(3, SIDE)
     torch.testing.assert_close(logits_of(copied, x), expected, rtol=0, atol=1e-5)
@@ -124,12 +125,56 @@ def test_model_from_user_code(
         ("wrong", "a callable from images to logits, found a int"),
         ("features", r"logits \(2, K\) of 2 images, found \(2, 4, 30, 30\)"),
         ("named", r"2 images, found dict; give a callable such as .* model\(x\)\['logits'\]$"),
-        ("broken", r"a model that takes images \(2, 3, 32, 32\) \(else set the input size\)"),
+        (
+            "broken",
+            r"images \(2, 3, 32, 32\); for another size set --input-size",
+        ),
     ],
 )
 def test_code_without_a_classifier_is_rejected(name: str, words: str, code: Path) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(f"{code}:{name}")
+
+
+def test_code_whose_annotations_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Settings:\n    width: int = 1\n"
+        "def make_model():\n    return lambda x: x.mean(dim=(2, 3))\n"
+    )
+    load_checkpoint(f"{path}:make_model")
+    before = set(sys.modules)
+    path.write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        load_checkpoint(f"{path}:make_model")
+    assert {name for name in set(sys.modules) - before if "mine" in name} == set()
+
+
+def test_the_hash_of_a_function_covers_its_weights(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\nfrom pathlib import Path\n"
+        "def make_model():\n"
+        "    weight = torch.load(Path(__file__).with_name('weights.pt'))\n"
+        "    return lambda x: x.mean(dim=(2, 3)) @ weight\n"
+        "def noisy():\n    return lambda x: torch.randn(len(x), 4)\n"
+    )
+    hashes = []
+    for seed in (0, 0, 1):
+        weight = torch.randn(3, CLASSES, generator=torch.Generator().manual_seed(seed))
+        torch.save(weight, tmp_path / "weights.pt")
+        hashes.append(load_checkpoint(f"{path}:make_model").sha256)
+    assert hashes[0] == hashes[1] != hashes[2]
+    noisy = [load_checkpoint(f"{path}:noisy").sha256 for _ in range(2)]
+    assert noisy[0] == noisy[1]  # or an evaluation could not be resumed
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_the_name_of_a_network_is_no_model(name: str) -> None:
+    with pytest.raises(CheckpointError, match="a weights file, with this name as --arch"):
+        load_checkpoint(name)
 
 
 def test_a_python_file_without_a_name_is_listed_but_never_run(tmp_path: Path) -> None:
@@ -271,6 +316,49 @@ def test_onnx(probabilities: bool, fixed: bool, network: nn.Module, tmp_path: Pa
     assert (result.logits.argmax(1) == expected.argmax(1)).logical_not().equal(result.success)
 
 
+def test_onnx_with_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def save(folder: Path, weight: np.ndarray[Any, Any]) -> None:
+        folder.mkdir()
+        graph = helper.make_graph(
+            [
+                helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
+                helper.make_node("Flatten", ["pooled"], ["flat"]),
+                helper.make_node("Gemm", ["flat", "w"], ["logits"], transB=1),
+            ],
+            "linear",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])],
+            [helper.make_tensor_value_info("logits", 1, None)],
+            [numpy_helper.from_array(weight, "w")],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.save_model(
+            model,
+            str(folder / "m.onnx"),
+            save_as_external_data=True,
+            location="m.onnx.data",
+            size_threshold=0,
+        )
+
+    weight = np.arange(CLASSES * 3, dtype=np.float32).reshape(CLASSES, 3)
+    save(tmp_path / "mine", weight)
+    save(tmp_path / "other", -weight)
+    monkeypatch.chdir(tmp_path / "other")  # its file of the same name is another model's
+    loaded = load_checkpoint(tmp_path / "mine" / "m.onnx")
+    x = images(2, SIDE)
+    expected = x.mean(dim=(2, 3)) @ torch.from_numpy(weight).T
+    torch.testing.assert_close(logits_of(loaded.classifier, x), expected)
+    other = load_checkpoint("m.onnx")
+    torch.testing.assert_close(logits_of(other.classifier, x), -expected)
+    assert loaded.sha256 != other.sha256
+    (tmp_path / "mine" / "m.onnx.data").unlink()
+    with pytest.raises(CheckpointError, match=r"the file m\.onnx\.data of its weights beside it"):
+        load_checkpoint(tmp_path / "mine" / "m.onnx")
+
+
 # Folders of the hub.
 
 
@@ -295,7 +383,7 @@ def test_our_own_hub_folder(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model.pt", classifier, sidecar, dtype=torch.float32)
     folder = tmp_path / "hub-model"
     usage = export_checkpoint(load_checkpoint(tmp_path / "model.pt"), folder, "hub")
-    assert usage == "import robust; model = robust.load_model('hub-model')"
+    assert usage == f"import robust; model = robust.load_model({str(folder)!r})"
     loaded = load_checkpoint(folder)
     assert not loaded.guessed
     with pytest.raises(ValueError, match="another file than the checkpoint itself"):
@@ -346,6 +434,53 @@ def test_timms_hub_folder(tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded.classifier, x), logits_of(net, (x - 0.5) / 0.5))
 
 
+@pytest.mark.parametrize("labels", ["label_names", "labels"])
+def test_an_older_configuration_of_timm(labels: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet", num_classes=3)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "test_resnet",
+        "num_classes": 3,
+        labels: ["a", "b", "c"],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.5, 0.5],
+        "input_size": [3, 64, 64],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_checkpoint(tmp_path)
+    architecture = loaded.sidecar.architecture
+    assert (loaded.sidecar.classes, architecture.input_size) == (("a", "b", "c"), 64)
+    assert architecture.mean == (0.1, 0.2, 0.3)
+
+
+def test_arguments_of_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.models._hub import save_config_for_hf
+
+    net = timm.create_model("test_resnet", num_classes=3)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    save_config_for_hf(net, tmp_path / "config.json")
+    assert load_checkpoint(tmp_path).sidecar.architecture.num_classes == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] = config.get("model_args", {}) | {"global_pool": "max"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"global_pool in model_args: load it by file\.py"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_hub_folder_names_the_head_of_its_network(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    classifier = classifier_of(
+        arch="timm:test_convnext", stem="own", activation="own", num_classes=3, input_size=32
+    )
+    sidecar = Sidecar(architecture=classifier.architecture, classes=("a", "b", "c"))
+    save_checkpoint(tmp_path / "model.pt", classifier, sidecar, dtype=torch.float32)
+    export_checkpoint(load_checkpoint(tmp_path / "model.pt"), tmp_path / "hub", "hub")
+    tuned = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=5)
+    assert tuned(images(1, 32)).shape == (1, 5)
+
+
 def test_unusable_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.safetensors .* in the folder, found nothing"):
         load_checkpoint(tmp_path)
@@ -354,6 +489,9 @@ def test_unusable_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="transformers' ViTForImageClassification; load it by file"
     ):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "a", "2": "c"}}')
+    with pytest.raises(CheckpointError, match="id2label of 2 classes without 1"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected a JSON object, found list"):

@@ -227,6 +227,15 @@ def test_exported_safetensors_need_no_guesses(
     x = images(2, 24)
     with torch.inference_mode():
         assert torch.equal(loaded.classifier(x), classifier(x))
+    load_checkpoint(tmp_path / "m.safetensors", options=ModelOptions(mean=MEAN, activation="silu"))
+    with pytest.raises(CheckpointError, match="others; the metadata has std"):
+        load_checkpoint(tmp_path / "m.safetensors", options=ModelOptions(std=(1.0, 1.0, 1.0)))
+    # Under the checkpoint's own name, whose sidecar has another hash.
+    export_checkpoint(
+        load_checkpoint(tmp_path / "model.pt"), tmp_path / "model.safetensors", "safetensors"
+    )
+    again = load_checkpoint(tmp_path / "model.safetensors")
+    assert again.sidecar.architecture == classifier.architecture
 
 
 def test_key_option_selects_the_entry(state: State, tmp_path: Path) -> None:
@@ -435,6 +444,12 @@ def test_class_names(tmp_path: Path) -> None:
     assert parse_classes(str(tmp_path / "names.txt")) == ("cat", "dog")
     with pytest.raises(ValueError, match="different class names, got cat twice"):
         parse_classes("cat,dog,cat")
+    (tmp_path / "names.txt").write_text("crane\nmaillot\ncrane\n")
+    with pytest.raises(ValueError, match=r"names\.txt: expected different class names, got crane"):
+        parse_classes(str(tmp_path / "names.txt"))
+    (tmp_path / "names.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"names\.txt: expected class names in UTF-8"):
+        parse_classes(str(tmp_path / "names.txt"))
 
 
 def test_network_from_a_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -454,3 +469,50 @@ def test_network_from_a_library(tmp_path: Path, caplog: pytest.LogCaptureFixture
         normalized = (x - loaded.classifier.mean) / loaded.classifier.std
         assert torch.equal(loaded.classifier(x), net(normalized))
     assert isinstance(loaded.classifier, Classifier)
+
+
+def test_an_option_that_replaces_the_normalization_of_the_file(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(nn.Sequential(Normalize(), network).state_dict(), tmp_path / "weights.pt")
+    options = ModelOptions(mean=(0.5, 0.5, 0.5), std=STD)
+    loaded = load_checkpoint(tmp_path / "weights.pt", options=options)
+    assert loaded.sidecar.architecture.mean == (0.5, 0.5, 0.5)
+    replaced = [note for note in loaded.notes if "replaces" in note]
+    assert replaced == ["the option mean replaces the file's 0.4914, 0.4822, 0.4465"]
+
+
+def test_an_inception_rescales_its_input_as_the_pretrained_one(tmp_path: Path) -> None:
+    import torchvision
+
+    net = torchvision.models.googlenet(
+        num_classes=3, init_weights=True, transform_input=True, aux_logits=True
+    ).eval()
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    options = ModelOptions(
+        arch="torchvision:googlenet", input_size=64, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    loaded = load_checkpoint(tmp_path / "weights.pt", options=options)
+    assert any("transform_input is assumed to be True" in note for note in loaded.notes)
+    assert any("never uses (aux1, aux2)" in note for note in loaded.notes)
+    x = images(2, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded.classifier(x), net(x))
+
+
+def test_a_network_of_a_library_that_does_not_fit(tmp_path: Path) -> None:
+    import torchvision
+
+    torch.save(torchvision.models.alexnet(num_classes=3).state_dict(), tmp_path / "weights.pt")
+    options = ModelOptions(arch="torchvision:alexnet", input_size=32)
+    with pytest.raises(CheckpointError, match=r"\(2, 3, 32, 32\); for another size set"):
+        load_checkpoint(tmp_path / "weights.pt", options=options)
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"timm has a configuration of, got 'resnet18.foo'"):
+        load_checkpoint(tmp_path / "weights.pt", options=ModelOptions(arch="timm:resnet18.foo"))
+
+
+def test_a_json_file_of_another_program_is_no_sidecar(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text('{"architecture": "test_resnet", "num_classes": 4}')
+    assert load_checkpoint(tmp_path / "model.pt").guessed
