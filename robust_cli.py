@@ -1,4 +1,4 @@
-"""The command ``robust``: the sub-commands of every package, and how it ends."""
+"""The command ``robust``: the sub-commands of all packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robust.commands.completion import completion
 
 
 def _in_ascii(kind: Any) -> Any:
-    """A type of numbers that takes ASCII digits only: no underscores, no other script's digits."""
+    """A number type that accepts only ASCII digits, without underscores."""
     strict, convert = copy(kind), kind.convert
 
     def checked(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -37,13 +37,13 @@ def _read_numbers_in_ascii(command: click.Command) -> None:
 
 
 class _InOrder(click.Group):
-    """Lists commands in the order one meets them, not by the alphabet."""
+    """Lists commands in the order in which they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The first sentence of each whole, on two lines where it takes them."""
+        """Shows each command's whole first sentence, wrapped if needed."""
         rows = [(name, item.get_short_help_str(limit=200)) for name, item in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)

@@ -183,7 +183,7 @@ def _fewer_operations(own: Classifier, device: torch.device) -> Classifier | Non
         if device.type == "cpu":
             _avoid_slow_convolutions(own)
         error = float((own(x) - expected).abs().amax() / expected.abs().amax())
-    if error > TOLERANCE:
+    if not error <= TOLERANCE:  # also if it is NaN
         arch = own.architecture.arch
         logger.warning(
             "the copy of %s for inference is off by %.2g: no norm is folded", arch, error

@@ -65,7 +65,8 @@ def attack(
     For each attack and image it writes two PNG files: the adversarial image, rounded to 8 bits
     inside the ball, and the amplified perturbation (gray: no change). Prediction, success and
     distances are those of the file. IMAGE may be a file, a folder or a pattern such as
-    'photos/*.jpg'. If a file is not an image, the command names it and exits with 1. Example:
+    'photos/*.jpg'. If a file is not an image, the command names it and exits with 1, or 2 if none
+    is an image. Example:
 
     \b
         robust attack examples/cat.jpg --eps 4/255 --target dog --out attacked
@@ -107,9 +108,9 @@ def attack(
             click.echo(_describe(outcomes, classes))
             click.echo(f"wrote {len(names)} images to {out}: {', '.join(names)}")
     about = {"checkpoint": model.spec, "model": loaded.origin(), "weights_sha256": loaded.sha256}
-    if json_path is not None and read:
+    if json_path is not None:
         several = {"images": reports, "broken": broken}
-        write_report(json_path, about | (reports[0] if len(paths) == 1 else several))
+        write_report(json_path, about | (reports[0] if len(paths) == len(read) == 1 else several))
     return exit_status(read, broken)
 
 

@@ -28,7 +28,7 @@ def predict(images: tuple[str, ...], model: ModelChoice, top_k: int, as_json: bo
     IMAGE may be a file (JPEG, PNG, WebP, GIF, BMP, TIFF or PPM), a folder or a pattern such as
     'photos/*.jpg'. Each image is cropped to its central square and resized to the model's input;
     a note says so. If a file is not an image, the command names it, classifies the others and
-    exits with 1. Example:
+    exits with 1, or 2 if none is an image. Example:
 
     \b
         robust predict examples/cat.jpg --top-k 2

@@ -16,7 +16,8 @@ INTERRUPTED = 130  # as in shells: 128 plus the number of SIGINT
 def main(command: click.Command, *, name: str) -> NoReturn:
     """Run `command` with this process's arguments and exit.
 
-    The exit status is 0 on success, 2 for a user error and 130 for Ctrl-C.
+    The exit status is 0 on success, 1 if some images can't be read or the reader closed the pipe,
+    2 for a user error, 130 for Ctrl-C.
     """
     # OpenMP reads this when torch is loaded. By default its idle threads spin for milliseconds, so
     # two processes on the same cores slow each other down. With a short spin, each of two float32

@@ -278,6 +278,11 @@ def test_attack_of_a_folder(
     assert [item["image"] for item in report["images"]] == [str(folder / f"{k}.png") for k in "ab"]
     assert report["broken"][0]["image"] == str(folder / "c.png")
     assert len(list(out.iterdir())) == 6
+    (folder / "a.png").unlink()
+    (folder / "b.png").unlink()
+    assert run([*arguments, "--out", str(out), "--json", str(path)]) == 2
+    report = json.loads(path.read_text())  # not the one of before
+    assert (report["images"], len(report["broken"])) == ([], 1)
     assert run([*arguments, str(photo), str(tmp_path / "photo.jpg")]) == 2
     assert "expected images with different names" in capsys.readouterr().err
 
