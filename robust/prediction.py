@@ -176,6 +176,10 @@ def attack_images(
         images = to_uint8(settings.threat_model.round_inside(result.x_adv, clean))
         return _Attacked(result=result, images=images, after=predict(model, to_float(images)))
 
+    def undone(found: _Attacked, rows: Tensor) -> Tensor:
+        """Indices of the successes whose 8-bit images don't fool the model."""
+        return (found.result.success & ~fooled(found.after, rows)).nonzero().squeeze(1)
+
     searched = model if bf16 is None or settings.needs_float32 else bf16
 
     def fall_back(found: _Attacked, by: AttackSettings) -> _Attacked:
@@ -198,15 +202,17 @@ def attack_images(
 
     everything = torch.arange(len(x), device=x.device)
     found = attack(searched, everything)
-    lost = (found.result.success & ~fooled(found.after, everything)).nonzero().squeeze(1)
+    lost = undone(found, everything)
+    near = found.result.x_adv[lost]
     if len(lost) and searched is not model:  # by bfloat16
         other = attack(model, lost)
-        found = found.with_cost_of(lost, other)
-        found = found.with_images(lost, other.images, other.after)
-    elif len(lost):  # by rounding to 8 bits
+        found = found.with_cost_of(lost, other).with_images(lost, other.images, other.after)
+        again = undone(other, lost)
+        near, lost = other.result.x_adv[again], lost[again]
+    if len(lost):  # by rounding to 8 bits
         farther, passes = outward(
             lambda tried: fooled(predict(model, tried), lost),
-            found.result.x_adv[lost],
+            near,
             to_float(x[lost]),
             norm=settings.threat_model.norm,
             eps=settings.threat_model.eps,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from robust.prediction import AttackOutcome, attack_images, predict
 from robust.threat_model import ThreatModel
 
 
-def run(model: nn.Module, x: Tensor, name: str, ball: ThreatModel) -> list[AttackOutcome]:
+def run(
+    model: nn.Module, x: Tensor, name: str, ball: ThreatModel, bf16: nn.Module | None = None
+) -> list[AttackOutcome]:
     """Attack the images uint8 (N, 3, H, W) away from their predictions, and check the results."""
     before = predict(model, to_float(x))
     labels = before.argmax(dim=1).tolist()
     settings = resolve_attack(name, ball)
-    outcomes = attack_images(model, x, labels, settings=settings, before=before)
+    outcomes = attack_images(model, x, labels, settings=settings, before=before, bf16=bf16)
     for outcome, image, label in zip(outcomes, x, labels, strict=True):
         after = predict(model, to_float(outcome.image)[None])[0]
         assert outcome.success == (int(after.argmax()) != label)
@@ -59,10 +62,14 @@ def test_smallest_level_is_found_on_a_linear_model(near: nn.Module, x: Tensor) -
     assert [outcome.linf * 255 for outcome in outcomes] == pytest.approx(levels)
 
 
-def test_point_on_the_boundary_is_pushed_outward(near: nn.Module, x: Tensor) -> None:
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_point_on_the_boundary_is_pushed_outward(
+    near: nn.Module, x: Tensor, in_bf16: bool
+) -> None:
     images = to_uint8(x)
     levels = smallest_levels(near, images)
-    outcomes = run(near, images, "fab-t", ThreatModel(eps=max(levels) / 255))
+    bf16 = deepcopy(near) if in_bf16 else None
+    outcomes = run(near, images, "fab-t", ThreatModel(eps=max(levels) / 255), bf16)
     assert all(outcome.success for outcome in outcomes)
 
 
