@@ -25,18 +25,19 @@ from robust.checkpoint import CheckpointError, sidecar_path
 from robust.device import DeviceDisagrees
 from robust.environment import device_in_words
 from robust.evaluation.precision import (
+    FAILURES,
     MIN_PASSES,
+    PROBE,
     Precision,
     SearchPrecision,
     choose_precision,
+    in_float32_after,
 )
 from robust.loading import ModelOptions
 from robust.memory import is_out_of_memory
 from robust.prediction import predict
 
 logger = logging.getLogger(__name__)
-
-PROBE_IMAGES = 4  # to compare the bfloat16 search on; few, as each pass delays predictions
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 
@@ -235,17 +236,15 @@ def choose_search(
     fast, bf16 = model.fast, model.bf16
     if fast is None or bf16 is None:
         return model.search
-    x = examples(PROBE_IMAGES, model.input_size).to(model.device)
+    x = examples(PROBE, model.input_size).to(model.device)
     try:
         pause()
         with torch.no_grad():
             y = bf16(x).argmax(dim=1)
         pause()
         return choose_precision(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)[0]
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        return SearchPrecision(bf16=False, reason=f"bfloat16 failed with {error}")
+    except FAILURES as error:
+        return in_float32_after(error)
 
 
 def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) -> None:

@@ -14,12 +14,14 @@ from robust.agreement import compare
 from robust.attacks import Model
 from robust.device import cpu_multiplies_bf16
 from robust.inference import InferenceClassifier, in_bfloat16
+from robust.memory import is_out_of_memory
 from robust.packed import packed_if_faster
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-PROBE = 4  # images on which bfloat16 is compared with float32
+# Images on which bfloat16 is compared with float32; few, as predictions wait for each pass.
+PROBE = 4
 # Fewest passes of an evaluation for which the comparison, some 20 passes, is worth its time.
 MIN_PASSES = 1000
 MIN_SPEEDUP = 1.2  # smallest speedup for a search in bfloat16
@@ -29,6 +31,8 @@ SIGN_AGREEMENT = 0.9  # smallest fraction of gradient signs that agree
 # have 0.002 to 0.003; random ones 0.01 to 0.18, which can hide the differences attacks follow.
 MARGIN_ERROR = 0.02
 MIN_PARAMETERS = 10**6  # below, call overhead dominates and bfloat16 gains nothing
+# Errors of a model without a gradient, or with an operation that has no kernel for bfloat16.
+FAILURES = (RuntimeError, TypeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,9 @@ def choose_precision(
     """The precision and the model for a search of `passes` passes.
 
     `auto` uses bfloat16 if it agrees with `fast` on the first images of `x` float32 (N, C, H, W)
-    and, on a CPU, is faster. `bf16` is the bfloat16 copy of `fast`; by default it is created.
-    Raises ValueError for another precision.
+    and, on a CPU, is faster; it stays in float32 if the comparison fails, as it does for a model
+    without gradient or with an operation without bfloat16. `bf16` is the bfloat16 copy of `fast`;
+    by default it is created. Raises ValueError for another precision.
     """
     device = x.device
     requested = searches_in_bf16(precision, device)
@@ -79,9 +84,20 @@ def choose_precision(
         why_not = f"too few passes to try bfloat16: {passes:,}, below the limit of {MIN_PASSES:,}"
     if why_not:
         return SearchPrecision(bf16=False, reason=why_not), fast
-    candidate = bf16 or in_bf16(fast, device)
-    found = _compare(fast, candidate, x[:PROBE], y[:PROBE])
+    try:
+        candidate = bf16 or in_bf16(fast, device)
+        found = _compare(fast, candidate, x[:PROBE], y[:PROBE])
+    except FAILURES as error:
+        return in_float32_after(error), fast
     return found, candidate if found.bf16 else fast
+
+
+def in_float32_after(error: Exception) -> SearchPrecision:
+    """Float32, as the test of bfloat16 failed. Raises `error` itself if memory ran out."""
+    if is_out_of_memory(error):
+        raise error
+    reason = f"the test of bfloat16 failed: {str(error).partition(chr(10))[0]}"
+    return SearchPrecision(bf16=False, reason=reason)
 
 
 def why_not_bf16(model: Model, device: torch.device) -> str:

@@ -125,6 +125,51 @@ def test_auto_says_why_it_does_not_try(
     assert (str(chosen), chosen.reason, model) == ("fp32", why, fast)
 
 
+class Scattered(nn.Module):
+    """A product, which autocast computes in bfloat16, written to a tensor that is float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x[:, 0, 0, :4] @ self.weight
+        return torch.zeros(len(x), 4).scatter(1, torch.arange(4).expand(len(x), 4), product)
+
+
+class NoGradient(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, 0, 0, :4])
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [(Scattered(), "scatter(): Expected self.dtype"), (NoGradient(4, 4), "element 0 of")],
+)
+def test_auto_stays_in_float32_where_the_comparison_fails(
+    model: nn.Module, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "MIN_PARAMETERS", 1)
+    chosen, found = choose_precision("auto", model, *images(), passes=PASSES)
+    assert (str(chosen), found) == ("fp32", model)
+    assert chosen.reason.startswith(f"the test of bfloat16 failed: {why}")
+
+
+def test_running_out_of_memory_is_no_reason_for_float32(
+    fast: InferenceClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(model: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "MIN_PARAMETERS", 1)
+    monkeypatch.setattr(precision, "in_bf16", starved)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_precision("auto", fast, *images(), passes=PASSES)
+
+
 def test_journal_is_resumed_in_its_own_precision(
     fast: InferenceClassifier, clock: Callable[[float, float], None], tmp_path: Path
 ) -> None:
