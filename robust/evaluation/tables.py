@@ -17,16 +17,16 @@ Row = list[str]
 
 def accuracy_table(evaluation: Evaluation, table_format: str = "text") -> str:
     """Clean accuracy, each attack with its stages, and the worst case over several attacks."""
-    n = evaluation.n
     rows = []
     for item in evaluation.accuracies:
         threat_model = item.attack.threat_model if item.attack else None
         ball = (threat_model.norm, format_eps(threat_model.eps)) if threat_model else ("", "")
         for stage in item.stages:
-            rows.append(_row(f"  {stage.attack}", ball, stage.correct, n, stage.seconds))
-        rows.append(_row(item.label, ball, item.correct, n, item.seconds))
+            label, n = f"  {stage.attack}", evaluation.total  # a finished stage saw all images
+            rows.append(_row(label, ball, stage.correct, n, stage.seconds))
+        rows.append(_row(item.label, ball, item.correct, item.n, item.seconds))
     if len(evaluation.attacks) > 1:
-        rows.append(_row("worst case", ("", ""), evaluation.worst_correct, n))
+        rows.append(_row("worst case", ("", ""), evaluation.worst_correct, evaluation.n))
     return table(HEADER, rows, table_format)
 
 

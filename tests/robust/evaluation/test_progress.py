@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust.attacks import resolve_attack
+from robust.attacks import AttackSettings, resolve_attack
 from robust.evaluation import Evaluation, evaluate_batches
 from robust.evaluation import stages as stages_module
 from robust.evaluation.journal import Journal
@@ -86,6 +87,28 @@ def test_progress_is_the_fraction_of_passes_done(
     begin, end = shown[0][0], shown[-1][0]
     for now, result in shown:
         assert result.done == pytest.approx((now - begin) / (end - begin), abs=0.05)
+
+
+def test_a_result_so_far_can_be_printed(
+    model: nn.Module, linear_data: Data, short: Callable[[ThreatModel], AttackSettings]
+) -> None:
+    """Each row is over the images of its own attack: later attacks have finished fewer."""
+    ball = ThreatModel(eps=1 / 255)
+    finished: set[tuple[int, int]] = set()
+    for result in evaluate_batches(
+        model,
+        *linear_data,
+        num_classes=2,
+        attacks=[resolve_attack("fgsm", ball), short(ball)],
+        device=torch.device("cpu"),
+        batch_size=8,
+    ):
+        text = str(result)
+        for item in result.accuracies:
+            assert f" {item.correct}/{item.n} " in text
+            assert all(f" {stage.correct}/40 " in text for stage in item.stages)
+        finished.add((result.attacks[0].n, result.attacks[1].n))
+    assert any(0 < later < first for first, later in finished)
 
 
 def test_journal_is_written_only_when_images_finish(
