@@ -138,7 +138,7 @@ REGISTRY: dict[str, AttackEntry] = {
         AttackEntry(
             name="square-check",
             title="Square check",
-            summary="square, stopped early where 10 gradient steps beat its first 100 queries",
+            summary="square, stopped early where 9 gradient steps beat its first 100 queries",
             algorithm="square_check:SquareCheck",
             budget=5000,
             unit="queries",

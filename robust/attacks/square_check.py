@@ -12,7 +12,9 @@ from robust.attacks.pgd import ascend
 from robust.attacks.rows import Rows
 from robust.attacks.square import Square, SquareState
 
-ASCENT = 10  # gradient steps on the margin that Square's first queries are compared with
+# Points of gradient ascent on the margin, from the image on, that Square is compared with. The last
+# one's gradient is not used.
+ASCENT = 10
 ALPHA = 0.25  # step size as a fraction of eps
 QUERIES = 100  # queries of Square, after which the run ends if gradients did better
 
@@ -21,17 +23,19 @@ QUERIES = 100  # queries of Square, after which the run ends if gradients did be
 class SquareCheckState(SquareState):
     """Columns of `SquareCheck`."""
 
-    iteration: Tensor  # int64 (N,): gradient steps made
-    loss_gradient: Tensor  # float32 (N,): the highest margin they reached
+    iteration: Tensor  # int64 (N,): points of the ascent that are scored
+    loss_start: Tensor  # float32 (N,): the margin of the image
+    loss_gradient: Tensor  # float32 (N,): the highest margin of those points
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquareCheck(Square):
     """A cheap check of each image for masked gradients, and the full Square if it fails.
 
-    First come `ASCENT` gradient steps on the margin, then Square. If the network's gradients are
-    sound, random search is far behind after `QUERIES` queries, and the run ends. If random search
-    does at least as well, the gradients mislead, and the run continues to all `steps` queries.
+    First come the image and `ASCENT` - 1 gradient steps on the margin, then Square. If gradients
+    are sound, they raise the margin, random search is far behind after `QUERIES` queries, and the
+    run ends. If no step raises the margin, or random search does at least as well, the gradients
+    mislead, and the run continues to all `steps` queries.
     """
 
     uses_gradient: ClassVar[bool] = True
@@ -50,6 +54,7 @@ class SquareCheck(Square):
         return SquareCheckState(
             **vars(state),
             iteration=torch.zeros_like(rows.y),
+            loss_start=torch.zeros_like(state.loss_top),
             loss_gradient=torch.full_like(state.loss_top, -torch.inf),
         )
 
@@ -63,8 +68,10 @@ class SquareCheck(Square):
         state: SquareCheckState = rows.state
         if gradient is None:
             done = super().advance(rows, logits, loss, None)
+            sound = state.loss_gradient > torch.maximum(state.loss_start, state.loss_top)
             # `query` counts the queries after the starting point.
-            return done | ((state.query > QUERIES) & (state.loss_top < state.loss_gradient))
+            return done | ((state.query > QUERIES) & sound)
+        state.loss_start = torch.where(state.iteration == 0, loss, state.loss_start)
         state.loss_gradient = torch.maximum(state.loss_gradient, loss)
         state.iteration = state.iteration + 1
         stepped = ascend(

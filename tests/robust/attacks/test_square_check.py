@@ -54,3 +54,19 @@ def test_masked_gradients_get_the_full_square_attack(
     assert ASCENT + 151 <= int(found.forwards[left].min())
     assert int(found.forwards[left].max()) < ASCENT + 170
     assert attack.cost == 2 * ASCENT + 151
+
+
+@norms
+def test_gradients_that_lead_nowhere_get_all_of_square(norm: Norm) -> None:
+    """Any change lowers the margin, so that Square never comes up to the image itself."""
+    images = torch.full((12, 3, 6, 6), 0.5)
+
+    def model(x: Tensor) -> Tensor:
+        changed = (x != 0.5).float().flatten(1).mean(dim=1) + 0 * x.flatten(1).sum(dim=1)
+        return torch.stack([1 + changed, 0 * changed], dim=1)
+
+    ball = ThreatModel(norm=norm, eps=EPS[norm])
+    attack = resolve_attack("square-check", ball, steps=150)
+    found = attack.run(model, images, torch.zeros(12, dtype=torch.int64))
+    assert not found.success.any()
+    assert found.forwards.unique().tolist() == [ASCENT + 151]
