@@ -56,9 +56,11 @@ def notes(stages: Sequence[AttackSettings], num_classes: int) -> tuple[str, ...]
     targets = {stage.name: stage.entry.targets for stage in stages}
     for name, wanted in targets.items():
         if wanted > others:
-            found.append(f"{name}: tries {others} target classes, not {wanted}")
-    if "apgd-t" in targets and others < 3:
-        found.append("apgd-t: maximizes the margin, as its loss needs 4 classes")
+            plural = "es" if others > 1 else ""
+            found.append(f"{name}: tries {others} target class{plural}, not {wanted}")
+    for name in ("apgd-t", "malt"):
+        if name in targets and others < 3:
+            found.append(f"{name}: maximizes the margin, as its loss needs 4 classes")
     return tuple(found)
 
 
@@ -203,14 +205,14 @@ def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
                     "write an attack for this model",
                 )
     for item in evaluation.attacks:
-        if _settings(item).uses_gradient:
+        if not _is_random_search(_settings(item)):
             continue
         others = [a.correct for a in evaluation.attacks if _is_thorough(a) and _same_ball(a, item)]
         gap = min(others, default=0) - item.correct
         if gap > max(2, SQUARE_LEAD * item.n):
             yield Flag(
                 name="square stronger",
-                text=f"square, which uses no gradient, fooled {gap} images more than the gradient "
+                text=f"{item.label}, a random search, fooled {gap} images more than the gradient "
                 "attacks",
                 advice="the gradients mislead: run autoattack, or write an attack for this model",
             )
@@ -251,11 +253,14 @@ def _is_single(item: Accuracy) -> bool:
 
 
 def _is_iterated(item: Accuracy) -> bool:
-    return _settings(item).uses_gradient and not _is_single(item)
+    settings = _settings(item)
+    return settings.uses_gradient and not _is_single(item) and not _is_random_search(settings)
 
 
 def _is_random_search(settings: AttackSettings) -> bool:
-    return not settings.uses_gradient or settings.name == "square-check"
+    """Whether it is Square, which `square-check` only precedes by gradient steps."""
+    stages = settings.stages
+    return all(not stage.uses_gradient or stage.name == "square-check" for stage in stages)
 
 
 def _is_thorough(item: Accuracy) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from robust.attacks import AttackSettings, resolve_attack
 from robust.evaluation import Evaluation, evaluate, evaluate_batches, find_flags
+from robust.evaluation.flags import notes
+from robust.evaluation.result import Accuracy
 from robust.threat_model import Norm, ThreatModel
 
 CPU = torch.device("cpu")
@@ -253,6 +255,46 @@ def test_square_beats_misleading_gradients(
     ball = ThreatModel(eps=32 / 255)
     used = [short(ball)] if together else attacks("pgd", "square", eps=32 / 255, square=100)
     assert "square stronger" in names(run(masked(undefended), test_digits, used))
+
+
+@pytest.mark.parametrize(
+    ("robust", "flags"),
+    [
+        ({"pgd-20": 50, "square": 20, "square-check": 20}, 2),
+        ({"pgd-20": 50, "square-check": 20}, 1),
+        ({"pgd-20": 50, "square-check": 49}, 0),
+        ({"square": 20, "square-check": 50}, 0),  # neither is measured against the other
+    ],
+)
+def test_square_check_is_a_random_search(robust: dict[str, int], flags: int) -> None:
+    def accuracy(attack: AttackSettings | None, correct: int) -> Accuracy:
+        per_class = ((correct // 10, 10),) * 10
+        return Accuracy(attack=attack, correct=correct, n=100, per_class=per_class)
+
+    result = Evaluation(
+        n=100,
+        total=100,
+        clean=accuracy(None, 80),
+        attacks=tuple(accuracy(*attacks(name), robust[name]) for name in robust),
+        worst_correct=min(robust.values()),
+    )
+    found = [flag for flag in find_flags(result) if flag.name == "square stronger"]
+    assert len(found) == flags
+    assert [flag.text for flag in found][-1:] == [
+        "square-check, a random search, fooled 30 images more than the gradient attacks"
+    ] * (flags > 0)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "expected"),
+    [
+        (2, ["tries 1 target class, not 3", "maximizes the margin, as its loss needs 4 classes"]),
+        (3, ["tries 2 target classes, not 3", "maximizes the margin, as its loss needs 4 classes"]),
+        (4, []),
+    ],
+)
+def test_what_few_classes_change_is_noted(num_classes: int, expected: list[str]) -> None:
+    assert notes(attacks("malt", "pgd"), num_classes) == tuple(f"malt: {n}" for n in expected)
 
 
 # The curve.
