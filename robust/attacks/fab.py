@@ -92,7 +92,7 @@ class FAB(Algorithm[FABState]):
 
     def _step(self, rows: Rows[FABState], x_adv: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         """A point past the linearized boundary, biased towards the image."""
-        x = rows.x
+        x, gradient = rows.x, gradient.nan_to_num()  # no direction for NaN, as in `steepest`
         gap = -loss  # how far the linear model is from the target at x_adv; at x it is this plus
         so_far = torch.linalg.vecdot(gradient.flatten(1), (x_adv - x).flatten(1))
         step_from = hyperplane(gradient, self.norm)

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
-from torch import Tensor
+from torch import Tensor, nn
 
+from robust.attacks import fab_t
 from robust.attacks.fab import FAB, to_hyperplane
 from robust.attacks.run import run_algorithm
 from robust.choices import Norm
@@ -127,3 +128,18 @@ def test_most_passes_are_spent_if_every_second_step_crosses_the_boundary(steps: 
     x, y = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
     result = run_algorithm(model, attack, x, y, threat_model=ThreatModel())
     assert (result.forwards + result.backwards).item() == attack.cost
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_of_nan_does_not_end_the_attack(
+    curved: nn.Module, images: Tensor, norm: Norm
+) -> None:
+    def model(x: Tensor) -> Tensor:
+        """The logits of `curved`, with NaN in the gradient: the root's slope at 0 is infinite."""
+        assert x.isfinite().all()
+        logits: Tensor = curved(x)
+        return logits + (0 * x).flatten(1).sum(dim=1, keepdim=True).sqrt()
+
+    y = curved(images).argmax(dim=1)
+    found = fab_t(model, images, y, threat_model=ThreatModel(norm=norm, eps=0.1), steps=2)
+    assert not found.success.any()
