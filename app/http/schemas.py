@@ -146,6 +146,10 @@ class AccuracyResult(BaseModel):
     n: int
     interval: tuple[float, float]
     per_class: list[float | None] = Field(description="Accuracy by class; null without images.")
+    per_class_counts: list[tuple[int, int]] = Field(
+        default_factory=list,  # none in older results
+        description="Correctly classified and all images, by class.",
+    )
     confusion: list[list[int]] = Field(
         description="Rows: true class, columns: predicted class; empty above 100 classes."
     )

@@ -18,7 +18,7 @@ from robust.threat_model import ThreatModel, format_eps
 
 SHOWN = 10  # maximum indices of images in a line of text
 MAX_CONFUSION = 100  # classes; nobody reads a larger table
-_BULKY = ("confusion", "stages", "fooled")
+_BULKY = ("per_class_counts", "confusion", "stages", "fooled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Accuracy:
         return wilson_interval(self.correct, self.n)
 
     def summary(self) -> dict[str, Any]:
-        """`to_dict` without the long parts: confusion and stages."""
+        """`to_dict` without the long parts, such as confusion and stages."""
         values = self.to_dict()
         return {name: value for name, value in values.items() if name not in _BULKY}
 
@@ -87,6 +87,7 @@ class Accuracy:
             "n": self.n,
             "interval": list(self.interval),
             "per_class": [right / n if n else None for right, n in self.per_class],
+            "per_class_counts": [list(counts) for counts in self.per_class],
             "confusion": [list(row) for row in self.confusion],
             "distances": vars(self.distances) if self.distances else None,
             "stages": [vars(stage) for stage in self.stages],
@@ -112,15 +113,16 @@ class Accuracy:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The accuracy that `to_dict` wrote. Raises ValueError and KeyError for anything else."""
-        k = len(values["per_class"])
         confusion = tuple(tuple(row) for row in values["confusion"])
-        sizes = [sum(row) for row in confusion] if confusion else [0] * k
-        right = [row[label] for label, row in enumerate(confusion)] if confusion else [0] * k
+        counts = values.get("per_class_counts")
+        if counts is None:  # in older results
+            counts = [(row[label], sum(row)) for label, row in enumerate(confusion)]
+        per_class = tuple((right, n) for right, n in counts)
         return cls(
             attack=_attack_from(values) if "norm" in values else None,
             correct=values["correct"],
             n=values["n"],
-            per_class=tuple(zip(right, sizes, strict=True)),
+            per_class=per_class or ((0, 0),) * len(values["per_class"]),
             confusion=confusion,
             distances=Distances(**values["distances"]) if values["distances"] else None,
             stages=tuple(StageAccuracy(**stage) for stage in values["stages"]),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -318,6 +319,16 @@ def test_accuracy_of_no_images_is_nan() -> None:
     assert math.isnan(Accuracy(attack=None, correct=0, n=0, per_class=()).value)
 
 
+def test_counts_by_class_are_read_back() -> None:
+    counts = ((1, 2), (0, 1), (0, 0))
+    bare = Accuracy(attack=None, correct=1, n=3, per_class=counts)  # as above 100 classes
+    assert Accuracy.from_dict(bare.to_dict()) == bare
+    whole = replace(bare, confusion=((1, 0, 1), (1, 0, 0), (0, 0, 0)))
+    older = whole.to_dict()
+    del older["per_class_counts"]
+    assert Accuracy.from_dict(older) == whole
+
+
 def test_batch_size_changes_results_only_by_rounding() -> None:
     """Passes of another size round otherwise, so an attack may end elsewhere near the boundary.
 
@@ -374,8 +385,9 @@ def test_works_in_inference_mode_and_for_any_image_shape(size: tuple[int, int]) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier(Architecture(arch="resnet18", num_classes=3, input_size=16)).eval()
+    generator = torch.Generator().manual_seed(0)
     data = (
-        torch.randint(0, 256, (6, 3, *size), dtype=torch.uint8),
+        torch.randint(0, 256, (6, 3, *size), dtype=torch.uint8, generator=generator),
         torch.tensor([0, 1, 2, 0, 1, 2]),
     )
     ask = {"num_classes": 3, "attacks": [PGD], "device": CPU}
