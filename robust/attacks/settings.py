@@ -13,6 +13,7 @@ from robust.attack_registry import ALIASES, REGISTRY, AttackEntry, did_you_mean
 from robust.attacks.algorithm import Algorithm
 from robust.attacks.checks import check_counts
 from robust.attacks.frozen import Model
+from robust.attacks.pgd import PGD
 from robust.attacks.result import AttackResult
 from robust.attacks.run import run_algorithm, run_stages
 from robust.attacks.search import Cancelled
@@ -178,10 +179,11 @@ def resolve_attack(
 ) -> AttackSettings:
     """The settings of an attack by name, with defaults; ``pgd-50`` is `pgd` with 50 steps.
 
-    Parameters that the attack does not have are ignored. `alpha` defaults to a quarter of eps, or
-    more if the steps could not cross the ball. `stages` replaces those of a multi-stage attack
-    such as `autoattack`, by name: ``["apgd-ce-10", "square-100"]``. Raises ValueError for an
-    unknown attack, for steps or restarts below 1, and for stages of a single-stage attack.
+    Parameters that the attack does not have are ignored; only PGD has `random_start`. `alpha`
+    defaults to a quarter of eps, or more if the steps could not cross the ball. `stages` replaces
+    those of a multi-stage attack such as `autoattack`, by name: ``["apgd-ce-10", "square-100"]``.
+    Raises ValueError for an unknown attack, for steps or restarts below 1, and for stages of a
+    single-stage attack.
     """
     entry, named_steps = parse_name(name)
     takes = entry.parameters
@@ -190,8 +192,9 @@ def resolve_attack(
     steps = steps if "steps" in takes else entry.budget
     restarts = 1 if restarts is None or "restarts" not in takes else restarts
     check_counts(steps=steps, restarts=restarts)
+    kind = entry.load() if entry.algorithm else Algorithm
     if alpha is None or "alpha" not in takes:
-        alpha = entry.load().default_alpha(threat_model.eps, steps) if entry.algorithm else 0.0
+        alpha = kind.default_alpha(threat_model.eps, steps)
     if stages is not None and not entry.stages:
         raise ValueError(f"expected an attack of several stages, got {entry.name}")
     return AttackSettings(
@@ -200,7 +203,7 @@ def resolve_attack(
         alpha=alpha,
         steps=steps,
         restarts=restarts,
-        random_start=random_start and entry.random_start,
+        random_start=entry.random_start and (random_start or not issubclass(kind, PGD)),
         seed=seed,
         own_stages=tuple(
             resolve_attack(stage, threat_model, seed=seed) for stage in stages or entry.stages

@@ -30,6 +30,14 @@ def test_defaults_are_filled_in() -> None:
     assert (settings.alpha, settings.steps, settings.random_start) == (EPS, 1, False)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pgd", False), ("pgd-margin", False), ("apgd-ce", True), ("square", True), ("audit", True)],
+)
+def test_only_pgd_can_start_at_the_image(name: str, expected: bool) -> None:
+    assert resolve_attack(name, LINF, random_start=False).random_start == expected
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 50])
 def test_default_steps_cross_the_ball(steps: int) -> None:
     settings = resolve_attack(f"pgd-{steps}", LINF)
