@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from robust.attack_registry import REGISTRY
-from robust.attacks import Model
+from robust.attacks import AttackSettings, Model, resolve_attack
 from robust.threat_model import format_eps
 
 VERSION = 1
 _SHARD = re.compile(r"\.\d+-of-(\d+)")  # ending of the file of one process
 APPLICATION = 0x526F6275  # application id in SQLite's header, which identifies a journal
 Row = tuple[int, int, int, float, int, int, int]  # image and the columns of COLUMNS
-# Settings in a recorded attack, which is the text of an AttackSettings; those that determine others
-# come first.
+# Settings in a recorded attack, see `attack_text`; those that determine others come first.
 _FIELD = re.compile(r"(\w+)=('[^']*'|[-+.\w]+)(?=[,)])")
 _SETTINGS = ("norm", "eps", "steps", "restarts", "seed")
 _QUOTE = "'"
@@ -107,7 +106,7 @@ class Journal:
         return rows, spent[0] if spent else 0.0
 
     def write(self, stage: str, rows: Sequence[Row], seconds: float) -> None:
-        """Add rows atomically; `seconds` is the total time of the stage so far."""
+        """Add rows atomically; `seconds` is the time of the attack, earlier stages included."""
         marks = ", ".join("?" * (2 + len(COLUMNS)))
         try:
             with _sqlite_errors(self._path, "could not be written"):
@@ -178,6 +177,14 @@ def _sqlite_errors(path: Path, what: str) -> Iterator[None]:
         raise JournalError(f"{path}: {what}: {error}") from error
 
 
+def attack_text(attack: AttackSettings) -> str:
+    """The text that records an attack, with its stages if they are not the default ones."""
+    text, usual = str(attack), resolve_attack(attack.name, attack.threat_model, seed=attack.seed)
+    if attack.own_stages == usual.own_stages:
+        return text
+    return f"{text[:-1]}, stages='{', '.join(stage.label for stage in attack.stages)}')"
+
+
 def model_digest(model: Model) -> str:
     """SHA-256 of a module's state dict. Raises ValueError for any other callable."""
     if not isinstance(model, nn.Module):
@@ -213,7 +220,8 @@ def _difference(name: str, was: Any, now: Any) -> str:
     for one, other in zip(before, after, strict=True):
         for key in (*_SETTINGS, *one, *other):
             if one.get(key) != other.get(key):
-                old, new = _shown(key, one.get(key, "none"), other.get(key, "none"))
+                missing = "the default" if key == "stages" else "none"
+                old, new = _shown(key, one.get(key, missing), other.get(key, missing))
                 return f"{key} of {one['name'].strip(_QUOTE)} is {old}, not {new}"
     return "attacks are those of another version"
 

@@ -18,6 +18,7 @@ from robust.evaluation.curve import CURVE_ATTACK
 from robust.evaluation.forecast import Forecast, count_passes
 from robust.evaluation.journal import (
     Journal,
+    attack_text,
     check_processes,
     data_digest,
     model_digest,
@@ -160,7 +161,7 @@ def evaluate_batches(
         manifest = {
             "model": model_id or model_digest(model),
             "data": data_digest(work.images, work.labels),
-            "attacks": [str(attack) for attack in attacks],
+            "attacks": [attack_text(attack) for attack in attacks],
             "precision": str(chosen),
         }
         return Journal(world.per_rank_path(journal), manifest)

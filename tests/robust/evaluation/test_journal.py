@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robust.attacks import AttackSettings, ModelError, resolve_attack
 from robust.evaluation import Evaluation, JournalError, evaluate_batches
 from robust.evaluation import journal as journal_module
-from robust.evaluation.journal import Journal
+from robust.evaluation.journal import Journal, attack_text
 from robust.threat_model import ThreatModel
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_resumes_at_any_batch_size(model: nn.Module, linear_data: Data, tmp_path
     for _ in range(7):
         next(first)
     first.close()
-    order = torch.randperm(40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     shuffled = (linear_data[0][order], linear_data[1][order])  # nor does their order matter
     assert last(parts(model, shuffled, path, batch_size=16)) == whole
 
@@ -216,6 +216,11 @@ def test_journal_of_another_evaluation_is_rejected(
         (("pgd", {}), ("pgd", {"alpha": 4 / 255}), "alpha of pgd is 2/255, not 4/255"),
         (("fgsm", {}), ("fgsm", {"norm": "l2"}), "norm of fgsm is linf, not l2"),
         (("fgsm", {}), ("pgd-5", {}), "attacks are fgsm, not pgd-5"),
+        (
+            ("autoattack", {}),
+            ("autoattack", {"stages": ["pgd-5", "square-10"]}),
+            "stages of autoattack is the default, not pgd-5, square-10",
+        ),
     ],
 )
 def test_journal_error_names_the_differing_setting(
@@ -224,12 +229,18 @@ def test_journal_error_names_the_differing_setting(
     def manifest(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         ball = {key: settings.pop(key) for key in ("norm", "eps") if key in settings}
         attack = resolve_attack(name, ThreatModel(**ball), **settings)
-        return {"attacks": [str(attack)]}
+        return {"attacks": [attack_text(attack)]}
 
     path = tmp_path / "journal"
     Journal(path, manifest(*one)).close()
     with pytest.raises(JournalError, match=f"the same evaluation, but its {words}; give another"):
         Journal(path, manifest(*other))
+
+
+def test_default_stages_are_recorded_as_before_stages_were() -> None:
+    usual = resolve_attack("autoattack", BALL, seed=3)
+    assert attack_text(usual) == str(usual)
+    assert "stages" not in str(usual)
 
 
 def test_model_without_a_state_dict_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
