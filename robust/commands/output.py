@@ -86,10 +86,11 @@ class Progress:
         if forecast.worst > forecast.passes:
             worst = f", or {duration(forecast.worst_seconds)} if gradients turn out to mislead"
         left = f"{forecast.stage} left " if forecast.stage else ""
+        shard = f" (of one of {forecast.processes} processes)" if forecast.processes > 1 else ""
         click.echo(
-            f"note: {left}{forecast.images} images: at most {duration(forecast.seconds)}{more}"
-            f"{worst} ({forecast.passes} passes of {forecast.seconds_per_pass:.2g} s); images that "
-            "are fooled early take fewer",
+            f"note: {left}{forecast.images} images{shard}: at most {duration(forecast.seconds)}"
+            f"{more}{worst} ({forecast.passes} passes of {forecast.seconds_per_pass:.2g} s); "
+            "images that are fooled early take fewer",
             err=True,
         )
 

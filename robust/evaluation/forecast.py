@@ -20,6 +20,7 @@ class Forecast:
     worst: int  # the same for a model with masked gradients
     seconds_per_pass: float
     stage: str = ""  # the finished stage; empty before the first
+    processes: int = 1  # that share the images; this forecast is for one of them
 
     @property
     def seconds(self) -> float:

@@ -130,9 +130,7 @@ class Work:
             batch_size=self.batch_size,
         )
         self.base = replace(self.base, probes=probes, notes=notes(stages, self.num_classes))
-        self.on_forecast(
-            forecast(self.images, attacks, self.curve_images, seconds_per_pass=seconds)
-        )
+        self._report(forecast(self.images, attacks, self.curve_images, seconds_per_pass=seconds))
         return predicted[self.world.rank :: self.world.size]
 
     def _attack(self, outcomes: Outcomes) -> Iterator[Evaluation]:
@@ -166,7 +164,10 @@ class Work:
         left = int((~outcomes.fooled).sum())
         if rest and left and spent:
             each = outcomes.seconds / spent
-            self.on_forecast(forecast_rest(stage, rest, images=left, seconds_per_pass=each))
+            self._report(forecast_rest(stage, rest, images=left, seconds_per_pass=each))
+
+    def _report(self, forecast: Forecast) -> None:
+        self.on_forecast(replace(forecast, processes=self.world.size))
 
     def _curve(self) -> Iterator[Evaluation]:
         """Attack at increasing eps, each time from the clean images: an accuracy that rises with

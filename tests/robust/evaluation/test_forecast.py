@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from robust.attacks import resolve_attack
 from robust.commands.output import Progress
+from robust.distributed import SINGLE, World
 from robust.evaluation import evaluate_batches
 from robust.evaluation.forecast import Forecast
 from robust.threat_model import ThreatModel
@@ -15,7 +19,12 @@ from robust.threat_model import ThreatModel
 BALL = ThreatModel(norm="linf", eps=8 / 255)
 
 
-def foretold(model: nn.Module, data: tuple[Tensor, Tensor], attack: str) -> list[Forecast]:
+T = TypeVar("T")
+
+
+def foretold(
+    model: nn.Module, data: tuple[Tensor, Tensor], attack: str, world: World = SINGLE
+) -> list[Forecast]:
     told: list[Forecast] = []
     results = evaluate_batches(
         model,
@@ -25,6 +34,7 @@ def foretold(model: nn.Module, data: tuple[Tensor, Tensor], attack: str) -> list
         device=torch.device("cpu"),
         batch_size=4,
         on_forecast=told.append,
+        world=world,
     )
     next(results)
     results.close()
@@ -65,6 +75,28 @@ def test_forecast_is_updated_after_each_stage_for_the_remaining_images(
     spent_on_square = rest[1].images * (20 + 100 + 1 + 1)
     assert rest[1].passes == spent_on_square
     assert first.worst - first.passes == first.images * (5000 - 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondOfTwo(World):
+    """A process whose partner has the same precision."""
+
+    rank: int = 1
+    size: int = 2
+
+    def gather(self, value: T) -> list[T]:
+        return [value, value]
+
+
+def test_each_process_speaks_of_its_own_images(
+    model: nn.Module, linear_data: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = linear_data
+    (told,) = foretold(model, (images[:31], labels[:31]), "pgd-10", world=SecondOfTwo())
+    assert (told.images, told.processes) == (15, 2)
+    Progress(100, title="evaluate", unit="%").show_forecast(replace(told, seconds_per_pass=1.0))
+    expected = "note: 15 images (of one of 2 processes): at most 5 min 45 s (345 passes of 1 s); "
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_forecast_in_words(capsys: pytest.CaptureFixture[str]) -> None:
