@@ -27,7 +27,8 @@ def lengths(delta: Tensor, norm: Norm = "l2") -> Tensor:
 def _size(flat: Tensor, norm: Norm) -> Tensor:
     if norm == "linf":
         return torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))
-    length: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    # Summed in float64: at 224x224 pixels a sum in float32 errs by more than the tolerance of eps.
+    length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).to(flat.dtype)
     return length
 
 

@@ -143,14 +143,17 @@ def test_images_that_are_not_adversarial_are_caught(model: nn.Module, linear_dat
         verify(Passes(lambda x: model(x) / 0), x, x, y=y, ball=BALL)
 
 
-@pytest.mark.parametrize("eps", [4.0, 30.0])
-def test_rounding_in_a_large_ball_stays_confirmed(eps: float) -> None:
+@pytest.mark.parametrize(("side", "eps"), [(32, 4.0), (32, 30.0), (224, 0.5), (224, 3.0)])
+def test_rounding_in_a_large_ball_stays_confirmed(side: int, eps: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(20, 3, 32, 32, generator=generator)
+    n = 20 if side == 32 else 4
+    x = torch.rand(n, 3, side, side, generator=generator)
+    if side > 32:  # far enough from 0 and 1 that no pixel is clipped, which would move it inside
+        x = 0.4 + 0.2 * x
     ball = ThreatModel(norm="l2", eps=eps)
     x_adv = ball.project(x + torch.randn(x.shape, generator=generator), x)
     model = Passes(lambda x: torch.tensor([[0.0, 1.0]]).repeat(len(x), 1))
-    verdict = verify(model, x_adv, x, y=torch.zeros(20, dtype=torch.int64), ball=ball)
+    verdict = verify(model, x_adv, x, y=torch.zeros(n, dtype=torch.int64), ball=ball)
     assert verdict.confirmed.all()
 
 
