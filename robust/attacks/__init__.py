@@ -1,7 +1,7 @@
 """Attacks on any callable from images float32 (N, C, H, W) in [0, 1] to logits float32 (N, K)."""
 
 from robust.attack_registry import DEFAULT_ATTACKS, REGISTRY
-from robust.attacks.api import apgd, apgd_t, fab_t, fgsm, minimal, pgd, square
+from robust.attacks.api import apgd, apgd_t, fab_t, fgsm, malt, minimal, pgd, pma, square
 from robust.attacks.frozen import Model, frozen
 from robust.attacks.passes import ModelError
 from robust.attacks.result import AttackResult
@@ -24,8 +24,10 @@ __all__ = [
     "fab_t",
     "fgsm",
     "frozen",
+    "malt",
     "minimal",
     "pgd",
+    "pma",
     "resolve_attack",
     "square",
 ]

@@ -6,7 +6,8 @@ Each takes images float32 (N, C, H, W) in [0, 1], labels int64 (N,) and, by keyw
 - `eps` float32 (N,): a radius per image instead of the threat model's;
 - `target` int64 (N,): the target classes, if the attack supports them;
 - `seed`: random numbers depend only on it and on the image;
-- `batch_size`: maximum images per pass; all at once by default.
+- `batch_size`: maximum images per pass; all at once by default;
+- `cancelled`: returns the mask of cancelled images, bool (N,), and is called between passes.
 
 Each raises ValueError for images, labels or settings out of range, and ModelError for a model that
 can't be attacked.
@@ -23,6 +24,7 @@ from robust.attacks.apgd import APGD, TargetedAPGD
 from robust.attacks.fab import FAB
 from robust.attacks.frozen import Model
 from robust.attacks.losses import Loss
+from robust.attacks.malt import MALT
 from robust.attacks.minimal import ROUNDS, Minimal
 from robust.attacks.pgd import PGD, relative
 from robust.attacks.result import AttackResult
@@ -150,6 +152,45 @@ def apgd_t(
     norm = call["threat_model"].norm
     algorithm = TargetedAPGD(norm=norm, steps=steps, runs=targets, early_stop=early_stop)
     return run_algorithm(model, algorithm, x, y, **call)
+
+
+def malt(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    targets: int = REGISTRY["malt"].targets,
+    steps: int = REGISTRY["malt"].budget,
+    early_stop: bool = True,
+    **call: Unpack[Call],
+) -> AttackResult:
+    """Auto-PGD on the targeted difference of logits ratio, to the classes closest by linearization.
+
+    One query with gradient measures how close each of the 100 likeliest other classes is; then the
+    `targets` closest are attacked like by `apgd_t`. Source: Melamed et al. 2024, arXiv:2407.02240.
+    """
+    norm = call["threat_model"].norm
+    algorithm = MALT(norm=norm, steps=steps, targets=targets, early_stop=early_stop)
+    return run_algorithm(model, algorithm, x, y, **call)
+
+
+def pma(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int = REGISTRY["pma"].budget,
+    restarts: int = 1,
+    early_stop: bool = True,
+    **call: Unpack[TargetedCall],
+) -> AttackResult:
+    """Auto-PGD on the margin of the probabilities; arguments and result are those of `apgd`.
+
+    Source: Xie et al. 2024, arXiv:2411.15210.
+    """
+    return apgd(
+        model, x, y, loss="pm", steps=steps, restarts=restarts, early_stop=early_stop, **call
+    )
 
 
 def fab_t(

@@ -14,8 +14,10 @@ from robust.attacks import (
     apgd_t,
     fab_t,
     fgsm,
+    malt,
     minimal,
     pgd,
+    pma,
     resolve_attack,
     square,
 )
@@ -33,6 +35,8 @@ ALL: dict[str, Attack] = {
     "fab_t": partial(fab_t, steps=2),
     "square": partial(square, queries=5),
     "minimal": partial(minimal, steps=2),
+    "malt": partial(malt, steps=2),
+    "pma": partial(pma, steps=4),
 }
 attacks = pytest.mark.parametrize("run", ALL.values(), ids=ALL)
 
