@@ -22,9 +22,9 @@ TOLERANCE = 0.003
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_model_card_figures_are_reproduced() -> None:
-    path = Path(os.environ.get("CIFAR10_TEST", ROOT / "test.npz"))
+    path = Path(os.environ.get("ROBUST_TEST_SET", ROOT / "test.npz"))
     if not path.exists():
-        pytest.skip(f"needs the 5,000 test images: {path}, or where CIFAR10_TEST says")
+        pytest.skip(f"needs the 5,000 test images: {path}, or where ROBUST_TEST_SET says")
     checkpoint = load_checkpoint(CHECKPOINT)
     recorded = {
         row["attack"]: row

@@ -1,7 +1,7 @@
 """A packed classifier computes what the classifier does, and its gradient what autograd does."""
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, cycle
 
 import pytest
 import torch
@@ -109,9 +109,16 @@ def test_disagreeing_or_slower_packed_copy_is_not_used(
     assert "of the largest logit, above the limit of 1%" in caplog.text
 
 
-def test_bfloat16_searches_use_packed_weights_if_the_cpu_supports_it() -> None:
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16"
+)
+def test_bfloat16_searches_use_packed_weights_if_no_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = classifier_of(input_size=32)
+    monkeypatch.setattr("robust.agreement.time.process_time", cycle([0.0, 1.0]).__next__)
     rough = in_bf16(model, CPU)
+    assert isinstance(rough, Packed)
     (logits, found), (expected, slope) = (
         gradient(rough, images(side=32)),
         gradient(model, images(side=32)),

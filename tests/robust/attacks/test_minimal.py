@@ -66,3 +66,5 @@ def test_more_restarts_lose_no_success(curved: nn.Module, images: Tensor) -> Non
     )
     assert bool((more.success | ~once.success).all())
     assert not torch.equal(more.x_adv, once.x_adv)
+    both = once.success
+    assert bool((more.distance[both] <= once.distance[both]).all())
