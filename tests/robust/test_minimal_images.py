@@ -63,9 +63,7 @@ def test_smallest_level_is_found_on_a_linear_model(near: nn.Module, x: Tensor) -
 
 
 @pytest.mark.parametrize("in_bf16", [False, True])
-def test_point_on_the_boundary_is_pushed_outward(
-    near: nn.Module, x: Tensor, in_bf16: bool
-) -> None:
+def test_point_on_the_boundary_is_pushed_outward(near: nn.Module, x: Tensor, in_bf16: bool) -> None:
     images = to_uint8(x)
     levels = smallest_levels(near, images)
     bf16 = deepcopy(near) if in_bf16 else None
