@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -36,19 +36,22 @@ def compiled_loss(model: nn.Module, x: Tensor, *, bf16: bool) -> nn.Module:
     return _compiled(model, attempt)
 
 
-def compiled_attack(model: nn.Module, x: Tensor, *, bf16: bool, predicts: bool) -> nn.Module:
-    """`model` compiled for the gradient at images like `x`, frozen and in eval mode.
+def compiled_attack(
+    model: nn.Module, batches: Sequence[Tensor], *, bf16: bool, predicts: bool
+) -> nn.Module:
+    """`model` compiled for the gradient at images like each of `batches`, frozen in eval mode.
 
     With `predicts` also for predictions without a gradient. `bf16`: under autocast.
     """
 
     def attempt(fast: nn.Module) -> None:
-        with frozen(model, x.device), autocast(bf16, x.device):
-            images = x.detach().requires_grad_(True)
-            torch.autograd.grad(fast(images).sum(), images)
-            if predicts:
-                with torch.no_grad():
-                    fast(x)
+        for x in batches:  # a graph for each size
+            with frozen(model, x.device), autocast(bf16, x.device):
+                images = x.detach().requires_grad_(True)
+                torch.autograd.grad(fast(images).sum(), images)
+                if predicts:
+                    with torch.no_grad():
+                        fast(x)
 
     return _compiled(model, attempt)
 

@@ -41,9 +41,14 @@ class Shard:
         return whole[self.first :: self.step]
 
     @property
+    def count(self) -> int:
+        """Images of this shard."""
+        return len(range(self.first, self.n, self.step))
+
+    @property
     def weight(self) -> float:
         """Weight of the mean over this shard in the mean over the batch."""
-        return len(range(self.first, self.n, self.step)) / self.n
+        return self.count / self.n
 
     def within(self, start: int, stop: int) -> tuple[slice, Shard]:
         """The part of this shard in images `start` to `stop` of the batch: its slice and Shard."""

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust.classifier import Classifier
 from robust.networks import family_of
@@ -29,7 +30,7 @@ class FoldedCopy(nn.Module):
         own = copy.deepcopy(model).eval().requires_grad_(False)
         self.normalizes, self.mean, self.std = own.architecture.normalizes, own.mean, own.std
         self.net = own.net
-        self._norms: list[nn.BatchNorm2d] = []
+        self._norms: list[_BatchNorm] = []  # of the model; SyncBatchNorm is no BatchNorm2d
         self._filters: list[tuple[Tensor, Tensor]] = []  # weights of the model, folded weights
         self._biases: list[Tensor] = []
         for conv_name, norm_name in list(pairs(self.net)):
@@ -37,7 +38,7 @@ class FoldedCopy(nn.Module):
             source = model.net.get_submodule(conv_name)
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(source, nn.Conv2d)
-            assert isinstance(norm, nn.BatchNorm2d)
+            assert isinstance(norm, _BatchNorm)
             assert conv.bias is None
             conv.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
             self.net.set_submodule(norm_name, nn.Identity())

@@ -73,6 +73,15 @@ def adversarial_batches(
     return [attack(part, x, targets, shard) for part in phase.parts]
 
 
+def attacked_sizes(phase: Phase, shard: Shard) -> set[int]:
+    """The numbers of images of `shard` that the attacks of a step get, for compiling them."""
+    attacked = [part.attack_steps > 0 for part in phase.parts]
+    if not phase.split:
+        return {shard.count} if any(attacked) else set()
+    own = [shard.within(*span)[1] for span in _spans(phase, shard.n)]
+    return {part.count for part, used in zip(own, attacked, strict=True) if used and part.count}
+
+
 def objective(
     model: nn.Module,
     batches: list[Tensor],

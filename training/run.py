@@ -232,5 +232,5 @@ def save(run: Run) -> None:
     run.saved = time.monotonic()
     if run.is_rank0:
         run.state.seconds = run.saved - run.began
-        run.trainer.save_state(run.state)
+        run.trainer.fill_state(run.state)
         run.writer.save(run.state)

@@ -213,11 +213,6 @@ class StateWriter:
         _write_content(self.path, content)
 
 
-def save_state(path: Path, state: RunState) -> None:
-    """Write the state atomically. Raises TrainingError when the disk is full."""
-    _write_content(path, _to_content(state))
-
-
 def _to_content(state: RunState) -> dict[str, Any]:
     content = {**vars(state), "history": json.dumps(state.history)}
     content["best"] = dict(vars(state.best)) if state.best else None

@@ -22,7 +22,7 @@ from training.compiled import compiled_attack, compiled_loss, compiles
 from training.distributed import Collectives, Shard
 from training.ema import AveragedModel
 from training.folded import FoldedCopy
-from training.objective import adversarial_batches, distilled_targets, objective
+from training.objective import adversarial_batches, attacked_sizes, distilled_targets, objective
 from training.optimizer import autocast, make_optimizer, uses_bf16
 from training.recipe import Phase, Recipe
 from training.state import RunState
@@ -64,7 +64,8 @@ class Trainer:
         self.loss_model: nn.Module = self.model
         self.teacher: nn.Module = self.averaged.module
         self.attack_model: nn.Module = self.model
-        self.copies: list[FoldedCopy] = []
+        self.attack_copy: FoldedCopy | None = None
+        self.teacher_copy: FoldedCopy | None = None
         self.attack_bf16 = self.bf16  # whether attacks need autocast
         if fold and family_of(model.architecture.arch).norm_pairs is not None:
             self._fold()
@@ -75,22 +76,22 @@ class Trainer:
         """Use attack copies of the model whose weights already have autocast's precision."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         if any(phase.is_adversarial for phase in self.recipe.phases):
-            self.attack_model = FoldedCopy(self.model, dtype)
+            self.attack_model = self.attack_copy = FoldedCopy(self.model, dtype)
             self.attack_bf16 = False
-            self.copies.append(self.attack_model)
         if any(phase.teacher for phase in self.recipe.phases):
             assert isinstance(self.averaged.module, Classifier)
-            self.teacher = FoldedCopy(self.averaged.module, dtype)
-            self.copies.append(self.teacher)
+            self.teacher = self.teacher_copy = FoldedCopy(self.averaged.module, dtype)
 
     def _compile(self, *, synced: bool) -> None:
         x, phases = self._example(), self.recipe.phases
         if not synced:  # a compiled graph can't contain collectives
             self.loss_model = compiled_loss(self.model, x, bf16=self.bf16)
-        if any(phase.is_adversarial for phase in phases):
+        shard = self.collectives.shard(self.recipe.batch_size)
+        sizes = {size for phase in phases for size in attacked_sizes(phase, shard)}
+        if sizes:
             self.attack_model = compiled_attack(
                 self.attack_model,
-                x,
+                [x[:size] for size in sorted(sizes)],
                 bf16=self.attack_bf16,
                 predicts=any(phase.loss == "trades" for phase in phases),
             )
@@ -112,7 +113,7 @@ class Trainer:
         self.averaged.steps = state.averaged_steps
         self.optimizer.load_state_dict(state.optimizer)
 
-    def save_state(self, state: RunState) -> None:
+    def fill_state(self, state: RunState) -> None:
         """Put weights, average and optimizer into `state`, without copying the tensors."""
         state.model = self.model.state_dict()
         state.averaged = self.averaged.module.state_dict()
@@ -163,9 +164,10 @@ class Trainer:
         shard: Shard | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """The images for the loss, see `adversarial_batches`, and their targets."""
-        if phase.is_adversarial or phase.teacher:
-            for folded in self.copies:
-                folded.refresh()
+        if phase.is_adversarial and self.attack_copy is not None:
+            self.attack_copy.refresh()
+        if phase.teacher and self.teacher_copy is not None:
+            self.teacher_copy.refresh()
         with autocast(self.attack_bf16, self.device):
             targets = distilled_targets(targets, self.teacher, x, weight=phase.teacher)
             batches = adversarial_batches(

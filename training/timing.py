@@ -23,7 +23,7 @@ def time_costs(
 ) -> Costs:
     """The costs, from a few steps of each phase and part of a score; restores the trainer."""
     before = RunState()
-    trainer.save_state(before)
+    trainer.fill_state(before)
     before = copy.deepcopy(before)
     step = tuple(
         _time_step(trainer, data, phase, clock) if phase.epochs else 0.0 for phase in recipe.phases

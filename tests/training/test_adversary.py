@@ -5,7 +5,13 @@ from torch import Tensor, nn
 
 from robust.threat_model import ThreatModel
 from training.adversary import default_alpha, make_adversarial
-from training.objective import adversarial_batches, distilled_targets, objective
+from training.distributed import Shard
+from training.objective import (
+    adversarial_batches,
+    attacked_sizes,
+    distilled_targets,
+    objective,
+)
 from training.recipe import AdversarialPart, Phase
 
 EPS = 8 / 255
@@ -186,3 +192,33 @@ def test_teacher_targets_are_mixed_by_weight(model: nn.Module, x: Tensor, target
     assert torch.allclose(mixed, 0.75 * targets + 0.25 * model(x).softmax(dim=1))
     assert not mixed.requires_grad
     assert distilled_targets(targets, model, x, weight=0.0) is targets
+
+
+@pytest.mark.parametrize("fields", [{"split": True}, {}, {"loss": "trades"}])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_sizes_to_compile_are_those_that_attacks_pass(
+    fields: dict[str, object], ranks: int, model: nn.Module, x: Tensor, targets: Tensor
+) -> None:
+    parts = [AdversarialPart(kind="pgd")]
+    if "loss" not in fields:
+        shares = {"clean": 0.5, "fgsm": 0.1, "pgd": 0.4}
+        parts = [AdversarialPart(kind=kind, share=share) for kind, share in shares.items()]  # type: ignore[arg-type]
+    phase = phase_of(*parts, **fields)
+    for rank in range(ranks):
+        shard, seen = Shard(n=len(x), first=rank, step=ranks), set[int]()
+
+        def counted(images: Tensor, seen: set[int] = seen) -> Tensor:
+            seen.add(len(images))
+            return model(images)  # type: ignore[no-any-return]
+
+        adversarial_batches(
+            counted,  # type: ignore[arg-type]
+            shard.of(x),
+            shard.of(targets),
+            phase=phase,
+            threat_model=LINF,
+            generator=seeded(),
+            shard=shard,
+        )
+        assert attacked_sizes(phase, shard) == seen - {0}
+    assert attacked_sizes(Phase(name="clean", epochs=1), Shard(n=10)) == set()

@@ -51,7 +51,7 @@ def test_failing_compiler_is_reported_and_skipped(
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
         assert compiled_loss(model, x, bf16=False) is model
-        assert compiled_attack(model, x, bf16=False, predicts=False) is model
+        assert compiled_attack(model, [x], bf16=False, predicts=False) is model
     message = "torch.compile failed (RuntimeError: no such instruction); continuing without it"
     assert caplog.messages == [message] * 2
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -61,7 +61,7 @@ def test_failing_compiler_is_reported_and_skipped(
 def test_every_graph_of_a_step_is_tried(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[bool, bool]] = []
+    asked: list[tuple[bool, bool, int]] = []
 
     class Seen(nn.Module):
         def __init__(self) -> None:
@@ -70,16 +70,16 @@ def test_every_graph_of_a_step_is_tried(
 
         def forward(self, x: Tensor) -> Tensor:
             norm = model[1]
-            asked.append((norm.training, torch.is_grad_enabled()))  # type: ignore[arg-type]
+            asked.append((norm.training, torch.is_grad_enabled(), len(x)))  # type: ignore[arg-type]
             logits: Tensor = model(x)
             return logits
 
     monkeypatch.setattr(torch, "compile", lambda module, **settings: Seen())
     assert isinstance(compiled_loss(model, x, bf16=False), Seen)
-    assert isinstance(compiled_attack(model, x, bf16=False, predicts=False), Seen)
-    assert asked == [(True, True), (False, True)]
-    compiled_attack(model, x, bf16=False, predicts=True)
-    assert asked[2:] == [(False, True), (False, False)]
+    assert isinstance(compiled_attack(model, [x[:2], x], bf16=False, predicts=False), Seen)
+    assert asked == [(True, True, 8), (False, True, 2), (False, True, 8)]
+    compiled_attack(model, [x], bf16=False, predicts=True)
+    assert asked[3:] == [(False, True, 8), (False, False, 8)]
 
 
 @pytest.mark.slow

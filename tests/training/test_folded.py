@@ -1,12 +1,17 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust.classifier import Architecture, Classifier
 from robust.networks import FAMILIES, family_of
+from tests.support import small
 from training.folded import FoldedCopy
+from training.recipe import AdversarialPart, Phase
+from training.step import Trainer
 
 # One of each family whose norms can be folded; a smaller one where there is.
 SMALLER = {"wide_resnet28_10": "wide_resnet10_1"}
@@ -35,8 +40,8 @@ def disturb(model: nn.Module) -> None:
             norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
 
 
-def norms_of(model: nn.Module) -> Iterator[nn.BatchNorm2d]:
-    return (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+def norms_of(model: nn.Module) -> Iterator[_BatchNorm]:
+    return (module for module in model.modules() if isinstance(module, _BatchNorm))
 
 
 def logits_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +72,17 @@ def test_refreshed_copy_matches_the_current_model(arch: str) -> None:
     assert sum(1 for _ in norms_of(folded)) < sum(1 for _ in norms_of(model))
 
 
+def test_norms_that_synchronize_gpus_are_folded() -> None:
+    """As on several GPUs; in eval mode they also run on a CPU."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(trained(ARCHS[0]))  # type: ignore[no-untyped-call]
+    folded = FoldedCopy(model, torch.float32)
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    disturb(model)
+    folded.refresh()
+    expected = model.eval()(x)
+    assert (folded(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_copy_shares_no_memory_and_has_no_gradients() -> None:
     model = trained(ARCHS[0]).train()
     folded = FoldedCopy(model, torch.float32)
@@ -95,3 +111,27 @@ def test_family_without_foldable_pairs_is_rejected(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("training.folded.family_of", lambda arch: family)
     with pytest.raises(ValueError, match="expected a family with norm_pairs, got resnet18"):
         FoldedCopy(trained("resnet18"), torch.float32)
+
+
+def test_a_step_refreshes_only_the_copies_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    attacked = (AdversarialPart(kind="fgsm"),)
+    phases = (
+        Phase(name="clean", epochs=1),
+        Phase(name="taught", epochs=1, teacher=0.5),
+        Phase(name="attacked", epochs=1, parts=attacked),
+        Phase(name="both", epochs=1, parts=attacked, teacher=0.5),
+    )
+    recipe = replace(small.tiny(), phases=phases)
+    colors = small.colors()
+    model = Classifier(
+        Architecture(arch=recipe.arch, stem=recipe.stem, num_classes=4, input_size=16)
+    )
+    trainer = Trainer(model, recipe, device=torch.device("cpu"))
+    refreshed: list[object] = []
+    monkeypatch.setattr(FoldedCopy, "refresh", lambda copy: refreshed.append(copy))
+    for phase in phases:
+        generator = torch.Generator().manual_seed(0)
+        x, targets, _ = trainer.prepare(colors.images[:4], colors.labels[:4], phase, generator)
+        trainer.attack(x, targets, phase, generator)
+    attack, teacher = trainer.attack_copy, trainer.teacher_copy
+    assert refreshed == [teacher, attack, attack, teacher]
