@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -76,9 +77,17 @@ class Costs:
     """Measured times of the parts of a run on this machine, in seconds."""
 
     steps: int  # per epoch
-    step: tuple[float, ...]  # seconds of a step, by phase
+    step: tuple[float, ...]  # seconds of a step, by phase; the mean if AWP begins late
     score: float  # seconds of a scoring in which no image is fooled, the slowest case
     finish: float  # seconds of the final scoring, on all held-out images, in the same case
+    awp: tuple[float, ...] = ()  # time of a step with AWP relative to one without, by phase
+
+    def work(self, recipe: Recipe, phase: int, done: int, total: int) -> float:
+        """Seconds of the first `done` of `total` steps of a phase, as timed before the run."""
+        item, ratio = recipe.phases[phase], self.awp[phase] if self.awp else 1.0
+        perturbed = max(0, done - math.ceil(item.awp_from * total))
+        mean = 1 + (ratio - 1) * (1 - item.awp_from)
+        return self.step[phase] / mean * (done + (ratio - 1) * perturbed)
 
     def epochs(self, phase: int, count: int, score_every: int) -> float:
         """Seconds of `count` epochs of a phase, including their scores."""
@@ -92,8 +101,10 @@ class Budget:
     def __init__(self, recipe: Recipe, deadline: Deadline, costs: Costs, world: World) -> None:
         self.recipe, self.deadline, self.costs, self.world = recipe, deadline, costs, world
         self.score_seconds = USUAL_SCORE * costs.score
-        self._phase = -1  # the phase of `_readings`
-        self._readings: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # steps done, and the time
+        self._phase = -1  # the phase of the next fields
+        self._done = self._steps = 0  # steps that are done, and that were fitted last
+        self._work = 0.0  # seconds of the done steps, as timed before the run
+        self._readings: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # `_work`, and the time
         self._scoring = 0.0  # seconds of all scores, which `_readings` exclude
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,27 +175,44 @@ class Budget:
         return self.world.on_rank0(lambda: self._fit_steps(recipe, phase, done, total))
 
     def _fit_steps(self, recipe: Recipe, phase: int, done: int, total: int) -> int:
+        costs, later = self.costs, recipe.phases[phase + 1 :]
         if self._phase != phase:
-            self._phase = phase
+            self._phase, self._done, self._steps, self._work = phase, 0, total, 0.0
             self._readings.clear()
-        self._readings.append((done, self.deadline.clock() - self._scoring))
-        (first, began), (_, now) = self._readings[0], self._readings[-1]
+            # A score of the phase before may have been cheap: most of its images were fooled.
+            self.score_seconds = max(self.score_seconds, USUAL_SCORE * costs.score)
+
+        def work(first: int, last: int, steps: int) -> float:
+            before, after = (costs.work(recipe, phase, n, steps) for n in (first, last))
+            return after - before
+
+        self._work += work(self._done, done, self._steps)
+        self._done = done
+        self._readings.append((self._work, self.deadline.clock() - self._scoring))
+        (first, began), (last, now) = self._readings[0], self._readings[-1]
+        self._steps = total
         if len(self._readings) < 3 or now <= began:
             return total
-        step = (now - began) / (done - first)
-        slowdown = max(1.0, step / self.costs.step[phase])
-        later = [k for k, item in enumerate(recipe.phases) if k > phase and item.epochs]
-        other = sum(self.costs.epochs(k, 1, 1) for k in later)
-        left = self.deadline.left - slowdown * (other + self.costs.finish)
-        fits = self._steps_within(left, step, done, every=self.costs.steps * recipe.score_every)
-        return done + max(1, fits if not later else min(fits, total - done))
+        pace = (now - began) / (last - first)
+        slowdown = max(1.0, pace)
+        # Later phases shrink in proportion, by one epoch more so that a small delay costs no steps.
+        other = sum(
+            costs.epochs(k, max(1, math.ceil(item.epochs / slowdown) - 1), recipe.score_every)
+            for k, item in enumerate(later, phase + 1)
+            if item.epochs
+        )
+        left = self.deadline.left - slowdown * (other + costs.finish)
+        every = costs.steps * recipe.score_every
 
-    def _steps_within(self, left: float, step: float, done: int, *, every: int) -> int:
-        """Maximum steps in `left` seconds, with a score after each `every` steps and at the end."""
-        steps = math.floor((left - self.score_seconds) / step)
-        while steps > 0 and steps * step + self._scores(done, steps, every) > left:
-            steps -= 1
-        return steps
+        def seconds(steps: int) -> float:
+            """Of that many more steps, with a score after each `every` and at the end."""
+            return pace * work(done, done + steps, done + steps) + self._scores(done, steps, every)
+
+        most = math.floor(max(0.0, left) / (pace * work(0, 1, total)))
+        if any(item.epochs for item in later):
+            most = min(most, total - done)
+        self._steps = done + max(1, bisect_right(range(1, most + 1), left, key=seconds))
+        return self._steps
 
     def _scores(self, done: int, steps: int, every: int) -> float:
         """Seconds of all further scorings, including one due now."""

@@ -6,19 +6,21 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robust import files
 from robust.environment import versions
 from training.budget import Budget, with_epochs
 from training.data import TrainingData
-from training.monitor import Board, Observer, Progress, score, warnings_for, write_metrics
+from training.monitor import Board, Observer, Progress, warnings_for, write_metrics
 from training.optimizer import learning_rate
 from training.recipe import Phase, Recipe
 from training.result import keep_if_best
+from training.scoring import score
 from training.state import RunFolder, RunState, StateWriter
 from training.step import Trainer
 
@@ -43,6 +45,7 @@ class Run:
     observe: Observer
     board: Board | None = None  # only on rank 0
     budget: Budget | None = None  # with `--minutes`
+    unread: list[Tensor] = field(default_factory=list)  # losses of the last steps, on the device
 
     def __post_init__(self) -> None:
         self.steps = len(self.data.images) // self.recipe.batch_size  # per epoch
@@ -75,6 +78,17 @@ class Run:
     def done(self) -> int:
         """Steps of the current phase that are done."""
         return self.state.epoch * self.steps + self.state.step
+
+    @property
+    def losses_read(self) -> int:
+        """Steps of the current epoch whose losses are in its sum."""
+        return self.state.step - len(self.unread)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases, with the current one as fitted by `--minutes`."""
+        current = -(-self.phase_steps // self.steps)
+        return self.recipe.epochs - self.phase.epochs + current
 
     def learning_rate(self, step: int) -> float:
         """The learning rate at a step of the current phase, counted from 0."""
@@ -120,13 +134,9 @@ def end_epoch(run: Run, rate: float, speed: float) -> dict[str, Any]:
     if scored:
         accuracies.update(
             score(
-                run.trainer.averaged.module,
+                run.trainer,
                 run.data.held_images[run.data.monitored],
                 run.data.held_labels[run.data.monitored],
-                num_classes=run.trainer.num_classes,
-                threat_model=run.trainer.threat_model,
-                device=run.trainer.device,
-                world=run.trainer.collectives.world,
             )
         )
     state.seconds = time.monotonic() - run.began
@@ -147,7 +157,8 @@ def end_epoch(run: Run, rate: float, speed: float) -> dict[str, Any]:
     state.history.append(row)
     for message in warnings_for(state.history):
         logger.warning("epoch %d: %s", row["epoch"], message)
-    if scored and (row["adversarial"] or not recipe.is_adversarial):
+    later = (item for item in recipe.phases[state.phase + 1 :] if item.epochs)
+    if scored and (phase.is_adversarial or not any(item.is_adversarial for item in later)):
         keep_if_best(state, row, run.trainer.averaged.module, select=recipe.select)
     if run.board is not None:
         run.board.add(row)
@@ -180,10 +191,10 @@ def progress(run: Run, rate: float, speed: float, row: dict[str, Any] | None = N
     return Progress(
         phase=phase,
         epoch=len(state.history) + (row is None),
-        epochs=run.recipe.epochs,
+        epochs=run.epochs,
         step=state.step,
         steps=run.epoch_steps,
-        loss=state.epoch_loss / max(1, state.step),
+        loss=state.epoch_loss / max(1, run.losses_read),
         learning_rate=rate,
         images_per_second=speed,
         seconds_left=steps * run.recipe.batch_size / speed if speed else math.inf,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from robust.attacks import DEFAULT_EPS
 from robust.datasets import Dataset, check_trainable, load_dataset
@@ -46,3 +48,36 @@ def with_threat_model(recipe: Recipe, norm: Norm | None, eps: float | None) -> R
     if (norm, eps) == (recipe.norm, recipe.eps):
         return recipe
     return replace(recipe, norm=norm, eps=eps, phases=tuple(map(scaled, recipe.phases)))
+
+
+def differences_from(
+    recorded: Mapping[str, Any], manifest: Mapping[str, Any], classes: tuple[str, ...]
+) -> list[str]:
+    """What keeps a run from repeating a recorded one with the same recipe, one line each.
+
+    `manifest` is that of the run, see `make_manifest`; `recorded` is the result of `recorded_run`.
+    For other images only the seed is compared.
+    """
+    lines = []
+    seed, data, before = recorded.get("seed"), recorded.get("data"), recorded.get("validation")
+    if seed not in (None, manifest["seed"]):
+        lines.append(f"used --seed {seed}, this run uses {manifest['seed']}")
+    same = isinstance(data, Mapping) and any(
+        data.get(key) == manifest["data"][key] for key in ("name", "sha256")
+    )
+    if not same:
+        return lines
+    if recorded.get("init") != manifest["init"]:
+        weights = "weights of a file" if recorded.get("init") else "random weights"
+        lines.append(f"started from {weights}, this run from others (--init)")
+    if "validation" in recorded and before != manifest["validation"]:
+        used, uses = (item["name"] if item else "none" for item in (before, manifest["validation"]))
+        lines.append(f"used --val {used}, this run uses {uses}")
+    if tuple(recorded.get("classes", classes)) != classes:
+        used, uses = (",".join(names) for names in (recorded["classes"], classes))
+        lines.append(f"used --classes {used}, this run uses {uses}")
+    fitted = (recorded.get("minutes") or {}).get("fitted_steps")
+    if fitted:
+        steps = ", ".join(f"{count} of {name}" for name, count in fitted.items())
+        lines.append(f"had its steps fitted by --minutes ({steps}), this run has whole epochs")
+    return lines

@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from robust import files
-from robust.attacks import resolve_attack
-from robust.distributed import SINGLE, World
-from robust.evaluation import evaluate
-from robust.threat_model import ThreatModel
 from training.recipe import Phase
 
 COLLAPSE_GAP = 0.15  # FGSM accuracy minus PGD-10 accuracy that means collapse
@@ -54,35 +47,6 @@ class SpeedMeter:
     def images_per_second(self) -> float:
         """Images per second since the epoch began or was resumed."""
         return self.steps * self.batch_size / (time.monotonic() - self.began)
-
-
-def score(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    threat_model: ThreatModel,
-    device: torch.device,
-    world: World = SINGLE,
-) -> dict[str, float]:
-    """Clean, FGSM and PGD-10 accuracy, in [0, 1], of a model in eval mode and float32."""
-    attacks = [resolve_attack("fgsm", threat_model), resolve_attack("pgd-10", threat_model)]
-    result = evaluate(
-        model,
-        images,
-        labels,
-        num_classes=num_classes,
-        attacks=attacks,
-        device=device,
-        batch_size=250 if device.type == "cpu" else 1000,
-        world=world,
-    )
-    return {
-        "clean": result.accuracy("clean"),
-        "fgsm": result.accuracy("fgsm"),
-        "pgd": result.accuracy("pgd-10"),
-    }
 
 
 def warnings_for(history: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,8 @@ from training.recipe_values import recipe_from_values
 from training.recipes import RECIPES, named_recipe
 
 FORMS = "FILE.toml, FILE.json or package.module:function"
-_RECORDED = ("kept_epoch", "init", "minutes")  # added by a run to the recipe in its sidecar
+# Added by a run to the recipe in its sidecar.
+_RECORDED = ("kept_epoch", "init", "validation", "minutes")
 
 
 def load_recipe(source: str) -> Recipe:
@@ -33,19 +34,24 @@ def load_recipe(source: str) -> Recipe:
         return _from_file(path)
     if ":" in source:
         return _from_function(source)
-    raise ValueError(
-        f"expected recipe to be one of {', '.join(RECIPES)}, or {FORMS}, got {source[:200]!r}"
-    )
+    return named_recipe(source, others=FORMS)
 
 
-def recorded_seed(source: str) -> int | None:
-    """The seed that a ``run.json`` or sidecar records; None for other sources."""
+def recorded_run(source: str) -> dict[str, Any]:
+    """What a ``run.json`` or sidecar records beside its recipe; empty for other sources.
+
+    Among it are the run's `seed`, `data`, `init`, `validation`, `classes` and `minutes`.
+    """
     path = Path(source)
     if source in RECIPES or path.suffix.lower() != ".json" or not path.is_file():
-        return None
+        return {}
     values = _read(path)
-    seed = values.get("seed") if isinstance(values, Mapping) else None
-    return seed if isinstance(seed, int) else None
+    if not isinstance(values, Mapping) or not isinstance(values.get("recipe"), Mapping):
+        return {}
+    found = {**values["recipe"], **values}  # a sidecar has some in its recipe
+    if isinstance(found.get("class_counts"), Mapping):  # of a run.json
+        found["classes"] = list(found["class_counts"])
+    return found
 
 
 def _from_file(path: Path) -> Recipe:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from robust import files
-from robust.attacks import resolve_attack
 from robust.checkpoint import save_checkpoint
 from robust.classifier import Classifier
 from robust.environment import device_in_words, versions
-from robust.evaluation import Evaluation, evaluate
 from robust.sidecar import DataRecord, Sidecar
-from robust.threat_model import ThreatModel
 from training.data import TrainingData
-from training.state import Best, RunFolder, RunState
+from training.scoring import final_score
+from training.state import Best, RunFolder, RunState, StateWriter
 from training.step import Trainer
 
 
@@ -33,22 +31,6 @@ def keep_if_best(state: RunState, row: dict[str, Any], model: nn.Module, *, sele
         state.best = Best(score=value, epoch=row["epoch"], weights=weights)
 
 
-def final_score(
-    trainer: Trainer, images: Tensor, labels: Tensor, *, threat_model: ThreatModel
-) -> Evaluation:
-    """Clean, FGSM and PGD-20 accuracy of the averaged model on uint8 images (N, 3, H, W)."""
-    return evaluate(
-        trainer.averaged.module,
-        images,
-        labels,
-        num_classes=trainer.num_classes,
-        attacks=[resolve_attack(name, threat_model) for name in ("fgsm", "pgd-20")],
-        device=trainer.device,
-        batch_size=250,
-        world=trainer.collectives.world,
-    )
-
-
 def write_result(
     trainer: Trainer,
     data: TrainingData,
@@ -57,8 +39,12 @@ def write_result(
     manifest: dict[str, Any],
     *,
     classes: tuple[str, ...],
+    writer: StateWriter,
 ) -> Sidecar:
-    """Score the kept model on all held-out images, and write its checkpoint with its sidecar."""
+    """Score the kept model on all held-out images, and write its checkpoint with its sidecar.
+
+    Meanwhile `writer` writes the run's last state, which the checkpoint then replaces.
+    """
     classifier, best, world = trainer.averaged.module, state.best, trainer.collectives.world
     assert best is not None
     assert isinstance(classifier, Classifier)
@@ -76,6 +62,7 @@ def write_result(
             **({"minutes": manifest["minutes"]} if "minutes" in manifest else {}),
             "kept_epoch": best.epoch,
             "init": manifest["init"],
+            "validation": manifest["validation"],
         },
         data=DataRecord(**manifest["data"]),
         seed=manifest["seed"],
@@ -86,6 +73,7 @@ def write_result(
     )
 
     def write() -> Sidecar:
+        writer.wait()
         written = save_checkpoint(folder.out, classifier, sidecar)
         files.write_json(folder.manifest, {**manifest, "versions": versions(), "finished": True})
         folder.state.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from robust.checkpoint import Checkpoint, load_checkpoint
 from robust.datasets import Dataset
@@ -95,7 +94,7 @@ def train(
             if state is None:
                 logger.info("%s: this run is finished; %s is its result", folder.path, out)
                 return world.on_rank0(lambda: load_checkpoint(out).sidecar)
-            if "minutes" in manifest:  # a resumed run keeps its fitted epochs
+            if "minutes" in manifest:  # fitted before the run was stopped
                 epochs = [phase["epochs"] for phase in manifest["recipe"]["phases"]]
                 recipe, deadline = with_epochs(recipe, epochs), None
             data = TrainingData.split(
@@ -133,8 +132,15 @@ def train(
                 run.board = stack.enter_context(begin_files(run))
             while state.phase < len(run.recipe.phases):
                 run_phase(run)
-            run.writer.wait()
-            return write_result(trainer, data, state, folder, manifest, classes=dataset.classes)
+            return write_result(
+                trainer,
+                data,
+                state,
+                folder,
+                manifest,
+                classes=dataset.classes,
+                writer=run.writer,
+            )
         except BrokenPipeError:  # from an observer's output, not from the run's files
             raise
         except OSError as error:
@@ -164,7 +170,6 @@ def run_epoch(run: Run) -> None:
     order = torch.randperm(len(data.images), generator=run.generator(step=0, device="cpu"))
     order = order.to(run.trainer.device)  # once per epoch, as a copy to a GPU synchronizes
     meter = SpeedMeter(n)
-    losses: list[Tensor] = []
     while state.step < run.epoch_steps:
         done, rate = run.done, run.learning_rate(run.done)
         batch = order[state.step * n : (state.step + 1) * n]
@@ -177,11 +182,11 @@ def run_epoch(run: Run) -> None:
             awp=phase.awp if done >= phase.awp_from * run.phase_steps else 0.0,
             generator=run.generator(step=state.step, device=run.trainer.device),
         )
-        losses.append(loss)
+        run.unread.append(loss)
         meter.steps += 1
-        check = len(losses) == run.check_every or state.step == run.epoch_steps
+        check = len(run.unread) == run.check_every or state.step == run.epoch_steps
         if check:
-            add_losses(run, losses)
+            read_losses(run)
         run.observe(progress(run, rate, meter.images_per_second))
         if check:
             save_or_stop(run)
@@ -192,10 +197,10 @@ def run_epoch(run: Run) -> None:
     state.epoch, state.step, state.epoch_loss = state.epoch + 1, 0, 0.0
 
 
-def add_losses(run: Run, losses: list[Tensor]) -> None:
+def read_losses(run: Run) -> None:
     """Read the losses of the last steps. Raises TrainingError for one that is not finite."""
     state = run.state
-    for step, value in enumerate(torch.stack(losses).tolist(), state.step - len(losses) + 1):
+    for step, value in enumerate(torch.stack(run.unread).tolist(), run.losses_read + 1):
         if not math.isfinite(value):
             kept = run.folder.state.exists()
             raise TrainingError(
@@ -204,7 +209,7 @@ def add_losses(run: Run, losses: list[Tensor]) -> None:
                 + (f"; the last state before it is in {run.folder.state}" if kept else "")
             )
         state.epoch_loss += value
-    losses.clear()
+    run.unread.clear()
 
 
 def save_or_stop(run: Run) -> None:

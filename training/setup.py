@@ -69,7 +69,8 @@ def open_run(
 ) -> tuple[dict[str, Any], RunState | None]:
     """The manifest and the state to resume from; no state if the run is finished.
 
-    A run fitted by `--minutes` resumes with the epochs in its manifest. Raises TrainingError if an
+    A run fitted by `--minutes` resumes with the epochs in its manifest, if its state was saved or
+    no `minutes` are given. Raises TrainingError if an
     unfinished run would be lost, or if `resume` finds a different run.
     """
     saved = folder.read_manifest()
@@ -96,7 +97,8 @@ def open_run(
                     f"{folder.path}: expected to resume with the same recipe, data, seed and "
                     f"init, found another {key}"
                 )
-        if fitted:
+        # A run killed before its first save starts over; with --minutes it is fitted again.
+        if fitted and (minutes is None or saved.get("finished") or folder.state.exists()):
             manifest = {**manifest, "recipe": saved["recipe"], "minutes": fitted}
         if saved.get("finished"):
             return manifest, None
@@ -168,15 +170,27 @@ def build_model(
     if init is not None:
         logger.info("%s", load_initial_weights(model, init, dataset.classes))
         if validation is None:
-            _warn_about_seen_images(init.sidecar, dataset, seed)
+            warn_about_seen_images(init.sidecar, dataset, recipe.held_out, seed=seed)
     return model
 
 
-def _warn_about_seen_images(earlier: Sidecar, dataset: Dataset, seed: int) -> None:
-    same_data = earlier.data is not None and earlier.data.sha256 == dataset.sha256
-    if same_data and earlier.seed != seed:
+def warn_about_seen_images(
+    earlier: Sidecar, dataset: Dataset, held_out: float, *, seed: int
+) -> None:
+    """Warn if the run of `earlier` trained on images of `dataset` that are held out now."""
+    if earlier.data is None or earlier.data.sha256 != dataset.sha256:
+        return
+    before = earlier.recipe.get("held_out", held_out)
+    if earlier.recipe.get("validation"):  # nothing was held out
         logger.warning(
-            "the weights were trained on some of the images that are held out now; "
-            "with --seed %s the same images are held out as before",
+            "the weights were trained on all images of %s, also on those held out now, so scores "
+            "will be too high; use --val as before",
+            dataset.name,
+        )
+    elif earlier.seed != seed or before < held_out:  # a smaller share is a part of that before
+        logger.warning(
+            "the weights were trained on some of the images that are held out now; with --seed %s "
+            "--set held_out=%s the same images are held out as before",
             earlier.seed,
+            before,
         )

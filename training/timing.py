@@ -13,7 +13,7 @@ from robust.images import to_float
 from training.budget import Costs
 from training.data import TrainingData
 from training.recipe import Phase, Recipe
-from training.result import final_score
+from training.scoring import final_score
 from training.state import RunState
 from training.step import Trainer
 
@@ -25,9 +25,10 @@ def time_costs(
     before = RunState()
     trainer.fill_state(before)
     before = copy.deepcopy(before)
-    step = tuple(
-        _time_step(trainer, data, phase, clock) if phase.epochs else 0.0 for phase in recipe.phases
-    )
+    timed = [
+        _time_step(trainer, data, phase, clock) if phase.epochs else (0.0, 1.0)
+        for phase in recipe.phases
+    ]
     trainer.load_state(before)
     trainer.reset_optimizer()
     held_out = len(data.held_images)
@@ -35,7 +36,8 @@ def time_costs(
     image = _time_score(trainer, data, count, clock) / count
     return Costs(
         steps=len(data.images) // recipe.batch_size,
-        step=step,
+        step=tuple(seconds for seconds, _ in timed),
+        awp=tuple(ratio for _, ratio in timed),
         # Passes per image: 1 clean, 3 of FGSM and 21 of PGD-10, against 41 of PGD-20.
         score=image * len(data.monitored) * 25 / 45,
         finish=image * held_out,
@@ -44,8 +46,11 @@ def time_costs(
 
 def _time_step(
     trainer: Trainer, data: TrainingData, phase: Phase, clock: Callable[[], float]
-) -> float:
-    """Mean seconds per step of the phase: the median of four after a warm-up."""
+) -> tuple[float, float]:
+    """Mean seconds per step of the phase, and the ratio of a step with AWP to one without.
+
+    Each is the median of four after a warm-up. The ratio is 1 if all steps are of one kind.
+    """
     n, generator = trainer.recipe.batch_size, torch.Generator(trainer.device).manual_seed(0)
 
     def seconds(awp: float) -> float:
@@ -64,10 +69,11 @@ def _time_step(
             times.append(clock() - began)
         return median(times[1:])
 
-    plain = seconds(0.0) if phase.awp_from or not phase.awp else 0.0
-    if not phase.awp:
-        return plain
-    return phase.awp_from * plain + (1 - phase.awp_from) * seconds(phase.awp)
+    if not phase.awp or not phase.awp_from:
+        return seconds(phase.awp), 1.0
+    plain = seconds(0.0)
+    ratio = max(1.0, seconds(phase.awp) / plain)
+    return plain * (phase.awp_from + (1 - phase.awp_from) * ratio), ratio
 
 
 def _time_score(

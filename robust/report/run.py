@@ -76,7 +76,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
 
 def check_belongs(run: TrainingRun, sidecar: Sidecar, checkpoint: Path) -> None:
     """Raise ReportError unless this run wrote the checkpoint."""
-    added = ("kept_epoch", "init", "minutes")  # added to the recipe by the run
+    added = ("kept_epoch", "init", "validation", "minutes")  # added to the recipe by the run
     recipe = {name: value for name, value in sidecar.recipe.items() if name not in added}
     data = None if sidecar.data is None else vars(sidecar.data)
     for name, found in (("recipe", recipe), ("data", data), ("seed", sidecar.seed)):

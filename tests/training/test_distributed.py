@@ -122,6 +122,17 @@ def test_two_processes_stopped_at_a_step_match_one(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+def test_minutes_are_those_of_the_first_process(tmp_path: Path, data: Path) -> None:
+    """The clock of the second runs three times as fast; by it, no run would fit."""
+    out = tmp_path / "model.pt"
+    run_together(SCRIPT, *arguments(data, out), "--minutes=1", STEP_SECONDS="2")
+    # Steps of 2 s, 4 an epoch. 10 were timed, and 3 s are the margin: 18 fit into the other 37 s.
+    minutes = load_checkpoint(out).sidecar.recipe["minutes"]
+    assert minutes["fitted_steps"] == {"adversarial": 10}
+    rows = RunFolder.of(out).metrics.read_text().splitlines()
+    assert [json.loads(row)["phase"] for row in rows] == ["clean"] * 2 + ["adversarial"] * 3
+
+
 @pytest.mark.slow  # half a minute
 def test_restarted_worker_gives_the_same_result(stopped: Path, together: Path, data: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

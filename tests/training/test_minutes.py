@@ -15,8 +15,16 @@ from torch import Tensor
 from robust.checkpoint import load_checkpoint
 from robust.datasets import Dataset
 from robust.distributed import SINGLE
-from training import context, result
-from training.budget import Budget, Costs, Deadline, fit_epochs, process_age, with_epochs
+from training import context, scoring
+from training.budget import (
+    USUAL_SCORE,
+    Budget,
+    Costs,
+    Deadline,
+    fit_epochs,
+    process_age,
+    with_epochs,
+)
 from training.monitor import Progress
 from training.recipe import Phase, Recipe
 from training.recipe_sources import load_recipe
@@ -55,13 +63,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         clock.spend(4.0)
         return {"clean": 0.5, "fgsm": 0.4, "pgd": 0.3}
 
-    def evaluate(model: object, images: Tensor, *args: object, **options: object) -> object:
+    def evaluate(model: object, images: Tensor, *args: object, **options: object) -> list[object]:
         clock.spend(0.5 * len(images))
-        return SimpleNamespace(accuracies=[])
+        return [SimpleNamespace(accuracies=[])]
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(context, "score", score)
-    monkeypatch.setattr(result, "evaluate", evaluate)
+    monkeypatch.setattr(scoring, "evaluate_batches", evaluate)
     return clock
 
 
@@ -206,6 +214,35 @@ def test_resumed_run_keeps_its_fitted_epochs(
     assert load_checkpoint(out).sidecar.recipe["minutes"] == before["minutes"]
 
 
+def test_a_run_killed_before_its_first_save_is_fitted_again(
+    tiny: Recipe, colors: Dataset, out: Path, clock: Clock
+) -> None:
+    def die(progress: Progress) -> None:
+        raise RuntimeError("killed")
+
+    deadline = Deadline(minutes=5, started=0.0, clock=clock)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tiny, colors, out=out, device=CPU, deadline=deadline, observe=die)
+    assert "minutes" in json.loads(RunFolder.of(out).manifest.read_text())
+    clock.now, clock.step_seconds = 0.0, (2.0, 9.0)  # as on a busier machine
+    train(tiny, colors, out=out, device=CPU, resume=True, deadline=deadline)
+    assert 270 < clock.now < 300
+
+
+def test_an_extended_phase_shows_its_own_epochs(
+    tiny: Recipe, colors: Dataset, out: Path, clock: Clock
+) -> None:
+    def observe(progress: Progress) -> None:
+        seen.append(progress)
+        clock.slowdown = 0.5
+
+    seen: list[Progress] = []
+    deadline = Deadline(minutes=5, started=0.0, clock=clock)
+    train(tiny, colors, out=out, device=CPU, deadline=deadline, observe=observe)
+    assert seen[-1].epoch == seen[-1].epochs > seen[0].epochs
+    assert all(progress.epoch <= progress.epochs for progress in seen)
+
+
 def test_timing_does_not_change_the_run(
     tiny: Recipe, colors: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +308,48 @@ def test_fast_steps_restore_the_phase_and_extend_the_last() -> None:
     assert [after(3.0, done, 0) for done in range(1, 11)][-1] < 50
     assert [after(0.5, done, 0) for done in range(11, 49)][-1] == 50  # never more than its own
     assert [after(0.5, done, 1) for done in range(1, 11)][-1] > 100
+
+
+def test_a_score_of_a_new_phase_may_take_longer_than_those_before() -> None:
+    """After a clean phase most images are fooled at the first step; then fewer are."""
+    recipe = Recipe(name="r", phases=(Phase(name="a", epochs=1), Phase(name="b", epochs=5)))
+    costs = Costs(steps=10, step=(1.0, 1.0), score=20.0, finish=5.0)
+    deadline = Deadline(minutes=2, started=0.0, clock=lambda: 0.0)
+    budget = Budget(recipe, deadline, costs, SINGLE)
+    budget.fit_steps(recipe, 0, done=10, total=10)
+    budget.scored(1.0)
+    assert budget.score_seconds < 2
+    budget.fit_steps(recipe, 1, done=1, total=50)
+    assert budget.score_seconds == USUAL_SCORE * costs.score
+    budget.scored(10.0)
+    budget.fit_steps(recipe, 1, done=11, total=50)
+    assert 10 < budget.score_seconds < USUAL_SCORE * costs.score
+
+
+def test_steps_with_awp_are_expected_to_take_longer() -> None:
+    """The first half of the steps takes 1 s each, the second 2 s, as timed."""
+    now = [0.0]
+    phase = Phase(name="a", epochs=10, awp=0.005, awp_from=0.5)
+    recipe = Recipe(name="r", phases=(phase,))
+    costs = Costs(steps=10, step=(1.5,), awp=(2.0,), score=0.0, finish=0.0)
+    deadline = Deadline(minutes=153.5 / 60, started=0.0, clock=lambda: now[0])
+    budget = Budget(recipe, deadline, costs, SINGLE)
+    for done in range(1, 101):
+        now[0] += 1.0 if done <= 50 else 2.0
+        if done < 100:
+            assert budget.fit_steps(recipe, 0, done=done, total=100) == 100
+
+
+def test_a_slow_phase_leaves_the_later_ones_their_share() -> None:
+    now = [0.0]
+    recipe = Recipe(name="r", phases=(Phase(name="a", epochs=10), Phase(name="b", epochs=10)))
+    costs = Costs(steps=10, step=(1.0, 1.0), score=0.0, finish=0.0)
+    deadline = Deadline(minutes=203.5 / 60, started=0.0, clock=lambda: now[0])
+    budget = Budget(recipe, deadline, costs, SINGLE)
+    for done in range(1, 11):
+        now[0] += 2.0
+        fitted = budget.fit_steps(recipe, 0, done=done, total=100)
+    assert 50 <= fitted <= 60  # half as many as planned, and an epoch of slack
 
 
 def test_process_age_is_known() -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from robust import files
 from robust.loading.options import NAMED_MEANS, NAMED_STDS
+from training.inputs import differences_from
 from training.recipe import Phase, Recipe
-from training.recipe_sources import load_recipe, recorded_seed
+from training.recipe_sources import load_recipe, recorded_run
 from training.recipe_values import override, recipe_from_values, to_toml
 from training.recipes import RECIPES, gpu, named_recipe, quick
 
@@ -42,8 +43,35 @@ def test_run_is_repeated_from_its_record(tmp_path: Path) -> None:
     recorded = {**recipe.to_dict(), "kept_epoch": 4, "init": None, "minutes": {"given": 2}}
     files.write_json(sidecar, {"format_version": 1, "recipe": recorded, "seed": 5})
     assert load_recipe(str(run)) == load_recipe(str(sidecar)) == recipe
-    assert (recorded_seed(str(run)), recorded_seed(str(sidecar))) == (3, 5)
-    assert recorded_seed("quick") is None
+    assert (recorded_run(str(run))["seed"], recorded_run(str(sidecar))["seed"]) == (3, 5)
+    assert recorded_run("quick") == {}
+
+
+def test_what_keeps_a_run_from_repeating_a_recorded_one_is_told(tmp_path: Path) -> None:
+    data, validation = {"name": "a.npz", "sha256": "1"}, {"name": "val.npz", "sha256": "2"}
+    this: dict[str, object] = {"seed": 0, "data": data, "init": None, "validation": None}
+    run, sidecar = tmp_path / "run.json", tmp_path / "model.json"
+    options = {"init": "c0ffee", "validation": validation}
+    minutes = {"minutes": {"given": 2, "fitted_steps": {"clean": 7}}}
+    recipe = quick().to_dict()
+    record = {"recipe": recipe, "seed": 3, "data": data, **options, **minutes}
+    files.write_json(run, {**record, "class_counts": {"cat": {"train": 9}, "dog": {"train": 9}}})
+    record = {"recipe": {**recipe, **options, **minutes}, "seed": 3, "data": data}
+    files.write_json(sidecar, {**record, "classes": ["cat", "dog"]})
+    for path in (run, sidecar):
+        recorded = recorded_run(str(path))
+        assert differences_from(recorded, this, ("0", "1")) == [
+            "used --seed 3, this run uses 0",
+            "started from weights of a file, this run from others (--init)",
+            "used --val val.npz, this run uses none",
+            "used --classes cat,dog, this run uses 0,1",
+            "had its steps fitted by --minutes (7 of clean), this run has whole epochs",
+        ]
+        other = {**this, "data": {"name": "b.npz", "sha256": "3"}}  # a recipe used anew
+        assert differences_from(recorded, other, ("0",)) == ["used --seed 3, this run uses 0"]
+        same = {**this, "seed": 3, **options}
+        assert differences_from(recorded, same, ("cat", "dog"))[:-1] == []
+    assert differences_from({}, this, ("0", "1")) == []
 
 
 def test_a_file_needs_only_a_name_and_phases() -> None:
