@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 from dataclasses import replace
@@ -30,6 +31,13 @@ set_option = click.option(
     help="Set a field of the recipe (batch_size=512) or of a phase (adversarial.epochs=20). "
     "Repeat for more.",
 )
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """Refuse nan and inf, which a range of numbers lets through."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, got {value}")
+    return value
 
 
 @click.command()
@@ -93,6 +101,7 @@ set_option = click.option(
     metavar="CHECKPOINT",
     help="Weights to start from, with a new head if the classes differ. Default: random.",
 )
+@click.option("--key", metavar="NAME", help="Key of the weights in the --init file, such as ema.")
 @click.option(
     "--compile",
     "compile_passes",
@@ -102,6 +111,7 @@ set_option = click.option(
 @click.option(
     "--minutes",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     metavar="M",
     help="Fit the number of epochs, in the recipe's proportions, so that the checkpoint is written "
     "within M minutes of the start.",
@@ -120,6 +130,7 @@ def train(
     device_name: str,
     seed: int,
     init: Path | None,
+    key: str | None,
     compile_passes: Literal["auto", "on", "off"] | None,
     minutes: float | None,
     resume: bool,
@@ -141,12 +152,12 @@ def train(
             raise click.UsageError(NO_DATA)
         data = DEFAULT_DATA
     from robust.loading.options import parse_classes
-    from training.recipe_sources import load_recipe, recorded_seed
+    from training.recipe_sources import load_recipe, recorded_run
     from training.recipe_values import override
 
     recipe = load_recipe(recipe_source)  # a name that does not exist is refused without torch
 
-    from training.inputs import load_images, with_threat_model
+    from training.inputs import differences_from, load_images, with_threat_model
 
     recipe = with_threat_model(recipe, norm, eps)
     recipe = replace(recipe, input_size=input_size or recipe.input_size)
@@ -155,7 +166,7 @@ def train(
     if compile_passes is not None:
         recipe = replace(recipe, compile=compile_passes)
 
-    from robust.checkpoint import load_checkpoint
+    from robust.checkpoint import load_checkpoint, model_options
     from robust.classifier import resolve_device
     from robust.distributed import init_distributed
     from training.budget import Deadline
@@ -163,37 +174,40 @@ def train(
     from training.distributed import was_restarted
     from training.run import Stopped
     from training.run import train as run
+    from training.setup import make_manifest
 
     device = resolve_device(device_name)
+    if key is not None and init is None:
+        raise click.UsageError("expected --key with --init, got no --init")
     if out.suffix != ".pt":
         raise click.UsageError(f"expected --out to end in .pt, got {out.name}")
     # Before signals are caught, so that SIGTERM ends a process that is waiting for the others.
     world, device = click.get_current_context().with_resource(init_distributed(device))
     configure_logging(quiet=not world.is_rank0)
-    initial = None if init is None else load_checkpoint(init)
+    initial = None if init is None else load_checkpoint(init, options=model_options(key=key))
     dataset = load_images(data, size=recipe.input_size, classes=names)
     validation = None
     if val is not None:
         validation = load_images(val, size=recipe.input_size, classes=dataset.classes)
     if world.is_rank0:
-        recorded = recorded_seed(recipe_source)
-        if recorded not in (None, seed):
-            click.echo(
-                f"note: {recipe_source} used --seed {recorded}, this run uses {seed}", err=True
-            )
+        this = make_manifest(recipe, dataset, seed=seed, init=initial, validation=validation)
+        for line in differences_from(recorded_run(recipe_source), this, dataset.classes):
+            click.echo(f"note: {recipe_source} {line}", err=True)
+        epochs = f"{recipe.epochs} epochs" if minutes is None else f"{minutes:g} minutes"
         click.echo(
             f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
-            f"recipe {recipe.name}, {recipe.epochs} epochs on {world.in_words(str(device))}; "
+            f"recipe {recipe.name}, {epochs} on {world.in_words(str(device))}; "
             f"writes {out}"
         )
-        if minutes is None:
-            share = 0.0 if validation else recipe.held_out
-            images, num_classes = round(len(dataset) * (1 - share)), len(dataset.classes)
-            click.echo(
-                describe_cost(
-                    recipe, images=images, num_classes=num_classes, device=device, ranks=world.size
-                )
-            )
+        cost = describe_cost(
+            recipe,
+            images=round(len(dataset) * (1 - (0.0 if validation else recipe.held_out))),
+            num_classes=len(dataset.classes),
+            device=device,
+            ranks=world.size,
+            timed=minutes is None,
+        )
+        click.echo(cost)
         for source in filter(None, (dataset, validation)):
             for line in source.changes:
                 click.echo(f"note: {source.name}: {line}", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-PROBE_PIXELS = 16 * 32 * 32  # pixels of the timed pass
+PROBE_PIXELS = 16 * 32 * 32  # pixels of the timed pass on a CPU
 OVERHEAD = 1.2  # factor on the counted tensors, for allocators and kernels
 
 
@@ -30,7 +30,7 @@ class Cost:
     data_bytes: int  # all images, which stay on the device
     model_bytes: int  # weights, gradients, optimizer state and averaged weights
     activation_bytes: int  # tensors that a batch saves for its backward pass
-    seconds: float
+    seconds: float | None  # None: not timed
 
     @property
     def memory_bytes(self) -> int:
@@ -39,16 +39,24 @@ class Cost:
 
 
 def estimate(
-    recipe: Recipe, *, images: int, num_classes: int, device: torch.device, ranks: int = 1
+    recipe: Recipe,
+    *,
+    images: int,
+    num_classes: int,
+    device: torch.device,
+    ranks: int = 1,
+    timed: bool = True,
 ) -> Cost:
-    """The cost of a run on `images` training images, from one timed pass of a few of them.
+    """The cost of a run on `images` training images; the time is that of one pass of some of them.
 
-    `ranks` share every batch. The time excludes scoring and compiling.
+    `ranks` share every batch. The time excludes scoring and compiling. On a GPU the pass is one of
+    a whole batch, as a few images do not fill it, if that fits in its memory.
     """
     architecture = Architecture(
         arch=recipe.arch,
         stem=recipe.stem,
         activation=recipe.activation,
+        variant=recipe.variant,
         num_classes=num_classes,
         input_size=recipe.input_size,
     )
@@ -62,21 +70,38 @@ def estimate(
     batch = -(-recipe.batch_size // ranks)
     steps = images // recipe.batch_size
     passes = sum(phase.epochs * phase.passes for phase in recipe.phases)
-    seconds = _seconds_per_image(architecture, device, bf16=bf16)
-    return Cost(
+    cost = Cost(
         steps=steps * recipe.epochs,
         data_bytes=images * 3 * recipe.input_size**2,
         model_bytes=weights * copies,
         activation_bytes=round(saved * batch),
-        seconds=steps * batch * passes * seconds,
+        seconds=None,
     )
+    if not timed:
+        return cost
+    probed = max(2, PROBE_PIXELS // recipe.input_size**2)
+    if device.type == "cuda" and cost.memory_bytes <= (available_bytes(device) or 0):
+        probed = batch
+    seconds = _seconds_per_image(architecture, device, bf16=bf16, count=probed)
+    return replace(cost, seconds=steps * batch * passes * seconds)
 
 
 def describe_cost(
-    recipe: Recipe, *, images: int, num_classes: int, device: torch.device, ranks: int = 1
+    recipe: Recipe,
+    *,
+    images: int,
+    num_classes: int,
+    device: torch.device,
+    ranks: int = 1,
+    timed: bool = True,
 ) -> str:
-    """The cost of a run in one line; logs a warning if memory is too small."""
-    cost = estimate(recipe, images=images, num_classes=num_classes, device=device, ranks=ranks)
+    """The cost of a run in one line; logs a warning if memory is too small.
+
+    Without `timed` the number of epochs is not known yet, and the steps are those of one.
+    """
+    cost = estimate(
+        recipe, images=images, num_classes=num_classes, device=device, ranks=ranks, timed=timed
+    )
     needed, free = cost.memory_bytes / 1e9, available_bytes(device)
     if free is not None and cost.memory_bytes > free:
         logger.warning(
@@ -86,9 +111,12 @@ def describe_cost(
         )
     if device.type == "cpu":
         needed += resident_bytes() / 1e9
+    memory = f"{recipe.batch_size} images, about {needed:.1f} GB of memory"
+    if cost.seconds is None:
+        return f"{images // recipe.batch_size:,} steps an epoch, of {memory}"
     return (
-        f"{cost.steps:,} steps of {recipe.batch_size} images, about {needed:.1f} GB of memory and "
-        f"{time_left(cost.seconds)} (from one timed pass; without scoring)"
+        f"{cost.steps:,} steps of {memory} and {time_left(cost.seconds)} "
+        "(from one timed pass; without scoring)"
     )
 
 
@@ -111,13 +139,15 @@ def _saved_bytes(model: nn.Module, x: Tensor, *, bf16: bool) -> int:
     return sum(sizes.values())
 
 
-def _seconds_per_image(architecture: Architecture, device: torch.device, *, bf16: bool) -> float:
-    """Seconds of one pass of one image: a third of a timed forward and backward pass."""
+def _seconds_per_image(
+    architecture: Architecture, device: torch.device, *, bf16: bool, count: int
+) -> float:
+    """Seconds of one pass of one image: a third of a timed forward and backward pass of `count`."""
     with torch.random.fork_rng(devices=[]):
         model = Classifier(architecture)
     model = model.train().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = architecture.input_size
-    x = torch.full((max(2, PROBE_PIXELS // size**2), 3, size, size), 0.5, device=device)
+    x = torch.full((count, 3, size, size), 0.5, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     seconds = 0.0
     for _ in range(2):  # the first also prepares kernels and buffers

@@ -77,7 +77,9 @@ class TrainingData:
             weights = balanced_weights(counts).to(device)
         count = recipe.monitor_limit or len(held_out)
         shuffled = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))
-        _log(counts, recipe, 0 if validation is None else shared_images(images, held_out.images))
+        few = held_out_warning(len(held_out), validation=validation is not None)
+        shared = 0 if validation is None else shared_images(images, held_out.images)
+        _log(counts, recipe, few, shared)
         return cls(
             images=images.to(device),
             labels=labels.to(device),
@@ -102,10 +104,9 @@ def _check_size(dataset: Dataset, size: int) -> None:
         )
 
 
-def _log(counts: tuple[ClassCount, ...], recipe: Recipe, shared: int) -> None:
+def _log(counts: tuple[ClassCount, ...], recipe: Recipe, few: str | None, shared: int) -> None:
     logger.info("%s", describe_counts(counts))
     messages = class_warnings(counts, class_weights=recipe.class_weights)
-    few = held_out_warning(sum(item.held_out for item in counts))
     if few:
         messages.append(few)
     if shared:

@@ -12,7 +12,7 @@ from torch import Tensor
 from robust.evaluation import wilson_interval
 
 IMBALANCE = 10  # ratio of the largest to the smallest class that gives a warning
-FEW_HELD_OUT = 100  # with fewer, an accuracy of 50% has an error of at least 10 points
+FEW_HELD_OUT = 100  # with fewer, an accuracy of 50% has an error of almost 10 points or more
 _MAX_NAMED = 8  # classes named in a message
 
 
@@ -85,15 +85,18 @@ def class_warnings(counts: Sequence[ClassCount], *, class_weights: str = "none")
     return found
 
 
-def held_out_warning(count: int) -> str | None:
-    """A warning with the confidence interval if there are few held-out images, else None."""
+def held_out_warning(count: int, *, validation: bool) -> str | None:
+    """A warning with the confidence interval if there are few held-out images, else None.
+
+    `validation`: they are images of their own, not a share of the training images.
+    """
     if count >= FEW_HELD_OUT:
         return None
     low, high = wilson_interval(round(count / 2), count)
     return (
         f"only {_images(count)} held out: a measured accuracy of 50% may be anything from "
         f"{100 * low:.0f} to {100 * high:.0f}% (95% interval), too coarse to choose between "
-        "epochs; provide more with --val PATH or --set held_out=0.2"
+        f"epochs; provide more with --val{'' if validation else ' PATH or --set held_out=0.2'}"
     )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robust.datasets import DatasetError
+from robust.datasets.folders import IMAGE_SUFFIXES
 
 _TRAIN = ("train", "training")
 _VALIDATION = ("val", "valid", "validation", "dev")
 _TEST = ("test", "testing")
-_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm".split())
 _MAX_DEPTH = 3  # levels of folders that are searched
 
 
@@ -63,7 +63,7 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _images(path: Path) -> Iterator[Path]:
-    return (item for item in path.iterdir() if item.suffix.lower() in _SUFFIXES)
+    return (item for item in path.iterdir() if item.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _first(folders: dict[str, Path], names: tuple[str, ...]) -> Path | None:

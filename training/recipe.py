@@ -198,6 +198,11 @@ class Recipe:
 
         check_fields(self)
         try:
+            if networks.family_of(self.arch).stems == ("own",):
+                raise ValueError(
+                    "expected a ResNet, PreActResNet or WideResNet of robust.networks, as training "
+                    f"builds the network, got {self.arch!r}"
+                )
             networks.check_choices(
                 self.arch, stem=self.stem, activation=self.activation, variant=self.variant
             )

@@ -319,8 +319,9 @@ def classic_cpu() -> Recipe:
     return replace(recipe, name="classic-cpu", ema_decay=0.996, phases=phases)
 
 
-def named_recipe(name: str) -> Recipe:
-    """Build the recipe of that name. Raises ValueError that lists the names."""
+def named_recipe(name: str, *, others: str = "") -> Recipe:
+    """Build the recipe of that name. Raises ValueError that lists the names, and `others`."""
     if name not in RECIPES:
-        raise ValueError(f"expected recipe to be one of {', '.join(RECIPES)}, got {name[:40]!r}")
+        known = ", ".join(RECIPES) + (f", or {others}" if others else "")
+        raise ValueError(f"expected recipe to be one of {known}, got {name[:200]!r}")
     return RECIPES[name]()

@@ -20,7 +20,7 @@ from robust.image_headers import ImageError
 MAX_IMAGE_BYTES = 256 << 20
 
 # A file with one of these extensions must be a readable image.
-_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm "
     ".heic .heif .avif .jp2 .j2k .jxl .jxr".split()
 )
@@ -145,7 +145,7 @@ def _images(files: Mapping[Parts, Read]) -> tuple[dict[Parts, Read], list[str]]:
         name = "/".join(parts)
         if _hidden(parts):
             hidden.append(name)
-        elif PurePosixPath(parts[-1]).suffix.lower() in _SUFFIXES or is_image(read(32)):
+        elif PurePosixPath(parts[-1]).suffix.lower() in IMAGE_SUFFIXES or is_image(read(32)):
             images[parts] = read
         else:
             others.append(name)

@@ -60,6 +60,9 @@ def test_missing_data_error_lists_the_formats(
         (["--data", "digits", "--recipe", "tiny", "--out", "m.txt"], "expected --out to end in"),
         (["--data", "digits", "--recipe", "tiny", "--device", "toaster"], "expected a device"),
         (["--data", "digits", "--seed", "-1"], "seed"),
+        (["--data", "digits", "--minutes", "nan"], "expected a finite number, got nan"),
+        (["--data", "digits", "--minutes", "inf"], "expected a finite number, got inf"),
+        (["--data", "digits", "--key", "ema"], "expected --key with --init, got no --init"),
         (["--data", "digits", "--recipe", "tiny", "--val", "none.npz"], "none.npz: expected"),
         (["--data", "digits", "--recipe", "tiny", "--init", "none.pt"], "none.pt: expected"),
     ],
@@ -125,6 +128,7 @@ def test_fields_can_be_set_and_a_run_repeated_from_its_record(
     first = load_checkpoint(here / "a.pt").sidecar
     assert (first.recipe["batch_size"], first.recipe["eps"]) == (8, 4 / 255)
     assert [row["n"] for row in first.evaluation] == [20, 20, 20]
+    assert first.recipe["validation"]["name"] == "val.pt"
     assert first.classes == ("red", "green", "blue", "yellow")
     assert [phase["epochs"] for phase in first.recipe["phases"]] == [1, 0]
     record = RunFolder.of(here / "a.pt").manifest
@@ -133,7 +137,10 @@ def test_fields_can_be_set_and_a_run_repeated_from_its_record(
     capsys.readouterr()
     again = ["train", "--recipe", str(record), "--device", "cpu", "--out", "a.pt", "--resume"]
     assert run(again) == 2  # another seed
-    assert "run.json used --seed 7, this run uses 0" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "run.json used --seed 7, this run uses 0" in told
+    assert "run.json used --val val.pt, this run uses none" in told
+    assert "run.json used --classes red,green,blue,yellow, this run uses 0,1,2,3" in told
 
 
 def test_recipes_are_listed_and_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

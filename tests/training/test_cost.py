@@ -24,6 +24,8 @@ def test_run_cost_follows_from_its_size(tiny: Recipe, monkeypatch: pytest.Monkey
     shared = estimate(recipe, images=80, num_classes=4, device=CPU, ranks=2)
     assert (shared.steps, shared.activation_bytes) == (cost.steps, cost.activation_bytes // 2)
     assert shared.seconds == cost.seconds / 2
+    untimed = estimate(recipe, images=80, num_classes=4, device=CPU, timed=False)
+    assert untimed == replace(cost, seconds=None)
     sizes = (64, 128)
     small, large = (
         estimate(replace(recipe, input_size=size), images=80, num_classes=4, device=CPU)
@@ -33,7 +35,9 @@ def test_run_cost_follows_from_its_size(tiny: Recipe, monkeypatch: pytest.Monkey
 
 
 def test_pass_is_timed_and_free_memory_is_known(tiny: Recipe) -> None:
-    assert estimate(tiny, images=80, num_classes=4, device=CPU).seconds > 0
+    seconds = estimate(tiny, images=80, num_classes=4, device=CPU).seconds
+    assert seconds is not None
+    assert seconds > 0
     free = available_bytes(CPU)
     assert free is None or free > 1 << 20
     assert resident_bytes() > 100 << 20  # torch alone
@@ -50,3 +54,22 @@ def test_too_little_memory_gives_a_warning(
         line = describe_cost(recipe, images=80, num_classes=4, device=CPU)
         assert line.startswith("15 steps of 16 images, about 1.3 GB of memory and 9 min")
         assert ("found 0.0 GB free: lower batch_size" in caplog.text) is warned
+    line = describe_cost(recipe, images=80, num_classes=4, device=CPU, timed=False)
+    assert line == "5 steps an epoch, of 16 images, about 1.3 GB of memory"
+
+
+def test_a_gpu_is_timed_with_a_whole_batch_if_that_fits(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(tiny, batch_size=512)
+    counts: list[int] = []
+
+    def seconds(*args: object, count: int, **options: object) -> float:
+        counts.append(count)
+        return 1.0
+
+    monkeypatch.setattr(cost_module, "_seconds_per_image", seconds)
+    for name, free in (("cuda", 1 << 40), ("cuda", 1), ("cpu", 1 << 40)):
+        monkeypatch.setattr(cost_module, "available_bytes", lambda device, free=free: free)
+        estimate(recipe, images=1024, num_classes=4, device=torch.device(name), ranks=2)
+    assert counts == [256, 64, 64]

@@ -64,12 +64,15 @@ def test_class_only_in_the_held_out_set_is_named() -> None:
 
 
 def test_few_held_out_images_are_reported_with_their_interval() -> None:
-    message = held_out_warning(14)
+    message = held_out_warning(14, validation=False)
     assert message is not None
     assert message.startswith("only 14 images held out: a measured accuracy of 50% may be anything")
     assert "from 27 to 73%" in message
-    assert held_out_warning(99) is not None
-    assert held_out_warning(100) is None
+    assert message.endswith("provide more with --val PATH or --set held_out=0.2")
+    message = held_out_warning(99, validation=True)
+    assert message is not None
+    assert message.endswith("provide more with --val")  # held_out has no effect then
+    assert held_out_warning(100, validation=False) is None
 
 
 def test_images_in_both_sets_are_counted() -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,38 @@ def test_wrapped_file_with_the_same_class_count_keeps_its_head(bare: Callable[..
     assert "took 122 of 122 tensors" in words
     ours, theirs = model.net.state_dict(), init.classifier.net.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_head_is_kept_if_either_side_has_numbers_and_missed_if_names_differ(
+    checkpoint_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    init, model = load_checkpoint(checkpoint_path), fresh()  # its classes have names
+    words = load_initial_weights(model, init, ("0", "1", "2", "3"))
+    assert "took 122 of 122 tensors" in words
+    assert f"took 0, 1, ... for its classes {', '.join(init.sidecar.classes)}" in words
+    ours, theirs = model.net.state_dict(), init.classifier.net.state_dict()
+    assert torch.equal(ours["fc.weight"], theirs["fc.weight"])
+    assert not caplog.messages
+    load_initial_weights(fresh(), init, ("a", "b", "c", "d"))
+    (message,) = caplog.messages
+    assert message.endswith("are not a, b, c, d")
+
+
+def test_a_hint_names_the_normalization_to_all_its_digits(checkpoint_path: Path) -> None:
+    init = load_checkpoint(checkpoint_path)
+    digits = replace(init.sidecar.architecture, mean=(0.4914001, 0.5, 1 / 3))
+    init = replace(init, sidecar=replace(init.sidecar, architecture=digits))
+    with pytest.raises(TrainingError, match=r"--set mean=0\.4914001,0\.5,0\.3333333333333333"):
+        load_initial_weights(fresh(), init, CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "timm:convnext_atto"])
+def test_a_model_that_training_cannot_build_is_refused(kind: str, checkpoint_path: Path) -> None:
+    init = load_checkpoint(checkpoint_path)
+    own = replace(init.sidecar.architecture, arch=kind, stem="own", activation="own")
+    init = replace(init, sidecar=replace(init.sidecar, architecture=own))
+    with pytest.raises(TrainingError, match=f"expected weights of a ResNet, .* got a {kind} model"):
+        load_initial_weights(fresh(), init, CLASSES)
 
 
 def test_own_checkpoint_needs_no_options(checkpoint_path: Path) -> None:

@@ -38,6 +38,10 @@ def images(root: Path, *names: str) -> None:
             "found images/cat/1.jpg; use --data {t}/images",
         ),
         (
+            ("images/cat/1.jfif", "images/dog/1.jfif"),
+            "found images/cat/1.jfif; use --data {t}/images",
+        ),
+        (
             ("set/images/cat/1.jpg", "set/images/dog/1.jpg"),
             "found set/images/cat/1.jpg; use --data {t}/set/images",
         ),

@@ -170,6 +170,7 @@ def test_classic_cpu_has_classics_shape_and_cpus_cost() -> None:
         ),
         ({"optimizer": "adam"}, "optimizer: expected one of sgd, adamw, got 'adam'"),
         ({"arch": "resnet101"}, "arch: expected arch to be one of"),
+        ({"arch": "torchvision:vgg11"}, "arch: expected a ResNet, .* got 'torchvision:vgg11'"),
         ({"gradient_clip": -1.0}, "gradient_clip: expected a number of at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay: expected a number of at least 0, got nan"),
         ({"monitor_limit": -5}, "monitor_limit: expected a whole number of at least 0"),
