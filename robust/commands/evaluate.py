@@ -206,7 +206,11 @@ def evaluate(
         }
         write_report(json_path, report)
     if record:
-        source: dict[str, Any] = {"data": dataset.name, "data_sha256": scored.sha256}
+        source: dict[str, Any] = {
+            "data": dataset.name,
+            "data_sha256": scored.sha256,
+            "device": used,
+        }
         if evaluation.flags:  # a number is never recorded without its warnings
             source["flags"] = sorted({flag.name for flag in evaluation.flags})
         rows = [{**source, **item.summary()} for item in evaluation.accuracies]

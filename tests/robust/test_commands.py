@@ -384,8 +384,8 @@ def test_evaluate_records_in_the_sidecar(checkpoint_path: Path, data: Path, tmp_
     rows = load_checkpoint(copied).sidecar.evaluation[-2:]
     assert [row["attack"] for row in rows] == ["clean", "fgsm"]
     assert [row["correct"] for row in rows] == [row["correct"] for row in report["results"]]
-    assert {(row["data"], row["data_sha256"]) for row in rows} == {
-        ("set.npz", report["data"]["sha256"])
+    assert {(row["data"], row["data_sha256"], row["device"]) for row in rows} == {
+        ("set.npz", report["data"]["sha256"], report["device"])
     }
     # Tables that fill pages stay out, reasons to doubt a number go with it.
     assert not {"confusion", "stages"} & {name for row in rows for name in row}
