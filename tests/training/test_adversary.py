@@ -196,7 +196,7 @@ def test_teacher_targets_are_mixed_by_weight(model: nn.Module, x: Tensor, target
 
 @pytest.mark.parametrize("fields", [{"split": True}, {}, {"loss": "trades"}])
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_the_sizes_to_compile_are_those_that_attacks_pass(
+def test_attacked_sizes_are_the_batch_sizes_of_attacks(
     fields: dict[str, object], ranks: int, model: nn.Module, x: Tensor, targets: Tensor
 ) -> None:
     parts = [AdversarialPart(kind="pgd")]

@@ -58,7 +58,7 @@ def test_too_little_memory_gives_a_warning(
     assert line == "5 steps an epoch, of 16 images, about 1.3 GB of memory"
 
 
-def test_a_gpu_is_timed_with_a_whole_batch_if_that_fits(
+def test_gpu_is_timed_with_a_whole_batch_if_it_fits(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(tiny, batch_size=512)

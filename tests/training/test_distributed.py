@@ -122,7 +122,7 @@ def test_two_processes_stopped_at_a_step_match_one(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_minutes_are_those_of_the_first_process(tmp_path: Path, data: Path) -> None:
+def test_minutes_follow_the_clock_of_rank_0(tmp_path: Path, data: Path) -> None:
     """The clock of the second runs three times as fast; by it, no run would fit."""
     out = tmp_path / "model.pt"
     run_together(SCRIPT, *arguments(data, out), "--minutes=1", STEP_SECONDS="2")

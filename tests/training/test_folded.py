@@ -72,7 +72,7 @@ def test_refreshed_copy_matches_the_current_model(arch: str) -> None:
     assert sum(1 for _ in norms_of(folded)) < sum(1 for _ in norms_of(model))
 
 
-def test_norms_that_synchronize_gpus_are_folded() -> None:
+def test_sync_batch_norms_are_folded() -> None:
     """As on several GPUs; in eval mode they also run on a CPU."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(trained(ARCHS[0]))  # type: ignore[no-untyped-call]
     folded = FoldedCopy(model, torch.float32)
@@ -113,7 +113,7 @@ def test_family_without_foldable_pairs_is_rejected(monkeypatch: pytest.MonkeyPat
         FoldedCopy(trained("resnet18"), torch.float32)
 
 
-def test_a_step_refreshes_only_the_copies_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_refreshes_only_the_copies_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     attacked = (AdversarialPart(kind="fgsm"),)
     phases = (
         Phase(name="clean", epochs=1),

@@ -64,7 +64,7 @@ def test_wrapped_file_with_the_same_class_count_keeps_its_head(bare: Callable[..
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_head_is_kept_if_either_side_has_numbers_and_missed_if_names_differ(
+def test_head_is_kept_for_numbered_classes_and_reported_if_dropped(
     checkpoint_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     init, model = load_checkpoint(checkpoint_path), fresh()  # its classes have names
@@ -79,7 +79,7 @@ def test_a_head_is_kept_if_either_side_has_numbers_and_missed_if_names_differ(
     assert message.endswith("are not a, b, c, d")
 
 
-def test_a_hint_names_the_normalization_to_all_its_digits(checkpoint_path: Path) -> None:
+def test_hint_prints_all_digits_of_the_normalization(checkpoint_path: Path) -> None:
     init = load_checkpoint(checkpoint_path)
     digits = replace(init.sidecar.architecture, mean=(0.4914001, 0.5, 1 / 3))
     init = replace(init, sidecar=replace(init.sidecar, architecture=digits))
@@ -88,7 +88,7 @@ def test_a_hint_names_the_normalization_to_all_its_digits(checkpoint_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "timm:convnext_atto"])
-def test_a_model_that_training_cannot_build_is_refused(kind: str, checkpoint_path: Path) -> None:
+def test_model_that_training_cannot_build_is_refused(kind: str, checkpoint_path: Path) -> None:
     init = load_checkpoint(checkpoint_path)
     own = replace(init.sidecar.architecture, arch=kind, stem="own", activation="own")
     init = replace(init, sidecar=replace(init.sidecar, architecture=own))

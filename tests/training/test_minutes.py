@@ -214,7 +214,7 @@ def test_resumed_run_keeps_its_fitted_epochs(
     assert load_checkpoint(out).sidecar.recipe["minutes"] == before["minutes"]
 
 
-def test_a_run_killed_before_its_first_save_is_fitted_again(
+def test_run_killed_before_its_first_save_is_fitted_again(
     tiny: Recipe, colors: Dataset, out: Path, clock: Clock
 ) -> None:
     def die(progress: Progress) -> None:
@@ -229,7 +229,7 @@ def test_a_run_killed_before_its_first_save_is_fitted_again(
     assert 270 < clock.now < 300
 
 
-def test_an_extended_phase_shows_its_own_epochs(
+def test_extended_phase_shows_its_own_epochs(
     tiny: Recipe, colors: Dataset, out: Path, clock: Clock
 ) -> None:
     def observe(progress: Progress) -> None:
@@ -310,7 +310,7 @@ def test_fast_steps_restore_the_phase_and_extend_the_last() -> None:
     assert [after(0.5, done, 1) for done in range(1, 11)][-1] > 100
 
 
-def test_a_score_of_a_new_phase_may_take_longer_than_those_before() -> None:
+def test_new_phase_expects_scores_of_the_usual_length() -> None:
     """After a clean phase most images are fooled at the first step; then fewer are."""
     recipe = Recipe(name="r", phases=(Phase(name="a", epochs=1), Phase(name="b", epochs=5)))
     costs = Costs(steps=10, step=(1.0, 1.0), score=20.0, finish=5.0)
@@ -340,7 +340,7 @@ def test_steps_with_awp_are_expected_to_take_longer() -> None:
             assert budget.fit_steps(recipe, 0, done=done, total=100) == 100
 
 
-def test_a_slow_phase_leaves_the_later_ones_their_share() -> None:
+def test_slow_phase_leaves_later_phases_their_share() -> None:
     now = [0.0]
     recipe = Recipe(name="r", phases=(Phase(name="a", epochs=10), Phase(name="b", epochs=10)))
     costs = Costs(steps=10, step=(1.0, 1.0), score=0.0, finish=0.0)

@@ -47,7 +47,7 @@ def test_run_is_repeated_from_its_record(tmp_path: Path) -> None:
     assert recorded_run("quick") == {}
 
 
-def test_what_keeps_a_run_from_repeating_a_recorded_one_is_told(tmp_path: Path) -> None:
+def test_differences_from_a_recorded_run_are_listed(tmp_path: Path) -> None:
     data, validation = {"name": "a.npz", "sha256": "1"}, {"name": "val.npz", "sha256": "2"}
     this: dict[str, object] = {"seed": 0, "data": data, "init": None, "validation": None}
     run, sidecar = tmp_path / "run.json", tmp_path / "model.json"

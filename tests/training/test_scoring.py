@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("choice", "expected"), [("fp32", "fp32"), ("bf16", "bf16 search, fp32 verified")]
 )
-def test_scores_do_not_depend_on_the_time_of_a_pass(
+def test_scores_do_not_depend_on_timing(
     choice: str, expected: str, tiny: Recipe, colors: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a resumed run could keep another model than one that was never stopped."""
@@ -51,7 +51,7 @@ def test_scores_do_not_depend_on_the_time_of_a_pass(
     assert found.precision == expected
 
 
-def test_a_clean_phase_after_an_adversarial_one_can_be_kept(
+def test_clean_phase_after_an_adversarial_one_can_be_kept(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter((0.9, 0.1, 0.2, 0.3))  # of one clean epoch, two adversarial, and one clean
@@ -65,7 +65,7 @@ def test_a_clean_phase_after_an_adversarial_one_can_be_kept(
     assert sidecar.recipe["kept_epoch"] == 4
 
 
-def test_the_loss_that_is_shown_is_the_mean_of_those_that_were_read(
+def test_shown_loss_is_the_mean_of_the_losses_read(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU losses are read every few steps."""
@@ -84,7 +84,7 @@ def test_the_loss_that_is_shown_is_the_mean_of_those_that_were_read(
     assert seen[3] not in (seen[1], 0)
 
 
-def test_the_last_state_is_written_during_the_final_score(
+def test_last_state_is_written_during_the_final_score(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scoring, overlapped, real = threading.Event(), [], (files.write_atomic, final_score)

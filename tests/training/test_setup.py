@@ -21,7 +21,7 @@ from training.setup import warn_about_seen_images
         (0, 0.2, {"held_out": 0.2, "validation": {"name": "val.npz"}}, "use --val as before"),
     ],
 )
-def test_images_that_the_initial_weights_were_trained_on_are_noticed(
+def test_images_seen_by_the_initial_weights_are_warned_about(
     seed: int,
     share: float,
     before: dict[str, Any],
