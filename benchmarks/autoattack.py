@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -217,9 +218,10 @@ def apgd_trajectories(
         ours = [rows["x_adv"][rows["image"].argsort()] for rows in seen]
         best = torch.stack([rows["loss"] for rows in seen]).amax(dim=0)
         start = ours[0]
-        nudged = (start + (torch.rand_like(start) - 0.5) * 1.2e-7).clamp(0, 1)
         theirs, their_best = reference_apgd(reference, model, x, y, norm, eps, loss, start)
-        control, control_best = reference_apgd(reference, model, x, y, norm, eps, loss, nudged)
+        control, control_best = reference_apgd(
+            reference, model, x, y, norm, eps, loss, nudged(start)
+        )
         for step in SHOWN_STEPS:
             table.append(
                 {
@@ -237,6 +239,12 @@ def apgd_trajectories(
             "best loss, control": control_best.mean().item(),
         }
     return table
+
+
+def nudged(x: Tensor) -> Tensor:
+    """`x` moved by a rounding error, the same one in every run."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    return (x + (noise - 0.5) * 1.2e-7).clamp(0, 1)
 
 
 def reference_apgd(
@@ -278,8 +286,7 @@ def fab_trajectories(
         landed = rows["landed"]
         ours[rows["iteration"][landed], rows["image"][landed]] = rows["x_adv"][landed]
     theirs, their_nearest = reference_fab(reference, model, x, y, norm)
-    nudged = (x + (torch.rand_like(x) - 0.5) * 1.2e-7).clamp(0, 1)
-    control, control_nearest = reference_fab(reference, model, nudged, y, norm)
+    control, control_nearest = reference_fab(reference, model, nudged(x), y, norm)
     table: Table = [
         {
             "norm": norm,
@@ -492,8 +499,20 @@ def _predictions(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
 # The command
 
 
+def check_commit(path: Path) -> None:
+    """Raise ClickException unless the checkout is at REFERENCE_COMMIT."""
+    git = ["git", "-C", str(path), "rev-parse", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True)
+    found = done.stdout.strip() or done.stderr.strip()
+    if found != REFERENCE_COMMIT:
+        raise click.ClickException(
+            f"expected a checkout of fra31/auto-attack at {REFERENCE_COMMIT} in {path}, got {found}"
+        )
+
+
 def load_reference(path: Path) -> SimpleNamespace:
-    """The classes and functions of the reference."""
+    """The classes and functions of the reference. Raises ClickException for another commit."""
+    check_commit(path)
     where = {
         "AutoAttack": "autoattack",
         "APGDAttack": "autoattack.autopgd_base",
