@@ -291,7 +291,16 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: means over seeds, 95% intervals for the n of one run, change from base."""
+    """A Markdown table: means over seeds, 95% intervals for the n of one run, change from base.
+
+    Raises SystemExit unless all runs have the same images and as many scored ones.
+    """
+    sizes = {(row["images"], row["n"], row["data_sha256"][:8]) for row in rows}
+    if len(sizes) > 1:
+        raise SystemExit(
+            "expected one number of training images, of scored images and one data set for all "
+            f"rows, got {', '.join(map(str, sorted(sizes)))}"
+        )
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:  # the latest of the same name and seed
         runs.setdefault(row["name"], {})[row["seed"]] = row

@@ -6,12 +6,13 @@ Trains small networks with single-step, PGD and TRADES adversarial training; the
 not among them. Every candidate then attacks every correctly classified image, so that the cost of
 any sequence can be computed afterwards: each stage counts only the images that no earlier stage
 fooled. A pass is a forward or a backward pass of one image. Networks and results are cached in
-`--folder`. The table is in `docs/attacks.md`.
+`--folder`; delete it after you change the networks or the attacks. The table is in
+`docs/attacks.md`.
 """
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import robust
 from robust.attack_registry import REGISTRY
 from robust.attacks import pgd, resolve_attack
 from robust.attacks.run import run_algorithm
-from robust.datasets import load_dataset
+from robust.datasets import Dataset, load_dataset
 from robust.tables import table
 from robust.threat_model import ThreatModel, parse_eps
 
@@ -191,13 +193,22 @@ def union(stages: Sequence[str], measured: dict[str, Measured]) -> Tensor:
     return torch.stack([measured[stage].fooled for stage in stages]).any(dim=0)
 
 
+def cache(folder: Path, subject: Subject, dataset: Dataset, n: int, stage: str = "") -> Path:
+    """The file of a network's weights or, with a stage, of its results.
+
+    Its name depends on the images too: the first `n` are attacked, and others are trained on.
+    """
+    values = subject.name, subject.eps, dataset.sha256, SIZE, n, stage, robust.__version__
+    name = "".join(c if c.isalnum() else "-" for c in subject.name)
+    return folder / f"{name} {hashlib.sha256(repr(values).encode()).hexdigest()[:16]}.pt"
+
+
 def measure(subject: Subject, data: str, n: int, folder: Path) -> dict[str, Measured]:
     """The results of every attack on a network, which is trained unless it is cached."""
     dataset = load_dataset(subject.data or data, size=SIZE).in_8_bits()
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     x, y = dataset.images[order].float() / 255, dataset.labels[order]
-    name = "".join(c if c.isalnum() else "-" for c in subject.name)
-    weights = folder / f"{name}.pt"
+    weights = cache(folder, subject, dataset, n)
     if weights.exists():
         model = subject.network(int(y.max()) + 1).eval().requires_grad_(False)
         model.load_state_dict(torch.load(weights, weights_only=True))
@@ -213,7 +224,7 @@ def measure(subject: Subject, data: str, n: int, folder: Path) -> dict[str, Meas
     for stage in dict.fromkeys((*AUTOATTACK, *CANDIDATES)):
         # Square's 5,000 queries cost by far the most, and only AutoAttack needs them.
         rows = left if stage == "square" else torch.ones_like(left)
-        cached = folder / f"{name} {zlib.crc32(f'{stage} {n}'.encode()):08x}.pt"
+        cached = cache(folder, subject, dataset, n, stage)
         if not cached.exists():
             found = attack(stage, model, x[rows], y[rows], ball)
             torch.save((found.fooled, found.passes), cached)

@@ -12,7 +12,8 @@ from training.recipe import Recipe
 
 def row(name: str, seed: int, clean: int, pgd: int) -> dict[str, object]:
     correct = {"clean": clean, "fgsm": 50, "pgd-20": pgd}
-    return {"name": name, "seed": seed, "n": 200, "correct": correct, "seconds": 60, "passes": 34}
+    sizes = {"n": 200, "images": 1000, "data_sha256": "0" * 64}
+    return {"name": name, "seed": seed, **sizes, "correct": correct, "seconds": 60, "passes": 34}
 
 
 @pytest.mark.parametrize("name", [name for name in LINES if name not in ("base", "classic")])
@@ -44,6 +45,12 @@ def test_table_has_means_over_seeds_and_differences() -> None:
         "| AWP 0.005 in the last half "
         "| 2 | 49.0 | 25.0 | 22.5 | 17.3 to 28.8 | +2.0 | 1.4 | 60 | 34 |",
     ]
+
+
+@pytest.mark.parametrize("other", [{"n": 100}, {"images": 500}, {"data_sha256": "1" * 64}])
+def test_runs_of_other_sizes_or_data_share_no_table(other: dict[str, object]) -> None:
+    with pytest.raises(SystemExit, match="expected one number of training images"):
+        table([row("base", 0, 100, 40), row("awp", 0, 98, 46) | other])
 
 
 def test_runs_share_training_images_and_score_others(tmp_path: Path) -> None:
