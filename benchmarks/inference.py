@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is
 
 from app.engine.runtime import onnx_runtime
 from app.engine.runtime_plan import examples
+from benchmarks.common import processor_name
 from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
 from robust.environment import device_in_words, versions
 from robust.graph import build_onnx
@@ -61,13 +61,9 @@ def rates(times: list[float], n: int) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((li.split(":")[1].strip() for li in lines if "model name" in li), name)
     words = ", ".join(f"{key} {value}" for key, value in versions().items())
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{device_in_words(device)}, {name}, {capability}; {words}"
+    return f"{device_in_words(device)}, {processor_name()}, {capability}; {words}"
 
 
 def main() -> None:

@@ -5,10 +5,10 @@
 
 Starts `robust serve` with the shipped models, or uses a running service at --address. Measures the
 time until the page is usable and, from a click to the painted picture on the browser's clock, FGSM
-and PGD-20 after a move of the slider, FGSM on both models, and the smallest eps. Prints median and
-worst of --repeats, with the load and the machine. With --pictures it writes docs/playground.png,
-docs/playground-dark.png and docs/playground-phone.png instead, with an example photograph. Needs
-Chromium and the extra dev.
+and PGD-20 after a move of the slider, FGSM on both models, and the smallest eps, in turn. Prints
+median, minimum and maximum of --repeats, with the load and the machine. With --pictures it writes
+docs/playground.png, docs/playground-dark.png and docs/playground-phone.png instead, with an example
+photograph. Needs Chromium and the extra dev.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import argparse
 import io
 import os
 import re
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -34,10 +32,11 @@ from playwright.sync_api import Browser, Page, expect
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
 from app.engine.cpu_limits import available_processors
+from benchmarks.common import ROOT, processor_name, service
 from tests.support.browser import chromium
 
-ROOT = Path(__file__).resolve().parents[1]
 WAIT = 120_000  # ms
+NEXT_POINT = 3000  # ms, longer than one point of the curve takes
 COLORS = 256  # in a picture's palette: a third of the bytes, with hardly visible loss
 # Changes controls and resolves to the milliseconds until the data attribute `mark` of <html> is
 # `wanted` and the image is painted; rejects after 20 seconds.
@@ -64,36 +63,6 @@ CLICK = """([change, mark, wanted, image]) => new Promise((resolve, reject) => {
 })"""
 
 
-@contextmanager
-def service(address: str | None) -> Iterator[str]:
-    """The address of a service, which is started if none is given."""
-    if address is not None:
-        yield address
-        return
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "robust_cli", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        wait_until_ready(address, process)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait_until_ready(address: str, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        try:
-            if httpx.get(f"{address}/readyz").is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit("robust serve ended before it was ready")
-
-
 def opened(browser: Browser, address: str, query: str = "", **context: object) -> Page:
     """The page after everything on it has been computed."""
     page = browser.new_context(**context).new_page()  # type: ignore[arg-type]
@@ -103,50 +72,53 @@ def opened(browser: Browser, address: str, query: str = "", **context: object) -
 
 
 def settle(page: Page) -> None:
+    """Wait until the smallest eps is found and the curve is complete."""
     expect(page.locator("html")).to_have_attribute("data-shown", re.compile("."), timeout=WAIT)
     pattern = re.compile("^(Smallest|PGD-10|The model|The curve is incomplete)")
     expect(page.locator("#curve-text")).to_have_text(pattern, timeout=WAIT)
-    page.wait_for_timeout(500)
+    points, before = page.locator("#curve-table tbody tr"), -1
+    while points.count() != before:
+        before = points.count()
+        page.wait_for_timeout(NEXT_POINT)
 
 
 # Measurements
 
 
 def measure(browser: Browser, address: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each measurement, `repeats` times."""
-    compared = httpx.get(f"{address}/model").json().get("compare") is not None
-    found = {"page usable": [usable(browser, address) for _ in range(repeats)]}
-    page = opened(browser, address, "?compare=no")
-
-    def moves(name: str, mark: str, image: str) -> Callable[[int], float]:
-        def move(turn: int) -> float:
-            k = 4 + turn % 8
-            milliseconds: float = page.evaluate(
-                CLICK, [[["eps", str(k)]], mark, f"{name} {k}", image]
-            )
-            return milliseconds
-
-        return move
-
-    page.select_option("#name", "fgsm")
-    page.wait_for_timeout(3000)
-    found["FGSM, slider moved"] = series(moves("fgsm", "shown", "adversarial"), repeats, page)
-    page.select_option("#name", "pgd")
-    page.wait_for_timeout(3000)
-    found["PGD-20, slider moved"] = series(moves("pgd", "shown", "adversarial"), repeats, page)
-    if compared:
-        page = opened(browser, address, "?attack=fgsm")
-        found["FGSM on both models"] = series(moves("fgsm", "compared", "compared"), repeats, page)
-    found["smallest eps"] = [smallest(browser, address) for _ in range(min(repeats, 10))]
+    """Milliseconds of each measurement, `repeats` times; they take turns."""
+    runs: dict[str, Callable[[int], float]] = {
+        "page usable": lambda _: usable(browser, address),
+        "FGSM, slider moved": slider(opened(browser, address, "?compare=no"), "fgsm"),
+        "PGD-20, slider moved": slider(opened(browser, address, "?compare=no"), "pgd"),
+        "smallest eps": lambda _: smallest(browser, address),
+    }
+    if httpx.get(f"{address}/model").json().get("compare") is not None:
+        page = opened(browser, address)
+        runs["FGSM on both models"] = slider(page, "fgsm", mark="compared", image="compared")
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            milliseconds = run(turn)
+            if turn:  # the first turn warms up
+                found[name].append(milliseconds)
     return found
 
 
-def series(move: Callable[[int], float], repeats: int, page: Page) -> list[float]:
-    values = []
-    for turn in range(repeats + 1):  # the first one warms up
-        values.append(move(turn))
+def slider(
+    page: Page, name: str, mark: str = "shown", image: str = "adversarial"
+) -> Callable[[int], float]:
+    """Moves the slider on `page` to another eps; returns the milliseconds until it is painted."""
+    page.select_option("#name", name)
+    page.wait_for_timeout(NEXT_POINT)
+
+    def move(turn: int) -> float:
+        k = 4 + turn % 8
+        milliseconds: float = page.evaluate(CLICK, [[["eps", str(k)]], mark, f"{name} {k}", image])
         page.wait_for_timeout(100)
-    return values[1:]
+        return milliseconds
+
+    return move
 
 
 def usable(browser: Browser, address: str) -> float:
@@ -155,7 +127,7 @@ def usable(browser: Browser, address: str) -> float:
     page.goto(address)
     expect(page.locator("html")).to_have_attribute("data-ready", "true", timeout=WAIT)
     milliseconds: float = page.evaluate("performance.getEntriesByName('usable')[0].startTime")
-    page.context.close()
+    close(page)
     return milliseconds
 
 
@@ -169,22 +141,22 @@ def smallest(browser: Browser, address: str) -> float:
     ended = re.compile("mallest eps|without an attack|does not")
     expect(page.locator("#settings-note")).to_have_text(ended, timeout=WAIT)
     found = 1000 * (time.perf_counter() - began)
-    page.context.close()
+    close(page)
     return found
+
+
+def close(page: Page) -> None:
+    """Close the page, and wait until the service has dropped its requests."""
+    page.context.close()
+    time.sleep(0.5)
 
 
 def report(found: dict[str, list[float]]) -> None:
     load = os.getloadavg()[0]
-    click.echo(f"{machine()}, {available_processors()} processors; load average {load:.1f}")
+    click.echo(f"{processor_name()}, {available_processors()} processors; load average {load:.1f}")
     for name, values in found.items():
-        worst, middle = max(values), median(values)
-        click.echo(f"{name:22} median {middle:7.0f} ms, worst {worst:7.0f} ms of {len(values)}")
-
-
-def machine() -> str:
-    path = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.is_file() else []
-    return names[0] if names else "unknown processor"
+        spread = f"({min(values):.0f} to {max(values):.0f})"
+        click.echo(f"{name:22} median {median(values):7.0f} ms {spread} of {len(values)}")
 
 
 # Screenshots
@@ -200,7 +172,6 @@ def pictures(browser: Browser, address: str) -> None:
         page = opened(
             browser, address, viewport={"width": width, "height": height}, color_scheme=scheme
         )
-        page.wait_for_timeout(6000)  # until the curve is complete
         page.mouse.move(0, 0)
         write(page.screenshot(), ROOT / "docs" / f"{name}.png")
         page.context.close()
@@ -221,7 +192,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--pictures", action="store_true")
     arguments = parser.parse_args()
-    with service(arguments.address) as address, chromium() as browser:
+    running = nullcontext(arguments.address) if arguments.address else service()
+    with running as address, chromium() as browser:
         if arguments.pictures:
             pictures(browser, address)
         else:

@@ -16,7 +16,6 @@ import io
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.private_postgres import PrivatePostgres, why_not  # noqa: E402
+from benchmarks.serving.servers import free_port  # noqa: E402
 from robust.checkpoint import load_checkpoint  # noqa: E402
 from robust.images import to_float  # noqa: E402
 
@@ -255,8 +255,7 @@ def replica(
 @contextmanager
 def nginx(folder: Path, replicas: list[Replica]) -> Iterator[str]:
     """nginx in front of the replicas; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     text = CONFIGURATION.read_text().replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     for item, place in zip(replicas, ("127.0.0.1:8001", "127.0.0.1:8002"), strict=True):
         text = text.replace(place, item.url.removeprefix("http://"))

@@ -109,7 +109,7 @@ def started(
     kind: Kind, python: Path, weights: Path, image: bytes, settings: Settings | None = None
 ) -> Iterator[Server]:
     """A fresh server, which has responded once. Raises ValueError if it does not start."""
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/predict"
     ours = {name: value for name, value in os.environ.items() if not name.startswith("ROBUST_")}
     given = {"SERVING_WEIGHTS": str(weights.resolve()), "BENTOML_DO_NOT_TRACK": "1"}
@@ -135,7 +135,7 @@ def started(
             end(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A free port outside the range of outgoing connections.
 
     Polling a server on a port in that range before it listens can connect the client to itself,
