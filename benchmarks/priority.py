@@ -15,7 +15,6 @@ import argparse
 import io
 import sys
 import time
-import uuid
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -80,12 +79,10 @@ def labeled(n: int, size: int, classes: int) -> bytes:
 
 def evaluate(client: httpx.Client, upload: bytes) -> str:
     """Start an evaluation; returns its URL once it runs."""
-    # Without a key of its own it would be the one canceled before.
-    headers = {"Idempotency-Key": uuid.uuid4().hex}
     job = client.post(
-        "/evaluate", files={"file": upload}, data={"attack": ["pgd-200"]}, headers=headers
+        "/evaluate", files={"file": upload}, data={"attack": ["pgd-200"]}
     ).raise_for_status()
-    location = job.headers["Location"]
+    location: str = job.headers["Location"]
     while client.get(location).json()["state"] == "queued":
         time.sleep(0.05)
     return location
@@ -96,9 +93,7 @@ def cancel(client: httpx.Client, location: str) -> None:
     state = client.get(location).json()["state"]
     if state != "running":
         raise SystemExit(f"the evaluation is {state}: use more --images or fewer --seconds")
-    client.delete(location)
-    while client.get(location).json()["state"] == "running":
-        time.sleep(0.05)
+    client.delete(location).raise_for_status()
 
 
 def main() -> None:
@@ -129,8 +124,8 @@ def main() -> None:
     with address as url, httpx.Client(base_url=url, timeout=120) as client:
         searched = client.get("/model").json()["search_precision"]
         data = encode_png(photo)
-        waits(client, data, 1)  # warm up
         for _ in range(args.blocks):
+            waits(client, data, 1)  # warm up, or until the last step of an evaluation has ended
             idle.append(waits(client, data, args.seconds / args.blocks))
             location = evaluate(client, upload)
             busy.append(waits(client, data, args.seconds / args.blocks))
