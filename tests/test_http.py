@@ -96,7 +96,7 @@ def test_the_python_blocks(address: str, folder: Path) -> None:
         r"fgsm horse \w+ (True|False) 8",
         r"pgd-5 horse \w+ (True|False) 8",
         r"served:   horse -> \w+ \w+",
-        r"ordinary: \w+ -> \w+",
+        r"standard: \w+ -> \w+",
         r"its image, shown to the served model: \w+",
         r"((queued|running)\n)*done",
         r"\{'clean': [\d.]+, 'fgsm': [\d.]+, 'pgd-5': [\d.]+\}",

@@ -132,7 +132,7 @@ class Collectives:
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the images of all ranks, on any device; in eval mode an ordinary one."""
+    """Batch norm over the images of all ranks, on any device; in eval mode a standard one."""
 
     def __init__(self, norm: nn.BatchNorm2d, collectives: Collectives) -> None:
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)

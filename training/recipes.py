@@ -132,7 +132,7 @@ def cpu_further() -> Recipe:
     "PGD-20 0.5%",
 )
 def plain() -> Recipe:
-    """Train an ordinary ResNet-18 (CIFAR stem) without attacks, as a baseline for robust models.
+    """Train a standard ResNet-18 (CIFAR stem) without attacks, as a baseline for robust models.
 
     A single clean phase with a short schedule and a high peak rate. The goal is 91% clean accuracy
     on CIFAR-10 in about an hour on a CPU; robust accuracy ends near 0. A training step of 128

@@ -34,7 +34,7 @@ export class Attack {
     this.last = -Infinity; // time of the last request
     this.held = false; // true while several settings change together
     this.known = null; // {fields, answer, at} of an attack that the search for eps has run
-    this.rest = null; // stops the question for the probabilities of all classes
+    this.rest = null; // aborts the request for all probabilities
     this.latest = new Latest({
       run: (request, signal) => this.#run(request, signal),
       show: (answer, request, more) => this.#show(answer, request, more),
@@ -213,7 +213,7 @@ export class Attack {
     const often = performance.now() - this.last < SETTLE;
     this.last = performance.now();
     this.busy();
-    this.rest?.abort(); // 300 ms are short
+    this.rest?.abort();
     if (isQuick(this.choice)) {
       // While the slider moves, each result is shown; a multi-step attack is aborted instead.
       this.latest.ask(request, { patient: (running) => isQuick(running.choice) && running.picture === request.picture });
@@ -383,7 +383,7 @@ export class Attack {
     if (!more && result.after.top.length < this.classes.length) this.#complete(result);
   }
 
-  /** /attack names the likeliest classes; /predict tells all of what came out. */
+  /** Shows all probabilities: /attack returns only the likeliest classes; /predict returns all. */
   async #complete(result) {
     const { signal } = (this.rest = new AbortController());
     try {
@@ -391,7 +391,7 @@ export class Attack {
       const after = await completed(this.classes, result.after.top, image, signal);
       bars($("both-bars"), this.classes, this.shown.picture.before, after);
     } catch {
-      // The likeliest stay; a service that went away is told of elsewhere.
+      // The likeliest stay; an unreachable service is reported elsewhere.
     }
   }
 }

@@ -46,11 +46,11 @@ export class Compare {
     if (compare?.sha256 !== this.model?.sha256) this.shown = null;
     this.model = compare ?? null;
     $("compare-field").hidden = !compare;
-    if (compare) $("intro-point").textContent = "whether it fools a robust model and an ordinary one";
-    const ordinary = compare && !hardened(compare.card);
-    this.name = ordinary ? "ordinary model" : "other model";
+    if (compare) $("intro-point").textContent = "whether it fools a robust model and a standard one";
+    const standard = compare && !hardened(compare.card);
+    this.name = standard ? "standard model" : "other model";
     $("compared-name").textContent = `${capital(this.name)}, attacked`;
-    const how = ordinary ? ", trained without attacks" : "";
+    const how = standard ? ", trained without attacks" : "";
     $("compared-title").textContent = compare ? `${capital(this.name)}: ${arch ?? compare.name}${how}` : "";
     this.#layout();
   }

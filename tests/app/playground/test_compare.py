@@ -65,7 +65,7 @@ def test_served_model_is_shown_before_the_comparison_finishes(
     page.fill("#eps-number", "9")
     expect(pair.find("html")).to_have_attribute("data-compared", "fgsm 9")
     name = pair.find("#compared-save").get_attribute("download")
-    assert name == "horse-fgsm-linf-9of255-ordinary-model.png"
+    assert name == "horse-fgsm-linf-9of255-standard-model.png"
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 720)])
@@ -81,8 +81,8 @@ def test_verdict_is_above_the_fold(
     visit.close()
 
 
-@pytest.mark.parametrize(("kind", "words"), [("clean", "Ordinary model"), ("pgd", "Other model")])
-def test_model_without_adversarial_training_is_called_ordinary(
+@pytest.mark.parametrize(("kind", "words"), [("clean", "Standard model"), ("pgd", "Other model")])
+def test_model_without_adversarial_training_is_called_standard(
     pair: Visit, kind: str, words: str
 ) -> None:
     """Its threat model says what it was attacked with, not that it was trained to withstand it."""
@@ -109,7 +109,7 @@ def test_model_without_adversarial_training_is_called_ordinary(
     expect(pair.find("#compared-name")).to_have_text(f"{words}, attacked")
     # Of the test images, and not of those held out while training.
     expect(pair.find("#card")).to_contain_text("plain_model.pt: resnet18, Clean 88.9%")
-    expect(pair.find(".intro")).to_contain_text("fools a robust model and an ordinary one.")
+    expect(pair.find(".intro")).to_contain_text("fools a robust model and a standard one.")
     pair.page.unroute_all(behavior="ignoreErrors")
 
 
