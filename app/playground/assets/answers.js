@@ -39,6 +39,9 @@ export function tooLarge(blob, limits) {
   return new Failure(`This file is too large: the service takes at most ${most} MiB.`, { status: 413 });
 }
 
+/** The largest eps that the service accepts, in 255ths. */
+export const maxEps = (limits, norm) => Math.floor(255 * limits.max_eps[norm] + 1e-6);
+
 export const named = ({ label, probability }) => `${label} ${percent(probability)}`;
 
 /** Whether a model was trained on adversarial images, according to its card. */

@@ -1,6 +1,6 @@
 // Requests to the service: errors as sentences, and events when it goes down or changes its model.
 
-import { sleep } from "./dom.js";
+import { capital, sleep } from "./dom.js";
 
 const HEARTBEAT = 10_000;
 const events = new EventTarget();
@@ -110,7 +110,7 @@ function words(status, problem, retryAfter) {
 
 function sentence(text) {
   const trimmed = text.trim();
-  return trimmed[0].toUpperCase() + trimmed.slice(1) + (/[.!?]$/.test(trimmed) ? "" : ".");
+  return capital(trimmed) + (/[.!?]$/.test(trimmed) ? "" : ".");
 }
 
 function notice(response) {

@@ -1,6 +1,6 @@
 // The attack panel: its controls, and the requests that they send.
 
-import { blobOf, completed, named } from "./answers.js";
+import { blobOf, completed, maxEps, named } from "./answers.js";
 import { post } from "./api.js";
 import { bars } from "./charts.js";
 import { $, attackText, epsText, normText, options, say, sleep } from "./dom.js";
@@ -106,7 +106,7 @@ export class Attack {
 
   /** The largest eps, in 255ths. */
   get most() {
-    return Math.floor(255 * this.limits.max_eps[this.norm] + 1e-6);
+    return maxEps(this.limits, this.norm);
   }
 
   /** The form fields that the attack and the curve share. */

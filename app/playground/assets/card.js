@@ -3,8 +3,7 @@
 import { el, epsText, normText, percent } from "./dom.js";
 import { hardened } from "./answers.js";
 import { interval } from "./evaluate.js";
-import { nameOf } from "./charts.js";
-import { attackTerm } from "./terms.js";
+import { attackTerm, nameOf } from "./terms.js";
 
 export function showCard(box, { sha256, device, loaded, classes, input_size: size, card, compare }) {
   const { arch, stem, activation } = card.architecture ?? {};

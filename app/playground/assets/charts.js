@@ -1,7 +1,7 @@
 // Charts: probability bars, confidence against eps, and accuracy against scored images. Colors come
 // from the style sheet.
 
-import { attackText, el, epsText, percent, svg } from "./dom.js";
+import { el, epsText, percent, svg } from "./dom.js";
 
 const MOST_CLASSES = 12;
 const MARGIN = { top: 8, right: 14, bottom: 34, left: 42 };
@@ -156,11 +156,4 @@ export function settling(box, lines, total) {
 /** A swatch in the color of a line of `settling`, for the table's legend. */
 export function swatch(place) {
   return el("span", { class: `swatch s${place % 8}`, "aria-hidden": "true" });
-}
-
-/** The display name of a result row: an attack with its budget, or another row such as clean. */
-export function nameOf(row) {
-  if (row === "clean") return "Clean";
-  const match = /^([a-z-]*[a-z])(-\d.*)?$/.exec(row);
-  return match ? attackText(match[1]) + (match[2] ?? "") : row;
 }

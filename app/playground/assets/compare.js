@@ -2,7 +2,7 @@
 
 import { hardened, named, pngUrl, showVerdict } from "./answers.js";
 import { post } from "./api.js";
-import { $, attackText, percent, say } from "./dom.js";
+import { $, attackText, capital, percent, say } from "./dom.js";
 import { Latest } from "./latest.js";
 import { save } from "./result.js";
 import { overlay } from "./viewer.js";
@@ -138,5 +138,3 @@ function transferText(before, after, outcome) {
   if (outcome === "already_wrong") return `predicts ${seen}.`;
   return after.label === before.label ? `still predicts ${seen}.` : `predicts ${seen}.`;
 }
-
-const capital = (text) => text[0].toUpperCase() + text.slice(1);

@@ -19,6 +19,8 @@ function fill(node, attributes, children) {
   return node;
 }
 
+export const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
 /** Shows `text` in `node`, or hides the node if the text is empty. */
 export function say(node, text = "") {
   node.textContent = text;

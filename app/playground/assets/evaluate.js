@@ -2,12 +2,12 @@
 // after a reload.
 
 import { ask, Failure, isAway, isStopped, open, post } from "./api.js";
-import { tooLarge } from "./answers.js";
-import { nameOf, settling, swatch } from "./charts.js";
-import { $, attackText, el, normText, options, percent, say, seconds, sleep } from "./dom.js";
+import { maxEps, tooLarge } from "./answers.js";
+import { settling, swatch } from "./charts.js";
+import { $, attackText, capital, el, normText, options, percent, say, seconds, sleep } from "./dom.js";
 import { Report } from "./report.js";
 import { Snippets } from "./snippets.js";
-import { attackTerm, term } from "./terms.js";
+import { attackTerm, nameOf, term } from "./terms.js";
 
 const UPLOAD = "\u0000upload"; // names of sets begin with a letter or a digit
 const EXAMPLES = "\u0000examples";
@@ -82,7 +82,7 @@ export class Evaluate {
     const set = $("set").value;
     $("set-file-field").hidden = set !== UPLOAD;
     $("set-note").hidden = set !== EXAMPLES;
-    $("set-eps").max = Math.floor(255 * this.limits.max_eps[$("set-norm").value] + 1e-6);
+    $("set-eps").max = maxEps(this.limits, $("set-norm").value);
     const uploaded = $("set-file").files[0]?.name ?? "set.npz";
     const file = { [EXAMPLES]: "examples/photos.npz", [UPLOAD]: uploaded }[set];
     const source = set === EXAMPLES ? "playground/examples/photos.npz" : null;
@@ -141,7 +141,7 @@ export class Evaluate {
   /** Throws Failure for settings that the service would refuse. */
   #check({ attack, norm, eps }) {
     if (!attack.length) throw new Failure("Choose at least one attack.");
-    const max = Math.floor(255 * this.limits.max_eps[norm] + 1e-6);
+    const max = maxEps(this.limits, norm);
     if (Number(eps.split("/")[0]) > max) {
       throw new Failure(`Choose an eps of at most ${max}/255 under ${normText(norm)}, not ${eps}.`);
     }
@@ -421,8 +421,6 @@ function flags(found, notes) {
   }
   return lists;
 }
-
-const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 /** Yields the server-sent events of a response body. */
 async function* events(body) {

@@ -23,13 +23,19 @@ export function term(content, about, { id = `term-${(count += 1)}`, control = fa
   return node;
 }
 
+const attackOf = (row) => /^([a-z-]*[a-z])(-\d.*)?$/.exec(row)?.[1];
+
+/** The display name of a result row: an attack with its budget, or another row such as clean. */
+export function nameOf(row) {
+  const attack = attackOf(row);
+  if (row === "clean") return "Clean";
+  return attack ? attackText(attack) + row.slice(attack.length) : row;
+}
+
 /** The display name of a result row, with a tooltip if it is an attack. */
 export function attackTerm(row) {
-  if (row === "clean") return "Clean";
-  const match = /^([a-z-]*[a-z])(-\d.*)?$/.exec(row);
-  if (!match) return row;
-  const text = attackText(match[1]) + (match[2] ?? "");
-  return summaries.has(match[1]) ? term(text, summaries.get(match[1])) : text;
+  const summary = summaries.get(attackOf(row));
+  return summary ? term(nameOf(row), summary) : nameOf(row);
 }
 
 /** Adds tooltips to the elements with `data-term`. */
