@@ -21,21 +21,37 @@ def visit_without_csp(browser: Browser, url: str) -> Visit:
     return Visit(browser, url, bypass_csp=True)
 
 
-def faults(visit: Visit) -> list[str]:
+def faults(visit: Visit, widths: tuple[int, ...] = WIDTHS) -> list[str]:
     """What axe finds at each width in the light and in the dark, and what sticks out to the right.
 
     One visit is resized, so that attacks and evaluations run only once.
     """
     found = []
-    for width in WIDTHS:
+    for width in widths:
         visit.page.set_viewport_size({"width": width, "height": 900})
-        for scheme in SCHEMES:
-            visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-            visit.page.wait_for_timeout(300)  # the bars move to their place
-            found += [f"{width} {scheme} {fault}" for fault in axe_faults(visit.page)]
         too_wide = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
         found += [f"{too_wide} pixels stick out at {width}"] * (too_wide > 0)
+        # axe does not tell the contrast of text that sticks out of the root element.
+        least = f"{width + too_wide}px" if too_wide > 0 else ""
+        visit.page.evaluate("least => document.documentElement.style.minWidth = least", least)
+        for scheme in SCHEMES:
+            # Without transitions, so that the bars are in their place.
+            visit.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+            found += [f"{width} {scheme} {fault}" for fault in axe_faults(visit.page)]
+        visit.page.evaluate("document.documentElement.style.minWidth = ''")
     return found
+
+
+def test_low_contrast_is_told_also_of_a_page_that_is_too_wide(
+    browser: Browser, served: Running
+) -> None:
+    visit = visit_without_csp(browser, served.url)
+    visit.page.goto(served.url)
+    visit.page.add_style_tag(content="main { width: 500px } .intro { color: #888 !important }")
+    found = faults(visit, widths=(375,))
+    assert found[0] == "125 pixels stick out at 375"
+    assert any(fault.startswith("375 light color-contrast: ['.intro']") for fault in found)
+    visit.close()
 
 
 def evaluated(visit: Visit, eps: int) -> None:
