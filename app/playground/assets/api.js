@@ -3,17 +3,24 @@
 import { capital, sleep } from "./dom.js";
 
 const HEARTBEAT = 10_000;
+// Attempts of a request that fails although the service is ready, and ms between them if it does
+// not say how long to wait.
+const RETRY = { attempts: 3, wait: 2000 };
+// An aborted attack holds its place in the queue until the service notices, so "busy" may pass soon.
+const BUSY = { wait: 500, limit: 10_000 }; // ms between attempts and in all
 const events = new EventTarget();
 let up = true;
 let sha256 = null;
 let key = null; // kept in this page only
 
-/** An error whose message is a sentence for the user; `status` is 0 without a response. */
+/** An error whose message is a sentence for the user. `status` is 0 without a response; `away` says
+ * that the service is not ready, so that "back" will follow. */
 export class Failure extends Error {
-  constructor(message, { status = 0, retryAfter = 0 } = {}) {
+  constructor(message, { status = 0, retryAfter = 0, away = false } = {}) {
     super(message);
     this.status = status;
     this.retryAfter = retryAfter;
+    this.away = away;
   }
 }
 
@@ -22,9 +29,6 @@ export class Failure extends Error {
 export const on = (name, callback) => events.addEventListener(name, callback);
 
 export const isStopped = (error) => error.name === "AbortError";
-
-/** Whether the service did not respond or is not ready, so that the page will try again. */
-export const isAway = ({ status }) => status === 0 || status === 503;
 
 /** Sends this key with all later requests. */
 export const useKey = (text) => (key = text);
@@ -41,8 +45,7 @@ export async function open(path, init = {}) {
     response = await fetch(new URL(path, document.baseURI), { cache: "no-store", ...init, headers });
   } catch (error) {
     if (isStopped(error)) throw error;
-    lost();
-    throw new Failure("The service does not respond. This page keeps trying and continues by itself.");
+    throw await dropped();
   }
   if (response.status === 401 && used !== key) return open(path, init); // the user entered a key since
   if (!response.ok) throw await failure(response);
@@ -57,21 +60,50 @@ export async function ask(path, init) {
     return await response.json();
   } catch (error) {
     if (isStopped(error)) throw error;
-    lost();
-    throw new Failure("The connection was lost before the response was complete.");
+    throw await dropped();
   }
 }
 
 /** Posts a form and returns the JSON of the response. Lists repeat their field; empty values are
- * omitted. */
-export function post(path, fields, { signal, headers } = {}) {
+ * omitted. Tries again if the service is ready but can't answer now. */
+export async function post(path, fields, { signal, headers } = {}) {
   const body = new FormData();
   for (const [name, value] of Object.entries(fields)) {
     for (const item of Array.isArray(value) ? value : [value]) {
       if (item !== "" && item != null) body.append(name, item);
     }
   }
-  return ask(path, { method: "POST", body, signal, headers });
+  for (let attempt = 1; ; attempt += 1) {
+    try {
+      return await ask(path, { method: "POST", body, signal, headers });
+    } catch (error) {
+      const transient = (error.status === 503 || error.status === 0) && !error.away;
+      if (!transient || attempt === RETRY.attempts) throw error;
+      await sleep(1000 * error.retryAfter || RETRY.wait, signal);
+    }
+  }
+}
+
+/** Posts an attack; while the service is busy, tries again for a while. */
+export async function postAttack(fields, signal) {
+  const latest = performance.now() + BUSY.limit;
+  for (;;) {
+    try {
+      return await post("attack", fields, { signal });
+    } catch (error) {
+      if (error.status !== 429 || performance.now() > latest) throw error;
+      await sleep(BUSY.wait, signal);
+    }
+  }
+}
+
+/** The Failure for a request without a complete response. */
+async function dropped() {
+  const away = await isAway();
+  if (!away) return new Failure("The connection was lost before the response was complete.");
+  lost();
+  const message = "The service does not respond. This page keeps trying and continues by itself.";
+  return new Failure(message, { away });
 }
 
 async function failure(response) {
@@ -82,15 +114,15 @@ async function failure(response) {
   } catch {
     // Not a problem document but a proxy's page: the status is enough.
   }
-  if (response.status === 503) lost(sentence(problem.detail ?? "The service is not ready"));
-  if (response.status === 401) events.dispatchEvent(new Event("key"));
-  return new Failure(words(response.status, problem, retryAfter), {
-    status: response.status,
-    retryAfter,
-  });
+  const { status } = response;
+  // A service that is ready may still refuse some requests, such as evaluations without a database.
+  const away = status === 503 && (await isAway());
+  if (away) lost(sentence(problem.detail ?? "The service is not ready"));
+  if (status === 401) events.dispatchEvent(new Event("key"));
+  return new Failure(words(status, problem, { retryAfter, away }), { status, retryAfter, away });
 }
 
-function words(status, problem, retryAfter) {
+function words(status, problem, { retryAfter, away }) {
   const faults = (problem.errors ?? []).map(({ field, expected, got }) => {
     const what = field === "file" ? "" : `${field}: `;
     return sentence(`${what}expected ${expected}, but got ${got}`);
@@ -103,7 +135,8 @@ function words(status, problem, retryAfter) {
       : "This service requires an API key. Enter yours at the top of the page.";
   }
   if (status === 429) return `The service is busy. ${detail} Try again in ${retryAfter || 5} s.`;
-  if (status === 503) return `${detail} This page continues by itself when the service is ready.`;
+  if (away) return `${detail} This page continues by itself when the service is ready.`;
+  if (status === 503) return `${detail} Try again in ${retryAfter || 5} s.`;
   if (status === 504) return `${detail} Try fewer steps or a faster attack.`;
   return detail;
 }
@@ -114,9 +147,11 @@ function sentence(text) {
 }
 
 function notice(response) {
-  const named = response.headers.get("X-Model-SHA256");
-  if (!named || !new URL(response.url).pathname.endsWith("/readyz")) return;
-  const changed = sha256 !== null && named !== sha256;
+  const named = response.headers.get("X-Model-SHA256"); // of an evaluation, its own model's
+  const path = /[^/]*$/.exec(new URL(response.url).pathname)[0];
+  if (!named || !["model", "readyz"].includes(path)) return;
+  // The page shows what /model answers, so only a probe can find another model.
+  const changed = path === "readyz" && sha256 !== null && named !== sha256;
   sha256 = named;
   if (changed) events.dispatchEvent(new Event("model"));
 }
@@ -125,14 +160,22 @@ async function lost(why = "The service does not respond; retrying…") {
   if (!up) return;
   up = false;
   events.dispatchEvent(new CustomEvent("lost", { detail: why }));
-  for (let wait = 500; !(await ready()); wait = Math.min(2 * wait, 5000)) await sleep(wait);
+  let wait = 500;
+  do {
+    await sleep(wait);
+    wait = Math.min(2 * wait, 5000);
+  } while (!(await ready()));
   up = true;
   events.dispatchEvent(new Event("back"));
 }
 
+/** Whether the service is not ready; asks it unless this is known. */
+const isAway = async () => !up || !(await ready());
+
 async function ready() {
   try {
-    const response = await fetch(new URL("readyz", document.baseURI), { cache: "no-store" });
+    const signal = AbortSignal.timeout(HEARTBEAT);
+    const response = await fetch(new URL("readyz", document.baseURI), { cache: "no-store", signal });
     if (response.ok) notice(response);
     return response.ok;
   } catch {

@@ -1,17 +1,15 @@
 // The attack panel: its controls, and the requests that they send.
 
 import { blobOf, completed, maxEps, named } from "./answers.js";
-import { post } from "./api.js";
+import { postAttack } from "./api.js";
 import { bars } from "./charts.js";
-import { $, attackText, epsText, normText, options, say, sleep } from "./dom.js";
+import { $, attackText, epsText, normText, options, say } from "./dom.js";
 import { Latest } from "./latest.js";
 import { Pace } from "./pace.js";
 import { save, settingsText, showOriginal, showResult } from "./result.js";
 import { Snippets } from "./snippets.js";
 
 const SETTLE = 120; // ms; changes in faster succession start a multi-step attack only once
-// A canceled attack holds its place in the queue until the service notices, so "busy" may pass soon.
-const BUSY = { again: 500, limit: 10_000 }; // ms between attempts and in all
 
 export class Attack {
   /** `busy()` is called when an attack starts, `idle()` when the last one has ended, `changed()`
@@ -349,16 +347,8 @@ export class Attack {
   async #run({ at, choice, k, picture, answer, ...fields }, signal) {
     if (answer) return answer;
     const ticking = this.pace.tick(choice, fields.steps, signal);
-    const latest = performance.now() + BUSY.limit;
     try {
-      for (;;) {
-        try {
-          return await post("attack", fields, { signal });
-        } catch (error) {
-          if (error.status !== 429 || performance.now() > latest) throw error;
-          await sleep(BUSY.again, signal);
-        }
-      }
+      return await postAttack(fields, signal);
     } finally {
       ticking.abort();
     }

@@ -1,7 +1,7 @@
 // The curve of confidence against eps, and the search for the smallest eps that breaks the image:
 // PGD-10, one eps at a time.
 
-import { isStopped, post } from "./api.js";
+import { isStopped, postAttack } from "./api.js";
 import { blobOf, known, outcomeText, probabilities } from "./answers.js";
 import { curve } from "./charts.js";
 import { $, el, epsText, normText, percent, say } from "./dom.js";
@@ -157,7 +157,7 @@ export class Breaking {
     const { picture, fields, classes } = this.attack;
     const request = { attack: "pgd", steps: STEPS, eps: `${k}/255`, file: picture.input, ...fields };
     const begin = performance.now();
-    const answer = await post("attack", request, { signal });
+    const answer = await postAttack(request, signal);
     const [{ after, outcome, seconds, adversarial_png: png }] = answer.results;
     const choice = this.attack.limits.attacks.find(({ name }) => name === "pgd");
     this.attack.pace.measured(choice, STEPS, seconds);

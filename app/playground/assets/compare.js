@@ -1,7 +1,7 @@
 // Runs the same attack on a comparison model, next to the served model.
 
 import { hardened, named, pngUrl, showVerdict } from "./answers.js";
-import { post } from "./api.js";
+import { postAttack } from "./api.js";
 import { $, attackText, capital, percent, say } from "./dom.js";
 import { Latest } from "./latest.js";
 import { save } from "./result.js";
@@ -17,7 +17,7 @@ export class Compare {
     this.shown = null; // {fields, picture} of the result on the screen
     this.failed = null; // the fields of a request that failed
     this.latest = new Latest({
-      run: (request, signal) => post("attack", { ...request.fields, file: request.picture.input, compare: "only" }, { signal }),
+      run: ({ fields, picture }, signal) => postAttack({ ...fields, file: picture.input, compare: "only" }, signal),
       show: (answer, request) => this.#show(answer, request),
       fail: (error, request) => {
         this.failed = JSON.stringify(request.fields);

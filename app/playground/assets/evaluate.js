@@ -1,7 +1,7 @@
 // The evaluation panel: starts an evaluation, shows its progress, cancels it, and finds it again
 // after a reload.
 
-import { ask, Failure, isAway, isStopped, open, post } from "./api.js";
+import { ask, Failure, isStopped, open, post } from "./api.js";
 import { maxEps, tooLarge } from "./answers.js";
 import { settling, swatch } from "./charts.js";
 import { $, attackText, capital, el, normText, options, percent, say, seconds, sleep } from "./dom.js";
@@ -132,7 +132,7 @@ export class Evaluate {
     } catch (error) {
       if (this.stopper !== stopper) return;
       this.#failed(error);
-      if (isAway(error)) this.awaiting = () => this.#start(fields);
+      if (error.away) this.awaiting = () => this.#start(fields);
     } finally {
       if (this.stopper === stopper) this.#end();
     }
@@ -192,7 +192,7 @@ export class Evaluate {
         return await ask(`evaluate/${id}`, { signal });
       } catch (error) {
         if (error.status === 404) throw this.#gone();
-        if (!isAway(error) && error.status !== 429 && error.status !== 401) throw error;
+        if (![0, 401, 429, 503].includes(error.status)) throw error;
         await sleep(2000, signal);
       }
     }
@@ -250,7 +250,7 @@ export class Evaluate {
     } catch (error) {
       say($("evaluate-error"), error.message);
       $("cancel").disabled = false;
-      if (isAway(error)) this.awaiting = () => this.#cancel();
+      if (error.away) this.awaiting = () => this.#cancel();
     }
   }
 

@@ -73,7 +73,7 @@ const looking = new Latest({
   },
   fail: (error, request) => {
     say($("picture-error"), error.message);
-    if (error.status === 0 || error.status === 503) return; // `resume` sends it again
+    if (error.away) return; // `resume` sends it again
     if (error.status === 429) return again(request, error.retryAfter || 5);
     if (seen) forget();
   },

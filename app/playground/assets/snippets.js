@@ -125,7 +125,8 @@ function attackWithClient({ attack, compare, ...fields }, given) {
 }
 
 function evaluateWithClient({ dataset, attack, norm, eps, limit }, given) {
-  const parameters = [py(attack), `norm=${py(norm)}`, `eps=${py(eps)}`];
+  const parameters = [py(attack), `norm=${py(norm)}`];
+  if (eps) parameters.push(`eps=${py(eps)}`);
   if (dataset) parameters.push(`dataset=${py(dataset)}`);
   if (limit) parameters.push(`limit=${limit}`);
   return [

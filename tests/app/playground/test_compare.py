@@ -141,6 +141,24 @@ def test_comparison_is_dimmed_until_its_response_arrives(pair: Visit) -> None:
     page.unroute_all(behavior="ignoreErrors")
 
 
+def test_a_comparison_is_tried_again_while_the_service_is_busy(pair: Visit) -> None:
+    busy = iter([429, 429])
+
+    def answered(route: Route) -> None:
+        second = b'name="compare"' in (route.request.post_data_buffer or b"")
+        if second and (status := next(busy, None)):
+            route.fulfill(status=status, body="{}", headers={"Retry-After": "70"})
+        else:
+            route.continue_()
+
+    pair.page.route("**/attack", answered)
+    pair.open("?attack=fgsm")
+    expect(pair.find("html")).to_have_attribute("data-compared", "fgsm 8")
+    expect(pair.find("#compare-error")).to_be_hidden()
+    assert next(busy, None) is None
+    pair.page.unroute_all(behavior="ignoreErrors")
+
+
 def test_comparison_can_be_switched_off(pair: Visit) -> None:
     page = pair.open()
     expect(pair.find("#curl")).to_contain_text("compare=true")
@@ -271,8 +289,10 @@ def test_pytorch_command_runs_without_the_service(
 def test_evaluation_commands_run(visit: Visit, tmp_path: Path) -> None:
     page = visit.open()
     page.select_option("#set", label="few")
-    page.fill("#set-eps", "3")
     page.click('.snippet:has(#evaluate-curl) [data-form="python"]')
+    page.fill("#set-eps", "")  # the service's default
+    expect(visit.find("#evaluate-curl")).not_to_contain_text("eps")
+    page.fill("#set-eps", "3")
     printed = run(visit.find("#evaluate-curl").inner_text(), tmp_path)
     assert "done\nclean 0." in printed
     assert re.search(r"\npgd-20 [\d.]+ \[[\d.]+, [\d.]+\]\n$", printed)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from app.settings import Settings
 from tests.support.browser import Visit
+from tests.support.playground import settled
 from tests.support.serving import Running, gated, serving, until
 
 pytestmark = pytest.mark.browser
@@ -81,6 +82,29 @@ def test_evaluation_requested_offline_starts_when_online(
     expect(visit.find("#evaluate-text")).to_contain_text("Done: 30 images of few.npz.")
     expect(visit.find("#accuracies tbody tr").nth(1)).to_contain_text("43/255")
     expect(visit.find("#evaluate-stale")).to_contain_text("eps 43/255")
+
+
+def test_a_service_that_is_ready_but_refuses_evaluations_is_asked_a_few_times(
+    visit: Visit,
+) -> None:
+    page = visit.open()
+    settled(page)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(visit.url)))
+    refusal = json.dumps({"title": "x", "detail": "The database does not respond."})
+    page.route(
+        "**/evaluate",
+        lambda route: route.fulfill(status=503, body=refusal, headers={"Retry-After": "1"}),
+    )
+    started(visit, 50)
+    expect(visit.find("#evaluate-error")).to_have_text(
+        "The database does not respond. Try again in 1 s."
+    )
+    page.wait_for_timeout(1500)
+    assert asked.count("/evaluate") == 3
+    assert not {"/model", "/limits"} & set(asked)  # the page does not begin anew
+    expect(visit.find("#status")).to_contain_text("resnet18")
+    expect(visit.find("#start")).to_be_enabled()
 
 
 def test_lost_evaluation_is_not_rerun_automatically(visit: Visit) -> None:
