@@ -9,6 +9,7 @@ import { Pace } from "./pace.js";
 import { save, settingsText, showOriginal, showResult } from "./result.js";
 import { Snippets } from "./snippets.js";
 
+const PREDICTED = "predicted"; // stands in the URL for the true class "As predicted"
 const SETTLE = 120; // ms; changes in faster succession start a multi-step attack only once
 
 export class Attack {
@@ -24,6 +25,7 @@ export class Attack {
     this.comparing = comparing;
     this.picture = null; // {input: Blob, name, before: probabilities, predicted}
     this.pending = false; // whether a new image was chosen and the service has not read it yet
+    this.given = null; // the true class in the URL, for an image that is pending
     this.result = null;
     this.shown = null; // {fields, picture, words} of the result on the screen
     this.pace = new Pace();
@@ -125,6 +127,7 @@ export class Attack {
   /** A new image was chosen: shows it at once, and dims the previous result. */
   expect({ url, name }) {
     this.pending = true;
+    this.given = null;
     this.#unset();
     this.latest.stop();
     if (url) showOriginal(url, `${name}, not read by the model yet`);
@@ -146,8 +149,8 @@ export class Attack {
     this.picture = picture;
     this.pending = false;
     this.result = null;
-    const known = picture.label && this.classes.includes(picture.label);
-    $("label").value = known ? picture.label : "";
+    this.#label(this.given);
+    this.given = null;
     if ($("target").value === ($("label").value || picture.predicted)) $("target").value = "";
     this.#originalOf(picture);
     this.#unavailable();
@@ -245,6 +248,26 @@ export class Attack {
     say($("settings-note"), words);
   }
 
+  /** The class that an example shows, if the model has it. */
+  get #shows() {
+    const label = this.picture?.label;
+    return this.classes.includes(label) ? label : "";
+  }
+
+  /** Sets the true class to that of the URL, or else of the example. */
+  #label(given) {
+    if (given === PREDICTED) $("label").value = "";
+    else $("label").value = this.classes.includes(given) ? given : this.#shows;
+  }
+
+  /** The true class for the URL: none for the example's own, or for an image of the user, which the
+   * URL does not have. */
+  get label() {
+    if (this.pending) return this.given;
+    const { value } = $("label");
+    return this.picture?.label && value !== this.#shows ? value || PREDICTED : null;
+  }
+
   /** Restores settings from the URL; missing or invalid ones get their defaults. */
   restore(query) {
     const take = (id, value, usual) => {
@@ -255,13 +278,16 @@ export class Attack {
     take("name", query.get("attack"), this.usual);
     if (!this.choice || $("name").selectedOptions[0].disabled) $("name").value = "fgsm";
     take("norm", query.get("norm"), this.limits.norms[0]);
+    if (this.pending) this.given = query.get("label");
+    else if (this.picture?.label) this.#label(query.get("label"));
+    this.#unavailable();
     take("target", query.get("target"), "");
     $("steps").value = "";
     this.#named({ quietly: true });
     const usual = Math.round(255 * this.limits.default_eps[this.norm]);
     const k = /^(\d{1,5})\/255$/.exec(query.get("eps") ?? "")?.[1] ?? usual;
     const steps = Number(query.get("steps"));
-    const fits = Number.isInteger(steps) && steps >= 1 && steps <= this.limits.max_steps;
+    const fits = Number.isInteger(steps) && steps >= 1 && steps <= Number($("steps").max);
     if (this.choice.takes_steps && fits) $("steps").value = steps;
     this.changed();
     this.#eps(Math.min(Number(k), this.most));
@@ -326,9 +352,9 @@ export class Attack {
     this.ask({ curve: true });
   }
 
-  /** Disables the true class as a target. */
+  /** Disables the true class as a target; of an image that is pending it is not known. */
   #unavailable() {
-    const label = $("label").value || this.picture?.predicted;
+    const label = this.pending ? null : $("label").value || this.picture?.predicted;
     for (const option of $("target").options) option.disabled = option.value === label;
   }
 

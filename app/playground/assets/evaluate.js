@@ -21,6 +21,7 @@ export class Evaluate {
     this.job = null;
     this.asked = null; // the form's fields, as JSON, for the evaluation shown
     this.stopper = null;
+    this.cancelling = false; // whether to cancel the evaluation once its id is known
     this.awaiting = null; // what to do once the connection is back
     this.began = null; // when the evaluation was first seen running
     this.report = new Report({ fail: (error) => this.#failed(error) });
@@ -40,9 +41,10 @@ export class Evaluate {
     new ResizeObserver(() => this.#draw()).observe($("settling"));
   }
 
-  configure(limits) {
+  configure(limits, { sha256 }) {
     const first = !this.limits;
     this.limits = limits;
+    this.model = sha256;
     options($("set"), [
       ...limits.datasets.map((name) => [name, name]),
       [EXAMPLES, "Five example photographs (demo)"],
@@ -73,9 +75,12 @@ export class Evaluate {
     };
   }
 
-  /** The form's fields and the chosen set. */
+  /** The form's fields, the chosen set, and which file it is if it is uploaded. */
   get #wanted() {
-    return { set: $("set").value, ...this.#fields };
+    const set = $("set").value;
+    const file = set === UPLOAD ? $("set-file").files[0] : null;
+    const upload = file ? [file.name, file.size, file.lastModified].join() : null;
+    return { set, upload, ...this.#fields };
   }
 
   #changed() {
@@ -90,26 +95,34 @@ export class Evaluate {
     this.#mark();
   }
 
-  /** Dims a result for other settings than the form's, and says which settings it is for. */
+  /** Dims a result for other settings than the form's or for another model, and says so. */
   #mark() {
     const { job } = this;
     const shown = job !== null && !$("evaluate-result").hidden;
-    const stale = shown && this.asked !== JSON.stringify(this.#wanted);
+    const earlier = shown && job.model_sha256 !== this.model;
+    const stale = earlier || (shown && this.asked !== this.#comparable);
     $("evaluate-result").toggleAttribute("data-stale", stale);
     if (!stale) return say($("evaluate-stale"));
+    if (earlier) return say($("evaluate-stale"), "The dimmed result is for an earlier model.");
     const [{ norm, eps_text: eps }] = job.attacks;
     const ball = `${normText(norm)}, eps ${eps}`;
     say($("evaluate-stale"), `The dimmed result is for ${this.#set}, ${ball}, not for the settings above.`);
   }
 
+  /** The form as JSON, with the evaluated file if none is chosen: a reload clears the choice. */
+  get #comparable() {
+    const wanted = this.#wanted;
+    return JSON.stringify({ ...wanted, upload: wanted.upload ?? JSON.parse(this.asked).upload });
+  }
+
   /** Sets the form to the settings of an evaluation. */
-  #adopt({ set, attack, norm, eps, limit }) {
+  #adopt({ set, upload, attack, norm, eps, limit }) {
     if ([...$("set").options].some(({ value }) => value === set)) $("set").value = set;
     $("set-norm").value = norm;
     $("set-eps").value = eps.split("/")[0];
     $("set-limit").value = limit;
     for (const box of $("set-attacks").querySelectorAll("input")) box.checked = attack.includes(box.value);
-    this.asked = JSON.stringify(this.#wanted);
+    this.asked = JSON.stringify({ ...this.#wanted, upload });
     this.#changed();
   }
 
@@ -122,17 +135,19 @@ export class Evaluate {
       this.#mark();
       this.#check(fields);
       const file = await this.#file(fields.set, stopper.signal);
+      if (this.cancelling) return this.#tell("Cancelled before it started.");
       const wait = { Prefer: "respond-async" };
-      const { set, ...sent } = fields;
+      const { set, upload, ...sent } = fields;
       const job = await post("evaluate", { ...sent, file }, { signal: stopper.signal, headers: wait });
       remember({ id: job.id, fields });
-      this.#show(job);
-      if (!ENDED.includes(job.state)) await this.#follow(job.id, stopper.signal);
-      else $("evaluate-text").textContent += " This is the result of an earlier evaluation with the same settings.";
+      await this.#watch(job, stopper.signal);
+      if (!ENDED.includes(job.state)) return;
+      const text = $("evaluate-text").textContent;
+      this.#tell(`${text} This is the result of an earlier evaluation with the same settings.`);
     } catch (error) {
       if (this.stopper !== stopper) return;
       this.#failed(error);
-      if (error.away) this.awaiting = () => this.#start(fields);
+      if (error.away && !this.cancelling) this.awaiting = () => this.#start(fields);
     } finally {
       if (this.stopper === stopper) this.#end();
     }
@@ -175,14 +190,19 @@ export class Evaluate {
     this.#begin("Looking for the previous evaluation…");
     this.#adopt(found.fields);
     try {
-      const job = await this.#again(found.id, stopper.signal);
-      this.#show(job);
-      if (!ENDED.includes(job.state)) await this.#follow(job.id, stopper.signal);
+      await this.#watch(await this.#again(found.id, stopper.signal), stopper.signal);
     } catch (error) {
       if (this.stopper === stopper) this.#failed(error);
     } finally {
       if (this.stopper === stopper) this.#end();
     }
+  }
+
+  /** Shows an evaluation until it ends; cancels it first if that was clicked before its id was known. */
+  async #watch(job, signal) {
+    this.#show(job);
+    if (this.cancelling && !ENDED.includes(job.state)) await this.#cancel();
+    if (!ENDED.includes(this.job.state)) await this.#follow(job.id, signal);
   }
 
   /** Fetches the evaluation with that id; retries while the service is down. */
@@ -238,13 +258,11 @@ export class Evaluate {
 
   async #cancel() {
     $("cancel").disabled = true;
-    if (!this.job || ENDED.includes(this.job.state)) {
-      this.stopper?.abort();
-      this.stopper = null;
-      say($("evaluate-text"), "Cancelled before it started.");
-      this.#end();
-      return;
+    if (!this.job) {
+      this.cancelling = true; // the service may have accepted it already
+      return this.#tell("Cancelling…");
     }
+    if (ENDED.includes(this.job.state)) return;
     try {
       this.#show(await ask(`evaluate/${this.job.id}`, { method: "DELETE" }));
     } catch (error) {
@@ -257,6 +275,7 @@ export class Evaluate {
   #begin(text) {
     this.lines = [];
     this.job = null;
+    this.cancelling = false;
     this.awaiting = null;
     this.began = null;
     this.lost = false; // whether the connection is lost
@@ -264,7 +283,7 @@ export class Evaluate {
     this.report.of(null);
     $("evaluate-again").hidden = true;
     say($("evaluate-error"));
-    say($("evaluate-text"), text);
+    this.#tell(text);
     $("evaluate-result").hidden = true;
     $("evaluate-bar").hidden = false;
     $("evaluate-bar").removeAttribute("value");
@@ -280,8 +299,14 @@ export class Evaluate {
 
   #failed(error) {
     if (!isStopped(error)) say($("evaluate-error"), error.message);
-    if (!this.job) say($("evaluate-text"));
+    if (!this.job) this.#tell("");
     say($("evaluate-time"));
+  }
+
+  /** Shows `text`; screen readers announce `state`, when it changes. */
+  #tell(text, state = text) {
+    say($("evaluate-text"), text);
+    if ($("evaluate-state").textContent !== state) $("evaluate-state").textContent = state;
   }
 
   /** The display name of the set of the evaluation shown. */
@@ -298,16 +323,15 @@ export class Evaluate {
     const dataset = this.#set;
     const total = evaluation?.total ?? job.images;
     if (evaluation) $("evaluate-bar").value = evaluation.done ?? evaluation.n / total;
-    say(
-      $("evaluate-text"),
-      {
-        queued: `Queued: ${total} images of ${dataset}.`,
-        running: `${underWay(evaluation)} of ${total} images of ${dataset}.`,
-        done: `Done: ${total} images of ${dataset}.`,
-        cancelled: `Cancelled at ${underWay(evaluation)} of ${total} images of ${dataset}.`,
-        failed: "",
-      }[state],
-    );
+    const of = `${total} images of ${dataset}`;
+    const text = {
+      queued: `Queued: ${of}.`,
+      running: `${underWay(evaluation)} of ${of}.`,
+      done: `Done: ${of}.`,
+      cancelled: `Cancelled at ${underWay(evaluation)} of ${of}.`,
+      failed: "",
+    }[state];
+    this.#tell(text, state === "running" ? `Running: ${of}.` : text);
     this.report.of(state === "done" ? job : null);
     if (state === "running") this.began ??= performance.now();
     else this.began = null;

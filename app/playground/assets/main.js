@@ -27,9 +27,11 @@ const attack = new Attack({
   changed: () => breaking.restart(),
   asked: () => {
     if (!configured) return;
+    const { label } = attack;
     const { attack: name, eps, norm, steps, target } = attack.request;
     const without = $("compare").checked ? "" : "no";
-    note({ example: wanted ?? brought?.label, attack: name, eps, norm, steps, target, compare: without });
+    const shown = wanted ?? brought?.label;
+    note({ example: shown, attack: name, eps, norm, steps, target, label, compare: without });
   },
   marked: () => compare?.mark(),
   comparing: () => compare?.on,
@@ -214,7 +216,7 @@ async function configure() {
   showCard($("card"), model);
   compare.configure(model);
   attack.configure(limits, model);
-  evaluate.configure(limits);
+  evaluate.configure(limits, model);
   ready();
 }
 

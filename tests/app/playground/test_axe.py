@@ -42,9 +42,7 @@ def faults(visit: Visit, widths: tuple[int, ...] = WIDTHS) -> list[str]:
     return found
 
 
-def test_low_contrast_is_told_also_of_a_page_that_is_too_wide(
-    browser: Browser, served: Running
-) -> None:
+def test_low_contrast_is_reported_on_an_overflowing_page(browser: Browser, served: Running) -> None:
     visit = visit_without_csp(browser, served.url)
     visit.page.goto(served.url)
     visit.page.add_style_tag(content="main { width: 500px } .intro { color: #888 !important }")

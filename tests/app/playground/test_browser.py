@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from app.application import create_app
 from app.settings import Settings
@@ -78,18 +78,50 @@ def test_service_that_stops_and_returns(
 def test_model_change_is_noticed(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "robust_model.pt"
     first = write_checkpoint(path, seed=1, arch="resnet18")
-    settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.1)
+    (tmp_path / "few.npz").write_bytes(labeled(6))
+    settings = Settings(
+        checkpoint=path, threads=1, device="cpu", reload_seconds=0.1, datasets=tmp_path
+    )
     with serving(settings) as running:
         visit = Visit(browser, running.url)
         visit.page.clock.install()
         page = visit.open()
         expect(page.locator("#status")).to_contain_text(first[:8])
+        start(page, "few")
+        expect(page.locator("#evaluate-text")).to_have_text(re.compile("^Done"))
+        expect(page.locator("#evaluate-stale")).to_be_hidden()
         second = write_checkpoint(path, seed=2, arch="resnet18")
         until(lambda: running.service.models.sha256 == second)
         page.clock.fast_forward(11_000)
         expect(page.locator("#status")).to_contain_text(second[:8])
         expect(page.locator("#card")).to_contain_text(second[:12])
+        earlier = "The dimmed result is for an earlier model."
+        expect(page.locator("#evaluate-stale")).to_have_text(earlier)
+        page.reload()
+        expect(page.locator("#evaluate-text")).to_have_text(re.compile("^Done"))
+        expect(page.locator("#evaluate-stale")).to_have_text(earlier)
         visit.close()
+
+
+def test_model_change_while_the_page_opens_is_noticed(visit: Visit, served: Running) -> None:
+    old = "0" * 64
+    asked: list[str] = []
+
+    def replaced(route: Route) -> None:
+        answer = route.fetch()
+        if asked:
+            route.fulfill(response=answer)
+        else:
+            headers = answer.headers | {"x-model-sha256": old}
+            route.fulfill(response=answer, json=answer.json() | {"sha256": old}, headers=headers)
+        asked.append(route.request.url)
+
+    visit.page.route("**/model", replaced)
+    visit.open()
+    sha256 = served.service.models.sha256
+    assert sha256 is not None
+    expect(visit.find("#status")).to_contain_text(sha256[:8])
+    assert len(asked) == 2
 
 
 def test_api_key_is_requested_and_used(browser: Browser, checkpoint: Path) -> None:

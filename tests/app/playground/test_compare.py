@@ -141,7 +141,7 @@ def test_comparison_is_dimmed_until_its_response_arrives(pair: Visit) -> None:
     page.unroute_all(behavior="ignoreErrors")
 
 
-def test_a_comparison_is_tried_again_while_the_service_is_busy(pair: Visit) -> None:
+def test_comparison_is_retried_while_the_service_is_busy(pair: Visit) -> None:
     busy = iter([429, 429])
 
     def answered(route: Route) -> None:

@@ -10,12 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from robust.attacks import DEFAULT_ATTACKS
 from tests.support.browser import Visit
 from tests.support.playground import settled, start
-from tests.support.serving import Running, gated, labeled
+from tests.support.serving import Brake, Running, gated, labeled, until
 
 pytestmark = pytest.mark.browser
 
@@ -77,22 +77,41 @@ def test_evaluation_report_is_downloaded(visit: Visit, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().lower().startswith(beginning.lower())
 
 
-def test_running_evaluation_updates_live(visit: Visit) -> None:
+def without_attacks(visit: Visit) -> Page:
+    """The page, whose attacks fail, so that the device has no other work than evaluations."""
+    visit.page.route("**/attack", lambda route: route.fulfill(status=500, body="{}"))
+    visit.page.goto(visit.url)
+    expect(visit.find("html")).to_have_attribute("data-ready", "true")
+    return visit.page
+
+
+def test_running_evaluation_updates_live(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robust.evaluation.stages.SHOW_SECONDS", 0.0)  # however fast the machine
     page = visit.open()
-    seen: set[str] = set()
-    page.expose_function("heard", lambda text: seen.add(text))
+    seen: dict[str, list[str]] = {"evaluate-text": [], "evaluate-state": []}
+    page.expose_function("heard", lambda name, text: seen[name].append(text))
     page.evaluate(
         """() => {
-            const node = document.querySelector("#evaluate-text");
-            new MutationObserver(() => heard(node.textContent)).observe(node, {childList: true});
+            for (const name of ["evaluate-text", "evaluate-state"]) {
+                const node = document.getElementById(name);
+                const tell = () => heard(name, node.textContent);
+                new MutationObserver(tell).observe(node, {childList: true});
+            }
         }"""
     )
-    start(page, "many")
-    expect(page.locator("#evaluate-text")).to_have_text(
-        "Done: 1200 images of many.npz.", timeout=120_000
-    )
-    progress = [text for text in seen if re.fullmatch(r"[\w-]+: \d+ of 1200 images .*", text)]
+    start(page, "many", limit="400")
+    done = "Done: 400 images of many.npz."
+    expect(page.locator("#evaluate-text")).to_have_text(done)
+    texts, states = seen["evaluate-text"], seen["evaluate-state"]
+    progress = {text for text in texts if re.fullmatch(r"[\w-]+: \d+ of 400 images .*", text)}
     assert len(progress) >= 3
+    # Screen readers announce only when the state changes.
+    until(lambda: page.wait_for_timeout(10) or states[-1] == done)
+    assert [text.split(":")[0] for text in states if text[:6] != "Queued"] == [
+        "Sending…",
+        "Running",
+        "Done",
+    ]
     points = page.locator("#settling g.series polyline").first.get_attribute("points") or ""
     assert len(points.split()) >= 2
 
@@ -153,15 +172,55 @@ def test_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
     expect(page.locator("#evaluate-text")).to_have_text("Done: 30 images of few.npz.")
 
 
-def test_cancelling_keeps_partial_results(visit: Visit) -> None:
-    page = visit.open()
-    start(page, "many")
+def test_cancelling_keeps_partial_results(
+    visit: Visit, served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robust.evaluation.stages.SHOW_SECONDS", 0.0)
+    page = without_attacks(visit)
+    with gated(served.service) as gate:
+        brake = Brake(gate, passes=100)  # the probes, 75 clean batches, and few of those attacked
+        start(page, "many")
+        expect(page.locator("#accuracies tbody tr")).to_have_count(4)
+        page.click("#cancel")
+        expect(page.locator("#evaluate-text")).to_have_text(
+            re.compile("^Cancelled at [\\w-]+: [0-9]+ of 1200 images")
+        )
+        brake.released.set()
     expect(page.locator("#accuracies tbody tr")).to_have_count(4)
-    page.click("#cancel")
-    expect(page.locator("#evaluate-text")).to_have_text(
-        re.compile("^Cancelled at [\\w-]+: [0-9]+ of 1200 images")
-    )
-    expect(page.locator("#accuracies tbody tr")).to_have_count(4)
+
+
+def test_evaluation_is_cancelled_once_its_id_is_known(visit: Visit, served: Running) -> None:
+    page = without_attacks(visit)
+    held: list[Route] = []
+
+    def hold_the_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        held.append(route)
+
+    def cancelled_in_time() -> None:
+        until(lambda: page.wait_for_timeout(10) or held)
+        page.click("#cancel")
+        expect(page.locator("#evaluate-text")).to_have_text("Cancelling…")
+        held[0].continue_()
+        expect(page.locator("#evaluate-text")).to_have_text(
+            re.compile("^Cancelled at .*0 of 30 images of few.npz.$")
+        )
+        expect(page.locator("#start")).to_be_enabled()
+        newest = served.client.get("/evaluate").json()[0]
+        assert newest["state"] == "cancelled"
+
+    with gated(served.service):
+        page.route("**/evaluate", hold_the_first)
+        start(page, "few")
+        cancelled_in_time()
+        page.unroute("**/evaluate")
+        held.clear()
+        page.route(re.compile(r"/evaluate/\w+$"), hold_the_first)
+        start(page, "few")
+        expect(page.locator("#evaluate-text")).to_have_text(re.compile("0 of 30 images|^Queued"))
+        page.reload()  # it looks for the evaluation
+        cancelled_in_time()
 
 
 def test_evaluation_is_shown_again_after_a_reload(visit: Visit) -> None:

@@ -84,7 +84,7 @@ def test_evaluation_requested_offline_starts_when_online(
     expect(visit.find("#evaluate-stale")).to_contain_text("eps 43/255")
 
 
-def test_a_service_that_is_ready_but_refuses_evaluations_is_asked_a_few_times(
+def test_evaluation_refused_by_a_ready_service_is_tried_three_times(
     visit: Visit,
 ) -> None:
     page = visit.open()

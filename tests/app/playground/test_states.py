@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Route, expect
 
 from tests.support.browser import Visit
-from tests.support.serving import CLASSES, Running, until
+from tests.support.serving import CLASSES, Running, labeled, until
 
 pytestmark = pytest.mark.browser
 
@@ -111,7 +111,7 @@ def test_stale_results_are_dimmed_until_the_response_arrives(
     expect(visit.find("#result-settings")).to_have_text(f"Result for {words}")
     waiting = Held(visit)
     page.fill("#eps-number", "9")
-    expect(visit.find("#result")).to_have_attribute("aria-busy", "true", timeout=1000)
+    expect(visit.find("#result")).to_have_attribute("aria-busy", "true")
     expect(visit.find("#result-settings")).to_have_text(
         f"Updating; the dimmed result is for {words}"
     )
@@ -245,6 +245,29 @@ def test_evaluation_with_other_settings_is_dimmed(visit: Visit) -> None:
     expect(visit.find("#evaluate-stale")).to_be_hidden()
 
 
+def test_evaluation_of_another_file_is_dimmed(visit: Visit) -> None:
+    def chosen(name: str) -> None:
+        file = {"name": name, "mimeType": "application/zip", "buffer": labeled(6)}
+        page.set_input_files("#set-file", file)  # type: ignore[arg-type]
+
+    page = visit.open()
+    page.select_option("#set", label="Upload a file…")
+    chosen("a.npz")
+    page.fill("#set-eps", "52")
+    page.click("#start")
+    expect(visit.find("#evaluate-text")).to_contain_text("Done: 6 images of the uploaded set.")
+    expect(visit.find("#evaluate-stale")).to_be_hidden()
+    chosen("b.npz")
+    expect(visit.find("#evaluate-stale")).to_have_text(
+        "The dimmed result is for the uploaded set, L∞, eps 52/255, not for the settings above."
+    )
+    page.reload()  # no file is chosen any more
+    expect(visit.find("#evaluate-text")).to_contain_text("Done: 6 images of the uploaded set.")
+    expect(visit.find("#evaluate-stale")).to_be_hidden()
+    chosen("c.npz")
+    expect(visit.find("#evaluate-stale")).to_be_visible()
+
+
 def test_url_holds_the_settings(visit: Visit) -> None:
     page = visit.open()
     page.click('[data-example="dog"]')
@@ -268,6 +291,29 @@ def test_url_holds_the_settings(visit: Visit) -> None:
     expect(visit.find("#result-settings")).to_have_text(
         "Result for FGSM, L∞, eps 8/255, true class horse, examples/horse.jpg."
     )
+
+
+def test_url_holds_the_true_class_and_queries(visit: Visit) -> None:
+    page = visit.open("?example=deer&attack=square&steps=300&eps=64/255")
+    expect(visit.find("#steps")).to_have_value("300")  # more than other attacks' steps
+    expect(visit.find("#label")).to_have_value("deer")
+    page.select_option("#name", "fgsm")
+    for label, words, query in [
+        ("frog", ", true class frog", "label=frog"),
+        ("", "", "label=predicted"),
+    ]:
+        page.select_option("#label", label)
+        page.wait_for_url(re.compile(query))
+        page.reload()
+        expect(visit.find("#result-settings")).to_have_text(
+            f"Result for FGSM, L∞, eps 64/255{words}, examples/deer.jpg."
+        )
+    page.select_option("#label", "deer")
+    page.wait_for_url(re.compile("^(?!.*label)"))
+    page.go_back()
+    expect(visit.find("#label")).to_have_value("")
+    page.click('[data-example="dog"]')  # has its own
+    expect(visit.find("#result-settings")).to_contain_text("true class dog")
 
 
 def test_attack_names_have_explanations(visit: Visit, served: Running) -> None:
