@@ -187,10 +187,13 @@ def warn_about_seen_images(
             "will be too high; use --val as before",
             dataset.name,
         )
-    elif earlier.seed != seed or before < held_out:  # a smaller share is a part of that before
+        return
+    options = [f"--seed {earlier.seed}"] if earlier.seed != seed else []
+    if before < held_out:  # a smaller share is a part of that before
+        options.append(f"--set held_out={before}")
+    if options:
         logger.warning(
-            "the weights were trained on some of the images that are held out now; with --seed %s "
-            "--set held_out=%s the same images are held out as before",
-            earlier.seed,
-            before,
+            "the weights were trained on some of the images that are held out now; "
+            "with %s the same images are held out as before",
+            " ".join(options),
         )

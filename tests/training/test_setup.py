@@ -16,8 +16,9 @@ from training.setup import warn_about_seen_images
         (0, 0.2, {"held_out": 0.2}, ""),
         (0, 0.1, {"held_out": 0.2}, ""),  # a part of the images that were held out
         (0, 0.2, {}, ""),
-        (1, 0.2, {"held_out": 0.2}, "with --seed 0 --set held_out=0.2 the same images"),
-        (0, 0.3, {"held_out": 0.2}, "with --seed 0 --set held_out=0.2 the same images"),
+        (1, 0.2, {"held_out": 0.2}, "with --seed 0 the same images are held out"),
+        (0, 0.3, {"held_out": 0.2}, "with --set held_out=0.2 the same images"),
+        (1, 0.3, {"held_out": 0.2}, "with --seed 0 --set held_out=0.2 the same images"),
         (0, 0.2, {"held_out": 0.2, "validation": {"name": "val.npz"}}, "use --val as before"),
     ],
 )
