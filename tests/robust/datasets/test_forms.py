@@ -287,7 +287,7 @@ def torchvision_set(kind: type, **attributes: object) -> object:
         torchvision_set(SVHN, data=IMAGES.numpy(), labels=LABELS, split="test"),
         {"adv_complete": IMAGES, "labels": torch.eye(3)[torch.from_numpy(LABELS)]},
         {"images": IMAGES, "labels": [torch.eye(3)[label] for label in LABELS]},
-        {"images": [row.astype(">f4") / 255 for row in ROWS], "labels": LABELS},  # big-endian
+        {"images": [(row / 255).astype(">f4") for row in ROWS], "labels": LABELS},  # big-endian
         {"img": IMAGES, "fine_label": LABELS, "coarse_label": LABELS * 0},  # CIFAR-100 on the hub
         {b"data": ROWS.transpose(0, 3, 1, 2).reshape(6, -1), b"labels": LABELS.tolist()},
     ],
