@@ -1,4 +1,4 @@
-# What one types in a checkout. All it needs is Python 3.11 or newer, with venv; the first call sets up .venv.
+# Commands for a checkout. They need Python 3.11 or newer with venv; the first call sets up .venv.
 
 PYTHON ?= python3
 # Not `?=`: some shells export HOST with the name of the machine. `make serve HOST=0.0.0.0 PORT=9000` still works.
@@ -8,12 +8,12 @@ ENGINE ?= docker
 IMAGE ?= robust
 TORCH_INDEX ?=
 ARGS ?=
-# Tests at a time. Many wait for a process of their own.
+# Parallel test processes.
 JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Written last, so that a set-up that was interrupted is taken up again.
+# Written last, so an interrupted setup starts again.
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -31,20 +31,20 @@ train: $(READY) ## Train, for example ARGS="--data digits --recipe quick"
 test: lint types ## Run lint, types and tests (ARGS= goes to pytest)
 	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
-check: test ## What every commit must pass: test, and audit where its service can be asked
+check: test ## Run all checks a commit must pass: test, and audit if the network allows
 	@$(BIN)/python .ci/audit.py || [ $$? -eq 75 ]
 
-audit: $(READY) ## Look for known holes in the pinned packages (needs the network)
+audit: $(READY) ## Check the pinned packages for known vulnerabilities (needs the network)
 	@$(BIN)/python .ci/audit.py
 
-lint: $(READY) ## Run the linter and look at the format
+lint: $(READY) ## Run the linter and check the format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(READY) ## Check the types
 	$(BIN)/mypy
 
-format: $(READY) ## Mend what the linter can mend, and the format
+format: $(READY) ## Apply the linter's fixes and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -22,16 +22,16 @@ def audit() -> ModuleType:
 
 
 SAFE = {"name": "a", "version": "1", "vulns": []}
-HOLED = {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}
+VULNERABLE = {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}
 UNKNOWN = {"name": "c", "skip_reason": "not found"}
 
 
 @pytest.mark.parametrize(
     ("packages", "status", "told"),
     [
-        ([SAFE], 0, "0 known holes in 1 packages"),
-        ([SAFE, HOLED], 1, "b 2 has CVE-1, mended in 2.1"),
-        ([SAFE, UNKNOWN], 0, "nothing is known of c"),
+        ([SAFE], 0, "0 known vulnerabilities in 1 packages"),
+        ([SAFE, VULNERABLE], 1, "b 2 has CVE-1, fixed in 2.1"),
+        ([SAFE, UNKNOWN], 0, "no data on c"),
         ([UNKNOWN, UNKNOWN], 75, "not done"),
         ([], 75, "not done"),
     ],
