@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.support.copies import copy_for_commands
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -43,7 +44,7 @@ def test_documented_command_runs(block: str, tmp_path: Path) -> None:
     lines = block.replace("\\\n", " ").splitlines()
     assert all(re.match(r"robust |#|$", line) for line in lines), "say `<!-- not run: why -->`"
     for folder in ("examples", "models"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs"))
+        copy_for_commands(ROOT / folder, tmp_path / folder)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
@@ -168,11 +169,10 @@ def test_where_to_add_table_names_existing_files() -> None:
 # For whoever forks it
 
 
-def test_the_workflow_runs_the_tests_on_linux_and_macos() -> None:
+def test_workflow_runs_the_tests_on_linux() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     job = workflow["jobs"]["test"]
-    systems = {name.partition("-")[0] for name in job["strategy"]["matrix"]["os"]}
-    assert systems == {"ubuntu", "macos"}
+    assert job["runs-on"].startswith("ubuntu")
     assert job["steps"][-1]["run"] == "make test"
 
 

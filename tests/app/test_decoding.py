@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,13 +121,19 @@ def test_worker_decoding_too_long_is_killed() -> None:
     async def work(pool: WorkerPool) -> None:
         await ask(pool, png())  # so that there is a worker
         (worker,) = pool._idle
+
+        async def decode_forever(*_: object, **__: object) -> None:
+            worker.begun, worker.answered = True, False
+            await asyncio.Event().wait()
+
+        worker.ask = decode_forever  # type: ignore[method-assign,assignment]
         pool._seconds = 0.05
         with pytest.raises(DecodeFailed) as failed:
-            await ask(pool, bombs.deep_color_png(4000), memory=8 * MEMORY)  # 0.4 s
+            await ask(pool, png())
         assert failed.value.reason == "seconds"
         assert worker._process.wait(10) < 0  # killed by a signal
 
-    use(work, memory=8 * MEMORY)
+    use(work)
 
 
 @pytest.mark.parametrize(
@@ -239,28 +246,37 @@ def test_cpu_time_limit_has_its_own_error() -> None:
     use(work)
 
 
-def test_slots_go_to_the_client_with_the_least_recent_use() -> None:
+def test_slots_go_to_the_client_with_the_least_recent_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(semaphores, "time", SimpleNamespace(monotonic=lambda: now))
+
     async def run() -> list[str]:
-        slots, order = FairSemaphore(1, per_client=1), []
+        slots, order, queued = FairSemaphore(1, per_client=1), [], asyncio.Event()
 
         async def use(client: str, seconds: float) -> None:
+            nonlocal now
             async with slots.hold(client):
                 order.append(client)
-                await asyncio.sleep(seconds)
+                now += seconds
+                await queued.wait()
 
-        await use("dear", 0.2)
-        await use("cheap", 0.0)
-        current = asyncio.create_task(use("other", 0.01))
+        queued.set()
+        await use("expensive", 0.2)
+        await use("cheap", 0.01)
+        queued.clear()
+        current = asyncio.create_task(use("other", 0.0))
         await asyncio.sleep(0)
-        waiting = [asyncio.create_task(use(client, 0.0)) for client in ("dear", "cheap", "new")]
+        names = ("expensive", "cheap", "new")
+        waiting = [asyncio.create_task(use(client, 0.0)) for client in names]
+        await asyncio.sleep(0)
+        queued.set()
         await asyncio.wait([current, *waiting])
-        now = time.monotonic()
-        assert slots._recent_use("dear", now) == pytest.approx(0.2, abs=0.1)
-        half = slots._recent_use("dear", now + HALF_LIFE_SECONDS)
-        assert half == pytest.approx(slots._recent_use("dear", now) / 2)
+        assert slots._recent_use("expensive", now) == pytest.approx(0.2, rel=0.01)
+        half = slots._recent_use("expensive", now + HALF_LIFE_SECONDS)
+        assert half == pytest.approx(slots._recent_use("expensive", now) / 2)
         return order[3:]
 
-    assert asyncio.run(run()) == ["new", "cheap", "dear"]
+    assert asyncio.run(run()) == ["new", "cheap", "expensive"]
 
 
 def test_clients_with_little_use_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

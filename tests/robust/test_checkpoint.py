@@ -547,7 +547,7 @@ def test_results_recorded_concurrently_are_all_kept(
     def write_late(path: Path, value: object) -> None:
         if not first_writes.is_set():  # the second has time to read what is about to change
             first_writes.set()
-            recorded.wait(1)
+            recorded.wait(0.2)
         write(path, value)
 
     def record(attack: str) -> None:

@@ -260,7 +260,6 @@ class Softmax(nn.Module):
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_onnx(probabilities: bool, fixed: bool, network: nn.Module, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper, numpy_helper
 
     path = tmp_path / "model.onnx"
@@ -363,7 +362,8 @@ def test_onnx_with_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_our_own_hub_folder(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     classifier = classifier_of(arch="resnet18", num_classes=3, mean=(0.4, 0.5, 0.6), input_size=32)
     rows = [
         {"data": "a: b.npz", "attack": "clean", "accuracy": 0.75, "n": 4},
@@ -413,7 +413,8 @@ def test_our_own_hub_folder(tmp_path: Path) -> None:
 
 
 def test_timms_hub_folder(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     net = timm.create_model("test_resnet", num_classes=3).eval()
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     config = {

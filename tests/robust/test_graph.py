@@ -1,5 +1,6 @@
 """The ONNX graph agrees with the classifier for any number of images."""
 
+import onnxruntime
 import pytest
 import torch
 
@@ -7,10 +8,8 @@ from robust.graph import build_onnx
 from robust.inference import for_inference
 from tests.robust.test_inference import classifier_of, images
 
-onnxruntime = pytest.importorskip("onnxruntime")
 
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize(
     ("stem", "side"),  # maps of 2 and 1 pixels in the last stages, 3 to 2, and 5 to 2

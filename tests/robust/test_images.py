@@ -1,13 +1,10 @@
 import io
 import struct
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from robust.images import (
@@ -259,46 +256,6 @@ def test_metadata_raises_no_warnings() -> None:
     assert pixel(png(1, 1, 8, 0, b"\0\x07", chunk(b"acTL", body), text)) == (7, 7, 7)
 
 
-def damage(original: bytes) -> Callable[[list[tuple[float, int]], float], bytes]:
-    def apply(changes: list[tuple[float, int]], keep: float) -> bytes:
-        data = bytearray(original[: 1 + int(keep * len(original))])
-        for place, value in changes:
-            data[int(place * len(data)) - 1] = value
-        return bytes(data)
-
-    return apply
-
-
-def outcome(data: bytes) -> None:
-    try:
-        image = decode_image(data, max_pixels=100_000)
-    except ImageError:
-        return
-    assert image.mode == "RGB"
-
-
-CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
-
-
-@settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from(FORMATS), changes=CHANGES, keep=st.floats(0.5, 1))
-def test_damaged_files_give_an_image_or_an_image_error(
-    kind: str, changes: list[tuple[float, int]], keep: float
-) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    outcome(damage(encoded(photo(), kind, exif=exif))(changes, keep))
-
-
-MAGICS = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF....WEBP", b"RIFF....WEBPVP8X")
-
-
-@settings(max_examples=150, deadline=None)
-@given(magic=st.sampled_from(MAGICS), tail=st.binary(max_size=200))
-def test_any_bytes_give_an_image_or_an_image_error(magic: bytes, tail: bytes) -> None:
-    outcome(magic + tail)
-
-
 def test_resizing_to_the_same_size_is_exact() -> None:
     image = photo(32, 32)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -339,7 +296,8 @@ def test_float_values_are_correctly_rounded_on_every_device(device: str) -> None
 
 
 def test_png_round_trip_is_the_identity() -> None:
-    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=generator)
     assert torch.equal(decode_png(encode_png(image)), image)
     for bad in (image.float(), image[:1], image[None]):
         with pytest.raises(ValueError, match="expected a uint8 image"):

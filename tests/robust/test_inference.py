@@ -34,7 +34,7 @@ def logits_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach(), gradient
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize(
     ("stem", "side"),  # 32 and 8 meet maps of 2 and 1 pixels, 40 of 3 to 2, 9 of 5, 3 and 2

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from robust_cli import run
 from tests.robust import test_checkpoint, test_given, test_loading
@@ -44,7 +45,6 @@ def test_every_form_in_the_table_has_a_test() -> None:
 def test_your_own_model_page_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     blocks = re.findall(r"(<!-- not run: [^>]+ -->\n)?```(python|sh)\n(.*?)```", PAGE, re.DOTALL)

@@ -43,11 +43,14 @@ class Running:
         """Begin something on the service's own event loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    def evaluation_cancelled(self) -> bool:
+        """Whether the work on the device, such as one that waits at a gate, is cancelled."""
+        return all(work.abandoned for work in list(self.service.engine._queue.running))
+
     def stop_jobs(self, gate: Gate) -> None:
         """Stop the evaluations, as at the end of the service, while one waits at `gate`."""
         stopping = self.begin(self.service.jobs.stop())
-        until(lambda: self.service.jobs.ending)
-        time.sleep(0.05)  # its cancellation goes before what opens the gate
+        until(self.evaluation_cancelled)
         gate.open.set()
         stopping.result(30)
 

@@ -617,7 +617,8 @@ def test_stop_cancels_running_work_at_its_next_step() -> None:
         held = Held(Kind.EVALUATE, steps=10)
         task = await held.start(engine, served(Brightness()))
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 60))
-        await asyncio.sleep(0.05)
+        while not all(work.abandoned for work in engine._queue.running):
+            await asyncio.sleep(0.001)
         held.release.set()
         with pytest.raises(Cancelled):
             await task

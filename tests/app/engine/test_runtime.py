@@ -124,7 +124,6 @@ def test_gap_compares_confident_and_unconfident_outputs() -> None:
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_all_runtimes_agree_at_any_batch_size(stem: str) -> None:
-    pytest.importorskip("onnxruntime")
     classifier = classifier_of(arch="resnet18", stem=stem, input_size=16)
     metrics = Metrics()
     runtimes = runtimes_for(for_inference(classifier), threads=1, metrics=metrics)
@@ -167,7 +166,6 @@ def test_classifier_is_kept_in_float16_without_loss(checkpoint: Path) -> None:
 def test_reload_builds_the_runtimes_of_the_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxruntime")
     path = tmp_path / "robust_model.pt"
     write_checkpoint(path, seed=1)
     settings = Settings(checkpoint=path, threads=1, device="cpu", reload_seconds=0.05)

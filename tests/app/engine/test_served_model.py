@@ -76,7 +76,6 @@ def test_model_from_user_code(tmp_path: Path) -> None:
 
 
 def test_gradient_attacks_are_rejected_for_a_model_without_gradients(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
 
     nodes = [

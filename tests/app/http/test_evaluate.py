@@ -103,7 +103,7 @@ def test_limit_sets_the_number_of_images(running: Running) -> None:
 
 
 def test_predictions_are_served_during_an_evaluation(running: Running) -> None:
-    job = start(running, labeled(300), attack="pgd-40")
+    job = start(running, labeled(500), attack="pgd-200")  # far longer than the requests below
     until(lambda: status(running, job["id"])["state"] == "running")
     for seed in range(5):
         assert running.client.post("/predict", content=png(seed)).status_code == 200

@@ -17,8 +17,6 @@ from app.jobs.postgres_schema import VERSION, SchemaError, script
 from app.metrics import Metrics
 from benchmarks.private_postgres import PrivatePostgres, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
 FIRST_RELEASE = Path(__file__).with_name("tables_0_1.sql")  # made by pg_dump --schema-only
 JOB = """
 INSERT INTO evaluations (id, digest, model, about, state, bytes, run, lost)
@@ -41,6 +39,8 @@ WHERE connamespace = 'robust'::regnamespace ORDER BY conname
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PrivatePostgres]:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
     with PrivatePostgres() as postgres:
         yield postgres
 

@@ -31,13 +31,13 @@ from tests.app.jobs.test_service import (
 )
 from tests.support.serving import Brake, Gate, Running, gated, labeled, png, serving, until
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
 Pair = tuple[Running, Running]
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PrivatePostgres]:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
     with PrivatePostgres() as postgres:
         yield postgres
 
@@ -243,7 +243,7 @@ def test_stopping_replica_hands_its_job_over_at_once(
             with serving(own) as heir, gated(heir.service) as other:
                 other.open.set()
                 handing = leaving.begin(leaving.service.jobs.hand_over())
-                time.sleep(0.1)
+                until(leaving.evaluation_cancelled)
                 brake.released.set()
                 handing.result(30)
                 found = finish(heir, job["id"])
