@@ -75,7 +75,7 @@ def test_clients_disconnecting_while_sending(
                 vanish(connection, reset=random.random() < 0.5)
         # Nothing that was never whole became work, or is waited for until the time is over.
         assert not patient.client.get("/evaluate").json()
-    assert no_failures(patient, before, caplog)
+    assert_no_failures(patient, before, caplog)
 
 
 @pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -106,7 +106,7 @@ def test_clients_disconnecting_before_the_response(
         until(lambda: patient.client.get(f"/evaluate/{job}").json()["state"] == "done", 120)
         assert patient.client.delete(f"/evaluate/{job}").json()["evaluation"]["n"] == 100
         assert statuses(patient)["499"] > before["499"]
-    assert no_failures(patient, before, caplog)
+    assert_no_failures(patient, before, caplog)
 
 
 def test_attack_of_a_disconnected_client_stops_at_its_next_step(patient: Running) -> None:
@@ -139,7 +139,7 @@ def test_slow_senders_time_out_while_others_are_served(patient: Running) -> None
         assert answered > 0
         assert statuses(patient)["408"] - before["408"] == 100
         for connection in connections:
-            assert closed(connection)
+            wait_for_close(connection)
             connection.close()
 
 
@@ -178,23 +178,24 @@ def test_malformed_chunked_body_ends_its_request_quietly(
             with connect(patient) as connection:
                 connection.sendall(sent)
                 assert connection.recv(12)[9:] in (b"400", b"200")
-                assert closed(connection)
+                wait_for_close(connection)
         gate.open.set()
         # An answer that has begun can only be ended.
         with connect(patient) as connection:
             connection.sendall(HEAD % b"GET /livez" + b"Transfer-Encoding: chunked\r\n\r\n")
             assert connection.recv(12)[9:] == b"200"
             connection.sendall(b"garbage\r\n")
-            assert closed(connection)
-    assert no_failures(patient, before, caplog)
+            wait_for_close(connection)
+    assert_no_failures(patient, before, caplog)
 
 
-def no_failures(running: Running, before: Counter[str], caplog: pytest.LogCaptureFixture) -> bool:
-    """Whether nothing since `before` was answered with a 5xx or logged as a failure of ours."""
+def assert_no_failures(
+    running: Running, before: Counter[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No 5xx response and no logged error since `before`."""
     failed = {status: n for status, n in (statuses(running) - before).items() if status >= "5"}
     logged = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert (failed, logged) == ({}, [])
-    return True
 
 
 def drop(connection: socket.socket) -> None:
@@ -204,11 +205,10 @@ def drop(connection: socket.socket) -> None:
         pass
 
 
-def closed(connection: socket.socket) -> bool:
-    """Whether the service ends the connection, whatever it says before."""
+def wait_for_close(connection: socket.socket) -> None:
+    """Read until the service closes the connection; raises TimeoutError if it doesn't."""
     try:
         while connection.recv(65536):
             pass
     except ConnectionResetError:
         pass
-    return True

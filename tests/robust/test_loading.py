@@ -347,17 +347,21 @@ def test_mismatched_entries_are_named(
 
 
 def test_pickle_with_other_classes_is_rejected_by_name(state: State, tmp_path: Path) -> None:
-    torch.save({"state_dict": state, "more": Unsafe()}, tmp_path / "weights.pt")
+    unsafe = Unsafe(tmp_path / "ran")
+    torch.save({"state_dict": state, "more": unsafe}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"refers to posix.mkdir, .* state dict alone"):
         load_checkpoint(tmp_path / "weights.pt")
     assert not (tmp_path / "ran").exists()
 
 
 class Unsafe:
-    """A pickle that makes a folder where it is trusted."""
+    """A pickle that creates a folder when it is loaded unsafely."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("ran",)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_other_entries_beside_the_weights_are_ignored(state: State, tmp_path: Path) -> None:

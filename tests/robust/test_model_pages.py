@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from robust_cli import run
 from tests.robust import test_checkpoint, test_given, test_loading

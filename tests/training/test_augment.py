@@ -72,6 +72,19 @@ def test_jitter_scales_brightness_then_contrast_then_saturation(
     assert torch.allclose(jitter(x, 0.5, seeded()), x, atol=1e-6)
     monkeypatch.setattr(augment_module, "_uniform", fixed(-1.0))
     assert jitter(x, 1.0, seeded()).abs().max() < 1e-6  # no brightness: black
+    changes = iter((-0.4, -0.3, 0.2))
+    monkeypatch.setattr(
+        augment_module,
+        "_uniform",
+        lambda x, strength, generator: torch.full((len(x), 1, 1, 1), next(changes)),
+    )
+    luminance = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    expected = 0.6 * x
+    mean = (expected * luminance).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+    expected = mean + 0.7 * (expected - mean)
+    gray = (expected * luminance).sum(dim=1, keepdim=True)
+    expected = gray + 1.2 * (expected - gray)
+    assert torch.allclose(jitter(x, 0.5, seeded()), expected.clamp(0, 1), atol=1e-6)
 
 
 def test_jitter_keeps_a_uniform_gray_image_uniform() -> None:

@@ -113,7 +113,8 @@ def test_auto_uses_bf16_if_the_cpu_supports_it(
 
 @pytest.mark.parametrize("side", [8, 4, 2])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_weight_gradients_in_bf16_are_those_of_float32(side: int, stride: int) -> None:
+def test_torch_bf16_weight_gradients_are_accurate_above_one_pixel(side: int, stride: int) -> None:
+    """Checks torch: `uses_bf16` avoids bfloat16 on the CPU only where maps are one pixel wide."""
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 128, 3, stride, padding=1, bias=False)
     conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -17,6 +17,7 @@ from robust.checkpoint import load_checkpoint, save_checkpoint
 from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset
 from robust.sidecar import Sidecar
+from robust.threat_model import ThreatModel
 from training import context
 from training import step as step_module
 from training.context import Run
@@ -360,7 +361,7 @@ def test_images_of_another_size_are_rejected(tiny: Recipe, colors: Dataset, out:
     assert not out.exists()
 
 
-def test_images_that_score_an_epoch_cover_the_classes(
+def test_images_that_score_an_epoch_are_not_only_of_the_first_classes(
     tiny: Recipe, colors: Dataset, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_class = colors.subset(colors.labels.argsort(stable=True).tolist())
@@ -499,9 +500,11 @@ def test_every_technique_can_be_switched(
     colors = replace(colors, images=enlarged)
     progress: list[Progress] = []
     train(recipe, colors, out=out, device=CPU, observe=progress.append)
-    architecture = load_checkpoint(out).classifier.architecture
+    checkpoint = load_checkpoint(out)
+    architecture = checkpoint.classifier.architecture
     for field in ("arch", "stem", "activation", "mean", "std"):
         assert getattr(architecture, field) == getattr(recipe, field)
+    assert checkpoint.sidecar.threat_model == ThreatModel(norm=recipe.norm, eps=recipe.eps)
     assert [p.step for p in progress] == [1, 2, 3, 4, 4]
     assert progress[-1].row is not None
     assert progress[0].seconds_left > 0

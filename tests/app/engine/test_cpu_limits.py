@@ -70,5 +70,6 @@ def test_affinity_is_used_without_a_cgroup(tmp_path: Path, monkeypatch: pytest.M
     assert available_processors(cgroups=tmp_path, membership=tmp_path / "none") == 5
 
 
-def test_this_machine() -> None:
-    assert 1 <= available_processors() <= 16
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # its real affinity
+    assert 1 <= available_processors() <= (os.cpu_count() or 1)

@@ -5,18 +5,18 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from app.settings import Settings
 from tests.support.serving import Running, gated, jpeg, labeled, png, serving, until
 
 IMAGE = {"file": png()}
 SECRET = "sEcReT"
+ROOT = Path(__file__).parents[3]
 
 
 def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
         assert all(error.values())
     assert SECRET not in response.text
     assert "Traceback" not in response.text
-    assert "/work" not in response.text
+    assert str(ROOT) not in response.text
     return body
 
 
@@ -410,37 +410,6 @@ def test_draining_service_rejects_new_work(small: Running) -> None:
         assert small.client.get("/livez").status_code == 200
     finally:
         small.service.draining = False
-
-
-MUTATIONS = st.lists(
-    st.tuples(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from(["set", "cut", "add"])),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(seed=st.sampled_from(["png", "jpeg"]), mutations=MUTATIONS)
-def test_mutated_images_never_bring_a_5xx(
-    running: Running, seed: str, mutations: list[tuple[int, int, str]]
-) -> None:
-    data = bytearray({"png": png(), "jpeg": jpeg()}[seed])
-    for place, value, kind in mutations:
-        place %= len(data) or 1
-        if kind == "set" and data:
-            data[place] = value
-        elif kind == "cut":
-            del data[place : place + value]
-        else:
-            data[place:place] = bytes([value]) * 3
-    response = running.client.post("/predict", files={"file": bytes(data)})
-    assert response.status_code in (200, 400, 413, 415)
-    if response.status_code != 200:
-        assert_problem(response, response.status_code)
 
 
 def test_openapi_lists_every_error(running: Running) -> None:

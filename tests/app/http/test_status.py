@@ -1,11 +1,13 @@
 """Model card, probes, logs and metrics."""
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
 
 from app.engine.queue import Kind
+from app.errors import EngineStopped
 from app.settings import Settings
 from robust.checkpoint import load_checkpoint
 from tests.support.serving import CLASSES, Running, labeled, png, serving, until
@@ -44,16 +46,13 @@ def test_log_names_the_device_and_an_unusable_gpu(
 
 def test_dead_engine_thread_fails_the_probes(checkpoint) -> None:
     with serving(Settings(checkpoint=checkpoint, threads=1, device="cpu")) as running:
-        import asyncio
 
         def die(_: object) -> None:
             raise SystemExit
 
         engine, model = running.service.engine, running.service.models.current
-        try:
+        with pytest.raises(EngineStopped):
             asyncio.run(engine.run(Kind.ATTACK, model, die, cost=1))
-        except Exception as error:
-            assert type(error).__name__ == "EngineStopped"  # noqa: PT017
         until(lambda: not engine.alive)
         for path in ("/livez", "/readyz"):
             assert running.client.get(path).status_code == 503

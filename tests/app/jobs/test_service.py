@@ -394,7 +394,6 @@ def test_killed_service_resumes_its_job(checkpoint: Path, tmp_path: Path) -> Non
         until(lambda: httpx.get(f"{url}/{id}").json()["state"] == "done", 120)
         result = httpx.get(f"{url}/{id}").json()["evaluation"]
         assert result["n"] == 300
-        assert json.dumps(result)
     finally:
         process.terminate()
         assert process.wait(30) == 0

@@ -129,10 +129,10 @@ EXAMPLES: dict[str, Callable[[Path], Path]] = {
 ELSEWHERE = {"CIFAR-10", "CIFAR-100", "Handwritten digits"}  # test_named.py
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.title)
+@pytest.mark.parametrize(
+    "form", [form for form in FORMS if form.title not in ELSEWHERE], ids=lambda form: form.title
+)
 def test_each_form_is_read(form: Form, tmp_path: Path) -> None:
-    if form.title in ELSEWHERE:
-        return
     dataset = load_dataset(EXAMPLES[form.title](tmp_path), train=False)
     if form.title == "Class folders" or form.title.startswith("Zip"):
         order = [0, 3, 1, 4, 2, 5]

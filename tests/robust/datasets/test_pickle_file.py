@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from torchvision import transforms
 
 from robust.datasets import Dataset, DatasetError, load_dataset
+from robust.datasets.image_list import ImageList
 
 RNG = np.random.default_rng(0)
 IMAGES = torch.from_numpy(RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8))
@@ -165,10 +166,19 @@ def test_class_names_are_kept(save) -> None:
     assert refusal(save({**value, "classes": ["cat"]})) == "1 class names and a label 2"
 
 
-def test_repeated_image_is_read_once(save) -> None:
+def test_repeated_image_is_read_once(save, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Image.Image] = []
+    add_image = ImageList.add_image
+
+    def counted(images: ImageList, image: Image.Image) -> None:
+        read.append(image)
+        add_image(images, image)
+
+    monkeypatch.setattr(ImageList, "add_image", counted)
     image = pil_images()[0]
     images = load_dataset(save(task(imgs=[image] * 6))).images
     assert torch.equal(images, IMAGES[:1].expand(6, -1, -1, -1))
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize(
