@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodDescriptorType
 from typing import Any
 
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ class SkipInitialization(TorchFunctionMode):
     """Context in which new layers are not initialized, for weights that a file overwrites.
 
     Initializing takes longer than reading a checkpoint. The global random state is unchanged.
+    Where a function of `nn.init` itself needs samples, it gets zeros: `trunc_normal_` samples until
+    all values are within its bounds, which memory that nobody has written may never be.
     """
 
     def __torch_function__(
@@ -58,5 +61,6 @@ class SkipInitialization(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "").endswith(("uniform_", "normal_")):
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            return tensor.zero_() if isinstance(func, MethodDescriptorType) else tensor
         return func(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,13 @@ def work_while_it_is_set(running: Running, monkeypatch: pytest.MonkeyPatch, jump
         assert slow.recv(12) == b"HTTP/1.1 408"
         slow.close()
         # One that finds no room is told of seconds, not of years.
-        full = client.post("/predict", files=[("file", png())] * 51)
-        assert_problem(full, 429)
-        assert 1 <= int(full.headers["Retry-After"]) <= 60
-        gate.open.set()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(client.post, "/predict", files=[("file", png())] * 25)
+            until(lambda: waiting(running, Kind.PREDICT))
+            full = client.post("/predict", content=png())
+            assert_problem(full, 429)
+            assert 1 <= int(full.headers["Retry-After"]) <= 60
+            gate.open.set()
     # The evaluation ends and is kept; nothing expires for a clock's sake.
     until(lambda: client.get(f"/evaluate/{job}").json()["state"] == "done")
     assert len(client.get("/evaluate").json()) == 1

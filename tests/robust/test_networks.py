@@ -11,7 +11,7 @@ from robust import networks
 from robust.classifier import Architecture, Classifier
 from robust.graph import build_onnx
 from robust.inference import for_inference
-from robust.networks.layers import SameConv2d
+from robust.networks.layers import SameConv2d, SkipInitialization
 from tests.robust.test_inference import classifier_of, images, logits_and_gradient
 
 # Keys and shapes of the networks in RobustBench's model zoo, written down from its public code.
@@ -186,3 +186,13 @@ def test_feature_map_sizes_match_a_forward_pass() -> None:
     assert sides["layer1.0.conv1"] == (8, 8)
     assert sides["layer4.0.downsample.0"] == (2, 1)
     assert all(parameter.device.type == "cpu" for parameter in net.parameters())
+
+
+@pytest.mark.timeout(60)
+def test_skipped_initialization_ends_whatever_memory_holds() -> None:
+    weight = torch.full((8, 8), 9.0)
+    with SkipInitialization():
+        nn.init.trunc_normal_(weight)  # samples again while a value is outside [-2, 2]
+        assert bool((weight == 0).all())
+        kept = nn.init.kaiming_uniform_(torch.full((8, 8), 9.0))
+    assert bool((kept == 9).all())
