@@ -24,7 +24,7 @@ from app.decoding.semaphores import HALF_LIFE_SECONDS, Budget, FairSemaphore
 from app.errors import DeadlineExceeded, NotReady
 from robust.image_decoding import read_pixels
 from tests.support import bombs
-from tests.support.serving import labeled, png
+from tests.support.serving import labeled, png, until
 
 MEMORY = 64 * 2**20
 
