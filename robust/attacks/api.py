@@ -167,7 +167,7 @@ def malt(
     """Auto-PGD on the targeted difference of logits ratio, to the classes closest by linearization.
 
     One query with gradient measures how close each of the 100 likeliest other classes is; then the
-    `targets` closest are attacked like by `apgd_t`. Source: Melamed et al. 2024, arXiv:2407.02240.
+    `targets` closest are attacked as in `apgd_t`. Source: Melamed et al. 2024, arXiv:2407.02240.
     """
     norm = call["threat_model"].norm
     algorithm = MALT(norm=norm, steps=steps, targets=targets, early_stop=early_stop)
