@@ -51,19 +51,37 @@ def images(n: int = 3, side: int = 16) -> Tensor:
         {"input_size": 32},
         {"activation": "silu", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "input_size": 32},
         {"arch": "preact_resnet18", "input_size": 32},
+        {"arch": "preact_resnet18", "variant": "deepmind", "input_size": 32},
+        {"stem": "imagenet", "input_size": 32},
+        {"stem": "imagenet", "input_size": 64, "arch": "resnet50", "activation": "silu"},
     ],
-    ids=["resnet18", "silu, normalized", "norms not folded"],
+    ids=[
+        "resnet18",
+        "silu, normalized",
+        "norms not folded",
+        "SAME padding",
+        "products",
+        "max-pooling, resnet50",
+    ],
 )
 def test_logits_and_gradient_match_autograd(changed: dict[str, object]) -> None:
     model = classifier_of(**changed)  # type: ignore[arg-type]
     fast = Packed(model, torch.float32)
-    x = images(side=32)
+    x = images(side=model.architecture.input_size)
     (logits, found), (expected, slope) = gradient(fast, x), gradient(model, x)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     off = float((found - slope).abs().max() / slope.abs().max())
     assert off < 1e-5
     with torch.no_grad():
         torch.testing.assert_close(fast(x), logits, rtol=0, atol=1e-6)
+
+
+def test_images_of_the_caller_are_unchanged() -> None:
+    model = classifier_of(input_size=32)
+    x = images(side=32).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    gradient(Packed(model, torch.float32), x)
+    assert torch.equal(x, before)
 
 
 def test_gradient_of_a_pass_is_kept_while_others_run() -> None:
@@ -80,8 +98,13 @@ def test_gradient_of_a_pass_is_kept_while_others_run() -> None:
 
 
 def test_unsupported_layer_is_named() -> None:
-    with pytest.raises(NotPackable, match="max-pooling"):
-        Packed(classifier_of(stem="imagenet", input_size=64), torch.float32)
+    model = classifier_of(input_size=32)
+    model.classifier.net.conv1 = nn.Conv2d(3, 64, 3, padding=2, dilation=2)
+    with pytest.raises(NotPackable, match="no packed form of groups or dilation"):
+        Packed(model, torch.float32)
+    model.classifier.net.conv1 = nn.ConvTranspose2d(3, 64, 3, padding=1)
+    with pytest.raises(NotPackable, match="no packed form of ConvTranspose2d"):
+        Packed(model, torch.float32)
     with pytest.raises(ValueError, match=r"expected images \(N, 3, 32, 32\), got \(3, 3, 16, 16\)"):
         Packed(classifier_of(input_size=32), torch.float32)(images())
 
@@ -98,12 +121,12 @@ def test_disagreeing_or_slower_packed_copy_is_not_used(
 
     ticks = (at for seconds in chain(*times) for at in (0.0, seconds))
     monkeypatch.setattr("robust.agreement.time.process_time", lambda: next(ticks))
-    monkeypatch.setattr(packed, "Packed", lambda model: same)
+    monkeypatch.setattr(packed, "Packed", lambda model, dtype: same)
     assert packed_if_faster(model, model) is same
     with caplog.at_level("INFO", "robust.packed"):
         assert packed_if_faster(model, model) is model
     assert "1.20 times as long, above the limit of 1.05" in caplog.text
-    monkeypatch.setattr(packed, "Packed", lambda model: lambda x: -model(x))
+    monkeypatch.setattr(packed, "Packed", lambda model, dtype: lambda x: -model(x))
     with caplog.at_level("INFO", "robust.packed"):
         assert packed_if_faster(model, model) is model
     assert "of the largest logit, above the limit of 1%" in caplog.text
