@@ -31,6 +31,7 @@ from robust.evaluation.precision import (
     SearchPrecision,
     choose_precision,
     full_float32,
+    packed_float32,
 )
 from robust.evaluation.result import Evaluation, Times
 from robust.evaluation.work import Work
@@ -211,7 +212,8 @@ def _choose(
     chosen, searched = choose_precision(precision, fast, x, y, passes=passes, bf16=bf16)
     agreed = all(other.bf16 for other in world.gather(chosen))
     if chosen.bf16 and not agreed:
-        return SearchPrecision(bf16=False, reason="another process stays in float32"), fast
+        reason = "another process stays in float32"
+        return SearchPrecision(bf16=False, reason=reason), packed_float32(fast, x.device)
     return chosen, searched
 
 

@@ -106,7 +106,7 @@ class Stages:
             return
         eps, algorithm = settings.threat_model.eps, settings.algorithm(early_stop=True)
         model, confirm = self.models.search, self.models.confirm
-        if algorithm.needs_float32:  # even if other attacks search in bfloat16
+        if algorithm.needs_float32 and self.models.precision.bf16:
             model, confirm = self.models.fast, None
         yield from search(
             model,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from robust.datasets import load_dataset
 from robust.evaluation import evaluate_batches, precision
 from robust.evaluation.precision import choose_precision
 from robust.inference import InferenceClassifier, for_inference
+from robust.packed import Packed
 from robust.threat_model import ThreatModel
 
 CPU = torch.device("cpu")
@@ -35,7 +37,13 @@ def fast(make_classifier: Callable[..., Classifier]) -> InferenceClassifier:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+def nothing_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are never packed."""
+    monkeypatch.setattr(precision, "packed_if_faster", lambda model, other, dtype=None: other)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, nothing_packed: None) -> Callable[[float, float], None]:
     """Makes a pass of float32 and one of bfloat16 take so many seconds, whatever they take."""
 
     def set_seconds(fp32: float, bf16: float) -> None:
@@ -114,15 +122,29 @@ def test_error_is_measured_relative_to_the_margin(
     ("why", "passes", "native"),
     [
         ("this processor has no instructions for bfloat16", PASSES, False),
-        ("too few passes to try bfloat16: 100, below the limit of 1,000", 100, True),
+        ("too few passes to try bfloat16: 100, below the limit of 250", 100, True),
     ],
 )
+@pytest.mark.usefixtures("nothing_packed")
 def test_auto_says_why_it_does_not_try(
     fast: InferenceClassifier, why: str, passes: int, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: native)
     chosen, model = choose_precision("auto", fast, *images(), passes=passes)
     assert (str(chosen), chosen.reason, model) == ("fp32", why, fast)
+
+
+def test_weights_are_packed_in_float32_where_there_are_passes_enough(
+    fast: InferenceClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr("robust.agreement.time.process_time", cycle([0.0, 1.0]).__next__)
+    x, y = images()
+    chosen, model = choose_precision("auto", fast, x, y, passes=250)
+    assert str(chosen) == "fp32"
+    assert isinstance(model, Packed)
+    torch.testing.assert_close(model(x), fast(x), rtol=0, atol=1e-5 * float(fast(x).abs().max()))
+    assert choose_precision("fp32", fast, x, y, passes=249)[1] is fast
 
 
 class Scattered(nn.Module):
