@@ -21,7 +21,13 @@ from robust.attacks import Model
 from robust.checkpoint import load_checkpoint
 from robust.classifier import Classifier
 from robust.device import DeviceDisagrees, compare_with_cpu
-from robust.evaluation.precision import Precision, SearchPrecision, in_bf16, why_not_bf16
+from robust.evaluation.precision import (
+    Precision,
+    SearchPrecision,
+    in_bf16,
+    packed_float32,
+    why_not_bf16,
+)
 from robust.images import to_float
 from robust.inference import InferenceClassifier, at_least, for_inference
 from robust.loading import ModelOptions
@@ -72,7 +78,7 @@ class ServedModel:
     device: torch.device
     loaded: datetime
     name: str = "model.pt"  # of the weights file
-    fast: InferenceClassifier | None = None  # the same function in fewer operations
+    fast: Model | None = None  # the same function in fewer operations
     runtimes: tuple[Runtime, ...] = ()  # candidates for predictions, torch first
     plan: RuntimePlan | None = None  # the runtimes chosen from them
     bf16: Model | None = None  # `fast` in bfloat16, for searches, if that is chosen
@@ -202,16 +208,21 @@ def load_model(
         fast = for_inference(classifier, device)
     why_not = reason_against_bf16(fast, device, precision)
     bf16 = None if why_not else in_bf16(fast, device)
+    fast_logits = packed_float32(fast, device) if bf16 is None else fast
     runtimes: tuple[Runtime, ...] = ()
     if not attacks_only:
         runtimes = runtimes_for(
-            fast, threads=device_threads(threads), metrics=metrics or Metrics(), bf16=bf16
+            fast,
+            fp32=fast_logits,
+            bf16=bf16,
+            threads=device_threads(threads),
+            metrics=metrics or Metrics(),
         )
     half = HalfClassifier.is_exact(classifier)
     model = ServedModel(
         name=path.name,
         classifier=HalfClassifier(classifier) if half else classifier.to(device),
-        fast=fast,
+        fast=fast_logits,
         runtimes=runtimes,
         bf16=bf16,
         search=SearchPrecision(bf16=False, reason=why_not),
