@@ -18,7 +18,7 @@ class Agreement:
     """How a copy compares with its model, from one gradient of each."""
 
     logit_error: float  # largest difference of logits, relative to the largest logit
-    margin_error: float  # the same, relative to the median lead of the top class over the second
+    margin_error: float  # the same, relative to the median lead, see `margin_error`
     sign_agreement: float  # fraction of the gradient's signs that match
     speedup: float  # time of the model divided by that of the copy
 
@@ -36,14 +36,19 @@ def compare(copy: Model, model: Model, x: Tensor, y: Tensor, *, clear_speedup: f
         _, copy_seconds = _gradient(copy, x, y)
         _, seconds = _gradient(model, x, y)
     difference = (copy_logits - logits).abs().max()
-    best = logits.topk(min(2, logits.shape[1]), dim=1).values
-    lead = (best[:, 0] - best[:, -1]).median()
     return Agreement(
         logit_error=float(difference / logits.abs().max().clamp_min(1e-12)),
-        margin_error=float(difference / lead.clamp_min(1e-12)),
+        margin_error=margin_error(copy_logits, logits),
         sign_agreement=float((copy_gradient.sign() == gradient.sign()).float().mean()),
         speedup=seconds / copy_seconds,
     )
+
+
+def margin_error(copy_logits: Tensor, logits: Tensor) -> float:
+    """The largest difference of logits (N, K), relative to the median lead of the top class."""
+    best = logits.topk(min(2, logits.shape[1]), dim=1).values
+    lead = (best[:, 0] - best[:, -1]).median()
+    return float((copy_logits - logits).abs().max() / lead.clamp_min(1e-12))
 
 
 def _gradient(model: Model, x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], float]:

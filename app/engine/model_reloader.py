@@ -27,6 +27,7 @@ from robust.environment import device_in_words
 from robust.evaluation.precision import (
     FAILURES,
     MIN_PASSES,
+    MORE_PROBES,
     PROBE,
     Precision,
     SearchPrecision,
@@ -236,11 +237,11 @@ def choose_search(
     fast, bf16 = model.fast, model.bf16
     if fast is None or bf16 is None:
         return model.search
-    x = examples(PROBE, model.input_size).to(model.device)
+    x = examples(MORE_PROBES, model.input_size).to(model.device)
     try:
         pause()
         with torch.no_grad():
-            y = bf16(x).argmax(dim=1)
+            y = bf16(x[:PROBE]).argmax(dim=1)
         pause()
         return choose_precision(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)[0]
     except FAILURES as error:

@@ -26,7 +26,7 @@ from robust.evaluation.journal import (
 )
 from robust.evaluation.models import Models, fast_copy
 from robust.evaluation.precision import (
-    PROBE,
+    MORE_PROBES,
     Precision,
     SearchPrecision,
     choose_precision,
@@ -134,7 +134,7 @@ def evaluate_batches(
         order = shuffled(images, labels, watch)
         watch()
         with frozen(model, device), frozen(fast, device), full_float32():
-            few = slice(min(PROBE, batch_size))
+            few = slice(min(MORE_PROBES, batch_size))
             x, y = to_images(images[few].to(device)), labels[few].to(device)
             passes = count_passes(images, attacks, curve) // world.size
             chosen, search = _choose(precision, fast, x, y, passes=passes, bf16=bf16, world=world)

@@ -118,6 +118,35 @@ def test_error_is_measured_relative_to_the_margin(
     assert "of the likeliest class's median lead, above the limit of 2%" in chosen.reason
 
 
+class Brightness(nn.Module):
+    """The first of two classes leads by the mean of an image's pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(precision.MIN_PARAMETERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = x.mean(dim=(1, 2, 3))
+        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
+
+
+@pytest.mark.parametrize(("n", "text"), [(32, "bf16 search, fp32 verified"), (6, "fp32")])
+def test_bfloat16_is_not_refused_because_of_the_first_images(
+    n: int,
+    text: str,
+    clock: Callable[[float, float], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of 0.005 is large on four dark images, where no class leads, and on two more."""
+    clock(0.3, 0.1)
+    error = torch.tensor([0.005, 0])
+    monkeypatch.setattr(precision, "in_bf16", lambda model, device: lambda x: model(x) + error)
+    x = torch.ones(n, 3, 8, 8)
+    x[:4] = 0.01
+    chosen, _ = choose_precision("auto", Brightness(), x, torch.zeros(n).long(), passes=PASSES)
+    assert str(chosen) == text
+
+
 @pytest.mark.parametrize(
     ("why", "passes", "native"),
     [
