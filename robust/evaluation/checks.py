@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust.attacks import Model, ModelError, frozen
-from robust.attacks.passes import Passes
-from robust.evaluation.flags import FEWEST
+from robust.attacks.passes import Meter, Passes
+from robust.evaluation.flags import FEWEST, telling_gain
 from robust.evaluation.models import Models, check_finite
 from robust.evaluation.result import Probes
 
@@ -39,18 +39,20 @@ def probe(
     allow_probabilities: bool = False,
     differentiate: bool = True,
     batch_size: int = 0,
+    meter: Meter | None = None,
 ) -> tuple[Probes, Tensor, float]:
     """Probe the models on images float32 (N, C, H, W) in [0, 1] with labels int64 (N,).
 
     Returns the probe results, the predictions int64 (N,) of the exact model, on the CPU, and the
     seconds per pass of one image, forward or backward, through the searched model. Without
     `differentiate` a model may have no gradient. `batch_size` limits each pass; 0: no limit.
+    `meter` records the passes of the exact model.
 
     Raises ModelError for a model that can't be evaluated: a number of classes other than
     `num_classes`, NaN or infinite logits, statistics that prediction changes, no gradient, or
     probabilities instead of logits (unless allowed, and then flagged later).
     """
-    passes, search = (Passes(model, batch_size) for model in (models.exact, models.search))
+    passes, search = Passes(models.exact, batch_size, meter), Passes(models.search, batch_size)
     few = x[: COMPARED_WITH_COPY if models.has_fast else COMPARED]
     some = slice(DIFFERENTIATED)
     with frozen(models.original, x.device), _unchanged(models.original):
@@ -122,16 +124,20 @@ def _best_normalization(
 ) -> tuple[int | None, str]:
     """Number of correct images with the best normalization, and its name.
 
-    None if, on the first few images, no normalization beats predicting without one.
+    None if no normalization beats predicting without one on the first few images, or if none can
+    get significantly more images right.
     """
     best: tuple[int | None, str] = None, ""
     tried = int((predicted[:TRIED] == y[:TRIED]).sum())
+    telling = telling_gain(int((predicted == y).sum()), len(x))
+    if telling > len(x):
+        return best
     for name, values in NORMALIZATIONS.items() if x.shape[1] == 3 else ():
         mean, std = (x.new_tensor(row).view(1, 3, 1, 1) for row in values)
         normalized = (x - mean) / std
         try:
             correct = _count_correct(passes, normalized[:TRIED], y[:TRIED])
-            if correct <= tried:
+            if correct <= tried or correct + len(x[TRIED:]) < telling:
                 continue
             correct += _count_correct(passes, normalized[TRIED:], y[TRIED:])
         except (ValueError, AssertionError):

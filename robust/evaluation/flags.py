@@ -50,6 +50,12 @@ def find_flags(evaluation: Evaluation) -> tuple[Flag, ...]:
     return tuple(found)
 
 
+def telling_gain(right: int, n: int) -> int:
+    """Fewest correct images out of `n` that are significantly more than `right`; n + 1 if none."""
+    _, highest = wilson_interval(right, n)
+    return next((k for k in range(n + 1) if wilson_interval(k, n)[0] > highest), n + 1)
+
+
 def notes(stages: Sequence[AttackSettings], num_classes: int) -> tuple[str, ...]:
     """Changes to attacks that the small number of classes requires."""
     others, found = num_classes - 1, []
@@ -120,10 +126,10 @@ def _of_probes(probes: Probes, *, chance: float) -> Iterator[Flag]:
         )
     if probes.right_normalized is None:
         return
-    lowest, _ = wilson_interval(probes.right_normalized, probes.n)
-    _, highest = wilson_interval(probes.right, probes.n)
     # Accuracy below chance means adversarial images: any change undoes their perturbation.
-    if probes.n >= FEWEST and lowest > highest >= chance:
+    below_chance = wilson_interval(probes.right, probes.n)[1] < chance
+    telling = telling_gain(probes.right, probes.n)
+    if probes.n >= FEWEST and not below_chance and probes.right_normalized >= telling:
         yield Flag(
             name="normalization",
             text=f"{probes.right_normalized} of {probes.n} images are classified correctly when "

@@ -218,7 +218,7 @@ class Probes:
     nan_gradients: int
     right: int  # images classified correctly
     # The same with the best of the usual normalizations before the model; None if there are too
-    # few images, or if none was better on the first few.
+    # few images, if none was better on the first few, or if none can be significantly better.
     right_normalized: int | None
     differentiated: int | None = None  # images whose gradient was checked; None: all
     normalization: str = ""  # the name of that normalization

@@ -128,6 +128,7 @@ class Work:
             allow_probabilities=allow_probabilities,
             differentiate=bool(self.radii) or any(stage.uses_gradient for stage in stages),
             batch_size=self.batch_size,
+            meter=self.stages.meter,
         )
         self.base = replace(self.base, probes=probes, notes=notes(stages, self.num_classes))
         self._report(forecast(self.images, attacks, self.curve_images, seconds_per_pass=seconds))

@@ -63,6 +63,18 @@ def test_normalization_check_needs_enough_images(
     assert model.images == passes
 
 
+def test_normalizations_are_not_tried_where_none_can_help(
+    model: nn.Module, linear_data: Data
+) -> None:
+    images = linear_data[0][:20]
+    predicted = model(images).argmax(dim=1)
+    model.images = 0
+    result = run(model, (images, predicted), attacks=[])
+    assert result.probes is not None
+    assert (result.probes.right, result.probes.right_normalized) == (20, None)
+    assert model.images == 20 + 8 + 16
+
+
 def test_model_without_gradients_can_be_attacked_by_square(
     model: nn.Module, linear_data: Data
 ) -> None:
