@@ -67,7 +67,7 @@ def test_normalizations_are_not_tried_where_none_can_help(
     model: nn.Module, linear_data: Data
 ) -> None:
     images = linear_data[0][:20]
-    predicted = model(images).argmax(dim=1)
+    predicted = model(images / 255).argmax(dim=1)
     model.images = 0
     result = run(model, (images, predicted), attacks=[])
     assert result.probes is not None
