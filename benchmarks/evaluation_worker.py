@@ -124,7 +124,7 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
     from robust.attacks.passes import Passes
     from robust.checkpoint import load_checkpoint
     from robust.evaluation import evaluate
-    from robust.evaluation.precision import in_bf16
+    from robust.evaluation.precision import in_bf16, packed_float32
     from robust.inference import for_inference
     from robust.threat_model import ThreatModel
 
@@ -163,10 +163,9 @@ def robust_worker(weights: Path, x: Tensor, y: Tensor) -> Callable[[dict[str, An
     def rates(request: dict[str, Any]) -> dict[str, Any]:
         """Seconds per image of a forward pass and of a gradient, in the requested precision."""
         images, labels = x[: request["batch"]], y[: request["batch"]]
-        search = for_inference(model, x.device)
-        if request["precision"].startswith("bf16"):
-            search = in_bf16(search, x.device)
-        passes = Passes(search)
+        fast = for_inference(model, x.device)
+        bf16 = request["precision"].startswith("bf16")
+        passes = Passes((in_bf16 if bf16 else packed_float32)(fast, x.device))
 
         def loss(logits: Tensor, part: slice) -> Tensor:
             return nn.functional.cross_entropy(logits, labels[part], reduction="none")
