@@ -44,10 +44,11 @@ class NotPackable(ValueError):
 class Packed:
     """Maps images float32 (N, 3, S, S) in [0, 1] to logits float32 (N, K), differentiable once.
 
-    Computes the same as `model`, on the CPU, with products in `dtype`. The first convolution, the
-    global average pooling and the head stay float32, see `in_bfloat16`. Raises NotPackable for
-    layers other than convolutions, batch norms, ReLU, SiLU, sums, the max-pooling of a stem, and a
-    final pooling and head, and RuntimeError if this torch build or processor lacks the kernels.
+    Computes the same as `model`, on the CPU, with products in `dtype` even under autocast. The
+    first convolution, the global average pooling and the head stay float32, see `in_bfloat16`.
+    Raises NotPackable for layers other than convolutions, batch norms, ReLU, SiLU, sums, the
+    max-pooling of a stem, and a final pooling and head, and RuntimeError if this torch build or
+    processor lacks the kernels.
     """
 
     def __init__(self, model: InferenceClassifier, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -73,10 +74,11 @@ class Packed:
         side = self._architecture.input_size
         if x.shape[1:] != (3, side, side):
             raise ValueError(f"expected images (N, 3, {side}, {side}), got {tuple(x.shape)}")
-        if torch.is_grad_enabled() and x.requires_grad:
-            logits: Tensor = _Logits.apply(x, self)
-            return logits
-        return self.forward(x, None)
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled() and x.requires_grad:
+                logits: Tensor = _Logits.apply(x, self)
+                return logits
+            return self.forward(x, None)
 
     def forward(self, x: Tensor, saved: Values | None) -> Tensor:
         """The logits; stores what `backward` needs in `saved`."""
@@ -112,7 +114,8 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        return ctx.model.backward(cotangent, ctx.saved), None
+        with torch.autocast("cpu", enabled=False):
+            return ctx.model.backward(cotangent, ctx.saved), None
 
 
 def packed_if_faster(

@@ -84,6 +84,14 @@ def test_images_of_the_caller_are_unchanged() -> None:
     assert torch.equal(x, before)
 
 
+def test_autocast_changes_nothing() -> None:
+    model = Packed(classifier_of(input_size=32), torch.float32)
+    logits, found = gradient(model, images(side=32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = gradient(model, images(side=32))
+    assert all(map(torch.equal, (logits, found), again))
+
+
 def test_gradient_of_a_pass_is_kept_while_others_run() -> None:
     model = classifier_of(input_size=32)
     fast = Packed(model, torch.float32)
