@@ -357,7 +357,7 @@ def read_image(path: Path, classifier: Classifier) -> ReadImage:
         changes.append(resize_note(1, *opened.size, size))
     if opened.frames > 1:
         changes.append(f"used the first of {opened.frames} frames")
-    changes += conversion_notes(animated=0, deep=opened.deep, transparent=opened.transparent)
+    changes += conversion_notes(several_frames=0, deep=opened.deep, transparent=opened.transparent)
     return ReadImage(path=path, pixels=images.fit_image(opened.image, size), changes=tuple(changes))
 
 

@@ -67,12 +67,12 @@ def resize_note(count: int, width: int, height: int, size: int) -> str:
     return f"resized {_images(count)} from {width}x{height} to {size}x{size}{cropped}"
 
 
-def conversion_notes(*, animated: int, deep: int, transparent: int) -> list[str]:
+def conversion_notes(*, several_frames: int, deep: int, transparent: int) -> list[str]:
     """The entries of `Dataset.changes` for images that are not one opaque image of 8 bits."""
     notes = []
-    if animated:
-        files = "1 animated file" if animated == 1 else f"{animated} animated files"
-        notes.append(f"used the first frame of {files}")
+    if several_frames:
+        files = "1 file" if several_frames == 1 else f"{several_frames} files"
+        notes.append(f"used the first of several frames of {files}")
     if deep:
         notes.append(f"rounded {_images(deep)} from 16 to 8 bits")
     if transparent:

@@ -30,13 +30,13 @@ class ImageList:
         self.images = torch.empty((count, 3, source.size, source.size), dtype=torch.uint8)
         self.count = 0
         self._sizes = Counter[tuple[int, int]]()
-        self._animated, self._deep, self._transparent = 0, 0, 0
+        self._several_frames, self._deep, self._transparent = 0, 0, 0
 
     def add_bytes(self, data: bytes) -> None:
         """Decode and add an image of any format allowed in folders. Raises ImageError."""
         size, limits = self.source.size, self.source.limits
         opened = open_image(data, size=size, max_pixels=limits.max_pixels, any_format=True)
-        self._animated += opened.frames > 1
+        self._several_frames += opened.frames > 1
         self._deep += opened.deep
         self._transparent += opened.transparent
         self._add(opened.image, opened.size)
@@ -79,7 +79,7 @@ class ImageList:
         else:
             notes += [resize_note(n, *sides, size) for sides, n in self._sizes.items()]
         notes += conversion_notes(
-            animated=self._animated, deep=self._deep, transparent=self._transparent
+            several_frames=self._several_frames, deep=self._deep, transparent=self._transparent
         )
         return Dataset(
             images=self.images,

@@ -110,7 +110,7 @@ def test_sixteen_bit_rotated_tiff_and_animation(folder: Path) -> None:
     assert dataset.images[3, :, 31, 31].tolist() == [9, 9, 9]
     assert dataset.images[4, :, 0, 0].tolist() == [255, 0, 0]
     assert dataset.changes == (
-        "used the first frame of 1 animated file",
+        "used the first of several frames of 1 file",
         "rounded 1 image from 16 to 8 bits",
     )
 
