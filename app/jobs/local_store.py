@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from app.jobs.disk import JobFolder, StoredJob
 from app.jobs.job import Job, JobState
 from app.jobs.store import (
     MAX_FINISHED,
+    MAX_LOST,
     Changes,
     Damaged,
     Full,
@@ -49,10 +51,12 @@ class LocalStore:
         self._expires: dict[str, float] = {}  # on the monotonic clock
         self._saved = 0.0  # when a result so far was last written, on the same clock
         self._images: dict[str, Dataset] = {}  # only without a folder
+        self._losses: dict[str, Losses] = {}  # of the jobs of the folder
         self._queue: deque[Job] = deque()
         self._queued = asyncio.Event()
         self._current: tuple[Job, asyncio.Task[None]] | None = None
         self._worker: asyncio.Task[None] | None = None
+        self._device_failed = False
 
     def count(self, state: JobState) -> int:
         """See `JobStore`."""
@@ -69,18 +73,27 @@ class LocalStore:
 
     def _restore(self, folder: JobFolder, stored: StoredJob) -> None:
         try:
-            job = _from_stored(stored)
+            job, losses = _from_stored(stored)
         except (KeyError, TypeError, ValueError) as error:
             logger.error("evaluation %s is unreadable and removed: %r", stored.id, error)
             with suppress(StoreError):  # the next service tries again
                 folder.forget(stored.id)
             return
         self._jobs[job.id] = job
-        if job.active:
-            job.state = "queued"
-            self._enqueue(job)
-        else:
+        if not job.active:
             self._expires[job.id] = self._expiry(job)
+            return
+        if job.state == "running":  # the service died, or its device
+            losses = losses.one_more(folder.journal_bytes(job.id))
+            logger.warning("evaluation %s was running when the service died", job.id)
+        self._losses[job.id] = losses
+        if losses.count >= MAX_LOST:
+            job.error = f"The service died {MAX_LOST} times running it, without progress between."
+            self._end(job, "failed")
+            return
+        job.state = "queued"
+        self._try_to_save(job)
+        self._enqueue(job)
 
     async def add(self, job: Job, dataset: Dataset) -> Job:
         """See `JobStore`."""
@@ -208,6 +221,10 @@ class LocalStore:
             self._worker.cancel()
             await asyncio.wait({self._worker})
         self._end_unstored("cancelled")
+        for job in self._jobs.values():
+            if job.state == "running" and not self._device_failed:
+                job.state = "queued"  # this was no loss
+                self._try_to_save(job)
 
     async def close(self) -> None:
         """See `JobStore`."""
@@ -220,6 +237,8 @@ class LocalStore:
                 self._queued.clear()
                 await self._queued.wait()
             job = self._queue.popleft()
+            job.state = "running"
+            self._try_to_save(job)  # before anything that could end the process
             task = asyncio.ensure_future(run(job))
             self._current = job, task
             try:
@@ -232,6 +251,7 @@ class LocalStore:
                 if error := None if task.cancelled() else task.exception():
                     logger.error("evaluation %s was interrupted: %r", job.id, error)
             if isinstance(error, EngineStopped):
+                self._device_failed = True
                 self._end_unstored("failed", "The device failed; the service's log says why.")
                 return
 
@@ -247,19 +267,26 @@ class LocalStore:
         job.bytes = len(str(job.result))
         self._images.pop(job.id, None)
         self._expires[job.id] = self._expiry(job)
+        self._losses.pop(job.id, None)
         self._notify(job)
-        if self._folder is not None:
-            try:
+        # If it can't be saved nothing is lost: the next service finishes it from its journal.
+        if self._folder is not None and self._try_to_save(job):
+            self._folder.release(job.id)
+
+    def _try_to_save(self, job: Job) -> bool:
+        """Save the job in the folder, if there is one; returns whether that worked."""
+        try:
+            if self._folder is not None:
                 self._save(job)
-            except StoreError as error:
-                # Nothing is lost: the next service finishes the job again from its journal.
-                logger.error("%s", error)
-            else:
-                self._folder.release(job.id)
+        except StoreError as error:
+            logger.error("%s", error)
+            return False
+        return True
 
     def _save(self, job: Job) -> None:
         assert self._folder is not None
-        self._folder.save(job.id, job.created.timestamp(), _to_stored(job))
+        losses = self._losses.get(job.id, Losses())
+        self._folder.save(job.id, job.created.timestamp(), _to_stored(job, losses))
 
     def _notify(self, job: Job) -> None:
         job.version += 1
@@ -302,20 +329,34 @@ def check_room(job: Job, *, active: int, stored_bytes: int, settings: Settings) 
         raise Full("The stored evaluations leave no room for this one.", reason="bytes")
 
 
-def _to_stored(job: Job) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Losses:
+    """How often in a row services died running a job, without progress in between."""
+
+    count: int = 0
+    journal: int = 0  # bytes of its journal at the last of them
+
+    def one_more(self, journal: int) -> Losses:
+        """These and one more, at which the journal had `journal` bytes."""
+        return Losses(self.count + 1 if journal <= self.journal else 1, journal)
+
+
+def _to_stored(job: Job, losses: Losses) -> dict[str, Any]:
     return {
         **job.about(),
         "state": job.state,
         "result": job.result,
         "error": job.error,
         "finished": None if job.finished is None else job.finished.isoformat(),
+        "losses": [losses.count, losses.journal],
     }
 
 
-def _from_stored(stored: StoredJob) -> Job:
+def _from_stored(stored: StoredJob) -> tuple[Job, Losses]:
     about = {name: value for name, value in stored.about.items() if name != "version"}
+    count, journal = map(int, about.pop("losses", (0, 0)))  # older services did not count them
     state, result, error, finished = map(about.pop, ("state", "result", "error", "finished"))
     job = Job.from_about(stored.id, about)
     job.state, job.result, job.error = state, result, error
     job.finished = None if finished is None else datetime.fromisoformat(finished)
-    return job
+    return job, Losses(count, journal)

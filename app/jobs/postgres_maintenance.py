@@ -10,12 +10,11 @@ from contextlib import suppress
 from typing import Any
 
 from app.jobs.postgres_pool import CHANNEL, Connection, Database
-from app.jobs.store import MAX_FINISHED, StoreError
+from app.jobs.store import MAX_FINISHED, MAX_LOST, StoreError
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_LOST = 3  # a job fails once this many replicas were lost running it, without progress between
 EXPIRED = "coalesce(finished < now() - make_interval(secs => %(expiry)s), false)"
 HEARTBEAT = """
 INSERT INTO replicas VALUES (%(id)s, %(model)s, now())

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 from app.jobs.job import Job, JobState
 from robust.datasets import Dataset
 
+MAX_LOST = 3  # a job fails once this many services died running it, without progress in between
 MAX_FINISHED = 1000  # the most finished jobs that are stored
 
 Run = Callable[[Job], Awaitable[None]]

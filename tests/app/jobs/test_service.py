@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import torch
 from app.jobs import local_store as local
 from app.jobs.disk import JobFolder
 from app.jobs.job import Job, bytes_for, digest_of
+from app.jobs.local_store import Losses
 from app.jobs.store import StoreError
 from app.settings import Settings
 from robust import report
@@ -99,6 +101,55 @@ def test_job_resumes_after_a_restart(settings: Settings) -> None:
         found = finish(running, job["id"])
     assert (found["id"], found["state"], found["created"]) == (job["id"], "done", job["created"])
     assert without_seconds(found["evaluation"]) == without_seconds(expected)
+
+
+def die_running(settings: Settings, id: str) -> None:
+    """Make the folder look as if the service had died while it ran the job."""
+    assert settings.jobs is not None
+    folder = JobFolder(settings.jobs)
+    (stored,) = (job for job in folder.all() if job.id == id)
+    assert stored.about["state"] == "queued"  # a stopped service did not die
+    about = {name: value for name, value in stored.about.items() if name != "version"}
+    folder.save(id, 0.0, about | {"state": "running"})
+    folder.close()
+
+
+async def state_while_running(settings: Settings, id: str) -> str:
+    """The state of a job in a store that runs it for a moment, and is then stopped."""
+    started = asyncio.Event()
+
+    async def run(job: Job) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    store = local.LocalStore(settings)
+    await store.start(run)
+    await started.wait()
+    job = await store.get(id)
+    assert job is not None
+    state = job.state
+    await store.stop()
+    await store.close()
+    return state
+
+
+def test_evaluation_that_ends_three_services_fails(settings: Settings) -> None:
+    id = unfinished_job(settings)
+    for _ in range(2):
+        die_running(settings, id)
+        assert asyncio.run(state_while_running(settings, id)) == "running"
+    die_running(settings, id)
+    with serving(settings) as running:
+        job = running.client.get(f"/evaluate/{id}").json()
+        assert job["state"] == "failed"
+        assert job["error"] == ("The service died 3 times running it, without progress between.")
+        assert finish(running, submit(running, key="another")["id"])["state"] == "done"
+
+
+def test_progress_forgets_earlier_deaths() -> None:
+    losses = Losses().one_more(0).one_more(0)
+    assert losses == Losses(2, 0)
+    assert losses.one_more(4096) == Losses(1, 4096)
 
 
 def test_job_keeps_its_precision_after_a_settings_change(settings: Settings) -> None:
