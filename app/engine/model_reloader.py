@@ -209,15 +209,14 @@ async def warm(
                 device=device,
                 pause=session.pause,
             )
-        search = choose_search(model, precision, pause=session.pause)
+        search, fast = choose_search(model, precision, pause=session.pause)
         if device.type != "cpu":
             warm_kernels(session, size, device=device, most=engine.max_batch)
             if model.bf16 is not None:
                 warm_kernels(model.bf16, size, device=device, most=engine.max_batch)
             plan = plan if plan is not None and plan.precision == "bf16" else None
-        return replace(
-            model, plan=plan, search=search, runtimes=(), bf16=model.bf16 if search.bf16 else None
-        )
+        bf16 = model.bf16 if search.bf16 else None
+        return replace(model, plan=plan, search=search, runtimes=(), fast=fast, bf16=bf16)
 
     model = await engine.run(Kind.ATTACK, model, choose, cost=0)
     refused = precision == "bf16" and model.precision == "fp32"
@@ -232,20 +231,24 @@ async def warm(
 
 def choose_search(
     model: ServedModel, precision: Precision, *, pause: Callable[[], None]
-) -> SearchPrecision:
-    """The precision in which attacks and evaluations search; successes are verified in float32."""
+) -> tuple[SearchPrecision, Model | None]:
+    """The precision in which attacks and evaluations search, and the model in float32.
+
+    Successes are verified in float32.
+    """
     fast, bf16 = model.fast, model.bf16
     if fast is None or bf16 is None:
-        return model.search
+        return model.search, fast
     x = examples(MORE_PROBES, model.input_size).to(model.device)
     try:
         pause()
         with torch.no_grad():
             y = bf16(x[:PROBE]).argmax(dim=1)
         pause()
-        return choose_precision(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)[0]
+        chosen, searched = choose_precision(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)
     except FAILURES as error:
-        return in_float32_after(error)
+        return in_float32_after(error), fast
+    return chosen, fast if chosen.bf16 else searched
 
 
 def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) -> None:

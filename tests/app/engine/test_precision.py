@@ -147,7 +147,7 @@ def test_model_that_bfloat16_changes_is_served_in_float32(
         return exact(x).flip(1)
 
     monkeypatch.setattr(served_model, "in_bf16", lambda fast, device: flipped)
-    monkeypatch.setattr("app.engine.runtime.openvino_bf16", lambda graph, threads, side: flipped)
+    monkeypatch.setattr("app.engine.runtime.openvino_bf16", lambda graph, threads: flipped)
     settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", precision="bf16")
     with caplog.at_level(logging.WARNING, "app"), serving(settings) as running:
         card = running.client.get("/model").json()
