@@ -2,11 +2,11 @@
 
     python benchmarks/inference.py --arch resnet50 --batch 1 8 32 100 200
 
-`classifier` is the network as trained, `for inference` its faster copy; `onnxruntime` and
-`openvino` run the graph of that copy in float32 on a CPU, if they are installed. Only torch
-computes gradients. All take turns, so that other load slows all of them. Printed are the median
-and, in parentheses, the slowest and fastest of the repeats. `gap` is the largest difference of a
-logit from the classifier's.
+`classifier` is the network as trained, `for inference` its faster copy, and `packed` that copy with
+packed weights on a CPU, in float32 and bfloat16; `onnxruntime` and `openvino` run the graph of that
+copy on a CPU, if they are installed. Only torch computes gradients. All take turns, so that other
+load slows all of them. Printed are the median and, in parentheses, the slowest and fastest of the
+repeats. `gap` is the largest difference of a logit from the classifier's.
 """
 
 from __future__ import annotations
@@ -25,15 +25,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
 
-from app.engine.runtime import onnx_runtime
+from app.engine.runtime import onnx_runtime, openvino_bf16
 from app.engine.runtime_plan import examples
 from benchmarks.common import processor_name
-from robust.classifier import ARCHS, STEMS, Architecture, Classifier, resolve_device
+from robust.classifier import (
+    ACTIVATIONS,
+    ARCHS,
+    STEMS,
+    Architecture,
+    Classifier,
+    resolve_device,
+)
 from robust.environment import device_in_words, versions
 from robust.graph import build_onnx
 from robust.inference import for_inference
+from robust.packed import NotPackable, Packed
 
 Model = Callable[[Tensor], Tensor]
+DIFFERENTIABLE = ("classifier", "for inference", "packed", "packed bf16")
 
 
 def forward(model: Model, x: Tensor) -> None:
@@ -72,6 +81,7 @@ def main() -> None:
     )
     parser.add_argument("--arch", choices=ARCHS, default="resnet50")
     parser.add_argument("--stem", choices=STEMS, nargs="+", default=list(STEMS))
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="relu")
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 100, 200])
     parser.add_argument("--repeats", type=int, default=9)
@@ -84,16 +94,21 @@ def main() -> None:
 
     click.echo(hardware(device))
     click.echo(
-        f"{args.arch}, {args.size}x{args.size}, float32, images/s: median (slowest-fastest)\n"
+        f"{args.arch}, {args.activation}, {args.size}x{args.size}, images/s: "
+        "median (slowest-fastest)\n"
     )
     for stem in args.stem:
-        architecture = Architecture(arch=args.arch, stem=stem, input_size=args.size)
+        architecture = Architecture(
+            arch=args.arch, stem=stem, activation=args.activation, input_size=args.size
+        )
         classifier = Classifier(architecture).eval().requires_grad_(False).to(device)
         models = models_of(classifier)
         show(stem, "", "batch", list(models))
         show(stem, "gap", 8, [f"{gap(model, classifier):.1g}" for model in models.values()])
         for run in (forward, gradient):
-            compared = list(models.values())[: None if run is forward else 2]
+            compared = [
+                model for name, model in models.items() if run is forward or name in DIFFERENTIABLE
+            ]
             for n in args.batch:
                 x = torch.rand(n, 3, args.size, args.size, device=device)
                 for model in compared:  # warm up
@@ -116,8 +131,15 @@ def models_of(classifier: Classifier) -> dict[str, Model]:
     models: dict[str, Model] = {"classifier": classifier, "for inference": fast}
     if fast.device.type != "cpu":
         return models
+    for name, dtype in (("packed", torch.float32), ("packed bf16", torch.bfloat16)):
+        with contextlib.suppress(NotPackable, RuntimeError):
+            models[name] = Packed(fast, dtype)
     threads = torch.get_num_threads()
-    for name, build in (("onnxruntime", onnx_runtime), ("openvino", openvino)):
+    for name, build in (
+        ("onnxruntime", onnx_runtime),
+        ("openvino", openvino),
+        ("openvino bf16", openvino_bf16),
+    ):
         with contextlib.suppress(ImportError):
             models[name] = build(build_onnx(fast).SerializeToString(), threads)
     return models
