@@ -88,7 +88,7 @@ class LocalStore:
             logger.warning("evaluation %s was running when the service died", job.id)
         self._losses[job.id] = losses
         if losses.count >= MAX_LOST:
-            job.error = f"The service died {MAX_LOST} times running it, without progress between."
+            job.error = f"The service died {MAX_LOST} times while running it, without progress."
             self._end(job, "failed")
             return
         job.state = "queued"

@@ -142,7 +142,7 @@ def test_evaluation_that_ends_three_services_fails(settings: Settings) -> None:
     with serving(settings) as running:
         job = running.client.get(f"/evaluate/{id}").json()
         assert job["state"] == "failed"
-        assert job["error"] == ("The service died 3 times running it, without progress between.")
+        assert job["error"] == ("The service died 3 times while running it, without progress.")
         assert finish(running, submit(running, key="another")["id"])["state"] == "done"
 
 
