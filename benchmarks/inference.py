@@ -132,7 +132,7 @@ def models_of(classifier: Classifier) -> dict[str, Model]:
     if fast.device.type != "cpu":
         return models
     for name, dtype in (("packed", torch.float32), ("packed bf16", torch.bfloat16)):
-        with contextlib.suppress(NotPackable, RuntimeError):
+        with contextlib.suppress(NotPackable, RuntimeError, AttributeError):
             models[name] = Packed(fast, dtype)
     threads = torch.get_num_threads()
     for name, build in (

@@ -18,7 +18,7 @@ class Agreement:
     """How a copy compares with its model, from one gradient of each."""
 
     logit_error: float  # largest difference of logits, relative to the largest logit
-    margin_error: float  # the same, relative to the median lead, see `margin_error`
+    margin_error: float  # the same, relative to the median lead of the top class
     sign_agreement: float  # fraction of the gradient's signs that match
     speedup: float  # time of the model divided by that of the copy
 

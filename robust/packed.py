@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SIGN_AGREEMENT = 0.9  # smallest fraction of gradient signs that match those without packing
-LOGIT_ERROR = 0.01  # largest error of a logit, relative to the largest logit
+# Smallest fraction of gradient signs that match those without packing, and largest error of a
+# logit, relative to the largest logit.
+SIGN_AGREEMENT = {torch.float32: 0.99, torch.bfloat16: 0.9}
+LOGIT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 SLOWDOWN = 1.05  # largest time of a pass relative to one without packing
 LAST = torch.channels_last
 ONES = [1, 1]
@@ -80,6 +83,11 @@ class Packed:
                 return logits
             return self.forward(x, None)
 
+    def drop_gradient(self) -> None:
+        """Free the weights for the gradient, half of all, until the next gradient."""
+        for step in self._steps:
+            vars(step).pop("_back", None)
+
     def forward(self, x: Tensor, saved: Values | None) -> Tensor:
         """The logits; stores what `backward` needs in `saved`."""
         if self._architecture.normalizes:
@@ -124,7 +132,7 @@ def packed_if_faster(
     """`model` packed in `dtype` if that is as good and fast as `other`, its copy in `dtype`."""
     try:
         packed = Packed(model, dtype)
-        reason = _reason_against(packed, other)
+        reason = _reason_against(packed, other, dtype)
     except (NotPackable, RuntimeError, NotImplementedError, AttributeError) as error:
         reason = str(error).splitlines()[0]
     if reason:
@@ -133,17 +141,17 @@ def packed_if_faster(
     return packed
 
 
-def _reason_against(packed: Packed, other: InferenceClassifier) -> str:
+def _reason_against(packed: Packed, other: InferenceClassifier, dtype: torch.dtype) -> str:
     """The reason to use `other` instead of `packed`; empty if there is none."""
     side = other.architecture.input_size
     x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     found = compare(packed, other, x, torch.tensor([0]), clear_speedup=1)
-    if not found.logit_error <= LOGIT_ERROR:  # also for NaN
-        error = f"off by {found.logit_error:.1%} of the largest logit"
-        return f"{error}, above the limit of {LOGIT_ERROR:.0%}"
-    if found.sign_agreement < SIGN_AGREEMENT:
+    if not found.logit_error <= LOGIT_ERROR[dtype]:  # also for NaN
+        error = f"off by {found.logit_error:.2g} of the largest logit"
+        return f"{error}, above the limit of {LOGIT_ERROR[dtype]}"
+    if found.sign_agreement < SIGN_AGREEMENT[dtype]:
         agrees = f"{found.sign_agreement:.1%} of the gradient's signs agree"
-        return f"{agrees}, below the limit of {SIGN_AGREEMENT:.0%}"
+        return f"{agrees}, below the limit of {SIGN_AGREEMENT[dtype]:.0%}"
     if found.speedup < 1 / SLOWDOWN:
         return f"{1 / found.speedup:.2f} times as long, above the limit of {SLOWDOWN}"
     return ""
@@ -242,6 +250,16 @@ class _Planner:
         return _Map(name=len(self.steps) + 1, channels=channels, side=side)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Back:
+    """The convolution that computes the gradient of another one."""
+
+    weight: Tensor  # packed
+    padding: int
+    before: int  # rows and columns of zeros before the gradient
+    after: int
+
+
 class _Convolution(_Step):
     """A convolution, and perhaps the sum of its result and a shortcut."""
 
@@ -260,14 +278,19 @@ class _Convolution(_Step):
         self._same = isinstance(layer, SameConv2d)
         wide = x.side + self._same
         self._weight = _packed(weight, wide, padding=self._padding, stride=self._stride)
+
+    @cached_property
+    def _back(self) -> _Back:
+        """What computes the gradient."""
+        weight = self._weight.to_dense()
         if self._stride == 1:
-            back, self._before, self._after = weight.flip(2, 3).transpose(0, 1), 0, 0
-            self._back_padding = self._size - 1 - self._padding
+            back, before, after = weight.flip(2, 3).transpose(0, 1), 0, 0
+            padding = self._size - 1 - self._padding
         else:
-            back, self._before, self._after = _by_pixel(weight, self._padding)
-            self._back_padding = 0
-        wide = y.side + self._before + self._after
-        self._back = _packed(back, wide, padding=self._back_padding, stride=1)
+            back, before, after = _by_pixel(weight, self._padding)
+            padding = 0
+        packed = _packed(back, self.side + before + after, padding=padding, stride=1)
+        return _Back(weight=packed, padding=padding, before=before, after=after)
 
     @property
     def can_add(self) -> bool:
@@ -298,19 +321,23 @@ class _Convolution(_Step):
 
     def _gradient(self, gradient: Tensor, add_to: Tensor | None) -> Tensor:
         """The gradient at the input; with `add_to`, adds it to that tensor in place."""
+        back = self._back
         if self._stride == 1:
-            return _convolve(gradient, self._back, None, self._back_padding, 1, add_to=add_to)
-        if self._before or self._after:
-            gradient = F.pad(gradient, [self._before, self._after] * 2)
-        found = _convolve(gradient, self._back, None, 0, 1)
+            return _convolve(gradient, back.weight, None, back.padding, 1, add_to=add_to)
+        if back.before or back.after:
+            gradient = F.pad(gradient, [back.before, back.after] * 2)
+        found = _convolve(gradient, back.weight, None, 0, 1)
         n, _, rows, columns = found.shape
         side = 1 if self._size == 1 else 2  # a 1x1 kernel reads one pixel of each square
         squares = found.permute(0, 2, 3, 1).view(n, rows, columns, side, side, self._channels)
+        squares = squares.permute(0, 1, 3, 2, 4, 5)
+        if add_to is None and side == 2:
+            return squares.reshape(n, 2 * rows, 2 * columns, -1).permute(0, 3, 1, 2)
         if add_to is None:
             shape = (n, self._channels, 2 * rows, 2 * columns)
             add_to = torch.empty(shape, dtype=found.dtype, memory_format=LAST).zero_()
         pixels = add_to.permute(0, 2, 3, 1).view(n, rows, 2, columns, 2, self._channels)
-        pixels[:, :, :side, :, :side].add_(squares.permute(0, 1, 3, 2, 4, 5))
+        pixels[:, :, :side, :, :side].add_(squares)
         return add_to
 
 
@@ -322,9 +349,11 @@ class _Products(_Step):
         self._x, self._y, self._pixelwise = x, y, isinstance(layer, Pixelwise)
         self._stride = layer.stride if isinstance(layer, Pixelwise) else 1
         self._bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        weight = layer.weight.detach().to(dtype)
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self._weight, self._back = reorder(weight, None), reorder(weight.t().contiguous(), None)
+        self._weight = _reorder(layer.weight.detach().to(dtype))
+
+    @cached_property
+    def _back(self) -> Tensor:
+        return _reorder(self._weight.to_dense().t().contiguous())
 
     def forward(self, values: Values, saved: Values | None) -> Tensor:
         x = values[self.inputs[0]][:, :, :: self._stride, :: self._stride]
@@ -437,11 +466,11 @@ def _accumulate(gradients: Values, name: int, gradient: Tensor) -> None:
 
 
 def _by_pixel(weight: Tensor, padding: int) -> tuple[Tensor, int, int]:
-    """The gradient of a convolution with stride 2 as a convolution, and the padding it needs.
+    """The gradient of a convolution with stride 2 as a convolution.
 
     Its output channels are the four pixels of each 2x2 square, by row, column and channel; those of
     a 1x1 kernel are only the first pixel, as the gradient at the others is 0. `weight` is
-    (O, C, K, K). The padding, in rows and columns, is that before and after the gradient.
+    (O, C, K, K). Also returns how many rows and columns of zeros go before and after the gradient.
     """
     out, channels, size, _ = weight.shape
     # The pixel 2 * a + r gets, through tap i, the gradient at a + d with d = (r + padding - i) / 2.
@@ -492,6 +521,12 @@ def _convolve(
             add_to, x, packed, bias, *where, "add", 1.0, None, [], ""
         )
     return y
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    """The weights of matrix products in the layout that oneDNN prefers."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return packed
 
 
 def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

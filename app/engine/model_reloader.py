@@ -27,15 +27,15 @@ from robust.environment import device_in_words
 from robust.evaluation.precision import (
     FAILURES,
     MIN_PASSES,
-    MORE_PROBES,
     PROBE,
     Precision,
     SearchPrecision,
-    choose_precision,
     in_float32_after,
+    try_bf16,
 )
 from robust.loading import ModelOptions
 from robust.memory import is_out_of_memory
+from robust.packed import Packed
 from robust.prediction import predict
 
 logger = logging.getLogger(__name__)
@@ -209,14 +209,17 @@ async def warm(
                 device=device,
                 pause=session.pause,
             )
-        search, fast = choose_search(model, precision, pause=session.pause)
+        search = choose_search(model, precision, pause=session.pause)
+        if search.bf16 and isinstance(model.fast, Packed):
+            model.fast.drop_gradient()  # only a search that is repeated in float32 needs it
         if device.type != "cpu":
             warm_kernels(session, size, device=device, most=engine.max_batch)
             if model.bf16 is not None:
                 warm_kernels(model.bf16, size, device=device, most=engine.max_batch)
             plan = plan if plan is not None and plan.precision == "bf16" else None
-        bf16 = model.bf16 if search.bf16 else None
-        return replace(model, plan=plan, search=search, runtimes=(), fast=fast, bf16=bf16)
+        return replace(
+            model, plan=plan, search=search, runtimes=(), bf16=model.bf16 if search.bf16 else None
+        )
 
     model = await engine.run(Kind.ATTACK, model, choose, cost=0)
     refused = precision == "bf16" and model.precision == "fp32"
@@ -231,24 +234,20 @@ async def warm(
 
 def choose_search(
     model: ServedModel, precision: Precision, *, pause: Callable[[], None]
-) -> tuple[SearchPrecision, Model | None]:
-    """The precision in which attacks and evaluations search, and the model in float32.
-
-    Successes are verified in float32.
-    """
+) -> SearchPrecision:
+    """The precision in which attacks and evaluations search; successes are verified in float32."""
     fast, bf16 = model.fast, model.bf16
     if fast is None or bf16 is None:
-        return model.search, fast
-    x = examples(MORE_PROBES, model.input_size).to(model.device)
+        return model.search
+    x = examples(PROBE, model.input_size).to(model.device)
     try:
         pause()
         with torch.no_grad():
-            y = bf16(x[:PROBE]).argmax(dim=1)
+            y = bf16(x).argmax(dim=1)
         pause()
-        chosen, searched = choose_precision(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)
+        return try_bf16(precision, fast, x, y, passes=MIN_PASSES, bf16=bf16)[0]
     except FAILURES as error:
-        return in_float32_after(error), fast
-    return chosen, fast if chosen.bf16 else searched
+        return in_float32_after(error)
 
 
 def warm_kernels(model: Model, side: int, *, device: torch.device, most: int) -> None:

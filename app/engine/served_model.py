@@ -208,7 +208,7 @@ def load_model(
         fast = for_inference(classifier, device)
     why_not = reason_against_bf16(fast, device, precision)
     bf16 = None if why_not else in_bf16(fast, device)
-    fast_logits = packed_float32(fast, device) if bf16 is None else fast
+    fast_logits = packed_float32(fast, device)
     runtimes: tuple[Runtime, ...] = ()
     if not attacks_only:
         runtimes = runtimes_for(

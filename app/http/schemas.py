@@ -217,7 +217,7 @@ class ProbeResult(BaseModel):
     right_normalized: int | None = Field(
         validation_alias=AliasChoices("right_normalized", "right_normalised"),
         description="Correct images with the best of the usual normalizations in front; null "
-        "if there are too few images, or if none helps on the first ones or can help enough.",
+        "if there are too few images, or if none helps on the first or could help significantly.",
     )
     differentiated: int | None = Field(
         default=None, description="Images whose gradient was checked; null: all."

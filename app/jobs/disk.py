@@ -109,13 +109,6 @@ class JobFolder:
         """The file of an evaluation's journal."""
         return self._folder / f"{id}.journal"
 
-    def journal_bytes(self, id: str) -> int:
-        """The size of that file; 0 if there is none."""
-        try:
-            return self.journal(id).stat().st_size
-        except OSError:
-            return 0
-
     def put(self, id: str, dataset: Dataset) -> None:
         """Store the images of a job. Raises StoreError, for example on a full disk."""
 

@@ -30,6 +30,7 @@ from app.jobs.store import (
 )
 from app.settings import Settings
 from robust.datasets import Dataset
+from robust.evaluation.journal import count_rows
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class LocalStore:
         self._expires: dict[str, float] = {}  # on the monotonic clock
         self._saved = 0.0  # when a result so far was last written, on the same clock
         self._images: dict[str, Dataset] = {}  # only without a folder
-        self._losses: dict[str, Losses] = {}  # of the jobs of the folder
+        self._deaths: dict[str, Deaths] = {}  # of the active jobs of the folder
         self._queue: deque[Job] = deque()
         self._queued = asyncio.Event()
         self._current: tuple[Job, asyncio.Task[None]] | None = None
@@ -73,7 +74,7 @@ class LocalStore:
 
     def _restore(self, folder: JobFolder, stored: StoredJob) -> None:
         try:
-            job, losses = _from_stored(stored)
+            job, deaths = _from_stored(stored)
         except (KeyError, TypeError, ValueError) as error:
             logger.error("evaluation %s is unreadable and removed: %r", stored.id, error)
             with suppress(StoreError):  # the next service tries again
@@ -84,11 +85,13 @@ class LocalStore:
             self._expires[job.id] = self._expiry(job)
             return
         if job.state == "running":  # the service died, or its device
-            losses = losses.one_more(folder.journal_bytes(job.id))
-            logger.warning("evaluation %s was running when the service died", job.id)
-        self._losses[job.id] = losses
-        if losses.count >= MAX_LOST:
-            job.error = f"The service died {MAX_LOST} times while running it, without progress."
+            deaths = deaths.one_more(count_rows(folder.journal(job.id)))
+            logger.warning("evaluation %s was running when the service or its device died", job.id)
+        self._deaths[job.id] = deaths
+        if deaths.count >= MAX_LOST:
+            job.error = (
+                f"The service died {MAX_LOST} times while running it, without progress in between."
+            )
             self._end(job, "failed")
             return
         job.state = "queued"
@@ -223,7 +226,7 @@ class LocalStore:
         self._end_unstored("cancelled")
         for job in self._jobs.values():
             if job.state == "running" and not self._device_failed:
-                job.state = "queued"  # this was no loss
+                job.state = "queued"  # it did not die
                 self._try_to_save(job)
 
     async def close(self) -> None:
@@ -238,6 +241,7 @@ class LocalStore:
                 await self._queued.wait()
             job = self._queue.popleft()
             job.state = "running"
+            self._notify(job)
             self._try_to_save(job)  # before anything that could end the process
             task = asyncio.ensure_future(run(job))
             self._current = job, task
@@ -267,7 +271,7 @@ class LocalStore:
         job.bytes = len(str(job.result))
         self._images.pop(job.id, None)
         self._expires[job.id] = self._expiry(job)
-        self._losses.pop(job.id, None)
+        self._deaths.pop(job.id, None)
         self._notify(job)
         # If it can't be saved nothing is lost: the next service finishes it from its journal.
         if self._folder is not None and self._try_to_save(job):
@@ -285,8 +289,8 @@ class LocalStore:
 
     def _save(self, job: Job) -> None:
         assert self._folder is not None
-        losses = self._losses.get(job.id, Losses())
-        self._folder.save(job.id, job.created.timestamp(), _to_stored(job, losses))
+        deaths = self._deaths.get(job.id, Deaths())
+        self._folder.save(job.id, job.created.timestamp(), _to_stored(job, deaths))
 
     def _notify(self, job: Job) -> None:
         job.version += 1
@@ -330,33 +334,34 @@ def check_room(job: Job, *, active: int, stored_bytes: int, settings: Settings) 
 
 
 @dataclass(frozen=True)
-class Losses:
-    """How often in a row services died running a job, without progress in between."""
+class Deaths:
+    """How often in a row the service died while running a job, without progress in between."""
 
     count: int = 0
-    journal: int = 0  # bytes of its journal at the last of them
+    rows: int = 0  # of the job's journal at the last of them
 
-    def one_more(self, journal: int) -> Losses:
-        """These and one more, at which the journal had `journal` bytes."""
-        return Losses(self.count + 1 if journal <= self.journal else 1, journal)
+    def one_more(self, rows: int) -> Deaths:
+        """One death more; the first one again if the journal has grown since the last."""
+        return Deaths(self.count + 1 if rows <= self.rows else 1, rows)
 
 
-def _to_stored(job: Job, losses: Losses) -> dict[str, Any]:
+def _to_stored(job: Job, deaths: Deaths) -> dict[str, Any]:
     return {
         **job.about(),
         "state": job.state,
         "result": job.result,
         "error": job.error,
         "finished": None if job.finished is None else job.finished.isoformat(),
-        "losses": [losses.count, losses.journal],
+        # Only where needed: older services can't read it.
+        **({"deaths": [deaths.count, deaths.rows]} if deaths.count else {}),
     }
 
 
-def _from_stored(stored: StoredJob) -> tuple[Job, Losses]:
+def _from_stored(stored: StoredJob) -> tuple[Job, Deaths]:
     about = {name: value for name, value in stored.about.items() if name != "version"}
-    count, journal = map(int, about.pop("losses", (0, 0)))  # older services did not count them
+    count, rows = map(int, about.pop("deaths", (0, 0)))
     state, result, error, finished = map(about.pop, ("state", "result", "error", "finished"))
     job = Job.from_about(stored.id, about)
     job.state, job.result, job.error = state, result, error
     job.finished = None if finished is None else datetime.fromisoformat(finished)
-    return job, Losses(count, journal)
+    return job, Deaths(count, rows)

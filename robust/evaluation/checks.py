@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robust.attacks import Model, ModelError, frozen
 from robust.attacks.passes import Meter, Passes
-from robust.evaluation.flags import FEWEST, telling_gain
+from robust.evaluation.flags import FEWEST, fewest_significant
 from robust.evaluation.models import Models, check_finite
 from robust.evaluation.result import Probes
 
@@ -129,15 +129,15 @@ def _best_normalization(
     """
     best: tuple[int | None, str] = None, ""
     tried = int((predicted[:TRIED] == y[:TRIED]).sum())
-    telling = telling_gain(int((predicted == y).sum()), len(x))
-    if telling > len(x):
+    needed = fewest_significant(int((predicted == y).sum()), len(x))
+    if needed > len(x):
         return best
     for name, values in NORMALIZATIONS.items() if x.shape[1] == 3 else ():
         mean, std = (x.new_tensor(row).view(1, 3, 1, 1) for row in values)
         normalized = (x - mean) / std
         try:
             correct = _count_correct(passes, normalized[:TRIED], y[:TRIED])
-            if correct <= tried or correct + len(x[TRIED:]) < telling:
+            if correct <= tried or correct + len(x[TRIED:]) < needed:
                 continue
             correct += _count_correct(passes, normalized[TRIED:], y[TRIED:])
         except (ValueError, AssertionError):

@@ -50,7 +50,7 @@ def find_flags(evaluation: Evaluation) -> tuple[Flag, ...]:
     return tuple(found)
 
 
-def telling_gain(right: int, n: int) -> int:
+def fewest_significant(right: int, n: int) -> int:
     """Fewest correct images out of `n` that are significantly more than `right`; n + 1 if none."""
     _, highest = wilson_interval(right, n)
     return next((k for k in range(n + 1) if wilson_interval(k, n)[0] > highest), n + 1)
@@ -128,8 +128,8 @@ def _of_probes(probes: Probes, *, chance: float) -> Iterator[Flag]:
         return
     # Accuracy below chance means adversarial images: any change undoes their perturbation.
     below_chance = wilson_interval(probes.right, probes.n)[1] < chance
-    telling = telling_gain(probes.right, probes.n)
-    if probes.n >= FEWEST and not below_chance and probes.right_normalized >= telling:
+    significant = fewest_significant(probes.right, probes.n)
+    if probes.n >= FEWEST and not below_chance and probes.right_normalized >= significant:
         yield Flag(
             name="normalization",
             text=f"{probes.right_normalized} of {probes.n} images are classified correctly when "

@@ -7,7 +7,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,15 @@ def recorded(path: Path, name: str) -> Any:
             return None
         found = db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
     return json.loads(found[0]) if found else None
+
+
+def count_rows(path: Path) -> int:
+    """The number of rows in the journal at `path`; 0 if there is none, or if it can't be read."""
+    if not path.is_file():
+        return 0
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=0)) as db:
+        return int(db.execute("SELECT count(*) FROM finished").fetchone()[0])
+    return 0
 
 
 @contextmanager

@@ -22,8 +22,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 # Images on which bfloat16 is compared with float32; few, as predictions wait for each pass.
 PROBE = 4
-# Images on which the error of the logits is measured again if the first ones refuse bfloat16. Of
-# the shipped model's test images, one set of 4 in 20 would; none of 8 or more.
+# Images on which the error of the logits is measured again if the first ones refuse bfloat16. About
+# 1 in 20 sets of 4 test images would refuse it for the shipped model; no set of 8 or more.
 MORE_PROBES = 32
 # Fewest passes of an evaluation for which packing weights and comparing copies, in the time of
 # some 75 passes, is worth it on a CPU.
@@ -79,7 +79,7 @@ def choose_precision(
     by default it is created. In float32 the weights are packed if that is worth it. Raises
     ValueError for another precision.
     """
-    chosen, copied = _choose_bf16(precision, fast, x, y, passes=passes, bf16=bf16)
+    chosen, copied = try_bf16(precision, fast, x, y, passes=passes, bf16=bf16)
     if copied is not None:
         return chosen, copied
     return chosen, packed_float32(fast, x.device) if passes >= MIN_PASSES else fast
@@ -92,7 +92,7 @@ def packed_float32(fast: Model, device: torch.device) -> Model:
     return packed_if_faster(fast, fast, torch.float32)
 
 
-def _choose_bf16(
+def try_bf16(
     precision: Precision,
     fast: Model,
     x: Tensor,
@@ -101,13 +101,13 @@ def _choose_bf16(
     passes: int,
     bf16: Model | None,
 ) -> tuple[SearchPrecision, Model | None]:
-    """The precision, and the model in bfloat16 if that is chosen."""
+    """The precision, and the model in bfloat16 if that is chosen, as `choose_precision` does."""
     device = x.device
     requested = searches_in_bf16(precision, device)
     if precision != "auto":
         chosen = SearchPrecision(bf16=requested, reason="as asked")
         return chosen, (bf16 or in_bf16(fast, device)) if requested else None
-    why_not = why_not_bf16(fast, device)
+    why_not = "" if bf16 is not None else why_not_bf16(fast, device)
     if not why_not and device.type == "cpu" and passes < MIN_PASSES:
         why_not = f"too few passes to try bfloat16: {passes:,}, below the limit of {MIN_PASSES:,}"
     if why_not:
