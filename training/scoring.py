@@ -78,10 +78,10 @@ def _precision(trainer: Trainer) -> dict[str, Any]:
     """Settings for `evaluate_batches`: on the CPU the precision of training, elsewhere `auto`."""
     if trainer.device.type != "cpu":
         return {}  # `auto` compares gradients there and times nothing
-    if not trainer.bf16:
-        return {"precision": "fp32"}
     model = trainer.averaged.module
     assert isinstance(model, Classifier)
     fast = for_inference(model)
-    # With a copy of our own, as `evaluate_batches` would time whether to prepack its weights.
+    # With copies of our own, as `evaluate_batches` would time whether to prepack their weights.
+    if not trainer.bf16:
+        return {"precision": "fp32", "fast": fast.forward}
     return {"precision": "bf16", "fast": fast, "bf16": in_bfloat16(fast)}

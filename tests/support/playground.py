@@ -23,8 +23,10 @@ def choose(page: Page, data: bytes, name: str) -> None:
 
 
 def source(page: Page, selector: str) -> bytes:
-    """The PNG that an image shows."""
-    link = page.locator(selector).get_attribute("src") or ""
+    """The PNG from the service that an image shows, once it shows one."""
+    image = page.locator(selector)
+    expect(image).to_have_attribute("src", re.compile("^data:image/png;base64,"))
+    link = image.get_attribute("src") or ""
     return base64.b64decode(link.removeprefix("data:image/png;base64,"))
 
 
