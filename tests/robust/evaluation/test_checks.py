@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robust.attacks import ModelError, resolve_attack
 from robust.attacks.passes import Passes
 from robust.classifier import Classifier
-from robust.evaluation import Evaluation, evaluate, evaluate_batches
+from robust.evaluation import Evaluation, checks, evaluate, evaluate_batches
 from robust.evaluation.verify import verify
 from robust.threat_model import ThreatModel
 
@@ -73,6 +73,22 @@ def test_normalizations_are_not_tried_where_none_can_help(
     assert result.probes is not None
     assert (result.probes.right, result.probes.right_normalized) == (20, None)
     assert model.images == 20 + 8 + 16
+
+
+def test_normalization_that_can_no_longer_help_enough_is_tried_on_few() -> None:
+    """One more of the first 8 and all other 42 would not be significantly more than 33 of 50."""
+    sizes = []
+
+    def logits(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        found = torch.tensor([0.0, 1.0]).repeat(len(x), 1)
+        found[0] = torch.tensor([1.0, 0.0])
+        return found
+
+    labels = torch.zeros(50).long()
+    predicted = torch.tensor([1] * 8 + [0] * 33 + [1] * 9)
+    found = checks._best_normalization(Passes(logits), torch.rand(50, 3, 4, 4), labels, predicted)
+    assert (found, sizes) == ((None, ""), [8, 8, 8])
 
 
 def test_model_without_gradients_can_be_attacked_by_square(
