@@ -21,7 +21,7 @@ def configure(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for name in ("httpx", "multipart", "python_multipart", "PIL", "psycopg"):
+    for name in ("httpx", "multipart", "python_multipart", "PIL", "psycopg", "fontTools"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from robust.attacks import AttackSettings, resolve_attack
 from robust.evaluation.intervals import wilson_interval
-from robust.evaluation.tables import accuracy_table
+from robust.evaluation.tables import accuracy_table, curve_table
 from robust.files import to_json, write_json
 from robust.threat_model import ThreatModel, format_eps
 
@@ -315,8 +315,11 @@ class Evaluation:
         }
 
     def __str__(self) -> str:
-        """The table of the command line, with notes and warnings under it."""
+        """The tables of the command line, with precision, notes and warnings under them."""
         lines = [accuracy_table(self), *map(str, self.differences)]
+        if self.curve:
+            lines += [f"at other eps ({self.curve[0].n} images):", curve_table(self)]
+        lines.append(f"{self.precision}{self.precision_reason and f' ({self.precision_reason})'}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *(f"warning: {flag.name}: {flag}" for flag in self.flags)])
 

@@ -31,9 +31,14 @@ async def find(id: str, request: Request) -> Job:
     """The evaluation with that id, if the caller may see it. Raises NotFound."""
     caller: Caller = request.state.caller
     job = await service_of(request).jobs.get(id, caller.owner)
+    _describe(request, job)
+    return job
+
+
+def _describe(request: Request, job: Job) -> None:
+    """The model and the precision of the evaluation, for the headers of the response."""
     request.state.model_sha256 = job.model
     request.state.precision = "fp32; search=bf16" if job.precision == "bf16" else "fp32"
-    return job
 
 
 Found = Annotated[Job, Depends(find)]
@@ -69,6 +74,7 @@ async def evaluate(request: Request, response: Response) -> JobStatus:
     """
     service = service_of(request)
     job = await _submit(request, service)
+    _describe(request, job)
     response.headers["Location"] = str(request.url_for("job", id=job.id).path)
     seconds = _preferred_wait(request, service.settings.deadline_seconds)
     client = request.state.caller.client

@@ -113,6 +113,9 @@ def test_precision_is_reported_in_each_response(rounded: Running) -> None:
 
 def test_attacks_search_in_bfloat16_and_are_scored_in_float32(rounded: Running) -> None:
     exact = load_checkpoint(rounded.service.settings.checkpoint).classifier
+    begun = rounded.client.post("/evaluate", files={"file": labeled(4)}, data={"attack": "fgsm"})
+    assert begun.status_code == 202
+    assert begun.headers["X-Model-Precision"] == "fp32; search=bf16"
     body = attacked(rounded, png(), attack="pgd", steps="3")
     response = rounded.client.post("/attack", content=png(), params={"attack": "fgsm"})
     assert response.headers["X-Model-Precision"] == "fp32; search=bf16"
