@@ -31,8 +31,8 @@ _TAIL = """
   clients behind the proxy count as a single client.
 - **Little memory**: the service uses at most `ROBUST_MAX_HELD_BYTES` for request bodies, 1.5 times
   `ROBUST_DECODE_MEMORY` for decoding, `ROBUST_JOBS_BYTES` for evaluations (only without
-  `ROBUST_JOBS` and `ROBUST_DATABASE_URL`), and some 1 GB for the model, or 1.4 GB during an
-  evaluation.
+  `ROBUST_JOBS` and `ROBUST_DATABASE_URL`), and some 1.3 GB for the shipped model and the one
+  beside it, or 1.6 GB during an evaluation.
 - **A slow model**: with the CIFAR stem, on two cores of an Intel Xeon in float32, a forward pass of
   one image takes some 45 ms and a gradient 93 ms, so the default `ROBUST_DEADLINE_SECONDS` is
   enough for some 300 gradients or 600 queries. (On an AMD EPYC with bfloat16, PGD-20 of one image

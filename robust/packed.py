@@ -129,7 +129,7 @@ class _Logits(torch.autograd.Function):
 def packed_if_faster(
     model: InferenceClassifier, other: InferenceClassifier, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[Tensor], Tensor]:
-    """`model` packed in `dtype` if that is as good and fast as `other`, its copy in `dtype`."""
+    """`model` packed in `dtype`, or `other`, its copy in `dtype`, if packing is wrong or slower."""
     try:
         packed = Packed(model, dtype)
         reason = _reason_against(packed, other, dtype)
@@ -152,7 +152,8 @@ def _reason_against(packed: Packed, other: InferenceClassifier, dtype: torch.dty
     if found.sign_agreement < SIGN_AGREEMENT[dtype]:
         agrees = f"{found.sign_agreement:.1%} of the gradient's signs agree"
         return f"{agrees}, below the limit of {SIGN_AGREEMENT[dtype]:.0%}"
-    if found.speedup < 1 / SLOWDOWN:
+    # Not in float32, where results would otherwise depend on timing.
+    if dtype != torch.float32 and found.speedup < 1 / SLOWDOWN:
         return f"{1 / found.speedup:.2f} times as long, above the limit of {SLOWDOWN}"
     return ""
 

@@ -202,6 +202,7 @@ def read_losses(run: Run) -> None:
     state = run.state
     for step, value in enumerate(torch.stack(run.unread).tolist(), run.losses_read + 1):
         if not math.isfinite(value):
+            run.writer.wait()
             kept = run.folder.state.exists()
             raise TrainingError(
                 f"the loss became {value} in phase {run.phase.name}, epoch {state.epoch + 1}, "

@@ -86,8 +86,10 @@ def choose_precision(
 
 
 def packed_float32(fast: Model, device: torch.device) -> Model:
-    """`fast` with packed weights, if it is a classifier on a CPU and that is no slower."""
+    """`fast` with packed weights, if it is a large enough classifier on a CPU."""
     if device.type != "cpu" or not isinstance(fast, InferenceClassifier):
+        return fast
+    if sum(parameter.numel() for parameter in fast.parameters()) < MIN_PARAMETERS:
         return fast
     return packed_if_faster(fast, fast, torch.float32)
 
