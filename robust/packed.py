@@ -14,19 +14,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust.agreement import compare
-from robust.inference import Dense, Pixelwise
+from robust.inference import Dense, InferenceClassifier, Pixelwise
 from robust.networks import family_of
 from robust.networks.layers import SameConv2d
-
-if TYPE_CHECKING:
-    from robust.inference import InferenceClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +126,10 @@ class _Logits(torch.autograd.Function):
 def packed_if_faster(
     model: InferenceClassifier, other: InferenceClassifier, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[Tensor], Tensor]:
-    """`model` packed in `dtype`, or `other`, its copy in `dtype`, if packing is wrong or slower."""
+    """`model` packed in `dtype`, unless that is wrong or, in bfloat16, slower than `other`.
+
+    `other` is a copy of it in `dtype`, which takes its place then.
+    """
     try:
         packed = Packed(model, dtype)
         reason = _reason_against(packed, other, dtype)
@@ -208,8 +208,8 @@ class _Planner:
         if layer.groups != 1 or layer.dilation != (1, 1):
             raise NotPackable("no packed form of groups or dilation")
         size, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-        more = isinstance(layer, SameConv2d)
-        side = (x.side + 2 * padding + more - size) // stride + 1
+        extra = int(isinstance(layer, SameConv2d))  # it pads one row and one column
+        side = (x.side + 2 * padding + extra - size) // stride + 1
         if stride > 1 and (stride > 2 or x.side != 2 * side):
             raise NotPackable(f"no packed form of a stride of {stride} at {x.side} pixels")
         y = self._new(layer.out_channels, side)
@@ -277,8 +277,8 @@ class _Convolution(_Step):
         self._bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         weight = layer.weight.detach().to(dtype)
         self._same = isinstance(layer, SameConv2d)
-        wide = x.side + self._same
-        self._weight = _packed(weight, wide, padding=self._padding, stride=self._stride)
+        side = x.side + int(self._same)
+        self._weight = _packed(weight, side, padding=self._padding, stride=self._stride)
 
     @cached_property
     def _back(self) -> _Back:
