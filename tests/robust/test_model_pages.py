@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 FORMATS = (ROOT / "docs" / "formats.md").read_text()
 PAGE = (ROOT / "docs" / "your-own-model.md").read_text()
 TESTED_BY: dict[str, Any] = {
-    "Checkpoint of ours": test_checkpoint.test_round_trip,
+    "robust checkpoint": test_checkpoint.test_round_trip,
     "State dict": test_checkpoint.test_bare_state_dict_loads,
     "State dict in a wrapper": test_loading.test_every_form_gives_the_same_logits,
     "Lightning checkpoint": test_loading.test_every_form_gives_the_same_logits,
@@ -24,10 +24,10 @@ TESTED_BY: dict[str, Any] = {
     "MadryLab's robustness": test_loading.test_normalization_layer_is_used,
     "Half precision": test_loading.test_half_precision_is_reported,
     "safetensors": test_loading.test_safetensors,
-    "safetensors of ours": test_loading.test_exported_safetensors_need_no_guesses,
+    "robust safetensors": test_loading.test_exported_safetensors_need_no_guesses,
     "Network of timm or torchvision": test_loading.test_network_from_a_library,
     "Hugging Face folder": test_given.test_timms_hub_folder,
-    "Hugging Face folder of ours": test_given.test_our_own_hub_folder,
+    "robust Hugging Face folder": test_given.test_our_own_hub_folder,
     "Python": test_given.test_model_from_user_code,
     "TorchScript": test_given.test_torchscript,
     "torch.export": test_given.test_torch_export,
