@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import ServiceError
+from app.http.paths import route_path
 from app.http.problem import error_response
 
 
@@ -15,7 +16,7 @@ class FastPathMiddleware:
 
     The handler must take a Request and return a Response, so it needs neither, and they would take
     a seventh of the event loop's time per prediction. The route stays registered for the OpenAPI
-    document and for requests under a path prefix.
+    document.
     """
 
     def __init__(self, app: ASGIApp, *, route: APIRoute) -> None:
@@ -25,7 +26,7 @@ class FastPathMiddleware:
         route = self._route
         if (
             scope["type"] != "http"
-            or scope["path"] != route.path
+            or route_path(scope) != route.path
             or scope["method"] not in self._methods
         ):
             await self._app(scope, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starlette._utils import get_route_path
 from starlette.types import Scope
 
 # Anyone may request these: Kubernetes sends no key, and the pod's IP address as Host.
@@ -11,6 +12,9 @@ PROBE_PATHS = frozenset(
 
 
 def route_path(scope: Scope) -> str:
-    """The path of a request without the prefix that a proxy or `--root-path` adds."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) or "/"
+    """The path of a request without the prefix that a proxy or `--root-path` adds.
+
+    Everything that decides by path must use it: Starlette's router chooses the route with the same
+    function. With another one, a path could be public here and a protected route there.
+    """
+    return get_route_path(scope) or "/"

@@ -98,6 +98,34 @@ def test_other_paths_need_a_key(locked: Running, path: str) -> None:
     assert locked.client.get(path).status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("prefix", "method", "path", "status"),
+    [
+        # The prefix alone is the page, whatever it is called: a redirect to the same with a slash.
+        ("/predict", "POST", "/predict", 307), ("/evaluate", "GET", "/evaluate", 307),
+        ("/evaluate", "POST", "/evaluate", 307), ("/metrics", "GET", "/metrics", 307),
+        ("/predict", "POST", "/predict/", 405), ("/predict", "GET", "/predict/", 200),
+        # Below it, the rest of the path decides, whether the proxy took the prefix off or not.
+        ("/predict", "POST", "/predict/predict", 401), ("/livez", "GET", "/livez/model", 401),
+        ("/docs/assets", "GET", "/docs/assets/model", 401),
+        ("/playground", "POST", "/playground/predict", 401), ("/x", "GET", "/x/livez", 200),
+        ("/x", "POST", "/predict", 401), ("/x", "POST", "/x/predict", 401),
+        ("/x", "GET", "/x/docs", 200), ("/x", "GET", "/livez", 200), ("/x", "GET", "/xlivez", 401),
+        ("/pre", "POST", "/predict", 401), ("/x", "GET", "/x/x/livez", 401),
+        # Other ways to write a path.
+        ("", "POST", "//predict", 401), ("", "POST", "/predict/", 401),
+        ("", "POST", "/%70redict", 401), ("", "POST", "/playground/%2e%2e/predict", 405),
+        ("", "GET", "/playground/%2e%2e/model", 404), ("", "GET", "/docs/assets/%2e%2e/model", 404),
+    ],
+)  # fmt: skip
+def test_key_is_required_by_the_path_that_is_routed(
+    locked: Running, prefix: str, method: str, path: str, status: int
+) -> None:
+    url, headers = f"{locked.url}{path}", {"X-Forwarded-Prefix": prefix}
+    response = locked.client.request(method, url, headers=headers)
+    assert response.status_code == status
+
+
 def test_key_is_checked_before_the_body_is_read(locked: Running) -> None:
     host, port = locked.url.removeprefix("http://").split(":")
     for head in (b"Content-Length: 40000", b"Transfer-Encoding: chunked"):

@@ -25,7 +25,7 @@ async def long(scope: Scope, receive: Receive, send: Send) -> None:
     await PlainTextResponse("long")(scope, receive, send)
 
 
-def ask(method: str, path: str) -> httpx.Response:
+def ask(method: str, path: str, *, root_path: str = "") -> httpx.Response:
     route = APIRoute("/predict", predict, methods=["POST"])
     shortcut = FastPathMiddleware(long, route=route)
 
@@ -34,7 +34,7 @@ def ask(method: str, path: str) -> httpx.Response:
         await shortcut(scope, receive, send)
 
     async def asked() -> httpx.Response:
-        transport = httpx.ASGITransport(named)
+        transport = httpx.ASGITransport(named, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await client.request(method, path)
 
@@ -55,6 +55,11 @@ def test_fast_path_errors_are_problem_json() -> None:
 )
 def test_other_requests_take_the_full_stack(method: str, path: str) -> None:
     assert ask(method, path).text == "long"
+
+
+def test_fast_path_compares_the_path_without_its_prefix() -> None:
+    assert ask("POST", "/root/predict", root_path="/root").text == "short /predict"
+    assert ask("POST", "/predict", root_path="/predict").text == "long"
 
 
 def test_predictions_take_the_fast_path() -> None:
