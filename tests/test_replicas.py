@@ -32,3 +32,12 @@ def test_nginx_retries_safe_requests() -> None:
     # Its 503 is PostgreSQL's absence, and must not put a replica out of service for predictions.
     assert "http_503" in places["/"].split("location")[0]
     assert "http_503" not in places["/evaluate"]
+
+
+def test_nginx_replaces_the_headers_that_the_service_trusts() -> None:
+    # In the server's block; a location with a header of its own would inherit none of them.
+    server, *locations = CONFIGURATION.read_text().split("location ")
+    for header in ("X-Forwarded-For $remote_addr", "X-Forwarded-Proto $scheme"):
+        assert f"proxy_set_header {header};" in server
+    assert 'proxy_set_header X-Forwarded-Prefix "";' in server
+    assert not any("proxy_set_header" in part for part in locations)
