@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 MAX_SHARED = 8  # attacks from several requests in one pass: more would delay predictions too long
 MAX_NESTED_ATTACKS = 4  # attacks begun and not finished: each waits for the one it yielded to
-_STOPPED = EngineStopped("The device thread has stopped.")
+_STOPPED = "The device thread has stopped."
 
 
 class _DeviceLost(BaseException):
@@ -81,7 +81,7 @@ class Engine:
     def check_alive(self) -> None:
         """Raise EngineStopped unless the device thread is running."""
         if not self.alive:
-            raise _STOPPED
+            raise EngineStopped(_STOPPED)
 
     def start(self) -> None:
         """Start the device thread."""
@@ -89,7 +89,7 @@ class Engine:
 
     def stop(self, timeout: float | None = None) -> None:
         """Refuse further work, stop running work at its next step, and wait for the thread."""
-        self._queue.close(EngineStopped("The service is shutting down."))
+        self._queue.close("The service is shutting down.")
         for work in list(self._queue.running):
             work.abandoned = True
         if self._thread.is_alive():
@@ -331,7 +331,7 @@ def _call(batch: list[Work], session: Session) -> list[Any]:
 def _fail(batch: list[Work]) -> None:
     for work in batch:
         if not work.future.done():
-            work.future.set_exception(_STOPPED)
+            work.future.set_exception(EngineStopped(_STOPPED))
 
 
 def _is_lost(error: Exception) -> bool:

@@ -111,7 +111,7 @@ class WorkQueue:
         self._pending = dict.fromkeys(Kind, 0)  # admitted and not finished
         self._pace: dict[Kind, float] = {}  # measured seconds per forward pass
         self.running: list[Work] = []  # the innermost last
-        self._closed: EngineStopped | None = None
+        self._closed: str | None = None  # why it is closed
         self._decoding = 0
 
     def put(self, *works: Work) -> None:
@@ -121,7 +121,9 @@ class WorkQueue:
         """
         with self._changed:
             if self._closed:
-                raise self._closed
+                # A new exception each time: each raise adds frames to its traceback, which keep the
+                # images of their request in memory.
+                raise EngineStopped(self._closed)
             kind = works[0].kind
             self._assign_turns(works)
             if kind is not Kind.EVALUATE and (reason := self._reason_against(works)):
@@ -224,8 +226,8 @@ class WorkQueue:
             keep = 0.97**cost
             self._pace[kind] = keep * self._pace.get(kind, pace) + (1 - keep) * pace
 
-    def close(self, reason: EngineStopped) -> None:
-        """Refuse further work, and fail the queued work with `reason`."""
+    def close(self, reason: str) -> None:
+        """Refuse further work, and fail the queued work, with an EngineStopped of that text."""
         with self._changed:
             self._closed = self._closed or reason
             waiting = [work for queue in self._queues.values() for work in queue]
@@ -234,7 +236,7 @@ class WorkQueue:
             self._changed.notify_all()
         for work in waiting:
             if work.future.set_running_or_notify_cancel():
-                work.future.set_exception(reason)
+                work.future.set_exception(EngineStopped(reason))
 
     def retry_after(self, kind: Kind, *, ahead: int = 0) -> int:
         """Whole seconds until the work ahead of new work of that kind should be done.

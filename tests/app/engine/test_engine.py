@@ -1,6 +1,7 @@
 """Engine scheduling: priority, batching and admission."""
 
 import asyncio
+import gc
 import threading
 import time
 import weakref
@@ -522,8 +523,15 @@ def test_dead_engine_thread_fails_queued_and_new_work() -> None:
             assert isinstance(result, EngineStopped)
         while engine.alive:
             await asyncio.sleep(0.01)
+        refused = image(1)
+        kept = weakref.ref(refused)
         with pytest.raises(EngineStopped):
-            await engine.predict(model, image(1))
+            await engine.predict(model, refused)
+        with pytest.raises(EngineStopped):
+            engine.check_alive()
+        del refused
+        gc.collect()
+        assert kept() is None  # no traceback of the error holds the request
 
     run(test)
 

@@ -151,7 +151,7 @@ def test_closed_queue_hands_out_no_work() -> None:
     first.future.add_done_callback(lambda _: found.append(waiting.take()))
     waiting.put(first)
     waiting.put(second)
-    waiting.close(EngineStopped("closed"))
+    waiting.close("closed")
     assert found == [None]
     assert isinstance(second.future.exception(), EngineStopped)
 
