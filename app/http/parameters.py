@@ -260,23 +260,29 @@ def _threat_model(parameters: AttackParameters, settings: Settings) -> ThreatMod
     return ThreatModel(norm=norm, eps=eps)
 
 
-def check_gradients(
-    attacks: Sequence[AttackSettings], model: ServedModel, *, curve: int = 0
+def check_model(
+    attacks: Sequence[AttackSettings],
+    model: ServedModel,
+    *,
+    targeted: bool = False,
+    curve: int = 0,
 ) -> None:
-    """Raise InvalidParameters for attacks or a curve that need gradients `model` doesn't have."""
-    if model.differentiable:
-        return
-    kind = model.sidecar.architecture.arch
-    errors = [
-        FieldError(
-            field="attack",
-            expected=f"an attack without gradients, such as square: {kind} models have none",
-            got=attack.name,
-        )
-        for attack in attacks
-        if attack.uses_gradient
-    ]
-    if curve:
+    """Raise InvalidParameters for attacks, or a curve, that can't be run on `model`.
+
+    It may have too few classes for the attack's loss, or no gradients.
+    """
+    kind, found = model.sidecar.architecture.arch, len(model.classes)
+    errors = []
+    for attack in attacks:
+        needed = attack.classes_needed(targeted=targeted)
+        if found < needed:
+            expected = f"an attack for the {found} classes of the model"
+            got = f"{attack.name}, which needs {needed}{' with a target' if targeted else ''}"
+            errors.append(FieldError(field="attack", expected=expected, got=got))
+        if attack.uses_gradient and not model.differentiable:
+            expected = f"an attack without gradients, such as square: {kind} models have none"
+            errors.append(FieldError(field="attack", expected=expected, got=attack.name))
+    if curve and not model.differentiable:
         expected = f"0: its attack needs gradients, which {kind} models do not have"
         errors.append(FieldError(field="curve", expected=expected, got=f"{curve}"))
     if errors:

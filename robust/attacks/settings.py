@@ -13,6 +13,7 @@ from robust.attack_registry import ALIASES, REGISTRY, AttackEntry, did_you_mean
 from robust.attacks.algorithm import Algorithm
 from robust.attacks.checks import check_counts
 from robust.attacks.frozen import Model
+from robust.attacks.losses import classes_needed
 from robust.attacks.pgd import PGD
 from robust.attacks.result import AttackResult
 from robust.attacks.run import run_algorithm, run_stages
@@ -77,6 +78,11 @@ class AttackSettings:
     def uses_gradient(self) -> bool:
         """Whether it needs a differentiable model."""
         return any(stage.entry.load().uses_gradient for stage in self.stages)
+
+    def classes_needed(self, *, targeted: bool = False) -> int:
+        """The fewest classes of a model that it can attack."""
+        losses = [stage.entry.options.get("loss_name", "ce") for stage in self.stages]
+        return max(classes_needed(loss, targeted=targeted) for loss in losses)
 
     @property
     def needs_float32(self) -> bool:

@@ -22,7 +22,7 @@ from app.http.images import decode
 from app.http.openapi import PNG_ANSWER, body
 from app.http.parameters import (
     AttackImageParameters,
-    check_gradients,
+    check_model,
     parse,
     resolve_attacks,
     resolve_class,
@@ -59,9 +59,9 @@ async def attack(request: Request) -> AttackResponse | Response:
     model = service.model_for(request)
     request.state.precision = model.attack_precision
     attacks = resolve_attacks(parameters, service.settings)
-    check_gradients(attacks, model)
     label = resolve_class(parameters.label, "label", model.classes)
     target = resolve_class(parameters.target, "target", model.classes)
+    check_model(attacks, model, targeted=target is not None)
     for item in attacks:
         if target is not None and not item.takes_target:
             raise invalid("target", "an attack that takes a target", item.name)

@@ -14,7 +14,7 @@ from app.errors import Overloaded, invalid
 from app.http.auth import Caller
 from app.http.dependencies import ServiceOf, service_of
 from app.http.openapi import body
-from app.http.parameters import EvaluateParameters, check_gradients, parse, resolve_attacks
+from app.http.parameters import EvaluateParameters, check_model, parse, resolve_attacks
 from app.http.problem import documented
 from app.http.report import Reports
 from app.http.schemas import JobStatus
@@ -93,7 +93,7 @@ async def _submit(request: Request, service: Service) -> Job:
     parameters = parse(EvaluateParameters, upload.parameters)
     model = service.model_for(request)
     attacks = resolve_attacks(parameters, service.settings)
-    check_gradients(attacks, model, curve=parameters.curve)
+    check_model(attacks, model, curve=parameters.curve)
     caller: Caller = request.state.caller
     key = _idempotency_key(request)
     reading = load_set(

@@ -7,7 +7,7 @@ import torch
 
 from app.engine.served_model import load_model
 from app.errors import InvalidParameters
-from app.http.parameters import check_gradients
+from app.http.parameters import check_model
 from robust import networks
 from robust.attacks import resolve_attack
 from robust.checkpoint import CheckpointError
@@ -93,9 +93,9 @@ def test_gradient_attacks_are_rejected_for_a_model_without_gradients(tmp_path: P
     )
     model = load_model(path, CPU, attacks_only=True)
     ball = ThreatModel(norm="linf", eps=8 / 255)
-    check_gradients([resolve_attack("square", ball)], model)
+    check_model([resolve_attack("square", ball)], model)
     attacks = [resolve_attack(name, ball) for name in ("square", "fgsm")]
     with pytest.raises(InvalidParameters) as caught:
-        check_gradients(attacks, model, curve=10)
+        check_model(attacks, model, curve=10)
     errors = [(error.field, error.got) for error in caught.value.errors]
     assert errors == [("attack", "fgsm"), ("curve", "10")]

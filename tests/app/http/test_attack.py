@@ -2,16 +2,21 @@
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from app.settings import Settings
+from robust.attacks import resolve_attack
 from robust.images import decode_png
-from tests.support.serving import CLASSES, Running, gated, jpeg, png, serving, until
+from robust.threat_model import ThreatModel
+from tests.app.conftest import write_checkpoint
+from tests.support.serving import CLASSES, Running, gated, jpeg, labeled, png, serving, until
 
 
 def decoded(text: str) -> Tensor:
@@ -147,6 +152,31 @@ def test_accept_png_needs_one_attack(running: Running) -> None:
     response = running.client.post("/attack", content=png(), headers={"Accept": "image/png"})
     assert response.status_code == 422
     assert response.json()["errors"][0]["field"] == "attack"
+
+
+def test_attack_that_needs_more_classes_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "pair.pt"
+    write_checkpoint(path, classes=("cat", "dog"))
+    with serving(Settings(checkpoint=path, threads=1, device="cpu")) as running:
+        query = {"attack": ["apgd-ce", "apgd-dlr"], "steps": "2"}
+        labels = np.arange(4) % 2
+        for response in (
+            running.client.post("/attack", content=png(), params=query),
+            running.client.post("/evaluate", content=labeled(4, labels=labels), params=query),
+        ):
+            assert response.status_code == 422
+            (error,) = response.json()["errors"]
+            assert (error["field"], error["got"]) == ("attack", "apgd-dlr, which needs 3")
+            assert "the 2 classes of the model" in error["expected"]
+        attacked(running, png(), attack="apgd-ce", steps="2")
+
+
+@pytest.mark.parametrize(
+    ("name", "targeted", "needed"),
+    [("apgd-dlr", False, 3), ("apgd-dlr", True, 4), ("apgd-ce", True, 2), ("autoattack", False, 2)],
+)
+def test_classes_that_an_attack_needs(name: str, targeted: bool, needed: int) -> None:
+    assert resolve_attack(name, ThreatModel(eps=0.1)).classes_needed(targeted=targeted) == needed
 
 
 def test_attack_past_its_deadline_returns_504_and_stops(checkpoint) -> None:
