@@ -12,10 +12,10 @@ from app.engine.engine import MAX_SHARED, Engine
 from app.engine.queue import Kind, Work
 from app.engine.served_model import ServedModel
 from app.engine.session import Session
-from app.errors import InvalidParameters, invalid
+from app.errors import invalid
 from robust.attacks import AttackSettings
 from robust.images import to_float
-from robust.prediction import AttackOutcome, attack_images, predict
+from robust.prediction import AttackOutcome, amplify, attack_images, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +40,9 @@ async def attack_in_batch(
     Raises InvalidParameters if target and label are the same, and the errors of
     `Engine.run_shared`.
     """
-    works = [
-        Work(
-            kind=Kind.ATTACK,
-            model=model,
-            cost=cost([settings]),
-            deadline=deadline,
-            function=_function(settings),
-            share=(settings, item.target is not None),
-            item=item,
-        )
-        for settings in attacks
-    ]
-    return await engine.run_shared(works)
+    return await engine.run_shared(
+        [_work(model, item, settings, deadline=deadline) for settings in attacks]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +65,38 @@ async def compare_in_batch(
 ) -> list[list[tuple[AttackOutcome, Transfer]]]:
     """Attack the first model of each pair, and classify the adversarial image with the second.
 
-    Returns a list per pair, with a result per attack. All are admitted together. Raises what
-    `attack_in_batch` raises.
+    Returns a list per pair, with a result per attack. All are admitted together. Without a label, a
+    model that predicts the target already is not attacked: its result is the image itself. Raises
+    what `attack_in_batch` raises.
     """
-    works = [
-        Work(
-            kind=Kind.ATTACK,
-            model=model,
-            cost=compare_cost([settings]),
-            deadline=deadline,
-            function=_function_with_transfer(settings, other),
-            share=(settings, item.target is not None, other),
-            item=item,
-        )
-        for model, other in pairs
-        for settings in attacks
-    ]
-    results = await engine.run_shared(works)
+    results = await engine.run_shared(
+        [
+            _work(model, item, settings, deadline=deadline, other=other)
+            for model, other in pairs
+            for settings in attacks
+        ]
+    )
     return [results[at : at + len(attacks)] for at in range(0, len(results), len(attacks))]
+
+
+def _work(
+    model: ServedModel,
+    item: AttackItem,
+    settings: AttackSettings,
+    *,
+    deadline: float | None,
+    other: ServedModel | None = None,
+) -> Work:
+    """One attack on one image; `other` is the model that classifies the adversarial image."""
+    return Work(
+        kind=Kind.ATTACK,
+        model=model,
+        cost=cost([settings]) if other is None else compare_cost([settings]),
+        deadline=deadline,
+        function=_function(settings) if other is None else _with_transfer(settings, other),
+        share=(settings, item.target is not None, other),
+        item=item,
+    )
 
 
 def compare_cost(attacks: Sequence[AttackSettings]) -> int:
@@ -109,7 +113,7 @@ def cost(attacks: Sequence[AttackSettings]) -> int:
 
 
 def _function(
-    settings: AttackSettings,
+    settings: AttackSettings, *, may_predict_target: bool = False
 ) -> Callable[[Session, list[AttackItem]], list[AttackOutcome | Exception]]:
     def run(session: Session, items: list[AttackItem]) -> list[AttackOutcome | Exception]:
         start = session.seconds()
@@ -122,7 +126,12 @@ def _function(
         valid = torch.tensor(
             [label != item.target for label, item in zip(labels, items, strict=True)]
         )
-        results: list[AttackOutcome | Exception] = [_target_is_label() for _ in items]
+        results: list[AttackOutcome | Exception] = [
+            _unattacked(settings, item, row)
+            if may_predict_target and item.label is None
+            else invalid("target", "a class other than the label", "the label itself")
+            for item, row in zip(items, before, strict=True)
+        ]
         indices = valid.nonzero().flatten().tolist()
         if indices:
             targets = [items[index].target for index in indices]
@@ -144,10 +153,29 @@ def _function(
     return run
 
 
-def _function_with_transfer(
+def _unattacked(settings: AttackSettings, item: AttackItem, before: Tensor) -> AttackOutcome:
+    """The outcome for an image that the model classifies as the target already."""
+    return AttackOutcome(
+        settings=settings,
+        label=int(before.argmax()),
+        target=item.target,
+        before=before,
+        after=before,
+        success=True,
+        linf=0.0,
+        l2=0.0,
+        image=item.image,
+        perturbation=amplify(item.image, item.image),
+        forwards=1,
+        backwards=0,
+        seconds=0.0,
+    )
+
+
+def _with_transfer(
     settings: AttackSettings, other: ServedModel
 ) -> Callable[[Session, list[AttackItem]], list[tuple[AttackOutcome, Transfer] | Exception]]:
-    attack = _function(settings)
+    attack = _function(settings, may_predict_target=True)
 
     def run(
         session: Session, items: list[AttackItem]
@@ -176,7 +204,3 @@ def _function_with_transfer(
         ]
 
     return run
-
-
-def _target_is_label() -> InvalidParameters:
-    return invalid("target", "a class other than the label", "the label itself")

@@ -79,7 +79,7 @@ class AttackResult(BaseModel):
     after: Seen
     outcome: Outcome = Field(
         description="broken: moved away from the label, or to the target if given; withstood; or "
-        "already_wrong: the original was misclassified."
+        "already_wrong: the original was misclassified, or classified as the target."
     )
     success: bool = Field(description="Whether the outcome is `broken`.")
     linf: float = Field(description="Largest change of a pixel, in pixel units.")

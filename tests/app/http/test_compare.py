@@ -18,6 +18,7 @@ from tests.app.conftest import write_checkpoint
 from tests.support.serving import CLASSES, Running, png, serving, until
 
 QUERY = "attack=fgsm&attack=pgd&steps=3"
+PNG = base64.b64encode(png(1)).decode()
 CPU = torch.device("cpu")
 
 
@@ -101,6 +102,31 @@ def test_both_models_are_attacked_as_if_alone_and_transfer_is_reported(
                 led, before = seen["index"] != answer["label"]["index"], answer["already_wrong"]
             expected = "already_wrong" if before else "broken" if led else "withstood"
             assert transfer["outcome"] == expected
+
+
+def test_model_that_predicts_the_target_already_does_not_fail_the_other(
+    compared: Running, other_served: Running
+) -> None:
+    seen = [judged(running, {"adversarial_png": PNG}) for running in (compared, other_served)]
+    assert seen[0]["index"] != seen[1]["index"]
+    for place in (0, 1):
+        query = f"attack=pgd-3&target={seen[place]['index']}&compare=true"
+        answer = attack(compared, query)
+        (own,), (other,) = answer["results"], answer["compare"]["results"]
+        reached, moved = (own, other) if place == 0 else (other, own)
+        assert (reached["outcome"], reached["success"]) == ("already_wrong", False)
+        assert reached["linf"] == reached["l2"] == 0
+        assert reached["adversarial_png"] == answer["input_png"]
+        assert reached["after"]["index"] == seen[place]["index"]
+        assert reached["transfer"]["after"]["index"] == seen[1 - place]["index"]
+        assert moved["outcome"] != "already_wrong"
+        assert moved["linf"] > 0
+        # A label that the client gives is checked.
+        given = compared.client.post(
+            f"/attack?{query}&label={seen[place]['index']}", content=png(1)
+        )
+        assert given.status_code == 422
+        assert given.json()["errors"][0]["got"] == "the label itself"
 
 
 def test_compare_only_attacks_just_the_comparison_model(compared: Running) -> None:
