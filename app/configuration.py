@@ -32,11 +32,12 @@ _TAIL = """
 - **Little memory**: the service uses at most `ROBUST_MAX_HELD_BYTES` for request bodies, 1.5 times
   `ROBUST_DECODE_MEMORY` for decoding, `ROBUST_JOBS_BYTES` for evaluations (only without
   `ROBUST_JOBS` and `ROBUST_DATABASE_URL`), and about 1.3 GB for the shipped model and the
-  comparison model, or 1.6 GB during an evaluation.
-- **A slow model**: with the CIFAR stem, on two cores of an AMD EPYC, a forward pass of one image takes
-  20 ms and a gradient 40 ms in float32, and about two thirds of that in bfloat16, so the default
-  `ROBUST_DEADLINE_SECONDS` is enough for some 700 gradients. Raise it for longer attacks, or use `POST /evaluate`, which has no deadline. A
-  prediction may wait for one pass of an evaluation, of `ROBUST_EVALUATION_BATCH` images.
+  comparison model, or 1.6 GB during an evaluation. Reading a registered data set is not limited.
+- **A slow model**: with the CIFAR stem, on two cores of an AMD EPYC, a forward pass of one image
+  takes 20 ms and a gradient 40 ms in float32, and about two thirds of that in bfloat16, so the
+  default `ROBUST_DEADLINE_SECONDS` is enough for some 700 gradients. Raise it for longer attacks,
+  or use `POST /evaluate`, which has no deadline. A prediction may wait for one pass of an
+  evaluation, of `ROBUST_EVALUATION_BATCH` images.
 - **Long attacks delay other clients**: lower `ROBUST_CLIENT_SHARE`. One request may cost at most
   that share of `ROBUST_QUEUE_LIMIT`; by default 8,192 forward passes, enough for square with its
   5,000 queries.

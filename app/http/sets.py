@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from starlette.requests import Request
 
 from app.decoding.pool import DecodeFailed
 from app.engine.served_model import ServedModel
-from app.errors import invalid
+from app.errors import DeadlineExceeded, invalid
 from app.http.parameters import describe
 from app.service import Service
 from app.settings import Settings
@@ -67,21 +68,37 @@ async def load_set(
     """Load the set that a request uploads or names: its first `limit` images, at the model's size.
 
     A name is looked up, never used as a path. A cheap set is read in a thread, any other in a
-    worker process that is killed with the request; at most one of each at a time. Raises
-    InvalidParameters, DatasetError or DeadlineExceeded.
+    worker process that is killed with the request; at most one of each at a time. An upload must be
+    read before the request's deadline, the wait for its turn included. Raises InvalidParameters,
+    DatasetError or DeadlineExceeded.
     """
     if bool(files) == (name is not None):
         expected = 'either a set in the field "file" or the name of one in "dataset"'
         raise invalid("file", expected, "both" if files else "neither")
     source = files[0] if name is None else await asyncio.to_thread(_find, service.settings, name)
-    client, size, dataset = request.state.caller.client, model.input_size, None
+    seconds = service.deadline(request) - time.monotonic() if name is None else None
+    try:
+        async with asyncio.timeout(seconds):
+            dataset = await _read(service, request, source, model.input_size)
+            return await asyncio.to_thread(_first_of_model, dataset, model.classes, limit)
+    except TimeoutError:
+        raise DeadlineExceeded("The data set was not read in time.") from None
+
+
+async def _read(service: Service, request: Request, source: bytes | Path, size: int) -> Dataset:
+    client, dataset = request.state.caller.client, None
     if await asyncio.to_thread(is_cheap, source):
         async with service.cheap_set_slots.hold(client):
             dataset = await asyncio.to_thread(_read_if_cheap, source, size, service.settings)
     if dataset is None:
         async with service.set_slots.hold(client):
             dataset = await _read_in_worker(service, request, source, size)
-    dataset = match_classes(dataset, model.classes)
+    return dataset
+
+
+def _first_of_model(dataset: Dataset, classes: Sequence[str], limit: int | None) -> Dataset:
+    """The first `limit` images, or all, with the labels of the model."""
+    dataset = match_classes(dataset, classes)
     return dataset if limit is None else first_images(dataset, limit)
 
 
@@ -175,9 +192,10 @@ async def _read_in_worker(
             },
             [] if isinstance(source, Path) else [source],
             client=request.state.caller.client,
-            memory=service.set_memory,
+            # Of a registered set nothing is known or limited, so it reserves nothing: however long
+            # that takes to read, images are decoded meanwhile.
+            memory=0 if path else service.set_memory,
             most=2**40 if path else settings.max_upload_images * (4 * 3 * size * size + 8),
-            deadline=None if path else service.deadline(request),
             trusted=path,
         )
     except DecodeFailed as error:

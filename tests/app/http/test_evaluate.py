@@ -1,7 +1,10 @@
 """POST /evaluate and its jobs: the library's result, while predictions are served."""
 
 import json
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,27 @@ import pytest
 import torch
 
 import robust
+from app.http import sets
 from app.http.sets import registered
 from app.settings import Settings
 from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint
+from robust.datasets import Dataset
 from robust.evaluation import evaluate
+from robust.matching import match_classes
 from robust.threat_model import ThreatModel
 from robust_cli import run
-from tests.support.serving import Gate, Running, gated, labeled, pixels, png, serving, until
+from tests.support.serving import (
+    CLASSES,
+    Gate,
+    Running,
+    gated,
+    labeled,
+    pixels,
+    png,
+    serving,
+    until,
+)
 
 ATTACKS = {"attack": ["fgsm", "pgd-2"], "eps": "2/255"}
 
@@ -244,6 +260,58 @@ def test_registered_dataset_is_evaluated_by_name(checkpoint: Path, tmp_path: Pat
             assert error["field"] == "dataset"
             assert "held-out" in error["expected"]
             assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_upload_that_waits_for_another_past_its_deadline_gets_504(
+    checkpoint: Path, cheap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sets, "is_cheap", lambda _: cheap)
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", deadline_seconds=0.2)
+    with serving(settings) as running:
+        slots = running.service.cheap_set_slots if cheap else running.service.set_slots
+        with held(running, slots.hold("another")):
+            response = running.client.post("/evaluate", content=labeled(2), timeout=30)
+        assert response.status_code == 504
+
+
+def test_registered_set_reserves_no_memory_of_the_images(checkpoint: Path, tmp_path: Path) -> None:
+    for name in CLASSES:
+        (tmp_path / "sets" / "photos" / name).mkdir(parents=True)
+        (tmp_path / "sets" / "photos" / name / "1.png").write_bytes(png())
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", datasets=tmp_path / "sets")
+    with serving(settings) as running:
+        budget = running.service.image_workers._budget
+        with held(running, budget.hold(budget.total)):
+            response = running.client.post(
+                "/evaluate", data=ATTACKS | {"dataset": "photos"}, timeout=60
+            )
+        assert response.status_code == 202
+
+
+@contextmanager
+def held(running: Running, semaphore: AbstractAsyncContextManager[None]) -> Iterator[None]:
+    """Hold a semaphore of the service while the block runs."""
+    running.begin(semaphore.__aenter__()).result(30)
+    try:
+        yield
+    finally:
+        running.begin(semaphore.__aexit__(None, None, None)).result(30)
+
+
+def test_large_sets_are_matched_off_the_event_loop(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def match(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+        threads.append(threading.current_thread().name)
+        return match_classes(dataset, classes)
+
+    monkeypatch.setattr(sets, "match_classes", match)
+    start(running, labeled(2, seed=11))
+    (name,) = threads
+    assert name.startswith("asyncio_")
 
 
 def test_failed_evaluation_reveals_no_details(running: Running) -> None:
