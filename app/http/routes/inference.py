@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
 from app.engine.served_model import ServedModel
-from app.errors import ClientGone, EngineStopped, NotFound
+from app.errors import ClientGone, NotFound
 from app.http.dependencies import ServiceOf, service_of
 from app.http.open_inference_codec import (
     HEADER_LENGTH,
@@ -127,8 +127,7 @@ async def server() -> ServerMetadata:
 @router.get("/health/live", summary="Whether the service runs", responses=documented(503))
 async def live(service: ServiceOf) -> ServerLive:
     """The same as /livez."""
-    if not service.engine.alive:
-        raise EngineStopped("The device thread has stopped.")
+    service.engine.check_alive()
     return ServerLive()
 
 
@@ -219,7 +218,9 @@ async def infer(request: Request, model: ModelOfVersion) -> Response:
         probabilities = await service.engine.predict(
             model, asked.images, deadline=service.deadline(request)
         )
-        content, length = write_response(asked, probabilities, model.classes, version=model.sha256)
+        content, length = await service.run_in_thread(
+            lambda: write_response(asked, probabilities, model.classes, version=model.sha256)
+        )
         if length is None:
             return Response(content, media_type="application/json")
         headers = {HEADER_LENGTH: str(length)}

@@ -1,11 +1,16 @@
 """POST /predict gives the library's results."""
 
 import io
+import threading
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from app.http.routes import predict as route
+from app.http.schemas import Seen
+from app.http.views import to_prediction
 from app.settings import Settings
 from robust.checkpoint import load_checkpoint
 from robust.images import decode_image, fit_image, to_float
@@ -57,6 +62,22 @@ def test_top_k_limits_the_classes(running: Running) -> None:
     assert len(response.json()["results"][0]["top"]) == 2
     response = running.client.post("/predict?top_k=1000", content=png())
     assert len(response.json()["results"][0]["top"]) == len(CLASSES)
+
+
+def test_large_responses_are_made_in_a_thread(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*arguments: Any) -> Seen:
+        threads.append(threading.current_thread().name)
+        return to_prediction(*arguments)
+
+    monkeypatch.setattr(route, "to_prediction", noted)
+    small = running.client.post("/predict?top_k=3", content=png()).json()
+    monkeypatch.setattr(route, "INLINE", len(CLASSES) - 1)
+    assert running.client.post("/predict?top_k=3", content=png()).json() == small
+    assert [name.partition("_")[0] == "codec" for name in threads] == [False, True]
 
 
 def test_queued_requests_share_a_batch(running: Running) -> None:
