@@ -15,6 +15,7 @@ import torch
 import robust
 from app.http import sets
 from app.http.sets import registered
+from app.jobs.store import Unreachable
 from app.settings import Settings
 from robust.attacks import resolve_attack
 from robust.checkpoint import load_checkpoint
@@ -145,6 +146,18 @@ def test_finished_job_can_be_deleted(running: Running) -> None:
     done = finish(running, start(running, labeled(10))["id"])
     assert running.client.delete(f"/evaluate/{done['id']}").json() == done
     assert running.client.get(f"/evaluate/{done['id']}").status_code == 404
+
+
+@pytest.mark.parametrize("id", ["%00", "A" * 32, "0" * 31, "%C3%A9", "0" * 32 + "%0A"])
+def test_text_that_is_no_id_is_not_looked_up(
+    running: Running, id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: str) -> None:  # as PostgreSQL does for text with a zero byte
+        raise Unreachable("it can't be looked up")
+
+    monkeypatch.setattr(running.service.jobs._store, "get", fail)
+    for method, ending in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/report")):
+        assert running.client.request(method, f"/evaluate/{id}{ending}").status_code == 404
 
 
 def events(running: Running, id: str) -> list[tuple[str, dict[str, Any]]]:
