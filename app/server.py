@@ -40,6 +40,7 @@ SPARE_DESCRIPTORS = 256
 # the system to free its memory.
 EXIT_SHARE = 0.9
 EXIT_SECONDS = 1.0  # the minimum, for a short grace time
+_SECRET = ("API_KEYS", "ADMIN_KEYS", "DATABASE_URL", "TRACES")  # a URL may have a password
 
 
 def run(listener: socket.socket, **given: Any) -> None:
@@ -99,7 +100,9 @@ def read_settings(**given: Any) -> Settings:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"]).upper()
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        got = describe(first["input"])
+        value = first["input"]
+        hide = name in _SECRET or not isinstance(value, str)
+        got = describe(value) if hide else repr(value[:100])
         raise ServeError(f"ROBUST_{name}: expected {expected}, got {got}") from None
 
 

@@ -49,12 +49,15 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.tracing = tracing_for(settings.traces, project_version())
-        device = resolve_device(settings.device)
+        with _naming("ROBUST_DEVICE"):
+            device = resolve_device(settings.device)
+        with _naming("ROBUST_CLASSES"):  # `Settings` has checked the other options
+            options = settings.model_options()
         self.models = ModelReloader(
             settings.checkpoint,
             device=device,
             metrics=self.metrics,
-            options=settings.model_options(),
+            options=options,
             fall_back=settings.device == "auto",
             threads=settings.threads,
             precision=settings.precision,
@@ -198,6 +201,15 @@ class Service:
         """The deadline of `request`, on the monotonic clock."""
         arrived: float = request.state.arrived
         return arrived + self.settings.deadline_seconds
+
+
+@contextmanager
+def _naming(variable: str) -> Iterator[None]:
+    """Put the variable's name in front of a ValueError's message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{variable}: {error}") from None
 
 
 class Shares:

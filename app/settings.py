@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,11 +29,17 @@ from robust.loading.options import (
 )
 from robust.threat_model import Norm, parse_eps
 
-Size = Annotated[float, BeforeValidator(parse_eps)]  # 8/255, or a number
 _NUMBER = re.compile(r"[-+0-9.eE/ ]+")
 _ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
 # A name or an IPv6 address in brackets, with an optional port; or the address alone.
 _HOST = re.compile(r"(?:(\*|(?:\*\.)?[a-z0-9._-]+)|\[([0-9a-f:.]+)\])(?::[0-9]+)?|([0-9a-f:.]+)")
+
+
+def _size(value: Any) -> float:
+    try:
+        return parse_eps(value)
+    except ValueError:
+        raise ValueError("a number of at least 0 or a fraction such as 8/255") from None
 
 
 def _split(value: object) -> object:
@@ -63,6 +70,24 @@ def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(match[1] or match[2] or match[3] for match in found if match)
 
 
+def _check_proxies(proxies: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what uvicorn would take for a name that no client has, and so never trust."""
+    try:
+        if proxies != ("*",):
+            for proxy in proxies:
+                ip_network(proxy)
+    except ValueError:
+        expected = "comma-separated addresses or networks such as 10.0.0.0/8, or *"
+        raise ValueError(expected) from None
+    return proxies
+
+
+def _check_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise ValueError("a folder that exists")
+    return path
+
+
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     if not all(_ORIGIN.fullmatch(origin) for origin in origins):
         raise ValueError("comma-separated origins such as https://example.org, or *")
@@ -82,6 +107,7 @@ def _rgb(named: dict[str, Rgb]) -> AfterValidator:
     return AfterValidator(check)
 
 
+Size = Annotated[float, BeforeValidator(_size)]
 Mean = Annotated[str | None, _rgb(NAMED_MEANS)]
 Std = Annotated[str | None, _rgb(NAMED_STDS)]
 Keys = Annotated[
@@ -90,7 +116,9 @@ Keys = Annotated[
 Hosts = Annotated[
     tuple[str, ...], NoDecode, BeforeValidator(_split_some), AfterValidator(_check_hosts)
 ]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Proxies = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_proxies)
+]
 Origins = Annotated[
     tuple[str, ...], NoDecode, BeforeValidator(_split_some), AfterValidator(_check_origins)
 ]
@@ -151,7 +179,7 @@ class Settings(BaseSettings):
         default="auto",
         description="auto, fp32 or bf16; auto: bf16 if it agrees and is faster.",
     )
-    datasets: Path | None = Field(
+    datasets: Annotated[Path | None, AfterValidator(_check_folder)] = Field(
         default=None,
         description="Folder of data sets that POST /evaluate accepts by name.",
     )
@@ -176,9 +204,9 @@ class Settings(BaseSettings):
         default=(),
         description="Accepted hosts, or *; unset: any, but on loopback only local names.",
     )
-    trusted_proxies: Names = Field(
+    trusted_proxies: Proxies = Field(
         default=("127.0.0.1", "::1"),
-        description="Proxies whose X-Forwarded-For, -Proto and -Prefix are trusted.",
+        description="Proxies whose X-Forwarded-For, -Proto and -Prefix are trusted, or *.",
     )
     root_path: str = Field(
         default="",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from app.application import create_app
 from app.configuration import page
 from app.engine.attack_batch import cost
 from app.errors import ServeError
@@ -100,6 +101,49 @@ def test_numbers_must_be_plain_ascii(
     monkeypatch.setenv(f"ROBUST_{name}", value)
     with pytest.raises(ValidationError, match="digits 0 to 9"):
         Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MAX_EPS_LINF", "much", "a number of at least 0 or a fraction such as 8/255, got 'much'"),
+        ("MAX_STEPS", "many", "a number in digits 0 to 9, got 'many'"),
+        ("DATASETS", "/no/such/folder", "a folder that exists, got '/no/such/folder'"),
+        ("TRACES", "ftp://me:password@x", "text of 19 characters"),
+    ],
+)
+def test_error_names_the_variable_and_shows_its_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(f"ROBUST_{name}", value)
+    with pytest.raises(ServeError) as caught:
+        read_settings()
+    text = str(caught.value)
+    assert text.startswith(f"ROBUST_{name}: expected ")
+    assert text.endswith(message)
+    assert text.count("expected") == text.count("got") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", "foo"), ("classes", "cat,dog,cat")])
+def test_error_about_the_model_names_the_variable(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"^ROBUST_{name.upper()}: expected .*(foo|cat)"):
+        create_app(Settings(**{name: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["10.0.0.1/24", "10.0.0.0/33", "proxy.local", "127.0.0.1,*", "10.0.0.0/8, ::g"],
+)
+def test_invalid_proxies_are_rejected(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ROBUST_TRUSTED_PROXIES", value)
+    with pytest.raises(ServeError, match="ROBUST_TRUSTED_PROXIES: expected comma-separated addr"):
+        read_settings()
+
+
+@pytest.mark.parametrize("value", ["*", "10.0.0.0/8, 192.0.2.1,::1, fd00::/8"])
+def test_valid_proxies_are_kept(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ROBUST_TRUSTED_PROXIES", value)
+    assert ",".join(Settings().trusted_proxies) == value.replace(" ", "")
 
 
 def test_configuration_page_is_up_to_date() -> None:
