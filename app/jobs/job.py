@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from robust.attacks import AttackSettings
+from robust.attacks import AttackSettings, resolve_attack
 from robust.datasets import Dataset
-from robust.evaluation.curve import CURVE
+from robust.evaluation.curve import CURVE, CURVE_ATTACK
 from robust.evaluation.precision import Precision
 from robust.threat_model import ThreatModel
 
@@ -20,6 +20,7 @@ ACTIVE: tuple[JobState, ...] = ("queued", "running")
 STATES: tuple[JobState, ...] = (*ACTIVE, "done", "failed", "cancelled")
 ROW_BYTES = 256  # most bytes of the journal per image and stage; a test measures it
 JOURNAL_BYTES = 64 * 1024  # of an empty journal
+CURVE_POINTS = len(CURVE) + 1  # most eps of an image's curve: the largest one too
 
 
 @dataclass(eq=False, kw_only=True)
@@ -52,8 +53,12 @@ class Job:
 
     @property
     def cost(self) -> int:
-        """The number of forward passes, counting a backward pass as one."""
-        return self.images * (1 + sum(attack.cost for attack in self.attacks))
+        """The most forward passes it can take, counting a backward pass as one."""
+        passes = self.images * (1 + sum(attack.cost for attack in self.attacks))
+        if self.curve and self.attacks:
+            point = resolve_attack(CURVE_ATTACK, self.attacks[0].threat_model)
+            passes += min(self.curve, self.images) * CURVE_POINTS * point.cost
+        return passes
 
     def about(self) -> dict[str, Any]:
         """What was requested, as JSON values."""
@@ -83,8 +88,7 @@ class Job:
 def bytes_for(dataset: Dataset, attacks: Sequence[AttackSettings], curve: int) -> int:
     """The most bytes that a running job stores: its images, labels and journal."""
     stages = 1 + sum(len(attack.stages) for attack in attacks)
-    points = len(CURVE) + 2  # the eps of the evaluation too, and one to spare
-    rows = len(dataset) * stages + min(curve, len(dataset)) * points
+    rows = len(dataset) * stages + min(curve, len(dataset)) * CURVE_POINTS
     return dataset.images.nbytes + dataset.labels.nbytes + JOURNAL_BYTES + ROW_BYTES * rows
 
 

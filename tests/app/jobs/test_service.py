@@ -28,6 +28,7 @@ from app.settings import Settings
 from robust import report
 from robust.attacks import resolve_attack
 from robust.datasets import Dataset
+from robust.evaluation.forecast import count_passes
 from robust.evaluation.journal import Journal
 from robust.threat_model import ThreatModel
 from tests.app.conftest import write_checkpoint
@@ -523,6 +524,23 @@ def test_job_with_a_multi_stage_attack_round_trips_through_json() -> None:
     digests = {digest_of("a", dataset, [one], 0, "auto") for one in (attack, again.attacks[0])}
     assert digests != {digest_of("a", dataset, [other], 0, "auto")}
     assert len(digests) == 1
+
+
+def test_cost_counts_the_passes_of_the_curve() -> None:
+    attacks = tuple(resolve_attack(name, ThreatModel(eps=8 / 255)) for name in ("fgsm", "pgd-3"))
+    images = torch.zeros(20, 3, 8, 8)
+    for curve in (0, 5, 30):
+        job = Job(
+            id="1",
+            model="a",
+            dataset="b",
+            images=len(images),
+            attacks=attacks,
+            created=datetime.now(UTC),
+            curve=curve,
+        )
+        clean = len(images)
+        assert job.cost == clean + count_passes(images, attacks, curve, worst=True)
 
 
 def test_clock_set_back_during_a_job_loses_no_result(
