@@ -223,11 +223,6 @@ class Recipe:
         """Epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases)
 
-    @property
-    def is_adversarial(self) -> bool:
-        """Whether any phase that runs is adversarial."""
-        return any(phase.is_adversarial for phase in self.phases if phase.epochs)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)

@@ -61,17 +61,14 @@ class Engine:
         self._metrics = metrics or Metrics()
         self._tracing = tracing or Tracing()
         self._queue = WorkQueue(queue_limit, self._metrics, client_share=client_share)
-        self._max_batch, self._threads = max_batch, threads
+        self.max_batch = max_batch
+        """The most images of one forward pass of predictions."""
+        self._threads = threads
         self._predictor = Predictor(max_batch, self._metrics)
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
         self._started = 0.0  # when the innermost running work started
         self._nested = 0.0  # seconds of work nested in it
         self._running_kinds: list[Kind] = []  # innermost last
-
-    @property
-    def max_batch(self) -> int:
-        """The most images of one forward pass of predictions."""
-        return self._max_batch
 
     @property
     def alive(self) -> bool:
@@ -122,7 +119,8 @@ class Engine:
         work = Work(
             kind=Kind.PREDICT, model=model, cost=len(images), deadline=deadline, images=images
         )
-        probabilities: Tensor = await self._result(work)
+        probabilities: Tensor
+        (probabilities,) = await self.run_shared([work])
         return probabilities
 
     async def run(
@@ -139,7 +137,8 @@ class Engine:
         Raises the function's exceptions, Overloaded, DeadlineExceeded or EngineStopped.
         """
         work = Work(kind=kind, model=model, cost=cost, deadline=deadline, function=function)
-        result: T = await self._result(work)
+        result: T
+        (result,) = await self.run_shared([work])
         return result
 
     async def run_shared(self, works: Sequence[Work]) -> list[Any]:
@@ -156,11 +155,6 @@ class Engine:
             for work in works:
                 work.abandon()
 
-    async def _result(self, work: Work) -> Any:
-        work.check()
-        self._queue.put(work)
-        return await self._finished(work)
-
     async def _finished(self, work: Work) -> Any:
         left = None if work.deadline is None else work.deadline - time.monotonic()
         try:
@@ -169,7 +163,6 @@ class Engine:
         except TimeoutError:
             raise DeadlineExceeded("The work did not finish before its deadline.") from None
         finally:
-            work.abandon()
             self._tracing.work(work.kind.label, admitted=work.admitted, began=work.began)
 
     # The methods below run on the device thread.
@@ -216,7 +209,7 @@ class Engine:
             if work.kind is Kind.EVALUATE:
                 release_memory()
             return
-        batch = [work, *self._queue.take_compatible(work, self._max_batch - work.cost)]
+        batch = [work, *self._queue.take_compatible(work, self.max_batch - work.cost)]
         batch = [item for item in batch if self._begin(item)]
         if batch:
             self._predict(batch)
