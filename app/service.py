@@ -223,6 +223,7 @@ class Shares:
         self._slots, self._bytes = Counter[str](), Counter[str]()
         self._watching = Counter[str]()
         self.slots = 0  # taken by all clients
+        self.bytes = 0  # of all clients
 
     def reason_against(self, client: str) -> str | None:
         """Why another request of this client gets no slot, or None."""
@@ -260,7 +261,8 @@ class Shares:
             _add(self._watching, client, -1)
 
     def add_bytes(self, client: str, size: int) -> int:
-        """Add `size` bytes, possibly negative, to the client's total, and return the total."""
+        """Add `size` bytes, possibly negative, to the client's total, and return that."""
+        self.bytes += size
         _add(self._bytes, client, size)
         return self._bytes[client]
 
@@ -272,12 +274,11 @@ def _add(counter: Counter[str], key: str, change: int) -> None:
 
 
 class InFlight:
-    """Counts the open requests and the bytes of their bodies in memory."""
+    """Counts the open requests."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.count = 0
         self.posts = 0
-        self.bytes = 0  # of their bodies received so far
         self.aborted = False  # whether the open requests were cancelled
         self._tasks: set[asyncio.Task[Any]] = set()
         self._metrics = metrics

@@ -298,12 +298,10 @@ class _RequestBody:
         return client
 
     def _count_bytes(self, more: int) -> None:
-        in_flight, settings = self._service.in_flight, self._service.settings
+        shares, most = self._service.shares, self._service.settings.max_held_bytes
         self._size += more
-        in_flight.bytes += more
-        shares = self._service.shares
         of_client = shares.add_bytes(self._client, more)
-        if in_flight.bytes > settings.max_held_bytes or of_client > shares.client_bytes:
+        if shares.bytes > most or of_client > shares.client_bytes:
             self.stop_reading = True
             self._rejected.labels("held").inc()
             raise _overloaded(self._service, "Too many request bytes are held in memory.")
@@ -311,7 +309,6 @@ class _RequestBody:
     def release(self) -> None:
         """Release the request's bytes and slot: its body is no longer needed."""
         shares = self._service.shares
-        self._service.in_flight.bytes -= self._size
         if self._size:
             shares.add_bytes(self._client, -self._size)
         self._size = 0

@@ -24,8 +24,8 @@ def unharmed(running: Running) -> Iterator[None]:
     """After the block everything has been let go of, and an image is answered as before it."""
     before, held = prediction(running), _held(running)
     yield
-    in_flight = running.service.in_flight
-    until(lambda: (in_flight.count, in_flight.posts, in_flight.bytes) == (0, 0, 0))
+    in_flight, shares = running.service.in_flight, running.service.shares
+    until(lambda: (in_flight.count, in_flight.posts, shares.bytes) == (0, 0, 0))
     until(lambda: not any(waiting(running, kind) for kind in (Kind.PREDICT, Kind.ATTACK)))
     assert prediction(running) == before
     # Asking lets the client close what the service has closed already.

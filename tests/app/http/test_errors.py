@@ -343,7 +343,7 @@ def test_requests_waiting_for_a_job_hold_no_slot(
     waiting, ended = [], jobs.ended
 
     async def watched(job: Any, seconds: float) -> Any:
-        waiting.append((in_flight.posts, in_flight.bytes, shares.slots))
+        waiting.append((in_flight.posts, shares.bytes, shares.slots))
         return await ended(job, seconds)
 
     monkeypatch.setattr(jobs, "ended", watched)
@@ -386,13 +386,13 @@ def test_total_body_bytes_are_limited(small: Running) -> None:
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 19999\r\n\r\n")
         connection.sendall(bytes(19_990))
-        until(lambda: small.service.in_flight.bytes == 19_990)
+        until(lambda: small.service.shares.bytes == 19_990)
         response = small.client.post("/predict", content=bytes(15_000))
         assert_problem(response, 429)
         assert int(response.headers["Retry-After"]) >= 1
         assert small.client.post("/predict", content=png()).status_code == 200
     until(lambda: small.service.in_flight.count == 0)
-    assert small.service.in_flight.bytes == 0
+    assert small.service.shares.bytes == 0
 
 
 def test_dataset_with_too_many_images_is_rejected(small: Running) -> None:
