@@ -54,6 +54,11 @@ class Transfer:
     before: Tensor  # its probabilities float32 (K,) of the original image
     after: Tensor  # and of the adversarial one
 
+    @property
+    def already_wrong(self) -> bool:
+        """Whether that model misclassified the original image."""
+        return int(self.before.argmax()) != self.label
+
 
 async def compare_in_batch(
     engine: Engine,

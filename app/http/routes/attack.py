@@ -28,7 +28,7 @@ from app.http.parameters import (
     resolve_class,
 )
 from app.http.problem import documented
-from app.http.schemas import AttackResponse, CompareResponse
+from app.http.schemas import AttackResponse, AttackResult, CompareResponse
 from app.http.uploads import read_upload
 from app.http.views import attack_result, base64_png, class_name, outcome_of, to_prediction
 from app.service import Service, unless_gone
@@ -114,41 +114,41 @@ def _compared(
     pairs: list[tuple[ServedModel, ServedModel]],
 ) -> AttackResponse:
     other, model = pairs[-1]
-    classes = model.classes
     results = [
-        [attack_result(outcome, classes, transfer) for outcome, transfer in results]
+        [attack_result(outcome, model.classes, transfer) for outcome, transfer in results]
         for results in found
     ]
     of_other, of_model = found[-1][0]
-    return AttackResponse(
-        model_sha256=model.sha256,
-        label=class_name(of_model.label, classes),
-        target=None if of_model.target is None else class_name(of_model.target, classes),
-        before=to_prediction(of_model.before, classes),
-        already_wrong=int(of_model.before.argmax()) != of_model.label,
-        input_png=base64_png(image),
-        results=results[0] if len(pairs) == 2 else [],
-        compare=CompareResponse(
-            model=other.name,
-            model_sha256=other.sha256,
-            label=class_name(of_other.label, classes),
-            before=to_prediction(of_other.before, classes),
-            already_wrong=of_other.already_wrong,
-            results=results[-1],
-        ),
+    compare = CompareResponse(
+        model=other.name,
+        model_sha256=other.sha256,
+        label=class_name(of_other.label, model.classes),
+        before=to_prediction(of_other.before, model.classes),
+        already_wrong=of_other.already_wrong,
+        results=results[-1],
     )
+    own = results[0] if len(pairs) == 2 else []
+    return _response(of_model, image, model, own).model_copy(update={"compare": compare})
 
 
 def _answer(outcomes: list[AttackOutcome], image: Tensor, model: ServedModel) -> AttackResponse:
-    first, classes = outcomes[0], model.classes
+    results = [attack_result(outcome, model.classes) for outcome in outcomes]
+    return _response(outcomes[0], image, model, results)
+
+
+def _response(
+    found: AttackOutcome | Transfer, image: Tensor, model: ServedModel, results: list[AttackResult]
+) -> AttackResponse:
+    """The response with `results`, and what `found` says of `model` on the original image."""
+    classes = model.classes
     return AttackResponse(
         model_sha256=model.sha256,
-        label=class_name(first.label, classes),
-        target=None if first.target is None else class_name(first.target, classes),
-        before=to_prediction(first.before, classes),
-        already_wrong=first.already_wrong,
+        label=class_name(found.label, classes),
+        target=None if found.target is None else class_name(found.target, classes),
+        before=to_prediction(found.before, classes),
+        already_wrong=found.already_wrong,
         input_png=base64_png(image),
-        results=[attack_result(outcome, classes) for outcome in outcomes],
+        results=results,
     )
 
 
