@@ -102,7 +102,7 @@ class ServedModel:
     @property
     def attack_precision(self) -> str:
         """The precision of attacks: possibly searched in bfloat16, always scored in float32."""
-        return "fp32; search=bf16" if self.search.bf16 else "fp32"
+        return attack_precision(bf16=self.search.bf16)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -148,6 +148,11 @@ class ServedModel:
             images = images.pin_memory().to(self.device, non_blocking=True)
             model = at_least(bucket(len(images)), model)
         return predict(model, images if images.is_floating_point() else to_float(images))
+
+
+def attack_precision(*, bf16: bool) -> str:
+    """The precision of attacks and evaluations, as in the header X-Model-Precision."""
+    return "fp32; search=bf16" if bf16 else "fp32"
 
 
 def bucket(n: int) -> int:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from app.engine.served_model import attack_precision
 from app.errors import Overloaded, invalid
 from app.http.auth import Caller
 from app.http.dependencies import ServiceOf, service_of
@@ -38,7 +39,7 @@ async def find(id: str, request: Request) -> Job:
 def _describe(request: Request, job: Job) -> None:
     """The model and the precision of the evaluation, for the headers of the response."""
     request.state.model_sha256 = job.model
-    request.state.precision = "fp32; search=bf16" if job.precision == "bf16" else "fp32"
+    request.state.precision = attack_precision(bf16=job.precision == "bf16")
 
 
 Found = Annotated[Job, Depends(find)]
