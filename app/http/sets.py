@@ -21,6 +21,7 @@ from app.http.parameters import describe
 from app.service import Service
 from app.settings import Settings
 from robust.datasets import Dataset, DatasetError, load_dataset, load_upload
+from robust.datasets.dataset import DTYPES
 from robust.datasets.errors import TooManyToFit
 from robust.datasets.registry import form_of_file
 from robust.matching import first_images, match_classes
@@ -32,7 +33,6 @@ FAST_FITTED = 1000  # images to resize
 FAST_OTHER_BYTES = 2**20  # of a member without images
 FAST_PICKLE_BYTES = 64 * 2**10  # every byte of a pickle may be an operation
 FAST_DIRECTORY_BYTES = 16 * 2**10  # of the archive's directory: some 60 bytes per member
-DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _IMAGES = re.compile(r"images\.npy|.*/data/\d+")
 
 

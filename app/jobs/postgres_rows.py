@@ -11,6 +11,7 @@ from app.jobs.job import Job, JobState
 from app.jobs.postgres_pool import CHANNEL, Connection
 from app.jobs.store import Damaged, KeyUsed, Lost
 from robust.datasets import Dataset
+from robust.datasets.dataset import DTYPES
 
 PART_BYTES = 4 * 2**20
 COLUMNS = "id, about, state, bytes, created, finished, result, error, run, version"
@@ -112,7 +113,7 @@ def to_dataset(about: dict[str, Any], content: bytearray) -> Dataset:
     try:
         labels = torch.frombuffer(content, dtype=torch.int64, count=n)
         # Version 1 of the tables has no dtype: all its sets are uint8.
-        dtype = torch.float32 if about.get("dtype") == "float32" else torch.uint8
+        dtype = DTYPES[about.get("dtype", "uint8")]
         images = torch.frombuffer(content, dtype=dtype, offset=8 * n).reshape(n, *shape)
         dataset = Dataset(
             images=images,

@@ -13,7 +13,8 @@ from torch import Tensor
 from robust.datasets.errors import DatasetError
 from robust.images import to_uint8
 
-_DTYPES = {torch.uint8: "uint8", torch.float32: "float32"}
+DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
+"""The types of images, by `Dataset.dtype`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +37,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype not in _DTYPES or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype not in DTYPES.values() or images.ndim != 4 or images.shape[1] != 3:
             found = f"{images.dtype} {tuple(images.shape)}"
             raise DatasetError(
                 self.name, expected="uint8 or float32 images (N, 3, H, W)", found=found
@@ -57,7 +58,7 @@ class Dataset:
     @property
     def dtype(self) -> str:
         """`uint8` or `float32`."""
-        return _DTYPES[self.images.dtype]
+        return str(self.images.dtype).removeprefix("torch.")
 
     @cached_property
     def sha256(self) -> str:
