@@ -9,7 +9,6 @@ import logging
 import os
 import sqlite3
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ VERSION = 1
 # Primary result codes: an invalid file, or a table with other columns.
 _DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 _TABLE = "CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, created REAL, about TEXT)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredJob:
-    """A job as it is stored: its id, and everything else as JSON values."""
-
-    id: str
-    about: dict[str, Any]
 
 
 class JobFolder:
@@ -68,10 +59,10 @@ class JobFolder:
             self._lock.close()
             raise StoreError(f"{path}: the evaluations can't be opened: {error}") from error
 
-    def all(self) -> list[StoredJob]:
-        """All jobs, oldest first."""
+    def all(self) -> list[tuple[str, dict[str, Any]]]:
+        """The id of each job, and everything else as JSON values; oldest first."""
         rows = self._db.execute("SELECT id, about FROM jobs ORDER BY created, id").fetchall()
-        return [StoredJob(id=id, about=json.loads(about)) for id, about in rows]
+        return [(id, json.loads(about)) for id, about in rows]
 
     def sweep(self) -> None:
         """Remove files without a job, which a killed process left behind."""

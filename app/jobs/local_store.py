@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import EngineStopped
-from app.jobs.disk import JobFolder, StoredJob
+from app.jobs.disk import JobFolder
 from app.jobs.job import Job, JobState
 from app.jobs.store import (
     MAX_FINISHED,
@@ -68,17 +68,17 @@ class LocalStore:
         """Restore the jobs of the folder, finished and unfinished."""
         if self._folder is not None:
             self._folder.sweep()
-            for stored in self._folder.all():
-                self._restore(self._folder, stored)
+            for id, about in self._folder.all():
+                self._restore(self._folder, id, about)
         self._worker = asyncio.create_task(self._work(run))
 
-    def _restore(self, folder: JobFolder, stored: StoredJob) -> None:
+    def _restore(self, folder: JobFolder, id: str, about: dict[str, Any]) -> None:
         try:
-            job, deaths = _from_stored(stored)
+            job, deaths = _from_stored(id, about)
         except (KeyError, TypeError, ValueError) as error:
-            logger.error("evaluation %s is unreadable and removed: %r", stored.id, error)
+            logger.error("evaluation %s is unreadable and removed: %r", id, error)
             with suppress(StoreError):  # the next service tries again
-                folder.forget(stored.id)
+                folder.forget(id)
             return
         self._jobs[job.id] = job
         if not job.active:
@@ -357,11 +357,11 @@ def _to_stored(job: Job, deaths: Deaths) -> dict[str, Any]:
     }
 
 
-def _from_stored(stored: StoredJob) -> tuple[Job, Deaths]:
-    about = {name: value for name, value in stored.about.items() if name != "version"}
+def _from_stored(id: str, stored: dict[str, Any]) -> tuple[Job, Deaths]:
+    about = {name: value for name, value in stored.items() if name != "version"}
     count, rows = map(int, about.pop("deaths", (0, 0)))
     state, result, error, finished = map(about.pop, ("state", "result", "error", "finished"))
-    job = Job.from_about(stored.id, about)
+    job = Job.from_about(id, about)
     job.state, job.result, job.error = state, result, error
     job.finished = None if finished is None else datetime.fromisoformat(finished)
     return job, Deaths(count, rows)

@@ -109,9 +109,9 @@ def die_running(settings: Settings, id: str) -> None:
     """Make the folder look as if the service had died while it ran the job."""
     assert settings.jobs is not None
     folder = JobFolder(settings.jobs)
-    (stored,) = (job for job in folder.all() if job.id == id)
-    assert stored.about["state"] == "queued"  # a stopped service did not die
-    about = {name: value for name, value in stored.about.items() if name != "version"}
+    stored = dict(folder.all())[id]
+    assert stored["state"] == "queued"  # a stopped service did not die
+    about = {name: value for name, value in stored.items() if name != "version"}
     folder.save(id, 0.0, about | {"state": "running"})
     folder.close()
 
@@ -303,7 +303,7 @@ def test_stored_jobs_continue_after_the_device_thread_ended(settings: Settings) 
         assert response.status_code == 503
     assert settings.jobs is not None
     folder = JobFolder(settings.jobs)
-    assert [stored.about["state"] for stored in folder.all()] == ["running", "queued"]
+    assert [about["state"] for _, about in folder.all()] == ["running", "queued"]
     folder.close()
     with serving(settings) as running:
         assert [finish(running, id)["state"] for id in ids] == ["done", "done"]
