@@ -2,7 +2,7 @@
 
 import { blobOf, completed, maxEps, named } from "./answers.js";
 import { postAttack } from "./api.js";
-import { bars } from "./charts.js";
+import { bars, largest } from "./charts.js";
 import { $, attackText, epsText, normText, options, say } from "./dom.js";
 import { Latest } from "./latest.js";
 import { Pace } from "./pace.js";
@@ -27,13 +27,13 @@ export class Attack {
     this.pending = false; // whether a new image was chosen and the service has not read it yet
     this.given = null; // the true class in the URL, for an image that is pending
     this.result = null;
-    this.shown = null; // {fields, picture, words} of the result on the screen
+    this.shown = null; // {key, picture, words} of the result on the screen
     this.pace = new Pace();
-    this.code = new Snippets("curl", ["curl", "python", "torch"]);
+    this.code = new Snippets("curl");
     this.timer = null;
     this.last = -Infinity; // time of the last request
     this.held = false; // true while several settings change together
-    this.known = null; // {fields, answer, at} of an attack that the search for eps has run
+    this.known = null; // {key, answer, at} of an attack that the search for eps has run
     this.rest = null; // aborts the request for all probabilities
     this.latest = new Latest({
       run: (request, signal) => this.#run(request, signal),
@@ -124,6 +124,11 @@ export class Attack {
     };
   }
 
+  /** The form fields as text, to compare them. */
+  get key() {
+    return JSON.stringify(this.request);
+  }
+
   /** A new image was chosen: shows it at once, and dims the previous result. */
   expect({ url, name }) {
     this.pending = true;
@@ -160,16 +165,18 @@ export class Attack {
   #originalOf({ url, name, stem, before }) {
     showOriginal(url, `${name} as the model sees it`);
     save("original", url, `${stem}-input.png`);
-    const index = before.reduce((best, p, k) => ((p ?? -1) > (before[best] ?? -1) ? k : best), 0);
+    const index = largest(before);
     $("original-text").textContent = named({ label: this.classes[index], probability: before[index] });
   }
 
-  /** Whether the result on the screen is for other settings than the current ones. */
+  /** Whether a result is for another image or other settings than the current ones. */
+  isStale({ picture, key }) {
+    return this.pending || picture !== this.picture || key !== this.key;
+  }
+
+  /** Whether the result on the screen is. */
   get stale() {
-    const { shown } = this;
-    if (!shown) return false;
-    const same = shown.picture === this.picture && shown.fields === JSON.stringify(this.request);
-    return this.pending || !same;
+    return this.shown !== null && this.isStale(this.shown);
   }
 
   /** Dims a stale result, and says which settings the result is for. */
@@ -205,10 +212,10 @@ export class Attack {
     if (!this.picture || this.pending) return;
     if (curve) this.changed();
     this.#unset();
-    const request = { ...this.request, at: performance.now(), choice: this.choice, k: this.k };
+    const request = { ...this.request, key: this.key, at: performance.now(), choice: this.choice, k: this.k };
     request.file = this.picture.input;
     request.picture = this.picture;
-    if (this.known?.fields === JSON.stringify(fieldsOf(request))) {
+    if (this.known?.key === request.key) {
       Object.assign(request, { answer: this.known.answer, at: this.known.at });
     }
     const often = performance.now() - this.last < SETTLE;
@@ -240,8 +247,7 @@ export class Attack {
     this.#eps(k);
     $("eps-number").value = k;
     this.held = false;
-    const { request } = this;
-    this.known = { fields: JSON.stringify(fieldsOf(request)), answer, at: performance.now() - took };
+    this.known = { key: this.key, answer, at: performance.now() - took };
     this.last = -Infinity;
     this.ask();
     this.known = null;
@@ -370,7 +376,7 @@ export class Attack {
     this.timer = null;
   }
 
-  async #run({ at, choice, k, picture, answer, ...fields }, signal) {
+  async #run({ key, at, choice, k, picture, answer, ...fields }, signal) {
     if (answer) return answer;
     const ticking = this.pace.tick(choice, fields.steps, signal);
     try {
@@ -389,7 +395,7 @@ export class Attack {
     say($("attack-error"));
     this.shown = {
       picture: request.picture,
-      fields: JSON.stringify(fieldsOf(request)),
+      key: request.key,
       words: settingsText(request, result.parameters),
     };
     this.#mark();
@@ -414,15 +420,6 @@ export class Attack {
 
 /** Whether an attack has a single step, so that it can run at every move of the slider. */
 const isQuick = ({ steps, takes_steps: takes }) => steps === 1 && !takes;
-
-const fieldsOf = ({ attack, eps, steps, norm, label, target }) => ({
-  attack,
-  eps,
-  steps,
-  norm,
-  label,
-  target,
-});
 
 const ballText = (norm) =>
   norm === "l2"

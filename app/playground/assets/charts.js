@@ -47,7 +47,8 @@ function rows(classes, before, after) {
   return all.sort((a, b) => weight(b) - weight(a)).slice(0, 10);
 }
 
-const largest = (values) =>
+/** The index of the largest value; undefined ones count as the smallest. */
+export const largest = (values) =>
   values.reduce((best, value, k) => ((value ?? -1) > (values[best] ?? -1) ? k : best), 0);
 
 /** The axes of a plot as wide as `box`, and functions `x` and `y` from values to pixels. */

@@ -14,13 +14,13 @@ export class Compare {
   constructor(attack, { idle }) {
     this.attack = attack;
     this.model = null; // `compare` of /model
-    this.shown = null; // {fields, picture} of the result on the screen
-    this.failed = null; // the fields of a request that failed
+    this.shown = null; // {key, picture} of the result on the screen
+    this.failed = null; // the key of a request that failed
     this.latest = new Latest({
       run: ({ fields, picture }, signal) => postAttack({ ...fields, file: picture.input, compare: "only" }, signal),
       show: (answer, request) => this.#show(answer, request),
       fail: (error, request) => {
-        this.failed = JSON.stringify(request.fields);
+        this.failed = request.key;
         say($("compare-error"), error.message);
       },
       idle: () => {
@@ -68,10 +68,7 @@ export class Compare {
 
   /** Whether the result on the screen is for other settings than the current ones. */
   get stale() {
-    const { shown, attack } = this;
-    if (!shown || !attack.limits) return true;
-    const same = shown.picture === attack.picture && shown.fields === JSON.stringify(attack.request);
-    return attack.pending || !same;
+    return this.shown === null || this.attack.isStale(this.shown);
   }
 
   #layout() {
@@ -100,16 +97,15 @@ export class Compare {
   /** Runs the comparison, if the attack's result is shown and the comparison is stale. */
   resume() {
     const { attack } = this;
-    const fields = attack.limits && JSON.stringify(attack.request);
-    const wanted = this.on && attack.shown && !attack.stale && this.stale && this.failed !== fields;
+    const wanted = this.on && attack.shown && !attack.stale && this.stale && this.failed !== attack.key;
     if (!wanted) return this.idle();
-    if (!this.latest.running) this.latest.ask({ fields: attack.request, k: attack.k, picture: attack.picture });
+    if (!this.latest.running) this.latest.ask({ fields: attack.request, key: attack.key, k: attack.k, picture: attack.picture });
   }
 
-  #show({ before: served, target, compare }, { fields, k, picture }) {
+  #show({ before: served, target, compare }, { fields, key, k, picture }) {
     if (picture !== this.attack.picture) return;
     const [result] = compare.results;
-    this.shown = { fields: JSON.stringify(fields), picture };
+    this.shown = { key, picture };
     const url = pngUrl(result.adversarial_png);
     $("compared").src = url;
     $("compared").hidden = false;

@@ -35,7 +35,7 @@ export class Evaluate {
       this.#changed();
     });
     $("cancel").addEventListener("click", () => this.#cancel());
-    this.code = new Snippets("evaluate-curl", ["curl", "python"]);
+    this.code = new Snippets("evaluate-curl");
     $("evaluate-again").addEventListener("click", () => this.#start(this.#wanted));
     setInterval(() => this.#elapsed(), 1000);
     new ResizeObserver(() => this.#draw()).observe($("settling"));

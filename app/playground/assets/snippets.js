@@ -7,14 +7,13 @@ import { $ } from "./dom.js";
 export class Snippets {
   #code;
   #forms;
-  #chosen;
+  #chosen = "curl";
   #texts = {};
 
-  /** `id` is the code element's; buttons with `data-form` choose one of `forms`. */
-  constructor(id, forms) {
+  /** `id` is the code element's; buttons with `data-form` choose the language. */
+  constructor(id) {
     this.#code = $(id);
     this.#forms = this.#code.closest(".snippet").querySelectorAll("[data-form]");
-    this.#chosen = forms[0];
     for (const button of this.#forms) {
       button.addEventListener("click", () => {
         this.#chosen = button.dataset.form;
