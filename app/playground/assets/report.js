@@ -34,7 +34,10 @@ export class Report {
 
   async #toggle() {
     if (!$("report-frame").hidden) return this.#close();
-    this.#page = await (await this.#get("text/html")).text();
+    const job = this.#job;
+    const page = await (await this.#get("text/html")).text();
+    if (job !== this.#job) return; // another evaluation was started meanwhile
+    this.#page = page;
     $("report-frame").hidden = false;
     $("report-frame").src = "playground/report.html"; // says when it is ready
     $("report-show").textContent = "Close";

@@ -77,6 +77,22 @@ def test_evaluation_report_is_downloaded(visit: Visit, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().lower().startswith(beginning.lower())
 
 
+def test_late_report_is_not_shown_with_the_next_evaluation(visit: Visit) -> None:
+    page = visit.open()
+    held: list[Route] = []
+    page.route("**/report", lambda route: held.append(route))
+    start(page, "few")
+    expect(page.locator("#reports")).to_be_visible()
+    page.click("#report-show")
+    until(lambda: page.wait_for_timeout(10) or held)
+    start(page, "few")
+    expect(page.locator("#reports")).to_be_visible()
+    held[0].fulfill(body="<p>The first evaluation</p>", content_type="text/html")
+    page.wait_for_timeout(300)
+    expect(page.locator("#report-frame")).to_be_hidden()
+    expect(page.locator("#report-show")).to_have_text("Open")
+
+
 def without_attacks(visit: Visit) -> Page:
     """The page, whose attacks fail, so that the device has no other work than evaluations."""
     visit.page.route("**/attack", lambda route: route.fulfill(status=500, body="{}"))
