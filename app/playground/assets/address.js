@@ -3,6 +3,7 @@
 const WAIT = 250; // ms; browsers limit how often the URL may change
 const SLIDES = ["eps", "steps"]; // change often, so their changes get no history entry
 let timer = null;
+let current = location.search; // the last query that was written or followed
 
 export const given = () => new URLSearchParams(location.search);
 
@@ -15,14 +16,17 @@ export function note(settings) {
     if (address === location.search) return;
     const kept = rough(given()) === rough(query) || location.search === "";
     history[kept ? "replaceState" : "pushState"](null, "", address + location.hash);
+    current = location.search;
   }, WAIT);
 }
 
 /** Calls `callback` with the settings after the user goes back or forward. */
 export function followed(callback) {
   addEventListener("popstate", () => {
+    if (location.search === current) return; // only the fragment changed, as by a link to a section
+    current = location.search;
     clearTimeout(timer);
-    if (location.search) callback(given());
+    if (current) callback(given());
   });
 }
 

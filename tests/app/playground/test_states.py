@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Route, expect
 
 from tests.support.browser import Visit
+from tests.support.playground import settled
 from tests.support.serving import CLASSES, Running, labeled, until
 
 pytestmark = pytest.mark.browser
@@ -291,6 +292,27 @@ def test_url_holds_the_settings(visit: Visit) -> None:
     expect(visit.find("#result-settings")).to_have_text(
         "Result for FGSM, L∞, eps 8/255, true class horse, examples/horse.jpg."
     )
+
+
+def test_links_to_sections_keep_result_and_curve(visit: Visit) -> None:
+    page = visit.open()
+    settled(page)
+    page.wait_for_url(re.compile("attack=fgsm"))
+    asked: list[bytes] = []
+
+    def noted(route: Route) -> None:
+        asked.append(route.request.post_data_buffer or b"")
+        route.continue_()
+
+    page.route("**/attack", noted)
+    for name in ("evaluate", "model"):
+        page.click(f'a[href="#{name}"]')
+        page.wait_for_url(re.compile(f"#{name}$"))
+    page.go_back()
+    page.wait_for_url(re.compile("#evaluate$"))
+    page.wait_for_timeout(300)
+    assert not any(b"\r\n\r\nfgsm\r\n" in body for body in asked)  # PGD draws the rest of the curve
+    page.unroute_all(behavior="ignoreErrors")
 
 
 def test_url_holds_the_true_class_and_queries(visit: Visit) -> None:
