@@ -124,8 +124,9 @@ export class Breaking {
       return Math.min(guess, FARTHER * standing, most);
     }
     if (broken - standing > 1) {
-      if (this.guesses >= GUESSES) return Math.floor((standing + broken) / 2);
       const guess = this.#zero(standing, broken);
+      const middle = this.guesses >= GUESSES || guess === Infinity;
+      if (middle) return Math.floor((standing + broken) / 2);
       return Math.min(Math.max(guess, standing + 1), broken - 1);
     }
     const range = this.#range();
@@ -138,10 +139,11 @@ export class Breaking {
     return (this.broken ?? this.attack.most) - this.standing;
   }
 
-  /** The eps where a line through the margins at two others falls below zero. */
+  /** The eps where a line through the margins at two others falls below zero; Infinity if it does
+   * not, or if a margin is infinite, as of a prediction with a probability of exactly 1. */
   #zero(low, high) {
     const [a, b] = [low, high].map((k) => this.points.get(k).margin);
-    return a > b ? Math.ceil(low + ((high - low) * a) / (a - b)) : Infinity;
+    return a > b && Number.isFinite(a - b) ? Math.ceil(low + ((high - low) * a) / (a - b)) : Infinity;
   }
 
   /** The right end of the plot, so that the smallest eps is in its left half. */

@@ -15,7 +15,7 @@ from playwright.sync_api import Route, expect
 
 from tests.support.browser import Visit
 from tests.support.playground import choose, settled, source
-from tests.support.serving import Running, jpeg
+from tests.support.serving import CLASSES, Running, jpeg
 
 pytestmark = pytest.mark.browser
 
@@ -26,8 +26,10 @@ Margin = Callable[[int], float]
 class Scripted:
     """Answers attacks with PGD-10 by `margin` of eps, the distance to another prediction."""
 
-    def __init__(self, visit: Visit, served: Running, margin: Margin) -> None:
-        self.margin = margin
+    def __init__(
+        self, visit: Visit, served: Running, margin: Margin, *, certain: bool = False
+    ) -> None:
+        self.margin, self.certain = margin, certain
         self.asked: list[int] = []  # eps in 255ths
         image = (EXAMPLES / "coffee.jpg").read_bytes()
         self.answer = served.client.post("/attack?attack=pgd&steps=10", content=image).json()
@@ -35,6 +37,14 @@ class Scripted:
 
     def _answer(self, route: Route) -> None:
         body = (route.request.post_data_buffer or b"").decode("latin-1")
+        if self.certain and re.search(r'name="eps"\r\n\r\n0\r', body):
+            answer = route.fetch().json()
+            label = answer["before"]["label"]
+            answer["before"]["top"] = [
+                {"label": name, "index": index, "probability": float(name == label)}
+                for index, name in enumerate(CLASSES)
+            ]
+            return route.fulfill(body=json.dumps(answer), content_type="application/json")
         match = re.search(r'name="eps"\r\n\r\n(\d+)/255', body)
         if not match or not re.search(r'name="steps"\r\n\r\n10\r', body):
             return route.continue_()
@@ -59,6 +69,7 @@ class Scripted:
         (lambda k: 0.1 * (29.5 - k), 30, 4),  # straight: two lines and the eps below
         (lambda k: 3 * math.tanh((40.5 - k) / 8), 41, 6),  # flat at both ends
         (lambda k: 4.0 if k < 20 else -0.05, 20, 11),  # a step, to which lines lead slowly
+        (lambda k: math.inf if k < 20 else -math.inf, 20, 7),  # probabilities of 0 and 1
     ],
 )
 def test_smallest_eps_is_found_with_few_attacks(
@@ -73,6 +84,13 @@ def test_smallest_eps_is_found_with_few_attacks(
     found = scripted.asked[: 1 + max(scripted.asked.index(k) for k in (smallest, smallest - 1))]
     assert 0 not in found  # the prediction of the original is known
     assert len(found) <= most
+
+
+def test_curve_starts_at_a_probability_of_one(visit: Visit, served: Running) -> None:
+    scripted = Scripted(visit, served, lambda k: 0.1 * (29.5 - k), certain=True)
+    visit.page.goto(f"{visit.url}/?example=coffee&attack=fgsm")
+    expect(visit.find("#curve-text")).to_have_text(re.compile("breaks this image: 30/255"))
+    assert scripted.asked[:4] == [8, 32, 30, 29]
 
 
 def test_found_image_is_shown_without_another_attack(visit: Visit, served: Running) -> None:
