@@ -107,6 +107,7 @@ def example_responses() -> dict[tuple[str, str, str], Any]:
             loaded=_WHEN,
             classes=list(_CLASSES),
             input_size=32,
+            differentiable=True,
             precision="fp32",
             precision_reason="this processor has no instructions for bfloat16",
             search_precision="fp32",

@@ -312,6 +312,9 @@ class ModelCard(BaseModel):
     loaded: datetime
     classes: list[str]
     input_size: int
+    differentiable: bool = Field(
+        description="Whether it has gradients; an ONNX file and a remote service have none."
+    )
     precision: Literal["fp32", "bf16"] = Field(description="Precision of predictions.")
     precision_reason: str = Field(
         examples=["bfloat16 classifies 2.1 times as many images per second as float32"],

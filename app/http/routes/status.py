@@ -27,6 +27,7 @@ async def model(request: Request, service: ServiceOf) -> ModelCard:
         loaded=current.loaded,
         classes=list(current.classes),
         input_size=current.input_size,
+        differentiable=current.differentiable,
         precision=current.precision,
         precision_reason=current.precision_reason,
         search_precision=str(current.search),
