@@ -27,6 +27,8 @@ export async function completed(classes, top, image, signal) {
   return values.map((value, k) => value ?? rest[k]);
 }
 
+export const NO_GRADIENTS = "Attacks that need gradients can’t be used, because this model has none.";
+
 export const pngUrl = (base64) => `data:image/png;base64,${base64}`;
 
 export function blobOf(base64) {

@@ -1,6 +1,6 @@
 // The attack panel: its controls, and the requests that they send.
 
-import { blobOf, completed, maxEps, named } from "./answers.js";
+import { blobOf, completed, maxEps, named, NO_GRADIENTS } from "./answers.js";
 import { postAttack } from "./api.js";
 import { bars, largest } from "./charts.js";
 import { $, attackText, epsText, normText, options, say } from "./dom.js";
@@ -11,6 +11,7 @@ import { Snippets } from "./snippets.js";
 
 const PREDICTED = "predicted"; // stands in the URL for the true class "As predicted"
 const SETTLE = 120; // ms; changes in faster succession start a multi-step attack only once
+const QUERIES = 500; // usual of a model without gradients, as thousands could exceed the time limit
 
 export class Attack {
   /** `busy()` is called when an attack starts, `idle()` when the last one has ended, `changed()`
@@ -70,26 +71,47 @@ export class Attack {
   }
 
   /** Sets the controls from /limits and /model. */
-  configure(limits, { name, classes, input_size: size, compare }) {
-    this.limits = limits;
-    this.usual = compare ? "pgd" : "fgsm"; // for a comparison, as FGSM often fools neither model
+  configure(limits, { name, classes, input_size: size, compare, differentiable }) {
+    this.limits = differentiable ? limits : { ...limits, attacks: limits.attacks.map(withFewerQueries) };
+    this.differentiable = differentiable;
+    this.simplest = limits.attacks.find(({ uses_gradient: uses }) => differentiable || !uses);
+    // For a comparison PGD, as FGSM often fools neither model.
+    this.usual = compare && differentiable ? "pgd" : this.simplest.name;
     this.classes = classes;
     this.model = { name, size };
     this.pace.clear();
     const names = limits.attacks.map(({ name }) => [name, attackText(name)]);
     options($("name"), names, $("name").value || this.usual);
-    for (const { name, cost, steps, unit, takes_steps: takes } of limits.attacks) {
-      const most = unit === "queries" ? limits.max_queries : limits.max_steps;
-      if (cost + 3 <= limits.max_cost && (takes || steps <= most)) continue;
-      const option = $("name").querySelector(`[value="${CSS.escape(name)}"]`);
+    for (const choice of this.limits.attacks) {
+      const fault = this.#fault(choice);
+      if (!fault) continue;
+      const option = $("name").querySelector(`[value="${CSS.escape(choice.name)}"]`);
       option.disabled = true;
-      option.textContent += " (only to evaluate)";
+      option.textContent += ` (${fault})`;
+    }
+    if ($("name").selectedOptions[0].disabled) {
+      $("name").value = this.simplest.name;
+      $("steps").value = "";
     }
     options($("norm"), limits.norms.map((norm) => [norm, normText(norm)]));
     const same = classes.map((name) => [name, name]);
     options($("label"), [["", "As predicted"], ...same]);
     options($("target"), [["", "Any other"], ...same]);
     this.#named({ quietly: true });
+  }
+
+  /** Why an attack can't run on this model, or an empty text. */
+  #fault({ cost, steps, unit, takes_steps: takes, uses_gradient: uses }) {
+    if (uses && !this.differentiable) return "needs gradients";
+    const { limits } = this;
+    const most = unit === "queries" ? limits.max_queries : limits.max_steps;
+    return cost + 3 <= limits.max_cost && (takes || steps <= most) ? "" : "evaluation only";
+  }
+
+  /** The form fields of an attack with eps 0, which returns the image as the model sees it. */
+  get reading() {
+    const { name, takes_steps: takes } = this.simplest;
+    return { attack: name, eps: "0", steps: takes ? 1 : "" };
   }
 
   get choice() {
@@ -282,7 +304,7 @@ export class Attack {
     };
     this.held = true;
     take("name", query.get("attack"), this.usual);
-    if (!this.choice || $("name").selectedOptions[0].disabled) $("name").value = "fgsm";
+    if (!this.choice || $("name").selectedOptions[0].disabled) $("name").value = this.simplest.name;
     take("norm", query.get("norm"), this.limits.norms[0]);
     if (this.pending) this.given = query.get("label");
     else if (this.picture?.label) this.#label(query.get("label"));
@@ -313,7 +335,8 @@ export class Attack {
 
   #named({ quietly = false } = {}) {
     const { steps, takes_steps: takes, takes_target: leads, summary } = this.choice;
-    $("name-summary").textContent = `${attackText($("name").value)}: ${summary}.`;
+    const note = this.differentiable ? "" : ` ${NO_GRADIENTS}`;
+    $("name-summary").textContent = `${attackText($("name").value)}: ${summary}.${note}`;
     $("target").disabled = !leads;
     const freed = !leads && $("target").value !== "";
     if (freed) $("target").value = "";
@@ -416,6 +439,11 @@ export class Attack {
       // The likeliest stay; an unreachable service is reported elsewhere.
     }
   }
+}
+
+function withFewerQueries({ steps, cost, ...choice }) {
+  const fewer = Math.min(steps, QUERIES);
+  return { ...choice, steps: fewer, cost: (cost * fewer) / steps };
 }
 
 /** Whether an attack has a single step, so that it can run at every move of the slider. */

@@ -67,7 +67,8 @@ export class Breaking {
   }
 
   async #go() {
-    if (this.stopper || !this.attack.picture || this.attack.pending) return;
+    const { differentiable, picture, pending } = this.attack;
+    if (this.stopper || !differentiable || !picture || pending) return;
     const stopper = (this.stopper = new AbortController());
     const { points } = this;
     if (!points.has(0)) points.set(0, this.#original());
@@ -196,6 +197,8 @@ export class Breaking {
   draw() {
     const { attack, broken } = this;
     if (!attack.limits) return;
+    for (const id of ["curve", "curve-numbers"]) $(id).hidden = !attack.differentiable;
+    $("eps-find").disabled = !attack.differentiable;
     const sorted = [...this.points.values()].sort((a, b) => a.k - b.k);
     const { norm } = attack;
     const result = attack.stale ? null : attack.result;
@@ -236,9 +239,10 @@ export class Breaking {
 
   #words(label) {
     const { broken } = this;
-    const { norm, most } = this.attack;
+    const { norm, most, differentiable } = this.attack;
     const target = $("target").value;
     const what = `PGD-${STEPS}, ${normText(norm)}`;
+    if (!differentiable) return "The curve and the smallest eps need PGD, which uses gradients; this model has none.";
     if (!this.attack.picture) return "";
     if (this.failure) return `The curve is incomplete: ${this.failure.message}`;
     if (!this.#settled) return `Searching for the smallest eps that breaks it (${what})…`;

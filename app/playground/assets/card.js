@@ -5,11 +5,12 @@ import { hardened } from "./answers.js";
 import { interval } from "./evaluate.js";
 import { attackTerm, nameOf } from "./terms.js";
 
-export function showCard(box, { sha256, device, loaded, classes, input_size: size, card, compare }) {
+export function showCard(box, { sha256, device, loaded, classes, input_size: size, differentiable, card, compare }) {
   const { arch, stem, activation } = card.architecture ?? {};
   const { threat_model: threat, recipe, data, duration_seconds: took, seed } = card;
+  const built = stem === "own" ? [] : [stem && `${stem} stem`, activation]; // "own" of a whole model
   const facts = [
-    ["Architecture", [arch, stem && `${stem} stem`, activation].filter(Boolean).join(", ")],
+    ["Architecture", [arch, ...built, !differentiable && "no gradients"].filter(Boolean).join(", ")],
     ["Input", `${size} × ${size} pixels`],
     ["Classes", `${classes.length}: ${classes.slice(0, 12).join(", ")}${classes.length > 12 ? "…" : ""}`],
     ["Trained to resist", threat && hardened(card) && `${normText(threat.norm)} attacks up to eps ${epsText(Math.round(255 * threat.eps), threat.norm)}`],

@@ -2,7 +2,7 @@
 // after a reload.
 
 import { ask, Failure, isStopped, open, post } from "./api.js";
-import { maxEps, tooLarge } from "./answers.js";
+import { maxEps, NO_GRADIENTS, tooLarge } from "./answers.js";
 import { settling, swatch } from "./charts.js";
 import { $, attackText, capital, el, normText, options, percent, say, seconds, sleep } from "./dom.js";
 import { Report } from "./report.js";
@@ -41,7 +41,7 @@ export class Evaluate {
     new ResizeObserver(() => this.#draw()).observe($("settling"));
   }
 
-  configure(limits, { sha256 }) {
+  configure(limits, { sha256, differentiable }) {
     const first = !this.limits;
     this.limits = limits;
     this.model = sha256;
@@ -52,15 +52,24 @@ export class Evaluate {
     ]);
     options($("set-norm"), limits.norms.map((norm) => [norm, normText(norm)]));
     if (first) {
-      $("set-attacks").replaceChildren(
-        ...limits.attacks.map(({ name, summary }) =>
-          choice(name, summary, limits.default_attacks.includes(name)),
-        ),
-      );
+      $("set-attacks").replaceChildren(...limits.attacks.map(choice));
       $("set-eps").value = Math.round(255 * limits.default_eps[$("set-norm").value]);
-      this.#remembered();
     }
+    this.#allow(differentiable, { first });
+    if (first) this.#remembered();
     this.#changed();
+  }
+
+  /** Disables the attacks that need gradients if the model has none; at first, also chooses some. */
+  #allow(differentiable, { first }) {
+    const { attacks, default_attacks: usual } = this.limits;
+    const usable = attacks.filter(({ uses_gradient: uses }) => differentiable || !uses).map(({ name }) => name);
+    const chosen = usable.some((name) => usual.includes(name)) ? usual : usable;
+    for (const box of $("set-attacks").querySelectorAll("input")) {
+      box.disabled = !usable.includes(box.value);
+      box.checked = !box.disabled && (first ? chosen.includes(box.value) : box.checked);
+    }
+    say($("set-attacks-note"), differentiable ? "" : NO_GRADIENTS);
   }
 
   get #fields() {
@@ -121,7 +130,9 @@ export class Evaluate {
     $("set-norm").value = norm;
     $("set-eps").value = eps.split("/")[0];
     $("set-limit").value = limit;
-    for (const box of $("set-attacks").querySelectorAll("input")) box.checked = attack.includes(box.value);
+    for (const box of $("set-attacks").querySelectorAll("input")) {
+      box.checked = !box.disabled && attack.includes(box.value);
+    }
     this.asked = JSON.stringify({ ...this.#wanted, upload });
     this.#changed();
   }
@@ -382,9 +393,9 @@ export class Evaluate {
 }
 
 /** A checkbox with the attack's name, which has a tooltip. */
-function choice(name, summary, checked) {
+function choice({ name, summary }) {
   const id = `about-${name}`;
-  const box = el("input", { type: "checkbox", name: "attack", value: name, checked, "aria-describedby": id });
+  const box = el("input", { type: "checkbox", name: "attack", value: name, "aria-describedby": id });
   return term(el("label", {}, box, ` ${attackText(name)}`), summary, { id, control: true });
 }
 

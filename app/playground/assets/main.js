@@ -50,7 +50,7 @@ let brought = null; // the last image of the user or example, sent again when th
 // An attack with eps 0 returns the image as the model sees it.
 const looking = new Latest({
   run: async ({ blob, name, label }, signal) => {
-    const answer = await post("attack", { attack: "fgsm", eps: "0", file: blob }, { signal });
+    const answer = await post("attack", { ...attack.reading, file: blob }, { signal });
     const input = blobOf(answer.input_png);
     const before = await completed(model.classes, answer.before.top, input, signal);
     const url = pngUrl(answer.input_png);

@@ -18,6 +18,7 @@ def test_model_card_is_the_sidecar(running: Running, checkpoint) -> None:
     loaded = load_checkpoint(checkpoint)
     assert card["sha256"] == loaded.sha256
     assert card["classes"] == list(CLASSES)
+    assert card["differentiable"] is True
     assert (card["device"], card["input_size"]) == ("cpu", 32)
     assert card["card"]["architecture"]["arch"] == "wide_resnet10_1"
     assert card["card"]["weights_sha256"] == loaded.sha256
