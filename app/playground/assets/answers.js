@@ -54,7 +54,7 @@ export function hardened({ threat_model: threat, recipe }) {
 
 /** The text for an attack's outcome. */
 export const outcomeText = (outcome) =>
-  ({ broken: "broken", withstood: "withstood", already_wrong: "wrong before any attack" })[outcome];
+  ({ broken: "broken", withstood: "withstood", already_wrong: "misclassified without an attack" })[outcome];
 
 /** Shows in the paragraph `node` what an attack did to a model's prediction. */
 export function showVerdict(node, { before, label, target = null }, { after, outcome }) {
@@ -63,12 +63,12 @@ export function showVerdict(node, { before, label, target = null }, { after, out
 }
 
 function verdict({ before, label, target }, { after, outcome }) {
-  if (target && before.index === target.index) return `Already ${target.label} before any attack.`;
+  if (target && before.index === target.index) return `The model already predicts ${target.label} without an attack.`;
   if (outcome === "already_wrong") {
     const more = after.label === before.label ? "." : `; after the attack, ${after.label}.`;
-    return `Wrong before any attack: the model predicts ${before.label}, not ${label.label}${more}`;
+    return `Misclassified without an attack: the model predicts ${before.label}, not ${label.label}${more}`;
   }
-  if (outcome === "broken") return `Fooled: ${before.label} became ${after.label}.`;
+  if (outcome === "broken") return `Broken: ${before.label} became ${after.label}.`;
   if (target && after.label !== label.label) return `Changed to ${after.label}, but not to ${target.label}.`;
   return `Withstood: still ${after.label}.`;
 }

@@ -246,11 +246,11 @@ export class Breaking {
     if (!this.attack.picture) return "";
     if (this.failure) return `The curve is incomplete: ${this.failure.message}`;
     if (!this.#settled) return `Searching for the smallest eps that breaks it (${what})…`;
-    if (broken === null) return `PGD-${STEPS} under ${normText(norm)} does not ${target ? `change the prediction to ${target}` : "break this image"} up to eps ${epsText(most, norm)}.`;
+    if (broken === null) return `PGD-${STEPS} under ${normText(norm)} does not ${target ? `change the prediction to ${target}` : "break this image"} at any eps up to ${epsText(most, norm)}.`;
     if (broken === 0) {
       const { taken } = this.points.get(0);
       if (target) return `The model already predicts ${target} without an attack.`;
-      return `The model is wrong without an attack: it predicts ${taken}, not ${label}.`;
+      return `The model misclassifies this image without an attack: it predicts ${taken}, not ${label}.`;
     }
     return `Smallest eps that ${target ? `changes the prediction to ${target}` : "breaks this image"}: ${epsText(broken, norm)} (${what}).`;
   }

@@ -16,7 +16,7 @@ export function showCard(box, { sha256, device, loaded, classes, input_size: siz
     ["Trained to resist", threat && hardened(card) && `${normText(threat.norm)} attacks up to eps ${epsText(Math.round(255 * threat.eps), threat.norm)}`],
     ["Recipe", recipe?.name && recipeText(recipe)],
     ["Trained on", data && `${data.name}, ${data.count?.toLocaleString("en")} images`],
-    ["Training time", took && `${duration(took)} on ${card.device ?? "an unknown device"}, seed ${seed}`],
+    ["Training time (without setup)", took && `${duration(took)} on ${card.device ?? "an unknown device"}, seed ${seed}`],
     ["Compared with", compare && `${compare.name}: ${other(compare.card)}`],
     ["Running on", device],
     ["Loaded", new Date(loaded).toLocaleString("en-US", { dateStyle: "medium", timeStyle: "short" })],

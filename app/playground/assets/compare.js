@@ -48,7 +48,8 @@ export class Compare {
     $("compare-field").hidden = !compare;
     if (compare) $("intro-point").textContent = "whether it fools a robust model and a standard one";
     const standard = compare && !hardened(compare.card);
-    this.name = standard ? "standard model" : "other model";
+    this.name = standard ? "standard model" : "comparison model";
+    $("compare-kind").textContent = this.name;
     $("compared-name").textContent = `${capital(this.name)}, attacked`;
     const how = standard ? ", trained without attacks" : "";
     $("compared-title").textContent = compare ? `${capital(this.name)}: ${arch ?? compare.name}${how}` : "";

@@ -146,7 +146,7 @@ export class Evaluate {
       this.#mark();
       this.#check(fields);
       const file = await this.#file(fields.set, stopper.signal);
-      if (this.cancelling) return this.#tell("Cancelled before it started.");
+      if (this.cancelling) return this.#tell("Canceled before it started.");
       const wait = { Prefer: "respond-async" };
       const { set, upload, ...sent } = fields;
       const job = await post("evaluate", { ...sent, file }, { signal: stopper.signal, headers: wait });
@@ -271,7 +271,7 @@ export class Evaluate {
     $("cancel").disabled = true;
     if (!this.job) {
       this.cancelling = true; // the service may have accepted it already
-      return this.#tell("Cancelling…");
+      return this.#tell("Canceling…");
     }
     if (ENDED.includes(this.job.state)) return;
     try {
@@ -339,7 +339,7 @@ export class Evaluate {
       queued: `Queued: ${of}.`,
       running: `${underWay(evaluation)} of ${of}.`,
       done: `Done: ${of}.`,
-      cancelled: `Cancelled at ${underWay(evaluation)} of ${of}.`,
+      cancelled: `Canceled at ${underWay(evaluation)} of ${of}.`,
       failed: "",
     }[state];
     this.#tell(text, state === "running" ? `Running: ${of}.` : text);

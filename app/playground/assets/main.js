@@ -155,11 +155,11 @@ async function judgeExamples() {
     if (none) foreign.push(name);
     if (missed) wrong.push(name);
     button.classList.toggle("missed", missed);
-    const more = none ? ", not one of the classes" : missed ? ", which the model gets wrong" : "";
+    const more = none ? ", not one of the classes" : missed ? ", which the model misclassifies" : "";
     button.setAttribute("aria-label", `Example: ${name}${more}`);
   });
   const sentences = [];
-  if (wrong.length) sentences.push(`Wrong even without an attack: ${wrong.join(", ")}.`);
+  if (wrong.length) sentences.push(`Misclassified without an attack: ${wrong.join(", ")}.`);
   if (foreign.length) sentences.push(`Not among the model’s classes: ${foreign.join(", ")}.`);
   say($("examples-note"), sentences.join(" "));
 }

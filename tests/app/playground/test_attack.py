@@ -83,14 +83,14 @@ def test_steps_target_and_label_are_sent_and_shown(visit: Visit, served: Running
     page.fill("#steps", "5")
     page.select_option("#label", "frog")
     expect(page.locator('#target option[value="frog"]')).to_be_disabled()
-    expect(page.locator("#verdict")).to_contain_text("Wrong before any attack: ")
+    expect(page.locator("#verdict")).to_contain_text("Misclassified without an attack: ")
     page.select_option("#label", "")
     predicted = page.locator("#original-text").inner_text().split()[0]
     target = next(name for name in CLASSES if name != predicted)
     page.select_option("#target", target)
     page.focus("#eps")
     page.keyboard.press("End")
-    expect(page.locator("#verdict")).to_have_text(f"Fooled: {predicted} became {target}.")
+    expect(page.locator("#verdict")).to_have_text(f"Broken: {predicted} became {target}.")
     expect(page.locator("#fact-outcome")).to_have_text("broken")
     expect(page.locator("#adversarial-text")).to_contain_text(target)
     bold = page.locator("#both-bars td.number.top").evaluate_all(

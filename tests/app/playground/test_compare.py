@@ -43,7 +43,9 @@ def test_served_model_is_shown_before_the_comparison_finishes(
 
     pair.page.on("request", note)
     page = pair.open("?attack=fgsm")
-    expect(pair.find("#compared-verdict")).to_have_text(re.compile("^(Fooled|Withstood|Wrong)"))
+    expect(pair.find("#compared-verdict")).to_have_text(
+        re.compile("^(Broken|Withstood|Misclassified)")
+    )
     assert "compared" not in asked[: asked.index("served") + 1]
     answer = compared.client.post(
         "/attack?attack=fgsm&eps=8/255&label=horse&compare=true",
@@ -56,7 +58,7 @@ def test_served_model_is_shown_before_the_comparison_finishes(
         png = f"data:image/png;base64,{result['adversarial_png']}"
         assert pair.find(f"#{name}").get_attribute("src") == png
         expect(pair.find(f"#{name}-text")).to_contain_text(result["after"]["label"])
-    words = {"broken": "^Fooled", "withstood": "^Withstood", "already_wrong": "^Wrong"}
+    words = {"broken": "^Broken", "withstood": "^Withstood", "already_wrong": "^Misclassified"}
     outcome = answer["compare"]["results"][0]["outcome"]
     expect(pair.find("#compared-verdict")).to_have_text(re.compile(words[outcome]))
     transfer = answer["compare"]["results"][0]["transfer"]["after"]["label"]
@@ -81,7 +83,9 @@ def test_verdict_is_above_the_fold(
     visit.close()
 
 
-@pytest.mark.parametrize(("kind", "words"), [("clean", "Standard model"), ("pgd", "Other model")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("clean", "Standard model"), ("pgd", "Comparison model")]
+)
 def test_model_without_adversarial_training_is_called_standard(
     pair: Visit, kind: str, words: str
 ) -> None:
@@ -107,6 +111,7 @@ def test_model_without_adversarial_training_is_called_standard(
         "This model: resnet18, trained to withstand attacks"
     )
     expect(pair.find("#compared-name")).to_have_text(f"{words}, attacked")
+    expect(pair.find("#compare-field")).to_contain_text(f"Compare with a {words.lower()}")
     # Of the test images, and not of those held out while training.
     expect(pair.find("#card")).to_contain_text("plain_model.pt: resnet18, Clean 88.9%")
     expect(pair.find(".intro")).to_contain_text("fools a robust model and a standard one.")

@@ -180,7 +180,7 @@ def test_evaluation_can_be_cancelled(visit: Visit, served: Running) -> None:
         expect(page.locator("#start")).to_be_disabled()
         page.click("#cancel")
         expect(page.locator("#evaluate-text")).to_have_text(
-            re.compile("^Cancelled at .*0 of 1200 images of many.npz.$")
+            re.compile("^Canceled at .*0 of 1200 images of many.npz.$")
         )
     expect(page.locator("#cancel")).to_be_disabled()
     expect(page.locator("#evaluate-bar")).to_be_hidden()
@@ -199,7 +199,7 @@ def test_cancelling_keeps_partial_results(
         expect(page.locator("#accuracies tbody tr")).to_have_count(4)
         page.click("#cancel")
         expect(page.locator("#evaluate-text")).to_have_text(
-            re.compile("^Cancelled at [\\w-]+: [0-9]+ of 1200 images")
+            re.compile("^Canceled at [\\w-]+: [0-9]+ of 1200 images")
         )
         brake.released.set()
     expect(page.locator("#accuracies tbody tr")).to_have_count(4)
@@ -217,10 +217,10 @@ def test_evaluation_is_cancelled_once_its_id_is_known(visit: Visit, served: Runn
     def cancelled_in_time() -> None:
         until(lambda: page.wait_for_timeout(10) or held)
         page.click("#cancel")
-        expect(page.locator("#evaluate-text")).to_have_text("Cancelling…")
+        expect(page.locator("#evaluate-text")).to_have_text("Canceling…")
         held[0].continue_()
         expect(page.locator("#evaluate-text")).to_have_text(
-            re.compile("^Cancelled at .*0 of 30 images of few.npz.$")
+            re.compile("^Canceled at .*0 of 30 images of few.npz.$")
         )
         expect(page.locator("#start")).to_be_enabled()
         newest = served.client.get("/evaluate").json()[0]

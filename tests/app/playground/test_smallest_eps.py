@@ -133,7 +133,7 @@ def test_smallest_eps_succeeds_and_the_level_below_fails(
     expect(page.locator("#eps")).to_have_value(str(k))
     expect(page.locator("#name")).to_have_value("pgd")
     expect(page.locator("#steps")).to_have_value("10")
-    expect(page.locator("#verdict")).to_have_text(re.compile("^Fooled"))  # by that very attack
+    expect(page.locator("#verdict")).to_have_text(re.compile("^Broken"))  # by that very attack
     expect(page.locator("#settings-note")).to_contain_text(f"{k}/255")
     page.click("summary")
     rows = page.locator("#curve-table tbody tr")

@@ -41,14 +41,14 @@ def test_misclassified_examples_are_marked(visit: Visit, served: Running) -> Non
         if name in CLASSES and predicted != name:
             wrong.append(name)
     assert wrong  # the weights of this model are random
-    sentence = f"Wrong even without an attack: {', '.join(wrong)}."
+    sentence = f"Misclassified without an attack: {', '.join(wrong)}."
     expect(visit.find("#examples-note")).to_have_text(
         f"{sentence} Not among the model’s classes: coffee."
     )
     marked = visit.find("#examples .missed").evaluate_all("all => all.map(b => b.dataset.example)")
     assert marked == wrong
     expect(visit.find("#examples .missed").first).to_have_attribute(
-        "aria-label", f"Example: {wrong[0]}, which the model gets wrong"
+        "aria-label", f"Example: {wrong[0]}, which the model misclassifies"
     )
 
 
@@ -167,9 +167,13 @@ def test_page_opened_while_the_model_loads_says_so(visit: Visit) -> None:
 @pytest.mark.parametrize(
     ("outcome", "word", "verdict"),
     [
-        ("broken", "broken", "Fooled: "),
+        ("broken", "broken", "Broken: "),
         ("withstood", "withstood", "Withstood: "),
-        ("already_wrong", "wrong before any attack", "Wrong before any attack: "),
+        (
+            "already_wrong",
+            "misclassified without an attack",
+            "Misclassified without an attack: ",
+        ),
     ],
 )
 def test_attack_outcome_is_one_of_three(
