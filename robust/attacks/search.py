@@ -41,7 +41,6 @@ def search(
     *,
     eps: Tensor,
     target: Tensor | None = None,
-    clean_logits: Tensor | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     keep_failed: bool = True,
@@ -52,12 +51,11 @@ def search(
 ) -> Iterator[Finished]:
     """Run `algorithm` on images float32 or uint8 (N, C, H, W), which may be on another device.
 
-    `eps` float32 (N,), `y` and `target` int64 (N,) and `clean_logits` (N, K) are on the device
-    that computes. Yields each image once, as it finishes. `batch_size` None takes all at once.
-    Without `keep_failed` an image that was not fooled is returned unchanged, with the logits of
-    its best iterate. With `confirm` a success counts only if it fools that model too. A
-    `cancelled` image is finished after its next query, with its best iterate so far. `meter`
-    records every pass.
+    `eps` float32 (N,), `y` and `target` int64 (N,) are on the device that computes. Yields each
+    image once, as it finishes. `batch_size` None takes all at once. Without `keep_failed` an image
+    that was not fooled is returned unchanged, with the logits of its best iterate. With `confirm` a
+    success counts only if it fools that model too. A `cancelled` image is finished after its next
+    query, with its best iterate so far. `meter` records every pass.
     If `pulse` returns True after a query, an empty Finished is yielded, so that the caller can
     report progress.
 
@@ -74,7 +72,6 @@ def search(
             Passes(model, meter=meter),
             algorithm,
             Inputs(x=x.detach(), y=y, eps=eps.detach().float(), target=target, seed=seed),
-            clean_logits=None if clean_logits is None else clean_logits.detach(),
             batch_size=batch_size or len(x),
             scorer=Scorer(
                 algorithm,
@@ -106,7 +103,6 @@ class _QueryLoop:
         algorithm: Algorithm[Any],
         inputs: Inputs,
         *,
-        clean_logits: Tensor | None,
         batch_size: int,
         scorer: Scorer,
         cancelled: Cancelled | None,
@@ -114,7 +110,7 @@ class _QueryLoop:
     ) -> None:
         self.passes, self.algorithm, self.inputs = passes, algorithm, inputs
         self.pulse = pulse
-        self.clean_logits = clean_logits if algorithm.needs_clean_logits else None
+        self.clean_logits: Tensor | None = None  # where the algorithm needs them
         self.batch_size, self.scorer, self.cancelled = batch_size, scorer, cancelled
         self.results = BestRuns(len(inputs.y), algorithm.norm)
         self.schedule = Schedule(
@@ -148,12 +144,11 @@ class _QueryLoop:
                 yield self.results.of_rows(rows.take(slice(0)))
 
     def _prepare_clean_logits(self) -> None:
-        if self.clean_logits is None:
-            parts = torch.split(torch.arange(len(self.inputs.y)), self.batch_size)
-            self.clean_logits = torch.cat(
-                [self.passes.logits(self.inputs.images(part)) for part in parts]
-            )
-            self.results.forwards += 1
+        parts = torch.split(torch.arange(len(self.inputs.y)), self.batch_size)
+        self.clean_logits = torch.cat(
+            [self.passes.logits(self.inputs.images(part)) for part in parts]
+        )
+        self.results.forwards += 1
         self.scorer.check_logits(self.clean_logits)
         # At most one run per other class.
         self.schedule.max_runs = min(self.schedule.max_runs, self.clean_logits.shape[1] - 1)
