@@ -52,6 +52,12 @@ class BestRuns:
         """The runs in `rows`, each the only one of its image."""
         return self._finished(rows.image.cpu(), *_kept(rows))
 
+    def none(self, x: Tensor, logits: Tensor) -> Finished:
+        """No images, in the shapes of `x` (M, C, H, W) and `logits` (M, K)."""
+        index = torch.zeros(0, dtype=torch.int64)
+        success = torch.zeros(0, dtype=torch.bool, device=x.device)
+        return self._finished(index, x[:0], x[:0], logits[:0], success)
+
     def _finished(
         self, index: Tensor, x: Tensor, x_adv: Tensor, logits: Tensor, success: Tensor
     ) -> Finished:

@@ -123,7 +123,7 @@ class _QueryLoop:
 
     def run(self) -> Iterator[Finished]:
         if self.algorithm.needs_clean_logits:
-            self._prepare_clean_logits()
+            yield from self._prepare_clean_logits()
         while True:
             self._start_runs()
             with_gradient = self._next_batch_needs_gradient()
@@ -143,11 +143,14 @@ class _QueryLoop:
             if self.pulse():
                 yield self.results.of_rows(rows.take(slice(0)))
 
-    def _prepare_clean_logits(self) -> None:
-        parts = torch.split(torch.arange(len(self.inputs.y)), self.batch_size)
-        self.clean_logits = torch.cat(
-            [self.passes.logits(self.inputs.images(part)) for part in parts]
-        )
+    def _prepare_clean_logits(self) -> Iterator[Finished]:
+        clean_logits = []
+        for part in torch.split(torch.arange(len(self.inputs.y)), self.batch_size):
+            x = self.inputs.images(part)
+            clean_logits.append(self.passes.logits(x))
+            if self.pulse():
+                yield self.results.none(x, clean_logits[-1])
+        self.clean_logits = torch.cat(clean_logits)
         self.results.forwards += 1
         self.scorer.check_logits(self.clean_logits)
         # At most one run per other class.

@@ -42,7 +42,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def followed(
-    model: nn.Module, data: Data, clock: Clock, path: Path | None, batch: int = 8
+    model: nn.Module,
+    data: Data,
+    clock: Clock,
+    path: Path | None,
+    batch: int = 8,
+    names: tuple[str, ...] = ("fgsm", "pgd-100"),
 ) -> list[tuple[float, Evaluation]]:
     """Each result with the time that it came at, of an attack that no image gives way to."""
     images, labels = data
@@ -52,7 +57,7 @@ def followed(
         images,
         labels,
         num_classes=2,
-        attacks=[resolve_attack("fgsm", ball), resolve_attack("pgd-100", ball)],
+        attacks=[resolve_attack(name, ball) for name in names],
         device=torch.device("cpu"),
         batch_size=batch,
         precision="fp32",
@@ -78,6 +83,17 @@ def test_progress_is_shown_at_least_every_second(
     assert len(within) > 20
     assert len({result.done for result in within}) == len(within)
     assert within[-1].done < 0.7
+
+
+@pytest.mark.parametrize("name", ["apgd-t-1", "fab-t-1", "malt-1"])
+def test_progress_is_shown_while_targets_are_chosen(
+    model: nn.Module, linear_data: Data, clock: Clock, name: str
+) -> None:
+    """They need the clean logits of all images before the first query."""
+    shown = followed(model, linear_data, clock, None, batch=2, names=(name,))
+    assert max(b - a for a, b in pairwise(now for now, _ in shown)) <= 1.0
+    done = [result.done for _, result in shown]
+    assert done == sorted(done)
 
 
 def test_progress_is_the_fraction_of_passes_done(
