@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust.attack_registry import DEFAULT_ATTACKS
 from robust.attacks import AttackResult, AttackSettings, Model, frozen
-from robust.attacks.checks import as_whole, check_callable, check_seed, try_model
+from robust.attacks.checks import as_whole, check_callable, check_range, check_seed, try_model
 from robust.attacks.passes import Passes
 from robust.attacks.search import to_images
 from robust.classifier import Classifier
@@ -276,9 +276,7 @@ def _as_images(values: Any) -> tuple[Tensor, str]:
         )
     if x.dtype == torch.uint8 or not len(x):
         return x, dtype
-    low, high = float(x.min()), float(x.max())
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also for NaN
-        raise ValueError(f"expected images in [0, 1], got values from {low!r} to {high!r}")
+    check_range(x, tolerance=ROUNDING)
     return x.float().clamp(0, 1), dtype
 
 

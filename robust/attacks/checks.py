@@ -76,11 +76,16 @@ def check_inputs(x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
             or labels.dtype != torch.int64
         ):
             raise ValueError(f"expected {name} int64 ({len(x)},), got {_form(labels)}")
-    low, high = x.min().item(), x.max().item()
-    if not (low >= 0 and high <= 1):  # also refuses NaN
-        raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+    check_range(x)
     if target is not None and bool((target == y).any()):
         raise ValueError("expected a target other than the label, got the label itself")
+
+
+def check_range(images: Tensor, *, tolerance: float = 0.0) -> None:
+    """Images must be in [0, 1], at most `tolerance` outside."""
+    low, high = images.min().item(), images.max().item()
+    if not (low >= -tolerance and high <= 1 + tolerance):  # also refuses NaN
+        raise ValueError(f"expected images in [0, 1], got values from {low!r} to {high!r}")
 
 
 def check_eps(eps: Tensor, x: Tensor, norm: Norm) -> None:

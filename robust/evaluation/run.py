@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks import AttackSettings, Model, frozen
+from robust.attacks.checks import check_range
 from robust.attacks.noise import image_keys
 from robust.attacks.search import to_images
 from robust.distributed import SINGLE, World
@@ -241,9 +242,7 @@ def _check_data(images: Tensor, labels: Tensor, num_classes: int) -> None:
     if not len(images):
         raise ValueError("expected at least 1 image, got none")
     if images.is_floating_point():
-        low, high = float(images.min()), float(images.max())
-        if not (low >= 0 and high <= 1):  # also for NaN
-            raise ValueError(f"expected images in [0, 1], got values from {low!r} to {high!r}")
+        check_range(images)
     if labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise ValueError(
             f"expected labels int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
