@@ -23,7 +23,6 @@ from app.jobs.job import Job
 from robust.attacks import AttackSettings
 from robust.images import encode_png
 from robust.prediction import AttackOutcome, top_classes
-from robust.threat_model import format_eps
 
 TOP = 5
 
@@ -46,18 +45,7 @@ def class_name(index: int, classes: Sequence[str]) -> ClassName:
 
 def resolved(attack: AttackSettings) -> ResolvedAttack:
     """The parameters of an attack."""
-    return ResolvedAttack(
-        attack=attack.label,
-        name=attack.name,
-        norm=attack.threat_model.norm,
-        eps=attack.threat_model.eps,
-        eps_text=format_eps(attack.threat_model.eps),
-        alpha=attack.alpha,
-        steps=attack.steps,
-        restarts=attack.restarts,
-        random_start=attack.random_start,
-        seed=attack.seed,
-    )
+    return ResolvedAttack(attack=attack.label, name=attack.name, **attack.to_dict())
 
 
 def outcome_of(outcome: AttackOutcome) -> Outcome:

@@ -18,7 +18,7 @@ from robust.attacks.pgd import PGD
 from robust.attacks.result import AttackResult
 from robust.attacks.run import run_algorithm, run_stages
 from robust.attacks.search import Cancelled
-from robust.threat_model import Norm, ThreatModel
+from robust.threat_model import Norm, ThreatModel, format_eps
 
 DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}  # pixel units
 
@@ -110,6 +110,19 @@ class AttackSettings:
     def takes(self, parameter: str) -> bool:
         """Whether it has the parameter `alpha`, `steps` or `restarts`."""
         return parameter in self.entry.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its threat model and parameters as JSON values, without stages."""
+        return {
+            "norm": self.threat_model.norm,
+            "eps": self.threat_model.eps,
+            "eps_text": format_eps(self.threat_model.eps),
+            "alpha": self.alpha,
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "random_start": self.random_start,
+            "seed": self.seed,
+        }
 
     def algorithm(
         self, *, early_stop: bool = True, targeted: bool = False, eight_bit: bool = False

@@ -197,19 +197,11 @@ def _to_dict(
     outcome: AttackOutcome, classes: tuple[str, ...], image: Path, out: Path
 ) -> dict[str, Any]:
     from robust.prediction import top_classes
-    from robust.threat_model import format_eps
 
     settings = outcome.settings
     return {
         "attack": settings.label,
-        "norm": settings.threat_model.norm,
-        "eps": settings.threat_model.eps,
-        "eps_text": format_eps(settings.threat_model.eps),
-        "alpha": settings.alpha,
-        "steps": settings.steps,
-        "restarts": settings.restarts,
-        "random_start": settings.random_start,
-        "seed": settings.seed,
+        **settings.to_dict(),
         "label": classes[outcome.label],
         "target": None if outcome.target is None else classes[outcome.target],
         "before": vars(top_classes(outcome.before, classes, 1)[0]),

@@ -98,16 +98,7 @@ class Accuracy:
             "fooled": list(self.fooled),
         }
         if self.attack:
-            values |= {
-                "norm": self.attack.threat_model.norm,
-                "eps": self.attack.threat_model.eps,
-                "eps_text": format_eps(self.attack.threat_model.eps),
-                "alpha": self.attack.alpha,
-                "steps": self.attack.steps,
-                "restarts": self.attack.restarts,
-                "random_start": self.attack.random_start,
-                "seed": self.attack.seed,
-            }
+            values |= self.attack.to_dict()
         return values
 
     @classmethod
