@@ -103,10 +103,10 @@ def attack(
         changes = list(item.changes)
         reports.append({"image": str(image), "changes": changes, "attacks": attacked})
         if str(json_path) != "-":
-            prefix = f"{image} " if len(paths) > 1 else ""
+            prefix = f"{plain(str(image))} " if len(paths) > 1 else ""
             click.echo(f"{prefix}away from {_goal(outcomes[0], classes)}")
             click.echo(_describe(outcomes, classes))
-            click.echo(f"wrote {len(names)} images to {out}: {', '.join(names)}")
+            click.echo(plain(f"wrote {len(names)} images to {out}: {', '.join(names)}"))
     about = {"checkpoint": model.spec, "model": loaded.origin(), "weights_sha256": loaded.sha256}
     if json_path is not None:
         several = {"images": reports, "broken": broken}

@@ -21,6 +21,7 @@ from robust.commands.options import (
     resolve_attacks,
 )
 from robust.commands.output import Progress, data_record, echo_changes, percent, write_report
+from robust.tables import plain
 
 if TYPE_CHECKING:
     from robust.evaluation import Evaluation
@@ -172,7 +173,8 @@ def evaluate(
 
     seconds, used = time.perf_counter() - start, world.in_words(device_in_words(device))
     if str(json_path) != "-":
-        click.echo(f"{model.spec} on {evaluation.n} of {len(dataset)} images of {dataset.name}")
+        images = f"{evaluation.n} of {len(dataset)} images of {plain(dataset.name)}"
+        click.echo(f"{plain(model.spec)} on {images}")
         click.echo(accuracy_table(evaluation, table_format))
         for difference in evaluation.differences:
             click.echo(str(difference))

@@ -204,6 +204,23 @@ def test_names_from_a_sidecar_cannot_reach_the_terminal(
     assert "\x07" not in output
 
 
+def test_names_of_files_cannot_reach_the_terminal(
+    robust: Robust, photo: Path, data: Path, tmp_path: Path
+) -> None:
+    named = shutil.copy(data, tmp_path / "my\x07set.npz")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("one", "my\x07photo"):
+        shutil.copy(photo, folder / f"{name}.png")
+    options = ("--attack", "fgsm", "--eps", "1/255")
+    for printed in (
+        robust("evaluate", "--data", named, *options, "--curve", 0),
+        robust("attack", folder, *options, "--out", tmp_path),
+    ):
+        assert "my " in printed
+        assert "\x07" not in printed
+
+
 # attack
 
 
