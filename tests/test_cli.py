@@ -214,6 +214,7 @@ EVALUATE = "evaluate --checkpoint good.pt"
         (f"{ATTACK} --attack pgd-999999", ["at most 10000 steps", "999999"]),
         (f"{ATTACK} --attack cw", ["attack to be one of fgsm, pgd", "cw"]),
         (f"{ATTACK} --attack fgsm --steps 5", ["expected steps", "fgsm only"]),
+        (f"{ATTACK} --attack fgsm --attack audit --steps 5", ["steps", "got fgsm, audit only"]),
         (f"{ATTACK} --norm l7", ["norm to be one of linf, l2", "l7"]),
         (f"{ATTACK} --seed -1", ["--seed", "-1 is not in the range"]),
         (f"{ATTACK} --label wolf", ["class to be one of cat, dog, frog, ship", "wolf"]),

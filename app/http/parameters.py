@@ -233,10 +233,9 @@ def resolve_attacks(parameters: AttackParameters, settings: Settings) -> list[At
             field = "steps" if "steps" in given else "attack"
             errors.append(_too_many(field, attack.steps, most))
     if not errors:
+        got = f"only {', '.join(dict.fromkeys(attack.name for attack in attacks))}"
         errors = [
-            FieldError(
-                field=field, expected="an attack that takes it", got=f"only {attacks[0].name}"
-            )
+            FieldError(field=field, expected="an attack that takes it", got=got)
             for field in given
             if not any(attack.takes(field) for attack in attacks)
         ]

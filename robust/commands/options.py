@@ -325,9 +325,8 @@ def resolve_attacks(
         attacks.append(settings)
     for option, value in (("alpha", alpha), ("steps", steps), ("restarts", restarts)):
         if value is not None and named and not any(item.takes(option) for item in named):
-            raise ValueError(
-                f"expected {option} with an attack that takes it, got {named[0].name} only"
-            )
+            got = ", ".join(dict.fromkeys(item.name for item in named))
+            raise ValueError(f"expected {option} with an attack that takes it, got {got} only")
     return list(dict.fromkeys(attacks))
 
 

@@ -60,6 +60,7 @@ BAD_PARAMETERS = [
     ("/attack", {"steps": "2.5"}, "steps", "2.5"),
     ("/attack", {"attack": "pgd-5000"}, "attack", "5000"),
     ("/attack", {"attack": "fgsm", "steps": "3"}, "steps", "only fgsm"),
+    ("/evaluate", {"attack": ["fgsm", "audit"], "steps": "3"}, "steps", "only fgsm, audit"),
     ("/attack", {"attack": "pgd-50", "steps": "20"}, "steps", "20"),
     ("/evaluate", {"attack": ["fgsm", "pgd-50"], "steps": "20"}, "steps", "20"),
     ("/attack", {"attack": SECRET}, "attack", "text of 6 characters"),
