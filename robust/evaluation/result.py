@@ -274,8 +274,21 @@ class Evaluation:
         return (self.clean, *self.attacks)
 
     def accuracy(self, label: str) -> float:
-        """The accuracy under the attack of that label, or ``clean``. KeyError for another."""
-        return {item.label: item.value for item in self.accuracies}[label]
+        """The accuracy under the attack of that label, or ``clean``.
+
+        Raises KeyError for another label, and ValueError if several attacks have it.
+        """
+        found = [item for item in self.accuracies if item.label == label]
+        if not found:
+            raise KeyError(label)
+        if len(found) > 1:
+            balls = [item.attack.threat_model for item in found if item.attack]
+            sizes = ", ".join(f"{ball.norm} {format_eps(ball.eps)}" for ball in balls)
+            raise ValueError(
+                f"expected a label of one attack, got {label} of {len(found)} ({sizes}); "
+                "take one of `attacks`"
+            )
+        return found[0].value
 
     @property
     def differences(self) -> tuple[Difference, ...]:

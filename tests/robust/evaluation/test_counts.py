@@ -61,6 +61,15 @@ def test_counts_are_those_of_the_known_model(model: nn.Module, linear_data: Data
         result.accuracy("square")
 
 
+def test_accuracy_by_a_label_of_two_attacks_is_refused(model: nn.Module, linear_data: Data) -> None:
+    smaller = resolve_attack("fgsm", ThreatModel(eps=4 / 255))
+    result = evaluate(model, *linear_data, num_classes=2, attacks=[FGSM, smaller], device=CPU)
+    assert result.attacks[0].value != result.attacks[1].value
+    with pytest.raises(ValueError, match=r"got fgsm of 2 \(linf 8/255, linf 4/255\); take one of"):
+        result.accuracy("fgsm")
+    assert result.accuracy("clean") == result.clean.value
+
+
 def test_passes_are_counted(model: nn.Module, linear_data: Data) -> None:
     right, robust = by_hand(model, linear_data)
     probing, n = 40 + 8 + 16 + 3 * 8, 40  # logits, gradients, twice, and normalized
