@@ -12,7 +12,7 @@ from torch import Tensor
 from robust.attacks import AttackSettings
 from robust.attacks.passes import Meter, Passes
 from robust.attacks.search import Finished, search, to_images
-from robust.evaluation.journal import Journal, Row
+from robust.evaluation.journal import Journal, Row, attack_text
 from robust.evaluation.models import Models, check_finite
 from robust.evaluation.outcomes import Outcomes
 from robust.evaluation.verify import rows_of, verify
@@ -67,7 +67,8 @@ class Stages:
 
     def attack(self, outcomes: Outcomes, settings: AttackSettings, index: Tensor) -> Iterator[None]:
         """Attack the images `index` int64 (M,). Yields every SHOW_SECONDS and once recorded."""
-        key = f"{outcomes.settings} {settings.label}"
+        assert outcomes.settings is not None
+        key = f"{attack_text(outcomes.settings)} {settings.label}"
         done = self._resume(outcomes, key)
         total, index = max(len(index), 1), index[~done[index]]
         left = len(index)  # images that are not recorded yet

@@ -243,6 +243,19 @@ def test_default_stages_are_recorded_as_before_stages_were() -> None:
     assert "stages" not in str(usual)
 
 
+def test_equal_stages_of_two_attacks_are_recorded_apart(
+    model: nn.Module, linear_data: Data, tmp_path: Path
+) -> None:
+    attacks = [
+        resolve_attack("autoattack", BALL, stages=[first, "square-30"])
+        for first in ("square-3", "pgd-5")
+    ]
+    whole = last(parts(model, linear_data, None, attacks=attacks))
+    left, fewer = (item.stages[1].attacked for item in whole.attacks)
+    assert left > fewer > 0
+    assert last(parts(model, linear_data, tmp_path / "journal", attacks=attacks)) == whole
+
+
 def test_model_without_a_state_dict_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
     def model(x: Tensor) -> Tensor:
         return x[:, :2, 0, 0]
