@@ -39,12 +39,12 @@ def evaluate(
     labels: Labels = None,
     *,
     attacks: str | Sequence[str | AttackSettings] = DEFAULT_ATTACKS,
-    norm: Norm = "linf",
+    norm: Norm | None = None,
     eps: float | str | None = None,
     alpha: float | str | None = None,
     steps: int | None = None,
     restarts: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     num_classes: int | None = None,
     batch_size: int = 100,
     curve: int = 100,
@@ -63,7 +63,8 @@ def evaluate(
     iterable of (images, labels). The classes of a data set are matched with those of the model.
     Float images are scored as they are, never rounded to 8 bits; `image_dtype` of the result
     records their type. `eps` and `alpha` are in pixel units, ``"8/255"`` or a number. They,
-    `norm`, `steps`, `restarts` and `seed` apply to the attacks given by name.
+    `norm` (default linf), `steps`, `restarts` and `seed` (default 0) apply to the attacks given by
+    name.
 
     The result prints as a table, and has `to_json()`, `to_markdown()` and `to_pandas()`.
     `num_classes` defaults to the number of the model's logits, `device` to the model's device;
@@ -113,12 +114,12 @@ def attack(
     labels: Labels = None,
     attack: str | AttackSettings = "pgd",
     *,
-    norm: Norm = "linf",
+    norm: Norm | None = None,
     eps: float | str | None = None,
     alpha: float | str | None = None,
     steps: int | None = None,
     restarts: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     target: Labels = None,
     batch_size: int = 100,
     device: torch.device | str | None = None,
@@ -156,10 +157,10 @@ def _resolve(
     *,
     eps: float | str | None,
     alpha: float | str | None,
-    norm: Norm,
+    norm: Norm | None,
     steps: int | None,
     restarts: int | None,
-    seed: int,
+    seed: int | None,
 ) -> list[AttackSettings]:
     """The settings of each attack, in the given order. Raises ValueError."""
     several = isinstance(attacks, Iterable) and not isinstance(attacks, str)
@@ -169,9 +170,11 @@ def _resolve(
             raise ValueError(
                 f"expected an attack by name or as AttackSettings, got a {type(item).__name__}"
             )
-    check_seed(seed)
-    options = {"eps": eps, "alpha": alpha, "steps": steps, "restarts": restarts}
+    options: dict[str, Any] = {"norm": norm, "eps": eps, "alpha": alpha, "steps": steps}
+    options |= {"restarts": restarts, "seed": seed}
     unused = [name for name, value in options.items() if value is not None]
+    seed = 0 if seed is None else seed
+    check_seed(seed)
     if not given:
         return []
     if unused and not any(isinstance(item, str) for item in given):
@@ -180,7 +183,7 @@ def _resolve(
         )
     return resolve_attacks(
         given,
-        norm=norm,
+        norm="linf" if norm is None else norm,
         eps=None if eps is None else parse_eps(eps),
         alpha=None if alpha is None else parse_eps(alpha),
         steps=None if steps is None else as_whole("steps", steps),
