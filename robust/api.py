@@ -67,8 +67,9 @@ def evaluate(
     name.
 
     The result prints as a table, and has `to_json()`, `to_markdown()` and `to_pandas()`.
-    `num_classes` defaults to the number of the model's logits, `device` to the model's device;
-    ``"auto"`` is the accelerator that torch finds, else the CPU.
+    `num_classes` defaults to the number of the model's logits. `device` defaults to the model's
+    device; if given, a module must already be there. ``"auto"`` is the accelerator that torch
+    finds, else the CPU, as in `load_model`.
     With `journal` a stopped evaluation resumes from that file; for a callable that is not a
     module this needs a `model_id`. `progress` shows a bar or lines on standard error.
 
@@ -193,13 +194,23 @@ def _resolve(
 
 
 def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
+    """The device to compute on. Raises ValueError if all of a module is on another one."""
     check_callable(model)
-    if device is not None:
-        return resolve_device(device)
+    found: list[torch.device] = []
     if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
-            return tensor.device
-    return torch.device("cpu")
+        found = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
+    if device is None:
+        return found[0] if found else torch.device("cpu")
+    where = resolve_device(device)
+    if not found:
+        return where
+    for own in found:
+        if own.type == where.type and where.index in (None, own.index or 0):
+            return own
+    raise ValueError(
+        f"expected the model on {where}, got one on {found[0]}; move it there with "
+        f"model.to({str(where)!r}), or leave device out"
+    )
 
 
 def _is_array(values: object) -> bool:

@@ -250,6 +250,16 @@ def test_rejects_invalid_arguments(
         robust.evaluate(**{"progress": False, "curve": 0, **values})
 
 
+@pytest.mark.parametrize("call", [robust.evaluate, robust.attack])
+def test_model_on_another_device_is_refused(
+    data: tuple[nn.Module, Tensor, Tensor], call: Callable[..., Any]
+) -> None:
+    model, x, y = data
+    message = r"the model on cpu, got one on meta; move it there with model\.to\('cpu'\)"
+    with pytest.raises(ValueError, match=message):
+        call(model.to("meta"), x, y, device="cpu")
+
+
 def test_numpy_integers_and_device_names_are_accepted(
     data: tuple[nn.Module, Tensor, Tensor],
 ) -> None:
