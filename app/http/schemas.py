@@ -220,7 +220,8 @@ class ProbeResult(BaseModel):
         "if there are too few images, or if none helps on the first or could help significantly.",
     )
     differentiated: int | None = Field(
-        default=None, description="Images whose gradient was checked; null: all."
+        default=None,
+        description="Images whose gradient was checked; null: all, 0: the model gives none.",
     )
     normalization: str = Field(validation_alias=AliasChoices("normalization", "normalisation"))
     search_difference: float = Field(

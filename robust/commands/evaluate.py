@@ -131,9 +131,6 @@ def evaluate(
     loaded.check_attacks(attacks)
     if record:
         check_recordable(loaded)
-    if curve and not loaded.classifier.differentiable:
-        click.echo(f"note: no curve: {CURVE_ATTACK} needs gradients", err=True)
-        curve = 0
     classes, size = loaded.sidecar.classes, loaded.classifier.architecture.input_size
     batch_size = batch_size or default_batch_size(size)
     dataset = load_dataset(data, size=size, train=not test)

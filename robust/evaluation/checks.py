@@ -16,6 +16,7 @@ from robust.attacks.passes import Meter, Passes
 from robust.evaluation.flags import FEWEST, fewest_significant
 from robust.evaluation.models import Models, check_finite
 from robust.evaluation.result import Probes
+from robust.memory import is_out_of_memory
 
 PROBED = 50  # images to classify
 COMPARED = 16  # of these, images on which two passes are compared
@@ -85,7 +86,7 @@ def probe(
         n=len(x),
         difference=_difference(again, expected),
         probabilities=probabilities,
-        differentiated=len(x[some]),
+        differentiated=0 if gradient is None else len(x[some]),
         zero_gradients=zero,
         nan_gradients=nan,
         right=int((predicted == y).sum()),
@@ -104,8 +105,8 @@ def _gradient(passes: Passes, x: Tensor, y: Tensor, *, needed: bool) -> Tensor |
 
     try:
         return passes.gradient(x, loss)[2]
-    except ModelError:
-        if needed:
+    except (ModelError, RuntimeError) as error:  # torch refuses to convert a gradient to NumPy
+        if needed or is_out_of_memory(error):
             raise
     return None
 

@@ -211,7 +211,8 @@ class Probes:
     # The same with the best of the usual normalizations before the model; None if there are too
     # few images, if none was better on the first few, or if none can be significantly better.
     right_normalized: int | None
-    differentiated: int | None = None  # images whose gradient was checked; None: all
+    # Images whose gradient was checked; None: all, 0: the model gives none.
+    differentiated: int | None = None
     normalization: str = ""  # the name of that normalization
     search_difference: float = 0.0  # `difference` of the faster float32 copy from the model
 
@@ -260,7 +261,7 @@ class Evaluation:
     curve: tuple[CurvePoint, ...] = ()
     probes: Probes | None = None
     flags: tuple[Flag, ...] = ()  # of a finished evaluation
-    notes: tuple[str, ...] = ()  # changes to attacks that the model required
+    notes: tuple[str, ...] = ()  # changes to attacks and curve that the model required
     image_dtype: str = "uint8"  # images were scored as given, in this dtype
     precision: str = "fp32"
     precision_reason: str = field(default="", compare=False)  # why the search used it

@@ -126,11 +126,16 @@ class Work:
             self.all_labels[:PROBED].to(self.device),
             num_classes=self.num_classes,
             allow_probabilities=allow_probabilities,
-            differentiate=bool(self.radii) or any(stage.uses_gradient for stage in stages),
+            differentiate=any(stage.uses_gradient for stage in stages),
             batch_size=self.batch_size,
             meter=self.stages.meter,
         )
-        self.base = replace(self.base, probes=probes, notes=notes(stages, self.num_classes))
+        noted = notes(stages, self.num_classes)
+        if self.radii and not probes.differentiated:
+            noted += (f"no curve: {CURVE_ATTACK} needs gradients, and the model gives none",)
+            self.costs = self.costs[: -len(self.radii)]
+            self.radii, self.curve_images = [], 0
+        self.base = replace(self.base, probes=probes, notes=noted)
         self._report(forecast(self.images, attacks, self.curve_images, seconds_per_pass=seconds))
         return predicted[self.world.rank :: self.world.size]
 

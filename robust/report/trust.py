@@ -92,11 +92,15 @@ def _probes(item: Measurement) -> str:
         if not difference or difference < 1e-4
         else f"logits that differ by {difference:.1%} of the largest in two passes"
     )
-    return (
-        f"{item.source}: the model computed {same} over {n} probe images; "
+    gradients = (
         f"of {count(probes.get('differentiated')) or n} of them "
         f"{count(probes.get('zero_gradients'))} had a gradient of zero and "
-        f"{count(probes.get('nan_gradients'))} had NaN in it. "
+        f"{count(probes.get('nan_gradients'))} had NaN in it"
+    )
+    if probes.get("differentiated") == 0:
+        gradients = "it gives no gradients"
+    return (
+        f"{item.source}: the model computed {same} over {n} probe images; {gradients}. "
         f"{count(probes.get('right'))} were classified correctly"
         + (f", and at most {count(normalized)} when normalized a second time." if known else ".")
     )

@@ -100,6 +100,21 @@ def test_model_without_gradients_can_be_attacked_by_square(
     assert "gradients" not in {flag.name for flag in result.flags}  # nothing looked for one
 
 
+@pytest.mark.parametrize("wrap", [Tensor.detach, lambda z: torch.from_numpy(z.numpy())])
+def test_curve_is_left_out_if_only_it_needs_gradients(
+    model: nn.Module, linear_data: Data, wrap: Callable[[Tensor], Tensor]
+) -> None:
+    attacks = [resolve_attack("square", BALL, steps=20)]
+    without = run(model, linear_data, attacks=attacks)
+    result = run(lambda x: wrap(model(x)), linear_data, attacks=attacks, curve=10)
+    assert result.notes == ("no curve: pgd-20 needs gradients, and the model gives none",)
+    assert (result.curve, result.probes.differentiated) == ((), 0)
+    assert (result.clean, result.attacks) == (without.clean, without.attacks)
+    curve = run(model, linear_data, attacks=attacks, curve=10)
+    assert len(curve.curve) > 2
+    assert curve.notes == ()
+
+
 class Moving(nn.Module):
     """Batch norm that takes its statistics from the batch and moves its own, in any mode."""
 
