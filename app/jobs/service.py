@@ -60,6 +60,7 @@ class Jobs:
     ) -> None:
         self._engine, self._models, self._metrics = engine, models, metrics
         self._batch_size = settings.evaluation_batch
+        self._weights_key = settings.key
         self._store = _store_for(settings, engine, models, metrics)
         for state in STATES:
             metrics.jobs.labels(state).set_function(partial(self._store.count, state))
@@ -92,8 +93,10 @@ class Jobs:
         self._engine.check_alive()
         # Chosen now: a replica that continues the job must use the same precision.
         precision: Precision = "bf16" if model.search.bf16 else "fp32"
+        # The same file is another model with another normalization, activation or key.
+        identity = f"{model.sha256} {self._weights_key} {model.sidecar.architecture}"
         digest = await asyncio.to_thread(
-            digest_of, model.sha256, dataset, attacks, curve, precision, owner
+            digest_of, identity, dataset, attacks, curve, precision, owner
         )
         job = Job(
             id=uuid.uuid4().hex,
@@ -336,6 +339,7 @@ def _evaluation(
             precision=job.precision,
             journal=journal,
             model_id=model.sha256,
+            architecture=model.sidecar.architecture,
         ):
             evaluation = _with_reason(evaluation, model)
             show(evaluation)

@@ -153,7 +153,6 @@ def evaluate(
         curve=curve,
         precision=precision,
         journal=journal,
-        model_id=loaded.sha256,
         watch=progress.tick,
         on_forecast=progress.show_forecast,
         world=world,

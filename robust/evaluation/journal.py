@@ -11,11 +11,11 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from robust.attack_registry import REGISTRY
 from robust.attacks import AttackSettings, Model, resolve_attack
+from robust.digest import module_digest, tensor_bytes
 from robust.threat_model import format_eps
 
 VERSION = 1
@@ -84,9 +84,10 @@ class Journal:
             if found is None:
                 self._db.execute("INSERT INTO about VALUES (?, ?)", (name, text))
             elif found[0] != text:
+                difference = _difference(name, json.loads(found[0]), json.loads(text))
                 raise JournalError(
                     f"{self._path}: expected a journal of the same evaluation, but its "
-                    f"{_difference(name, json.loads(found[0]), value)}; give another file"
+                    f"{difference}; give another file"
                 )
 
     def read(self, stage: str, *, images: int) -> tuple[list[Row], float]:
@@ -195,27 +196,18 @@ def attack_text(attack: AttackSettings) -> str:
 
 
 def model_digest(model: Model) -> str:
-    """SHA-256 of a module's state dict. Raises ValueError for any other callable."""
+    """SHA-256 of a module. Raises ValueError for any other callable."""
     if not isinstance(model, nn.Module):
         raise ValueError("expected a model_id with a journal, as this model is not a torch module")
-    digest = hashlib.sha256()
-    for name, values in model.state_dict().items():
-        is_tensor = isinstance(values, Tensor)
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode() if is_tensor else b"")
-        digest.update(_bytes(values) if is_tensor else repr((name, values)).encode())
-    return digest.hexdigest()
+    return module_digest(model)
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:
     """SHA-256 of images and labels in their order."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(_bytes(images))
-    digest.update(_bytes(labels))
+    digest.update(tensor_bytes(images))
+    digest.update(tensor_bytes(labels))
     return digest.hexdigest()
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _difference(name: str, was: Any, now: Any) -> str:

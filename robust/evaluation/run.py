@@ -14,6 +14,7 @@ from robust.attacks import AttackSettings, Model, frozen
 from robust.attacks.checks import check_range
 from robust.attacks.noise import image_keys
 from robust.attacks.search import to_images
+from robust.classifier import Architecture, Classifier
 from robust.distributed import SINGLE, World
 from robust.evaluation.curve import CURVE_ATTACK
 from robust.evaluation.forecast import Forecast, count_passes
@@ -87,6 +88,7 @@ def evaluate_batches(
     bf16: Model | None = None,
     journal: Path | None = None,
     model_id: str | None = None,
+    architecture: Architecture | None = None,
     image_dtype: str | None = None,
     watch: Callable[[], None] = lambda: None,
     on_forecast: Callable[[Forecast], None] = lambda _: None,
@@ -110,8 +112,9 @@ def evaluate_batches(
     `precision` bf16 searches in bfloat16 (`auto`: if it agrees and, on a CPU, is faster), through
     the copy `bf16` if given; a success counts only if float32 agrees. With `journal`, finished
     images are recorded in that file, and the same evaluation resumes from it, in the precision it
-    started with; `model_id` identifies models that are not modules. `image_dtype` is the type of
-    the images before they became float32, for the result.
+    started with; `model_id` identifies a model that is not a module, with its `architecture` if it
+    wraps a classifier. `image_dtype` is the type of the images before they became float32, for the
+    result.
 
     The processes of `world` share the images, each with its own journal (`World.per_rank_path`);
     all get the same model and images. Each yields results of its own shard until the last result,
@@ -160,7 +163,9 @@ def evaluate_batches(
     def open_journal() -> Journal | None:
         if journal is None:
             return None
+        described = model.architecture if isinstance(model, Classifier) else architecture
         manifest = {
+            **(vars(described) if described else {}),
             "model": model_id or model_digest(model),
             "data": data_digest(work.images, work.labels),
             "attacks": [attack_text(attack) for attack in attacks],

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from robust import files
 from robust.attacks.passes import logits_hint
 from robust.classifier import Architecture, Classifier
+from robust.digest import module_digest
 from robust.loading.describe import ASSUMED
 from robust.loading.errors import CheckpointError
 from robust.loading.options import ModelOptions
@@ -64,6 +65,7 @@ class GivenNetwork(nn.Module):
     def __init__(self, given: Given, *, log: bool) -> None:
         super().__init__()
         self.kind, self.differentiable, self.log = given.kind, given.differentiable, log
+        self.sha256 = given.sha256
         # A module follows the classifier's device and eval mode; an exported one supports neither.
         self.module = given.function if isinstance(given.function, nn.Module) else None
         self.function = given.function if self.module is None else None
@@ -73,6 +75,10 @@ class GivenNetwork(nn.Module):
         assert call is not None
         logits: Tensor = call(x)
         return logits.clamp_min(torch.finfo(torch.float32).tiny).log() if self.log else logits
+
+    def extra_repr(self) -> str:
+        """Identifies a function, which has no weights."""
+        return f"{self.kind}, sha256={self.sha256}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GivenNetwork:
         """An inference copy shares objects that can't be copied: a session, connection, closure."""
@@ -252,7 +258,8 @@ def classifier_of(
         )
     except ValueError as error:
         raise CheckpointError(spec, "a model that classifies images", str(error)) from None
-    net = GivenNetwork(given, log=probabilities and not given.differentiable)
+    log = probabilities and not given.differentiable
+    net = GivenNetwork(replace(given, sha256=sha256), log=log)
     classifier = Classifier(architecture, net=net)
     if options.classes is None:
         guessed["classes"] = ASSUMED
@@ -333,12 +340,10 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _digest(model: Any, module: Any) -> str:
-    """SHA-256 of the weights, if it has any, and of the file of its code."""
+    """SHA-256 of the model, if it is a module, and of the file of its code."""
     digest = hashlib.sha256()
-    state = model.state_dict() if isinstance(model, nn.Module) else {}
-    for key, value in state.items():
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    if isinstance(model, nn.Module):
+        digest.update(module_digest(model).encode())
     source = getattr(module, "__file__", None)
     if source is not None:
         digest.update(Path(source).read_bytes())

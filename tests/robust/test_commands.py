@@ -590,6 +590,19 @@ def test_evaluate_resumes_from_its_journal(
     assert "expected a journal of the same evaluation, but its seed of pgd is 0, not 1; " in error
 
 
+def test_evaluate_refuses_the_journal_of_another_normalization(
+    checkpoint_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "theirs.pt"  # without a sidecar, which settles the normalization
+    shutil.copy(checkpoint_path, bare)
+    arguments = ["evaluate", "--model", str(bare), "--data", str(data), "--attack", "fgsm"]
+    arguments += ["--curve", "0", "--journal", str(tmp_path / "set.journal")]
+    assert run(arguments) == 0
+    assert run([*arguments, "--mean", "0.5,0.5,0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "but its mean is [0.0, 0.0, 0.0], not [0.5, 0.5, 0.5]; give another file" in error
+
+
 def test_evaluate_matches_class_names(
     robust: Robust, checkpoint_path: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -212,6 +213,22 @@ def test_identical_requests_share_one_job(settings: Settings) -> None:
             running.client.delete(f"/evaluate/{job['id']}")
         # What was cancelled is not what somebody who asks again wants.
         assert submit(running)["id"] != first["id"]
+
+
+def test_same_file_with_another_normalization_is_another_model(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "theirs.pt"  # without a sidecar, which settles the normalization
+    shutil.copy(checkpoint, bare)
+    common: dict[str, Any] = {"checkpoint": bare, "threads": 1, "device": "cpu"}
+    common["jobs"] = tmp_path / "jobs"
+    with serving(Settings(**common)) as running:
+        first = finish(running, submit(running)["id"])
+        assert submit(running)["id"] == first["id"]
+    with serving(Settings(**common, std="0.5,0.5,0.5")) as running:
+        job = finish(running, submit(running)["id"])
+        assert job["model_sha256"] == first["model_sha256"]
+        assert job["id"] != first["id"]
 
 
 def test_malformed_idempotency_key_is_rejected(settings: Settings) -> None:

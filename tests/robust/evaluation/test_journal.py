@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from robust.attacks import AttackSettings, ModelError, resolve_attack
+from robust.classifier import Architecture, Classifier
+from robust.digest import module_digest
 from robust.evaluation import Evaluation, JournalError, evaluate_batches
 from robust.evaluation import journal as journal_module
 from robust.evaluation.journal import Journal, attack_text
@@ -254,6 +256,65 @@ def test_equal_stages_of_two_attacks_are_recorded_apart(
     left, fewer = (item.stages[1].attacked for item in whole.attacks)
     assert left > fewer > 0
     assert last(parts(model, linear_data, tmp_path / "journal", attacks=attacks)) == whole
+
+
+def classifier(**changes: Any) -> Classifier:
+    """Always the same weights."""
+    architecture = Architecture(
+        arch="wide_resnet10_1", stem="cifar", num_classes=2, input_size=8, **changes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Classifier(architecture).eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, r"mean is \[0.0, 0.0, 0.0\], not \[0.5, 0.5, 0.5\]"),
+        ({"std": (0.5, 0.5, 0.5)}, r"std is \[1.0, 1.0, 1.0\], not \[0.5, 0.5, 0.5\]"),
+        ({"activation": "silu"}, "activation is relu, not silu"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_equal_weights_in_another_architecture_are_another_model(
+    change: dict[str, Any], words: str, wrapped: bool, linear_data: Data, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal"
+    images = linear_data[0].repeat(1, 1, 2, 2)[:4]
+    for model, refused in ((classifier(), False), (classifier(**change), True)):
+        settings: dict[str, Any] = {"attacks": []}
+        if wrapped:
+            settings |= {"model_id": "hash of the file", "architecture": model.architecture}
+        given: Any = model.forward if wrapped else model
+        results = parts(given, (images, linear_data[1][:4]), path, **settings)
+        if refused:
+            with pytest.raises(JournalError, match=f"but its {words}; give"):
+                list(results)
+        else:
+            list(results)
+
+
+def test_digest_covers_all_that_logits_depend_on() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"scale": self.scale, "of": object()}
+
+        def set_extra_state(self, state: object) -> None: ...
+
+    def digest(**changes: Any) -> str:
+        values = {"mean": 0.0, "scale": 1, "stride": 1, "weight": 0.0} | changes
+        extra = Extra(2, 2)
+        extra.scale = values["scale"]
+        net = nn.Sequential(nn.Conv2d(3, 3, 1, stride=values["stride"]), extra)
+        for parameter in net.parameters():
+            parameter.data.fill_(values["weight"])
+        net.register_buffer("mean", torch.tensor(values["mean"]), persistent=False)
+        return module_digest(net)
+
+    assert digest() == digest()
+    others = [{"mean": 0.5}, {"scale": 2}, {"stride": 2}, {"weight": 1.0}]
+    assert len({digest(), *(digest(**change) for change in others)}) == 5
 
 
 def test_model_without_a_state_dict_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
