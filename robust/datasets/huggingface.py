@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from robust.datasets.source import TEST, TRAIN, Source
 from robust.image_headers import ImageError
 
 _FILES = ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow")
+_SYNONYMS = {
+    "training": "train",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+    "dev": "validation",
+}
+_SPLIT = re.compile(
+    rf"(?<![a-z])({'|'.join((*TRAIN, *TEST, *_SYNONYMS))})(?![a-z])", re.IGNORECASE
+)
+_MAX_NAMED = 5  # files named in a note or an error
 
 
 def read_huggingface(source: Source) -> Dataset:
@@ -33,7 +44,8 @@ def read_huggingface(source: Source) -> Dataset:
     except ImportError as error:
         raise source.error("PyArrow: pip install 'robust[data]'", "no such package") from error
     assert source.path is not None
-    files = [source.path] if source.path.is_file() else _split_files(source, source.path)
+    notes: list[str] = []
+    files = [source.path] if source.path.is_file() else _split_files(source, source.path, notes)
     try:
         tables = [_table(path) for path in files]
         images_name, labels_name = image_and_label_names(source, tables[0].column_names)
@@ -55,32 +67,59 @@ def read_huggingface(source: Source) -> Dataset:
         except ImageError as error:
             where = f"{source.name}, row {index}"
             raise DatasetError(where, expected=error.expected, found=error.found) from None
-    notes = [] if len(files) == 1 else [f"concatenated {len(files)} files"]
+    if len(files) > 1:
+        notes.append(f"concatenated {len(files)} files: {_shown(files)}")
     return fitted.dataset(targets, names, changes=notes)
 
 
-def _split_files(source: Source, folder: Path) -> list[Path]:
-    """The files of the requested split, in order; all files if they name no split."""
-    files = [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
-    split_of = {path: _split_in_name(path.relative_to(folder)) for path in files}
+def _split_files(source: Source, folder: Path, notes: list[str]) -> list[Path]:
+    """The files of the requested split, in order; all files if they name no split.
+
+    Adds a note on skipped files. Raises DatasetError if only some of the files name a split.
+    """
+    found = [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
+    files = [path for path in found if not path.name.startswith("cache-")]
+    if len(files) < len(found):
+        # What `map` and `filter` of the datasets library computed: the same images again.
+        notes.append(f"skipped {len(found) - len(files)} cache-*.arrow of the datasets library")
+    if not files:
+        others = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        raise source.error("parquet or arrow files", _shown(others))
+    split_of = {path: _split_in_name(source, path.relative_to(folder)) for path in files}
     splits = {split for split in split_of.values() if split}
     if not splits:
         return files
+    without = [path for path in files if not split_of[path]]
+    if without:
+        expected = "a split, such as train or test, in the name of every file or of none"
+        raise source.error(expected, f"none in {_shown(without)}")
     for split in TRAIN if source.train else TEST:
-        found = [path for path in files if split_of[path] == split]
-        if found:
-            return found
+        chosen = [path for path in files if split_of[path] == split]
+        if chosen:
+            return chosen
     wanted = " or ".join(TRAIN if source.train else TEST)
     raise source.error(f"a split {wanted}", ", ".join(sorted(splits)))
 
 
-def _split_in_name(path: Path) -> str:
-    """`test` for `test-00000-of-00001.parquet` and `test/data-00000-of-00001.arrow`; else empty."""
-    for text in (path.name, *reversed(path.parent.parts)):
-        match = re.match(r"(train|test|validation|valid|val)\b", text)
-        if match:
-            return match[1]
+def _split_in_name(source: Source, path: Path) -> str:
+    """The split in the name of a file, or else of its folder; an empty string if there is none.
+
+    It is `test` for `test-00000-of-00001.parquet`, `mnist_test.parquet` and
+    `test/data-00000-of-00001.arrow`. Raises DatasetError for a name with two splits.
+    """
+    for text in (path.stem, *reversed(path.parent.parts)):
+        words = {word.lower() for word in _SPLIT.findall(text)}
+        splits = {_SYNONYMS.get(word, word) for word in words}
+        if len(splits) > 1:
+            raise source.error("one split in the name of a file", text[:100])
+        if splits:
+            return splits.pop()
     return ""
+
+
+def _shown(files: Sequence[Path]) -> str:
+    names = ", ".join(path.name[:80] for path in files[:_MAX_NAMED])
+    return (names + (", ..." if len(files) > _MAX_NAMED else "")) or "none"
 
 
 def _table(path: Path) -> Any:

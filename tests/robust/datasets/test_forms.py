@@ -193,6 +193,42 @@ def test_requested_split_of_a_hub_folder(tmp_path: Path) -> None:
         load_dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mnist_train.parquet", "mnist_test.parquet"),
+        ("train_0.parquet", "test_0.parquet"),
+        ("train2017.parquet", "eval2017.parquet"),
+        ("a-Training.parquet", "a-Testing.parquet"),
+        ("train/part.parquet", "dev/part.parquet"),
+    ],
+)
+def test_the_split_may_be_anywhere_in_the_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, rows in zip(names, (slice(0, 2), slice(2, 6)), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table(rows), tmp_path / name)
+    assert same(load_dataset(tmp_path), ROWS[:2], LABELS[:2])
+    assert same(load_dataset(tmp_path, train=False), ROWS[2:], LABELS[2:])
+    pq.write_table(table(), tmp_path / "latest.parquet")  # not test
+    with pytest.raises(DatasetError, match=r"every file or of none, found none in latest.parquet"):
+        load_dataset(tmp_path)
+
+
+def test_unclear_parts_of_a_hub_folder(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(table(), tmp_path / name)
+    assert load_dataset(tmp_path).changes == ("concatenated 2 files: a.parquet, b.parquet",)
+    pq.write_table(table(), tmp_path / "train-test.parquet")
+    with pytest.raises(DatasetError, match="expected one split in the name of a file, found train"):
+        load_dataset(tmp_path)
+    tensorflow = tmp_path / "tfds"
+    tensorflow.mkdir()
+    for name in ("dataset_info.json", "mnist-test.tfrecord-00000-of-00001"):
+        (tensorflow / name).write_text("{}")
+    with pytest.raises(DatasetError, match=r"expected parquet or arrow files, .*mnist-test.tfrec"):
+        load_dataset(tensorflow)
+
+
 def test_labels_of_matlab_are_floats(tmp_path: Path) -> None:
     labels = np.array([10, 1, 2, 10, 1, 2], np.float64)[:, None]
     savemat(tmp_path / "a.mat", {"X": ROWS.transpose(1, 2, 3, 0), "y": labels})
@@ -210,11 +246,14 @@ def test_save_to_disk_folder_is_read(tmp_path: Path) -> None:
     part = tmp_path / "test"
     part.mkdir()
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
-    with pa.OSFile(str(part / "data-00000-of-00001.arrow"), "wb") as file:
-        with pa.ipc.new_stream(file, table().schema) as writer:
-            writer.write_table(table())
+    for name in ("data-00000-of-00001", "cache-1c5a2ef7"):  # the second is left by `map`
+        with pa.OSFile(str(part / f"{name}.arrow"), "wb") as file:
+            with pa.ipc.new_stream(file, table().schema) as writer:
+                writer.write_table(table())
     assert same(load_dataset(tmp_path, train=False))
     assert same(load_dataset(part))
+    note = "skipped 1 cache-*.arrow of the datasets library"
+    assert load_dataset(part).changes == (note,)
 
 
 def test_invalid_parquet_and_missing_columns(tmp_path: Path) -> None:
