@@ -25,9 +25,9 @@ class Archive:
     def __init__(self, source: str, file: zipfile.ZipFile) -> None:
         self.source = source
         self._file = file
-        self.members = {
-            info.filename: info for info in file.infolist() if info.filename[-1:] != "/"
-        }
+        infos = {info.filename: info for info in file.infolist()}
+        self.members = {name: info for name, info in infos.items() if name[-1:] != "/"}
+        self.folders = [name for name in infos if name[-1:] == "/"]
 
     def read(self, name: str, limit: int | None = None) -> bytearray:
         """The bytes of a member, or the first `limit` of them, in memory that arrays can share.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -49,10 +50,7 @@ def read_folder(source: Source) -> Dataset:
         {file.relative_to(path).parts: partial(_read_file, file) for file in files}
     )
     images, split = _of_split(source, images, changes)
-    folders = {folder.name for folder in (path / split).iterdir() if folder.is_dir()}
-    empty = {name for name in folders if not _hidden((name,))} - {parts[0] for parts in images}
-    if images and empty:
-        raise source.error(_EXPECTED, f"no image in {min(empty)}")
+    _check_classes(source, {f.name for f in (path / split).iterdir() if f.is_dir()}, images)
     if broken_links:
         changes.append(_skipped(broken_links, "broken link", "broken links"))
     return _read(source, images, changes)
@@ -117,10 +115,24 @@ def read_folder_zip(source: Source) -> Dataset:
             files[parts] = partial(_read_member, archive, name)
         images, changes = _images(dict(sorted(files.items())))
         top = {parts[0] for parts in images}
+        prefix: Parts = ()
         if len(top) == 1 and not top <= _SPLITS and min(map(len, images)) > 2:
+            prefix = tuple(top)
             images = {parts[1:]: read for parts, read in images.items()}
-        images, _ = _of_split(source, images, changes)
+        images, split = _of_split(source, images, changes)
+        prefix += (split,) if split else ()
+        folders = {parts[:-1] for parts in files}
+        folders |= {PurePosixPath(name.strip("/")).parts for name in archive.folders}
+        at = len(prefix)
+        _check_classes(source, {f[at] for f in folders if f[:at] == prefix and f[at:]}, images)
         return _read(source, images, changes)
+
+
+def _check_classes(source: Source, folders: AbstractSet[str], images: Mapping[Parts, Read]) -> None:
+    """Raise DatasetError if one of the class folders has no images."""
+    empty = {name for name in folders if not _hidden((name,))} - {parts[0] for parts in images}
+    if images and empty:
+        raise source.error(_EXPECTED, f"no image in {min(empty)[:100]}")
 
 
 def _read_member(archive: Archive, name: str, limit: int | None) -> bytes:
@@ -157,15 +169,14 @@ def _images(files: Mapping[Parts, Read]) -> tuple[dict[Parts, Read], list[str]]:
     return images, changes
 
 
-def _read(source: Source, images: Mapping[Parts, Read], changes: Sequence[str]) -> Dataset:
+def _read(source: Source, images: Mapping[Parts, Read], changes: list[str]) -> Dataset:
     if not images:
         raise source.error(_EXPECTED, "no images")
     for parts in images:
         if len(parts) != 2:
             # Deeper folders are refused: data/train/cat would make a class of "train".
             raise source.error(f"{_EXPECTED}, CLASS/IMAGE", "/".join(parts)[:200])
-    names = {parts[0] for parts in images}
-    classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    classes = _sorted_classes({parts[0] for parts in images}, changes)
     label_of = {name: label for label, name in enumerate(classes)}
     fitted = ImageList(source, len(images))
     broken: dict[str, ImageError] = {}
@@ -180,6 +191,25 @@ def _read(source: Source, images: Mapping[Parts, Read], changes: Sequence[str]) 
         raise _broken(source, broken)
     labels = torch.tensor([label_of[parts[0]] for parts in images])
     return fitted.dataset(labels, classes, changes=changes)
+
+
+def _sorted_classes(names: Iterable[str], notes: list[str]) -> list[str]:
+    """The names in the order of their labels: as numbers if all are, else as text.
+
+    Adds a note if torchvision's ImageFolder, which sorts as text, gives them other labels.
+    """
+    as_text = sorted(names)
+    if not all(name.isdecimal() for name in as_text):
+        return as_text
+    classes = sorted(as_text, key=int)
+    different = [label for label, name in enumerate(classes) if name != as_text[label]]
+    if different:
+        label = different[0]
+        notes.append(
+            f"sorted the classes as numbers: label {label} is {classes[label]}; torchvision's "
+            f"ImageFolder sorts them as text, where it is {as_text[label]}"
+        )
+    return classes
 
 
 def _broken(source: Source, images: Mapping[str, ImageError]) -> DatasetError:

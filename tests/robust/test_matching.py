@@ -51,6 +51,21 @@ def test_numeric_names_are_matched_as_names() -> None:
         match_classes(dataset(tuple(str(k) for k in range(1, 11)), [0, 9]), digits)
 
 
+def test_numbers_are_compared_by_value() -> None:
+    digits = tuple(str(k) for k in range(12))
+    padded = tuple(f"{k:05d}" for k in range(12))
+    matched = match_classes(dataset(padded, [0, 11, 2]), digits)
+    assert (matched.labels.tolist(), matched.classes) == ([0, 11, 2], digits)
+    (note,) = matched.changes
+    assert note.startswith("matched class names as numbers: 00000 is 0, 00001 is 1, ")
+    assert match_classes(dataset(padded[4:7], [0, 2]), digits).labels.tolist() == [4, 6]
+    assert match_classes(dataset(("10", "9"), [0, 1]), padded).labels.tolist() == [10, 9]
+    (note,) = match_classes(dataset(("00", "01"), [1, 0]), CLASSES).changes
+    assert note == "read labels as numbers of the model's classes: 00 is cat, 01 is dog"
+    with pytest.raises(DatasetError, match="does not have 01"):
+        match_classes(dataset(("01", "1"), [0, 1]), digits)  # two classes, not one
+
+
 @pytest.mark.parametrize(
     ("classes", "labels", "message"),
     [

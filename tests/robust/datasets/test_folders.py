@@ -54,8 +54,24 @@ def test_numeric_classes_are_sorted_as_numbers(tmp_path: Path) -> None:
         Image.new("L", (40, 20), label).save(tmp_path / str(label) / "a.png")
     dataset = load_dataset(tmp_path, size=8)
     assert dataset.classes == tuple(str(label) for label in range(11))
+    assert dataset.changes[0] == (
+        "sorted the classes as numbers: label 2 is 2; torchvision's ImageFolder sorts them as "
+        "text, where it is 10"
+    )
     for label, image in zip(dataset.labels.tolist(), dataset.images, strict=True):
         assert (image == label).all()
+
+
+def test_equal_numbers_have_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("1", "01", "001", "02"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "a.png")
+    dataset = load_dataset(tmp_path, size=4)
+    assert dataset.classes == ("001", "01", "1", "02")
+    assert dataset.changes[0].startswith("sorted the classes as numbers: label 2 is 1; ")
+    for name in ("1", "001"):
+        shutil.rmtree(tmp_path / name)
+    assert load_dataset(tmp_path, size=4).changes == ()
 
 
 def test_other_files_are_skipped_and_noted(folder: Path) -> None:
@@ -203,6 +219,14 @@ def test_empty_folder_and_single_class(folder: Path, tmp_path: Path) -> None:
     assert refusal(tmp_path / "empty").found == "no images"
     (folder / "fox").mkdir()
     assert refusal(folder).found == "no image in fox"
+    for top in ("", "top/"):  # with an entry for the folder, and with one for a file in it
+        assert refusal(zipped(folder, top)).found == "no image in fox"
+    (folder / "fox" / "notes.txt").write_text("")
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for file in folder.rglob("*.*"):
+            archive.write(file, f"test/{file.relative_to(folder)}")
+    with pytest.raises(DatasetError, match="files.zip: .* found no image in fox"):
+        load_dataset(tmp_path / "files.zip", train=False)
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)
     Image.new("L", (4, 4)).save(one / "cat" / "1.png")
