@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -114,9 +115,9 @@ class OpenedImage:
     size: tuple[int, int]
     """Width and height in the file, upright."""
     frames: int
-    """Frames or pages in the file, of which `image` is the first; 1 for PNG."""
+    """Frames or pages in the file, of which `image` is the first."""
     deep: bool = False
-    """Whether the file has 16 bits per channel, of which `image` has the upper 8."""
+    """Whether the file has more than 8 bits per channel, which `image` has reduced to 8."""
     transparent: bool = False
     """Whether some pixels were not opaque, and `image` has them on white; set by `any_format`."""
 
@@ -212,7 +213,10 @@ def _opened(header: Header, size: int | None, *, transparency: bool = False) -> 
     _scale_transparency(image, header.sample_bits)
     transparent = transparency and is_transparent(image)
     opened = _upright(image, header.size, orientation(header.exif))
-    return replace(opened, deep=header.sample_bits > 8, transparent=transparent)
+    frames = max(opened.frames, header.frames)  # those of a PNG are removed before decoding
+    return replace(
+        opened, frames=frames, deep=header.sample_bits > 8, transparent=transparent
+    )
 
 
 def _open_with(
@@ -230,13 +234,16 @@ def _open_with(
         image.load()  # Pillow applies a TIFF's orientation itself
         deep = is_deep(image) or any(depth > 8 for depth in bits)
         transparent = is_transparent(image)
-        return replace(_upright(image, image.size, 1), deep=deep, transparent=transparent)
+        opened = _upright(image, image.size, 1, deep_bits=12 if bits == (12,) else 16)
+        return replace(opened, deep=deep, transparent=transparent)
 
 
-def _upright(image: Image.Image, size: tuple[int, int], orientation: int) -> OpenedImage:
+def _upright(
+    image: Image.Image, size: tuple[int, int], orientation: int, *, deep_bits: int = 16
+) -> OpenedImage:
     frames = getattr(image, "n_frames", 1)
     transpose = _EXIF_TRANSPOSE.get(orientation)
-    rgb = to_rgb(image)
+    rgb = to_rgb(image, deep_bits=deep_bits)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
     return OpenedImage(
@@ -252,10 +259,11 @@ def _draft_scale(header: Header, size: int) -> int:
     return next(scale for scale in (8, 4, 2, 1) if scale <= max(spare, 1))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any 8- or 16-bit Pillow image to RGB: alpha on white, 16-bit gray divided by 257.
+def to_rgb(image: Image.Image, *, deep_bits: int = 16) -> Image.Image:
+    """Convert any 8- or 16-bit Pillow image to RGB: alpha on white, deep gray scaled and rounded.
 
-    Raises ImageError for modes without a fixed range (`I` beyond 16 bits, `F`).
+    White in a mode of more than 8 bits (`is_deep`) is `2**deep_bits - 1`. Raises ImageError for modes
+    without a fixed range (`I` beyond these bits, `F`).
     """
     transparent = _has_alpha(image)
     if image.mode == "RGB" and not transparent:
@@ -263,7 +271,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("unsupported", expected="8 or 16 bits a channel", found="32-bit floats")
     if is_deep(image):
-        return _by_bands(image, _rgb_of_deep_gray)
+        return _by_bands(image, partial(_rgb_of_deep_gray, white=2**deep_bits - 1))
     return _by_bands(image, _on_white) if transparent else image.convert("RGB")
 
 
@@ -342,13 +350,13 @@ def _scale_transparency(image: Image.Image, sample_bits: int) -> None:
         image.info["transparency"] = key * 255 // (2**sample_bits - 1)
 
 
-def _rgb_of_deep_gray(image: Image.Image) -> Image.Image:
+def _rgb_of_deep_gray(image: Image.Image, white: int) -> Image.Image:
     values = np.asarray(image).astype(np.int32)
-    if values.min() < 0 or values.max() > 65535:
+    if values.min() < 0 or values.max() > white:
         raise ImageError(
             "unsupported", expected="8 or 16 bits a channel", found="32-bit whole numbers"
         )
-    gray = ((values + 128) // 257).astype(np.uint8)
+    gray = ((values * 255 + white // 2) // white).astype(np.uint8)
     key = image.info.get("transparency")
     if isinstance(key, int):
         gray[values == key] = 255

@@ -11,7 +11,8 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 ErrorKind = Literal["empty", "unsupported", "broken", "too_large"]
 Format = Literal["JPEG", "PNG", "WEBP"]
@@ -37,6 +38,9 @@ _JPEG_WITHOUT_LENGTH = frozenset(range(0xD0, 0xD9)) | {
 # JFIF and Adobe give the color encoding; every other APPn and the comments are metadata.
 _JPEG_METADATA = (frozenset(range(0xE0, 0xF0)) | {0xFE}) - {0xE0, 0xEE}
 _NOT_FILL = re.compile(rb"[^\xff]")
+# After the start of the pixels: not FF 00, an escaped FF of the pixels, and no restart marker.
+_JPEG_MARKER_IN_PIXELS = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_JPEG_END = 0xD9
 _OTHER_FORMATS = {
     b"GIF8": "a GIF",
     b"BM": "a BMP",
@@ -44,6 +48,11 @@ _OTHER_FORMATS = {
     b"MM\x00*": "a TIFF",
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a zip archive",
+}
+_HEIF_BRANDS = {  # bytes 8 to 12 of a file; bytes 4 to 8 are "ftyp"
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "a HEIC"),
+    **dict.fromkeys((b"avif", b"avis"), "an AVIF"),
+    **dict.fromkeys((b"mif1", b"msf1"), "a HEIF"),
 }
 
 
@@ -59,12 +68,8 @@ class ImageError(ValueError):
         self.expected = expected
         self.found = found
 
-    def __reduce__(self) -> tuple[object, ...]:  # it is sent between processes
-        return _rebuild, (self.kind, self.expected, self.found)
-
-
-def _rebuild(kind: ErrorKind, expected: str, found: str) -> ImageError:
-    return ImageError(kind, expected=expected, found=found)
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between processes
+        return partial(type(self), expected=self.expected, found=self.found), (self.kind,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,8 @@ class Header:
     pixels: bytes
     """The file without its metadata."""
     exif: bytes = b""
+    frames: int = 1
+    """Frames that a PNG declares, of which decoding gives the first; 1 for the other formats."""
     sample_bits: int = 8
     """Bits per sample of a PNG; 8 for the other formats."""
     scans: int = 1
@@ -146,10 +153,11 @@ def _parser_of(data: bytes) -> Callable[[bytes], Header]:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp_header
     names = (name for magic, name in _OTHER_FORMATS.items() if data.startswith(magic))
+    name = _HEIF_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else next(names, None)
     raise ImageError(
         "unsupported",
         expected="a JPEG, PNG or WebP image",
-        found=next(names, f"{len(data)} bytes of an unknown format"),
+        found=name or f"{len(data)} bytes of an unknown format",
     )
 
 
@@ -160,7 +168,7 @@ def _too_many(what: str, most: int) -> ImageError:
 def _png_header(data: bytes) -> Header:
     width, height, bits, color = struct.unpack(">4x4s2I2B", data[8:26])[1:]
     most = MAX_SEGMENTS + len(data) // _BYTES_PER_CHUNK
-    kept, exif, position = [_PNG_SIGNATURE], b"", 8
+    kept, exif, frames, position = [_PNG_SIGNATURE], b"", 1, 8
     name, transparent = b"", color in (4, 6)
     for _ in range(most):
         length, name = struct.unpack_from(">I4s", data, position)
@@ -169,6 +177,8 @@ def _png_header(data: bytes) -> Header:
             raise ValueError("a chunk is cut short")
         if name == b"eXIf":
             exif = data[position + 8 : end - 4]
+        elif name == b"acTL":
+            frames = int.from_bytes(data[position + 8 : position + 12], "big")
         elif name in _PNG_PIXEL_CHUNKS:
             transparent |= name == b"tRNS"
             kept.append(data[position:end])
@@ -183,6 +193,7 @@ def _png_header(data: bytes) -> Header:
         size=(width, height),
         pixels=b"".join(kept),
         exif=exif,
+        frames=frames,
         sample_bits=bits,
         bytes_per_pixel=8 if transparent else 4 if color == 2 else stored + 4,
     )
@@ -217,13 +228,14 @@ def _jpeg_header(data: bytes) -> Header:
         position += len(segment)
     else:
         raise _too_many("segments before the pixels of a JPEG", MAX_SEGMENTS)
+    end = _jpeg_end(data, position)
     # A marker in compressed data is escaped, so this counts every scan and seldom more.
-    scans = data.count(b"\xff\xda", position)
+    scans = data.count(b"\xff\xda", position, end)
     if scans > MAX_SCANS:
         raise ImageError("too_large", expected=f"at most {MAX_SCANS} scans", found=str(scans))
     height, width, components = struct.unpack(">HHB", frame[5:10])
     whole = progressive or scans > 1 or data[position + 4] < components
-    kept.append(data[position:])
+    kept.append(data[position:end])
     return Header(
         format="JPEG",
         size=(width, height),
@@ -233,6 +245,23 @@ def _jpeg_header(data: bytes) -> Header:
         bytes_per_pixel=4 if components == 3 else 5 if components == 1 else 8,
         coefficients=_coefficients(width, height, frame[10:]) if whole else 0,
     )
+
+
+def _jpeg_end(data: bytes, position: int) -> int:
+    """Where the image with its first scan at `position` ends; at the latest where the file does.
+
+    Another image or a video may follow (MPO, Ultra HDR, motion photos). The decoder gets nothing
+    beyond this, so a wrong answer can't make it decode more than was counted.
+    """
+    for _ in range(MAX_SEGMENTS):
+        found = _JPEG_MARKER_IN_PIXELS.search(data, position)
+        if found is None:
+            return len(data)
+        position = found.end()
+        if data[position - 1] == _JPEG_END:
+            return position
+        position += int.from_bytes(data[position : position + 2], "big")
+    raise _too_many("segments in a JPEG", MAX_SEGMENTS)
 
 
 def _coefficients(width: int, height: int, components: bytes) -> int:

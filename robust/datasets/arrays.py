@@ -74,7 +74,7 @@ def conversion_notes(*, several_frames: int, deep: int, transparent: int) -> lis
         files = "1 file" if several_frames == 1 else f"{several_frames} files"
         notes.append(f"used the first of several frames of {files}")
     if deep:
-        notes.append(f"rounded {_images(deep)} from 16 to 8 bits")
+        notes.append(f"reduced {_images(deep)} to 8 bits per channel")
     if transparent:
         notes.append(f"put {_images(transparent)} with transparency on white")
     return notes

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robust.image_headers import MAX_SCANS
+from robust.image_headers import MAX_SCANS, read_header
 from robust.images import (
     ImageError,
     decode_cost,
@@ -90,6 +90,49 @@ def test_ordinary_progressive_jpegs_pass_and_the_scan_limit_is_inclusive() -> No
     photo = Image.effect_noise((300, 300), 50).convert("RGB")
     cost = decode_cost(encoded(photo, "JPEG", progressive=True), size=32)
     assert 5 * 90_000 < cost.work < 12 * 95_000 + 100_000
+
+
+SOS = b"\xff\xda"
+
+
+def test_what_follows_a_jpeg_is_not_counted_or_decoded() -> None:
+    """Phones append a video, or further JPEGs, to a photo."""
+    photo = Image.effect_noise((96, 64), 80).convert("RGB")
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}, {"quality": 100}):
+        data = encoded(photo, "JPEG", **options)
+        plain = read_header(data)
+        for added in (b"\0\0\0\x18ftypmp42" + SOS * 1000, with_scans(40, 64), b"\xff" * 100):
+            assert read_header(data + added) == plain
+            assert torch.equal(read_image(data + added, 32), read_image(data, 32))
+
+
+def test_end_of_a_jpeg_is_not_sought_inside_its_segments() -> None:
+    data = encoded(Image.effect_noise((64, 64), 50), "JPEG", progressive=True)
+    second = data.index(SOS, data.index(SOS) + 2)
+    comment = b"\xff\xfe\0\x06\xff\xd9" + SOS  # the bytes of an end and of a scan
+    inside = data[:second] + comment + data[second:]
+    header = read_header(inside)
+    assert header.scans == read_header(data).scans + 1  # an upper bound
+    assert torch.equal(read_image(inside, 32), read_image(data, 32))
+    many = data[:second] + comment * MAX_SCANS + data[second:]
+    with pytest.raises(ImageError, match="at most 64 scans"):
+        read_image(many, 32)
+
+
+@pytest.mark.parametrize("end", [b"", b"\xff\xd9", b"\xff\xfe\xff", b"\xff\xd8", b"\xff\x02"])
+def test_scans_are_limited_however_the_end_is_hidden(end: bytes) -> None:
+    """After `end` come 1,000 scans: the decoder must not see them, or they are refused."""
+    scans = with_scans(1000, 64)
+    first = scans.index(SOS)
+    body = scans.index(b"\xff\xc4", first)  # where the first scan ends
+    data = scans[:body] + end + scans[body:]
+    try:
+        header = read_header(data)
+    except ImageError as error:
+        assert error.kind == "too_large"
+    else:
+        assert header.scans <= MAX_SCANS
+        assert header.pixels.count(SOS) <= MAX_SCANS
 
 
 def test_a_png_may_have_many_small_chunks() -> None:

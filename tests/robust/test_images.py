@@ -13,6 +13,7 @@ from robust.images import (
     decode_png,
     encode_png,
     fit_image,
+    open_image,
     to_float,
     to_rgb,
     to_uint8,
@@ -72,6 +73,15 @@ def test_other_formats_are_unsupported(kind: str) -> None:
     assert kind_of(data) == "unsupported"
     with pytest.raises(ImageError, match=f"found a {kind}"):
         decode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("brand", "name"), [(b"heic", "a HEIC"), (b"avif", "an AVIF"), (b"mif1", "a HEIF")]
+)
+def test_photos_of_phones_in_other_formats_are_named(brand: bytes, name: str) -> None:
+    with pytest.raises(ImageError, match=rf"found {name}$") as caught:
+        decode_image(b"\0\0\0\x18ftyp" + brand + bytes(40))
+    assert caught.value.kind == "unsupported"
 
 
 def test_empty_and_unknown_bytes_are_rejected() -> None:
@@ -229,6 +239,20 @@ def test_16_bit_gray_is_scaled_not_clipped() -> None:
     assert pixel(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65535, 257 * 7, 0))) == (255, 7, 0)
 
 
+def test_12_bit_tiff_is_scaled_not_dark() -> None:
+    levels = [0, 8, 9, 2047, 2048, 4095]  # a level of 8 bits is 16.06 of 12
+    bits = "".join(f"{level:012b}" for level in levels)
+    pixels = int(bits, 2).to_bytes(9, "big")
+    # Tags in order: width, height, bits, compression, gray from black, where, samples, rows, bytes.
+    values = {256: 6, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in values.items())
+    directory = struct.pack("<H", len(values)) + entries + bytes(4)
+    data = b"II*\0" + struct.pack("<I", 8 + 10) + pixels + b"\0" + directory
+    opened = open_image(data, any_format=True)
+    assert [opened.image.getpixel((x, 0))[0] for x in range(6)] == [0, 0, 1, 127, 128, 255]
+    assert opened.deep
+
+
 def test_gray_and_cmyk_become_rgb() -> None:
     assert pixel(encoded(Image.new("L", (8, 8), 77), "PNG")) == (77, 77, 77)
     red = np.array(pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")))
@@ -248,6 +272,8 @@ def test_first_frame_of_an_animation_is_used(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert pixel(data) == (255, 0, 0)
+    assert open_image(data).frames == 3
+    assert open_image(encoded(frames[0], kind)).frames == 1
 
 
 def test_metadata_raises_no_warnings() -> None:

@@ -110,7 +110,7 @@ def test_images_are_recognized_by_content(folder: Path, name: str) -> None:
 
 def test_file_with_an_image_suffix_must_be_a_readable_image(folder: Path) -> None:
     (folder / "dog" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    refusal(folder, "animals/dog/phone.heic")
+    assert refusal(folder, "animals/dog/phone.heic").found == "a HEIC"
 
 
 def test_sixteen_bit_rotated_tiff_and_animation(folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_sixteen_bit_rotated_tiff_and_animation(folder: Path) -> None:
     assert dataset.images[4, :, 0, 0].tolist() == [255, 0, 0]
     assert dataset.changes == (
         "used the first of several frames of 1 file",
-        "rounded 1 image from 16 to 8 bits",
+        "reduced 1 image to 8 bits per channel",
     )
 
 
@@ -143,7 +143,7 @@ def test_transparent_images_and_those_of_16_bits_are_counted(folder: Path) -> No
     dataset = load_dataset(folder)
     assert dataset.images[4, :, 31, 0].tolist() == [204] * 3
     assert dataset.changes == (
-        "rounded 1 image from 16 to 8 bits",
+        "reduced 1 image to 8 bits per channel",
         "put 2 images with transparency on white",
     )
 
