@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from robust.datasets.arrays import check_image_shape, dataset_from_arrays
@@ -53,13 +52,6 @@ def read_corruptions(source: Source) -> Dataset:
 
 
 def _dataset(source: Source, path: Path, labels_path: Path) -> Dataset:
-    images, labels, notes = _read(source, path, labels_path)
-    return dataset_from_arrays(source, images=images, labels=labels, changes=notes)
-
-
-def _read(
-    source: Source, path: Path, labels_path: Path
-) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic], list[str]]:
     images, labels = read_npy_file(source, path), read_npy_file(source, labels_path)
     notes = []
     if images.ndim == _VIDEO_DIMENSIONS:
@@ -73,4 +65,4 @@ def _read(
     if count and n > count and n % count == 0:
         labels = np.concatenate([labels] * (n // count))
         notes.append(f"repeated {count} labels {n // count} times, for {n} images")
-    return images, labels, notes
+    return dataset_from_arrays(source, images=images, labels=labels, changes=notes)
