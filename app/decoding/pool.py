@@ -115,7 +115,7 @@ class WorkerPool:
         finally:
             self._put_back(worker)
         if answer.get("error") == "memory":
-            raise _needs_more_memory(header["memory"])
+            raise _needs_more_memory(header.get("memory"))
         if answer.get("error") == "failed":
             logger.warning("a decode worker raised %s", answer.get("text"))
             raise _crashed()
@@ -165,8 +165,9 @@ class WorkerPool:
             worker.exit_code()
 
 
-def _needs_more_memory(most: int) -> DecodeFailed:
-    expected = f"a file that can be decoded in {most // 2**20} MiB of memory"
+def _needs_more_memory(most: int | None) -> DecodeFailed:
+    limit = "the memory of the machine" if most is None else f"{most // 2**20} MiB of memory"
+    expected = f"a file that can be decoded in {limit}"
     return DecodeFailed("memory", expected=expected, found="one that needs more")
 
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from app.decoding.frames import BEGUN, PREFIX, Header, header_length, pack, unpack
@@ -19,6 +20,7 @@ SPARE_BYTES = 64 * 2**20  # in addition to a task's memory, for the allocator
 MAX_REQUEST = 2**40  # no limit in practice: a worker trusts the service, but not vice versa
 
 Answer = tuple[Header, list[bytes]]
+Task = Callable[[Header, list[bytes]], Answer]
 
 
 def main(descriptor: int, niceness: int) -> None:
@@ -30,8 +32,8 @@ def main(descriptor: int, niceness: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         connection.setblocking(True)
         while request := _receive(connection):
-            task = TASKS[request[0]["task"]]
-            task.prepare()
+            prepare, task = TASKS[request[0]["task"]]
+            prepare()
             connection.sendall(BEGUN)
             header, blobs = _answer(task, *request)
             connection.sendall(pack(header, blobs))
@@ -39,13 +41,13 @@ def main(descriptor: int, niceness: int) -> None:
                 connection.sendall(blob)
 
 
-def _answer(task: type[_Images] | type[_Sets], header: Header, blobs: list[bytes]) -> Answer:
+def _answer(task: Task, header: Header, blobs: list[bytes]) -> Answer:
     try:
         if "memory" in header:
             _limit_memory(header["memory"])
             # After this CPU time SIGPROF kills the process.
             signal.setitimer(signal.ITIMER_PROF, header["cpu_seconds"])
-        return task.run(header, blobs)
+        return task(header, blobs)
     except MemoryError:
         return {"error": "memory"}, []
     except Exception as error:
@@ -96,66 +98,70 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes:
     return bytes(data)
 
 
-class _Images:
-    """Decodes an image to pixels at the model's input size."""
-
-    @staticmethod
-    def prepare() -> None:
-        import robust.image_decoding  # noqa: F401  # before the limits apply
-
-    @staticmethod
-    def run(header: Header, blobs: list[bytes]) -> Answer:
-        from robust.image_decoding import read_pixels
-        from robust.image_headers import ImageError
-
-        try:
-            pixels = read_pixels(blobs[0], header["size"], max_pixels=header["max_pixels"])
-        except ImageError as error:
-            return {"error": error.kind, "expected": error.expected, "found": error.found}, []
-        return {}, [pixels.tobytes()]
+def _prepare_images() -> None:
+    import robust.image_decoding  # noqa: F401
 
 
-class _Sets:
-    """Reads a data set, uploaded or from a path, at the model's input size."""
+def _read_image(header: Header, blobs: list[bytes]) -> Answer:
+    """Decode an image to pixels at the model's input size."""
+    from robust.image_decoding import read_pixels
+    from robust.image_headers import ImageError
 
-    @staticmethod
-    def prepare() -> None:
-        import torch
-
-        import robust.datasets  # noqa: F401
-
-        torch.set_num_threads(1)
-
-    @staticmethod
-    def run(header: Header, blobs: list[bytes]) -> Answer:
-        from robust.datasets import DatasetError, load_dataset, load_upload
-
-        size = header["size"]
-        try:
-            if header["path"] is not None:
-                dataset = load_dataset(Path(header["path"]), size=size, train=False)
-            else:
-                dataset = load_upload(
-                    blobs[0],
-                    None,
-                    size=size,
-                    max_images=header["max_images"],
-                    max_pixels=header["max_pixels"],
-                )
-        except DatasetError as error:
-            texts = {"source": error.source, "expected": error.expected, "found": error.found}
-            return {"error": "set", **texts}, []
-        about = {
-            "name": dataset.name,
-            "classes": list(dataset.classes),
-            "changes": list(dataset.changes),
-            "dtype": dataset.dtype,
-            "images": len(dataset),
-        }
-        return about, [dataset.images.numpy().tobytes(), dataset.labels.numpy().tobytes()]
+    try:
+        pixels = read_pixels(blobs[0], header["size"], max_pixels=header["max_pixels"])
+    except ImageError as error:
+        return {"error": error.kind, "expected": error.expected, "found": error.found}, []
+    return {}, [pixels.tobytes()]
 
 
-TASKS: dict[str, type[_Images] | type[_Sets]] = {"image": _Images, "set": _Sets}
+def _prepare_sets() -> None:
+    import torch
+
+    import robust.datasets
+    import robust.memory  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def _read_set(header: Header, blobs: list[bytes]) -> Answer:
+    """Read a data set, uploaded or from a path, at the model's input size."""
+    from robust.datasets import DatasetError, load_dataset, load_upload
+    from robust.memory import is_out_of_memory
+
+    size = header["size"]
+    try:
+        if header["path"] is not None:
+            dataset = load_dataset(Path(header["path"]), size=size, train=False)
+        else:
+            dataset = load_upload(
+                blobs[0],
+                None,
+                size=size,
+                max_images=header["max_images"],
+                max_pixels=header["max_pixels"],
+            )
+    except DatasetError as error:
+        texts = {"source": error.source, "expected": error.expected, "found": error.found}
+        return {"error": "set", **texts}, []
+    except RuntimeError as error:  # as torch raises it
+        if is_out_of_memory(error):
+            raise MemoryError from None
+        raise
+    about = {
+        "name": dataset.name,
+        "classes": list(dataset.classes),
+        "changes": list(dataset.changes),
+        "dtype": dataset.dtype,
+        "images": len(dataset),
+    }
+    return about, [dataset.images.numpy().tobytes(), dataset.labels.numpy().tobytes()]
+
+
+# What to import before the limits apply, and what to do.
+TASKS: dict[str, tuple[Callable[[], None], Task]] = {
+    "image": (_prepare_images, _read_image),
+    "set": (_prepare_sets, _read_set),
+}
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]))

@@ -210,6 +210,33 @@ def test_dataset_is_decoded_exactly(tmp_path: Path) -> None:
     use(work, memory=4 * MEMORY)
 
 
+def test_set_that_needs_more_memory_says_so() -> None:
+    request = {"task": "set", "path": None, "size": 2000, "max_images": 10, "max_pixels": 10**6}
+
+    async def work(pool: WorkerPool) -> None:
+        with pytest.raises(DecodeFailed) as failed:  # 120 MB of pixels, which torch allocates
+            await pool.run(request, [labeled(10)], client="a", memory=2**20, most=0)
+        assert failed.value.reason == "memory"
+
+    use(work)
+
+
+def test_registered_set_without_a_limit_may_run_out_of_memory() -> None:
+    async def work(pool: WorkerPool) -> None:
+        await ask(pool, png())  # so that there is a worker
+        (worker,) = pool._idle
+
+        async def fail(*_: object, **__: object) -> tuple[dict[str, object], list[bytearray]]:
+            return {"error": "memory"}, []
+
+        worker.ask = fail  # type: ignore[method-assign,assignment]
+        with pytest.raises(DecodeFailed, match="in the memory of the machine") as failed:
+            await pool.run(image(b""), [], client="a", memory=MEMORY, most=0, trusted=True)
+        assert failed.value.reason == "memory"
+
+    use(work)
+
+
 def test_idle_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "IDLE_SECONDS", 0.0)
 
