@@ -46,6 +46,11 @@ def class_name_field(names: Iterable[str]) -> str | None:
     return next((name for name in names if name.lower() in CLASSES), None)
 
 
+def unused_classes(name: str) -> str:
+    """The entry of `Dataset.changes` for class names in another form."""
+    return f"did not use {name}, which is not a list of text"
+
+
 def _has_split(names: list[str], split: str) -> bool:
     """Whether images or labels of `split` are among `names`."""
     return any(_without_split(name.lower(), split) in (*IMAGES, *LABELS) for name in names)

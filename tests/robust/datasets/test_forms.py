@@ -237,6 +237,44 @@ def test_labels_of_matlab_are_floats(tmp_path: Path) -> None:
     assert dataset.changes == ("read 2 labels 10 as 0, as in SVHN",)
 
 
+def mat(folder: Path, images: np.ndarray, labels: object, **more: object) -> Dataset:
+    savemat(folder / "a.mat", {"X": images, "y": labels, **more})
+    return load_dataset(folder / "a.mat")
+
+
+def test_images_of_matlab_in_every_order(tmp_path: Path) -> None:
+    many = RNG.integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)  # as many as pixels in a row
+    labels = np.arange(32)[:, None] % 3
+    for images in (many, many.transpose(1, 2, 3, 0), many.transpose(0, 3, 1, 2)):
+        assert same(mat(tmp_path, images, labels), many, labels[:, 0])
+    gray = np.repeat(GRAY[..., None], 3, 3)
+    for images in (GRAY, GRAY.transpose(1, 2, 0), GRAY[:, None], GRAY.transpose(1, 2, 0)[:, :, None]):
+        assert same(mat(tmp_path, images, LABELS), gray)
+    for images in (ROWS[0], ROWS[:1], ROWS[0][..., None]):
+        assert same(mat(tmp_path, images, 2), ROWS[:1], [2])
+    for images in (GRAY[0], GRAY[0][..., None]):
+        assert same(mat(tmp_path, images, 2), gray[:1], [2])
+    with pytest.raises(DatasetError, match=r"with another height than .*, found shape \(32, 32, 3"):
+        mat(tmp_path, many[..., 0], labels)
+
+
+def test_class_names_and_labels_from_1_in_matlab(tmp_path: Path) -> None:
+    cells = np.array(["cat", "dog", "eel"], dtype=object)
+    for classes in (cells, np.array(["cat", "dog", "eel"])):  # a cell array, and one of characters
+        dataset = mat(tmp_path, ROWS, LABELS, classes=classes)
+        assert (dataset.classes, dataset.changes) == (("cat", "dog", "eel"), ())
+        assert same(dataset)
+        dataset = mat(tmp_path, ROWS, LABELS + 1, classes=classes)
+        assert dataset.classes == ("cat", "dog", "eel")
+        assert dataset.changes == ("read labels 1 to 3 as 0 to 2",)
+        assert same(dataset)
+    dataset = mat(tmp_path, ROWS, LABELS, classes=np.arange(3))
+    assert dataset.changes == ("did not use classes, which is not a list of text",)
+    without_1 = mat(tmp_path, ROWS, np.where(LABELS == 0, 10, LABELS + 1))
+    assert without_1.labels.tolist() == [0, 2, 3, 0, 2, 3]
+    assert without_1.changes == ("read 2 labels 10 as 0, as in SVHN",)
+
+
 def test_as_many_classes_as_imagenet_21k(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=ROWS[:1], labels=[21_840])
     assert len(load_dataset(tmp_path / "a.npz").classes) == 21_841
