@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robust.datasets.dataset import Dataset
-from robust.datasets.pickle_tree import dataset_from_tree
+from robust.datasets.pickle_tree import Finder
 from robust.datasets.pickled import Builder, Storages, storage_dtype
 from robust.datasets.source import Source
 from robust.datasets.unpickle import Persistent, Record, unpickle
@@ -67,7 +67,8 @@ def _read_zip(source: Source) -> Dataset:
         steps = _max_steps(source, size)
         tree, _, _ = unpickle(source.name, bytes(archive.read(pickles[0])), max_steps=steps)
         budget = sum(info.file_size for info in archive.members.values())
-        return dataset_from_tree(source, tree, Builder(source, _storages(source, raw)), budget)
+        builder = Builder(source, _storages(source, raw))
+        return Finder(source, builder, budget).dataset(tree)
 
 
 def _read_pickle(source: Source) -> Dataset:
@@ -78,12 +79,12 @@ def _read_pickle(source: Source) -> Dataset:
 
     tree, _, _ = unpickle(source.name, data, max_steps=_max_steps(source, len(data)))
     builder = Builder(source, _storages(source, raw))
-    return dataset_from_tree(source, tree, builder, len(data))
+    return Finder(source, builder, len(data)).dataset(tree)
 
 
 def _read_legacy(source: Source) -> Dataset:
     tree, storages = _parse_legacy(source, source.content)
-    return dataset_from_tree(source, tree, Builder(source, storages), len(source.content))
+    return Finder(source, Builder(source, storages), len(source.content)).dataset(tree)
 
 
 def _parse_legacy(source: Source, data: bytes) -> tuple[object, Storages]:
@@ -93,7 +94,7 @@ def _parse_legacy(source: Source, data: bytes) -> tuple[object, Storages]:
         _, position, _ = unpickle(name, data, position, max_steps=steps)
     tree, position, references = unpickle(name, data, position, max_steps=steps)
     keys, position, _ = unpickle(name, data, position, max_steps=steps)
-    dtypes = {_storage_key(source, r): _storage_type(source, r) for r in references}
+    dtypes = dict(_storage(source, reference) for reference in references)
     chunks: dict[str, bytes] = {}
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key not in dtypes or len(data) < position + 8:
@@ -118,21 +119,16 @@ def _max_steps(source: Source, size: int) -> int:
     return min(source.limits.max_steps, 10_000 + size // _BYTES_PER_STEP)
 
 
-def _storage_type(source: Source, reference: Persistent) -> torch.dtype:
-    parts = reference.key
-    dtype = storage_dtype(parts[1]) if isinstance(parts, tuple) and len(parts) >= 5 else None
-    if dtype is None:
-        raise source.error("storages of numbers", "another kind")
-    return dtype
-
-
-def _storage_key(source: Source, reference: Persistent) -> str:
-    parts = reference.key
-    plain = isinstance(parts, tuple) and len(parts) >= 5 and parts[0] == "storage"
-    key = parts[2] if isinstance(parts, tuple) and plain and not any(parts[5:]) else None
-    if not isinstance(key, str):
-        raise source.error("storages of numbers", "another reference")
-    return key
+def _storage(source: Source, reference: object) -> tuple[str, torch.dtype]:
+    """The key and the element type of a storage. Raises DatasetError."""
+    parts = reference.key if isinstance(reference, Persistent) else None
+    # ("storage", type, key, location, count), in the older format with a view of it, which is None.
+    if isinstance(parts, tuple) and len(parts) in (5, 6) and not any(parts[5:]):
+        kind, storage, key = parts[:3]
+        dtype = storage_dtype(storage)
+        if kind == "storage" and isinstance(key, str) and dtype is not None:
+            return key, dtype
+    raise source.error("storages of numbers", "another kind")
 
 
 def _storages(source: Source, raw: Callable[[str], bytes | bytearray]) -> Storages:
@@ -144,9 +140,7 @@ def _storages(source: Source, raw: Callable[[str], bytes | bytearray]) -> Storag
             if key not in loaded:
                 loaded[key] = _pickled_storage(source, reference)
             return loaded[key]
-        if not isinstance(reference, Persistent):
-            raise source.error("storages of numbers", "another reference")
-        name, dtype = _storage_key(source, reference), _storage_type(source, reference)
+        name, dtype = _storage(source, reference)
         if (name, dtype) not in loaded:
             data = raw(name)
             data = data if isinstance(data, bytearray) else bytearray(data)  # writable

@@ -2,20 +2,9 @@
 
 import re
 import sys
-from enum import Enum
 
 
-class Role(Enum):
-    """How a name is treated."""
-
-    DATA = "data"
-    """Tensors, arrays and images, which pickled.py builds."""
-    STAND_IN = "stand-in"
-    """A data set class, kept as a record of its attributes; calls with arguments are refused."""
-    INERT = "inert"
-    """Part of a transform or of an image's metadata; never built."""
-
-
+# Tensors, arrays and images, which pickled.py builds.
 _DATA = frozenset(
     {
         "_codecs.encode",
@@ -27,6 +16,7 @@ _DATA = frozenset(
         "torch.Size",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
         "torch.storage._load_from_bytes",
     }
     | {
@@ -41,12 +31,15 @@ _DATA_CLASS = re.compile(
     r"torch\.[A-Z][A-Za-z0-9]*Storage|torch\.storage\.(Untyped|Typed)Storage"
     r"|PIL\.[A-Z][A-Za-z0-9]*Plugin\.[A-Z][A-Za-z0-9]*ImageFile"
 )
+# Parts of a transform, of a data set or of an image's metadata, which are never built.
 _INERT = re.compile(
     rf"torchvision\.transforms(\.[a-z0-9_]+)*\.{_CLASS}"
     r"|torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|bool)"
     r"|builtins\.(set|frozenset)"
     r"|PIL\.PngImagePlugin\.iTXt|PIL\.TiffImagePlugin\.IFDRational"
+    r"|torch\.device|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
 )
+# Data set classes, kept as records of their attributes.
 _LIBRARY_STAND_IN = re.compile(
     rf"(torch\.utils\.data|torchvision\.datasets)(\.[a-z0-9_]+)*\.{_CLASS}"
 )
@@ -59,16 +52,17 @@ _LIBRARIES = sys.stdlib_module_names | {
 }
 
 
-def role_of(module: str, name: str) -> tuple[str, Role] | None:
-    """The full name, in Python 3's spelling, and its role; None for a name that is refused."""
+def allowed_name(module: str, name: str) -> tuple[str, bool] | None:
+    """The full name, in Python 3's spelling, and whether it may be called with arguments.
+
+    A data set class may not. None for a name that is refused.
+    """
     path = f"{_PYTHON_2.get(module, module)}.{name}"
-    if path in _DATA or _DATA_CLASS.fullmatch(path):
-        return path, Role.DATA
-    if _INERT.fullmatch(path):
-        return path, Role.INERT
+    if path in _DATA or _DATA_CLASS.fullmatch(path) or _INERT.fullmatch(path):
+        return path, True
     if _LIBRARY_STAND_IN.fullmatch(path):
-        return path, Role.STAND_IN
+        return path, False
     library = module.split(".")[0] in _LIBRARIES or module in _PYTHON_2
     if not library and "." not in name and _USER_STAND_IN.fullmatch(path):
-        return path, Role.STAND_IN
+        return path, False
     return None

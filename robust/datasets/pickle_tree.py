@@ -11,7 +11,7 @@ import torch
 from robust.datasets.arrays import dataset_from_arrays
 from robust.datasets.dataset import Dataset
 from robust.datasets.errors import DatasetError
-from robust.datasets.fields import class_name_field, image_and_label_names
+from robust.datasets.fields import class_name_field, image_and_label_names, unused_classes
 from robust.datasets.image_list import ImageList
 from robust.datasets.labels import Array, class_names, numeric_tensor, read_labels
 from robust.datasets.npz import labels_file, read_npy_file
@@ -23,24 +23,21 @@ from robust.images import ImageError
 _PAIR = "images and labels: a dict, an object or a pair of them, a list of pairs, a TensorDataset"
 _SUBSET = "torch.utils.data.dataset.Subset"
 _DEEPEST_SUBSET = 8
+_KEY_LENGTH = 100
 
 
-def dataset_from_tree(source: Source, tree: object, builder: Builder, budget: int) -> Dataset:
-    """Find images and labels in `tree` and make a Dataset of them; raises DatasetError.
+class Finder:
+    """Finds images and labels in a tree and makes a Dataset of them; methods raise DatasetError.
 
     `budget` is the number of bytes in the file; more pixels mean one image referenced many times.
     """
-    return _Finder(source, builder, budget).dataset(tree)
-
-
-class _Finder:
-    """Builds a Dataset from a tree; methods raise DatasetError."""
 
     def __init__(self, source: Source, builder: Builder, budget: int) -> None:
         self.source = source
         self.builder = builder
         self.budget = budget
         self.changes: list[str] = []
+        self._pairs: dict[int, tuple[object, object] | None] = {}  # in dicts, by id
 
     def dataset(self, tree: object, depth: int = 0) -> Dataset:
         if isinstance(tree, Record) and tree.path == _SUBSET and isinstance(tree.state, dict):
@@ -59,12 +56,12 @@ class _Finder:
 
     def _subset(self, state: dict[object, object], depth: int) -> Dataset:
         if depth == _DEEPEST_SUBSET:
-            raise self._bad("a data set", "subsets of subsets")
+            raise self.source.error("a data set", "subsets of subsets")
         whole = self.dataset(state.get("dataset"), depth + 1)
         indices = self._labels(state.get("indices"))
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64).reshape(-1)
         if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= len(whole):
-            raise self._bad(f"indices from 0 to {len(whole) - 1}", "others")
+            raise self.source.error(f"indices from 0 to {len(whole) - 1}", "others")
         self.source.check_count(len(chosen))
         return whole.subset(chosen)
 
@@ -81,13 +78,13 @@ class _Finder:
                 return images, labels, None
             if len(fields) == 2 and None not in fields:
                 return fields[0], fields[1], None
-        raise self._bad(_PAIR, _outline(tree))
+        raise self.source.error(_PAIR, _outline(tree))
 
     def _named(self, fields: dict[object, object]) -> tuple[object, object, list[str] | None]:
         if "tensors" in fields:  # a TensorDataset
             tensors = fields["tensors"]
             if not isinstance(tensors, list | tuple) or len(tensors) != 2:
-                raise self._bad("a TensorDataset of images and labels", _outline(tensors))
+                raise self.source.error("a TensorDataset of images and labels", _outline(tensors))
             return tensors[0], tensors[1], None
         values = {_text(key): value for key, value in fields.items() if value is not None}
         separate = labels_file(self.source)
@@ -101,22 +98,17 @@ class _Finder:
             targets = read_npy_file(self.source, separate)
             self.changes.append(f"read the labels from {separate.name}")
         name = class_name_field(values)
-        classes = values[name] if name is not None else None
-        named = isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)
-        return (
-            values[images],
-            targets,
-            [str(c) for c in classes] if named and isinstance(classes, list | tuple) else None,
-        )
+        classes = None if name is None else _class_names(values[name])
+        if name is not None and classes is None:
+            self.changes.append(unused_classes(name))
+        return values[images], targets, classes
 
     def _pair(self, item: object) -> tuple[object, object] | None:
         """The image and label of a list entry, `(image, label)` or a dict, or None."""
         if isinstance(item, dict):
-            try:
-                images, labels = image_and_label_names(self.source, map(_text, item))
-            except DatasetError:
-                return None
-            item = (item.get(images), item.get(labels))
+            if id(item) not in self._pairs:  # the same large dict may be in the list many times
+                self._pairs[id(item)] = self._pair_in_dict(item)
+            item = self._pairs[id(item)]
         if not isinstance(item, list | tuple) or len(item) != 2:
             return None
         image, label = item
@@ -124,6 +116,13 @@ class _Finder:
             return None
         single = is_number(label) or (is_array(label) and self.builder.array(label).ndim == 0)
         return (image, label) if single else None
+
+    def _pair_in_dict(self, item: dict[object, object]) -> tuple[object, object] | None:
+        try:
+            images, labels = image_and_label_names(self.source, map(_text, item))
+        except DatasetError:
+            return None
+        return item.get(images), item.get(labels)
 
     def _of_arrays(self, images: Array, labels: Array, classes: list[str] | None) -> Dataset:
         return dataset_from_arrays(
@@ -146,14 +145,14 @@ class _Finder:
             try:
                 fitted.add_image(self.builder.image(record))
             except ImageError as error:
-                raise self._bad(f"image {index} with {error.expected}", error.found) from None
+                raise self.source.error(f"image {index} with {error.expected}", error.found) from None
         return fitted.dataset(
             targets, class_names(self.source, targets, classes), changes=self.changes
         )
 
     def _array(self, value: object) -> Array:
         if not is_array(value):
-            raise self._bad("images as a tensor, an array or a list", _outline(value))
+            raise self.source.error("images as a tensor, an array or a list", _outline(value))
         return self.builder.array(value)
 
     def _labels(self, value: object) -> Array:
@@ -162,7 +161,7 @@ class _Finder:
         if is_array(value):
             return self.builder.array(value)
         if not isinstance(value, list | tuple):
-            raise self._bad("labels as a tensor, an array or a list", _outline(value))
+            raise self.source.error("labels as a tensor, an array or a list", _outline(value))
         if value and all(is_array(row) for row in value):
             if self.builder.array(value[0]).ndim == 1:
                 return self._stacked(value, "one-hot labels")
@@ -175,15 +174,12 @@ class _Finder:
             total += arrays[-1].nbytes
             self._within_budget(total)
         if len({(array.shape, array.dtype) for array in arrays}) > 1:
-            raise self._bad(f"{what} of one shape and type", "several")
+            raise self.source.error(f"{what} of one shape and type", "several")
         return torch.stack(arrays)
 
     def _within_budget(self, total: int) -> None:
         if total > self.budget:
-            raise self._bad(f"pixels of at most the file's {self.budget} bytes", "more")
-
-    def _bad(self, expected: str, found: str) -> DatasetError:
-        return self.source.error(expected, found)
+            raise self.source.error(f"pixels of at most the file's {self.budget} bytes", "more")
 
 
 def is_number(value: object) -> bool:
@@ -191,9 +187,21 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) or is_scalar(value)
 
 
+def _class_names(value: object) -> list[str] | None:
+    """The names in a list, or in a dict from name to label; None for anything else."""
+    if isinstance(value, dict) and all(isinstance(label, int) for label in value.values()):
+        if sorted(value.values()) == list(range(len(value))):
+            value = sorted(value, key=value.__getitem__)
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return [str(name) for name in value]
+    return None
+
+
 def _text(key: object) -> str:
-    """A key as text; pickles from Python 2 have bytes."""
-    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
+    """The start of a key as text, longer than any known name; pickles from Python 2 have bytes."""
+    if isinstance(key, bytes):
+        return key[:_KEY_LENGTH].decode("latin-1")
+    return str(key)[:_KEY_LENGTH]
 
 
 def _outline(tree: object) -> str:

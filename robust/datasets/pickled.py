@@ -6,6 +6,7 @@ Every shape is checked against the available bytes before anything is allocated.
 import math
 import re
 from collections.abc import Callable
+from itertools import islice
 from typing import TypeGuard
 
 import numpy as np
@@ -23,6 +24,7 @@ Storages = Callable[[object], Tensor]
 """Returns the flat tensor of a storage, given a reference or a storage pickled in place."""
 
 _DTYPES = {
+    "BoolStorage": torch.bool,
     "ByteStorage": torch.uint8,
     "CharStorage": torch.int8,
     "ShortStorage": torch.int16,
@@ -32,6 +34,14 @@ _DTYPES = {
     "BFloat16Storage": torch.bfloat16,
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
+    "UntypedStorage": torch.uint8,
+    "storage.UntypedStorage": torch.uint8,
+}
+# Types without a storage class: their tensors have an untyped one, and name the type themselves.
+_LATER_DTYPES = {
+    "torch.uint16": torch.uint16,
+    "torch.uint32": torch.uint32,
+    "torch.uint64": torch.uint64,
 }
 _BYTES_PER_PIXEL = {
     **dict.fromkeys(("L", "P"), 1),
@@ -41,7 +51,7 @@ _BYTES_PER_PIXEL = {
 }
 _ARRAYS = re.compile(r"numpy\.(core|_core)\.(multiarray\._reconstruct|numeric\._frombuffer)")
 _SCALAR = re.compile(r"numpy\.(core|_core)\.multiarray\.scalar")
-_TENSOR = "torch._utils._rebuild_tensor_v2"
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _PARAMETER = "torch._utils._rebuild_parameter"
 _IMAGE = re.compile(r"PIL\..*")
 
@@ -49,7 +59,7 @@ _IMAGE = re.compile(r"PIL\..*")
 def is_array(value: object) -> bool:
     """Whether a value of the tree is a tensor or a NumPy array."""
     return isinstance(value, Record) and (
-        value.path in (_TENSOR, _PARAMETER) or _ARRAYS.fullmatch(value.path) is not None
+        value.path in (*_TENSORS, _PARAMETER) or _ARRAYS.fullmatch(value.path) is not None
     )
 
 
@@ -75,21 +85,21 @@ class Builder:
         assert isinstance(value, Record)
         if value.path == _PARAMETER:
             inner = value.args[0] if value.args else None
-            if not isinstance(inner, Record) or inner.path != _TENSOR:
-                raise self._bad("a parameter", "one without a tensor")
+            if not isinstance(inner, Record) or inner.path not in _TENSORS:
+                raise self.source.error("a parameter", "one without a tensor")
             value = inner
         try:
-            return self._tensor(value) if value.path == _TENSOR else self._ndarray(value)
+            return self._tensor(value) if value.path in _TENSORS else self._ndarray(value)
         except DatasetError:
             raise
         except (IndexError, TypeError, ValueError, OverflowError, RuntimeError):
-            raise self._bad("a tensor or an array", "a damaged one") from None
+            raise self.source.error("a tensor or an array", "a damaged one") from None
 
     def number(self, value: object) -> int | float:
         """A plain number, a NumPy scalar or a tensor of one element."""
         if isinstance(value, int | float):
             if isinstance(value, int) and abs(value) > 2**53:
-                raise self._bad("whole-number labels", "one beyond 53 bits")
+                raise self.source.error("whole-number labels", "one beyond 53 bits")
             return value
         if isinstance(value, Record) and is_scalar(value) and len(value.args) == 2:
             dtype, data = _dtype(value.args[0]), self._bytes(value.args[1])
@@ -100,32 +110,32 @@ class Builder:
             if array.ndim == 0:
                 return self.number(array.item())
         found = value.path if isinstance(value, Record) else type(value).__name__
-        raise self._bad("whole-number labels", f"a label of type {found}")
+        raise self.source.error("whole-number labels", f"a label of type {found}")
 
     def image(self, value: object) -> Image.Image:
         """A PIL image in the mode that it was saved in."""
         assert isinstance(value, Record)
         state = value.state
         if not isinstance(state, list | tuple) or len(state) < 5:
-            raise self._bad("a PIL image", "one without its state")
+            raise self.source.error("a PIL image", "one without its state")
         info, mode, size, palette, data = state[:5]
         pixels, sides = self._bytes(data), self._sides(size, "image")
         limit = self.source.limits.max_pixels
         if len(sides) != 2 or not isinstance(mode, str) or not 0 < math.prod(sides) <= limit:
-            raise self._bad(f"an image of 1 to {limit} pixels", "another size")
+            raise self.source.error(f"an image of 1 to {limit} pixels", "another size")
         if mode != "1" and mode not in _BYTES_PER_PIXEL:
-            raise self._bad("an image of 8 or 16 bits a channel", f"mode {mode[:8]!r}")
+            raise self.source.error("an image of 8 or 16 bits a channel", f"mode {mode[:8]!r}")
         width, height = sides
         row = (width + 7) // 8 if mode == "1" else width * _BYTES_PER_PIXEL[mode]
         if len(pixels) != row * height:
             found = f"{len(pixels)} bytes for {width}x{height}, mode {mode}"
-            raise self._bad("the pixels of an image", found)
+            raise self.source.error("the pixels of an image", found)
         image = Image.frombytes(mode, (width, height), pixels)
         if palette is not None and mode in ("P", "PA"):
             try:
-                image.putpalette(bytes(palette)[:768])
+                image.putpalette(bytes(islice(palette, 768)))
             except (TypeError, ValueError):
-                raise self._bad("a palette of bytes", "another") from None
+                raise self.source.error("a palette of bytes", "another") from None
         transparency = info.get("transparency") if isinstance(info, dict) else None
         if mode == "P" and (_is_byte(transparency) or isinstance(transparency, bytes)):
             image.info["transparency"] = transparency
@@ -142,15 +152,24 @@ class Builder:
     def _tensor(self, record: Record) -> Tensor:
         reference, offset, size, stride = record.args[:4]
         if not isinstance(reference, Persistent | Record) or not _is_count(offset):
-            raise self._bad("a tensor", "one without a storage")
+            raise self.source.error("a tensor", "one without a storage")
         flat = self._storages(reference)
+        if record.path == _TENSORS[1]:
+            flat = flat.view(self._later_dtype(record.args[6]))
         sides, steps = self._sides(size, "tensor"), self._sides(stride, "tensor")
         last = sum((side - 1) * step for side, step in zip(sides, steps, strict=True))
         count = math.prod(sides)
         # Elements are counted too, as a stride of 0 could make a huge tensor of a small storage.
         if count and (offset + last >= len(flat) or count > len(flat)):
-            raise self._bad("a tensor inside its storage", f"one beyond its {len(flat)} elements")
+            found = f"one beyond its {len(flat)} elements"
+            raise self.source.error("a tensor inside its storage", found)
         return flat.as_strided(sides, steps, offset) if count else flat.new_empty(sides)
+
+    def _later_dtype(self, value: object) -> torch.dtype:
+        dtype = _LATER_DTYPES.get(value.path) if isinstance(value, Global) else None
+        if dtype is None:
+            raise self.source.error("a tensor of numbers", "one of another type")
+        return dtype
 
     def _ndarray(self, record: Record) -> npt.NDArray[np.generic]:
         if record.path.endswith("._frombuffer"):
@@ -158,14 +177,15 @@ class Builder:
             fortran = order == "F"
         else:
             if not isinstance(record.state, tuple):
-                raise self._bad("an array", "one without its state")
+                raise self.source.error("an array", "one without its state")
             _, shape, dtype_record, fortran, data = record.state
         dtype, sides = _dtype(dtype_record), self._sides(shape, "array")
         if isinstance(data, list):
-            raise self._bad("a numeric array", "an object array")
+            raise self.source.error("a numeric array", "an object array")
         pixels = self._bytes(data)
         if dtype is None or math.prod(sides) * dtype.itemsize != len(pixels):
-            raise self._bad("a numeric array of its shape", f"{len(pixels)} bytes of another")
+            found = f"{len(pixels)} bytes of another"
+            raise self.source.error("a numeric array of its shape", found)
         values = np.frombuffer(bytearray(pixels), dtype=dtype)
         return values.reshape(sides, order="F" if fortran else "C")
 
@@ -185,7 +205,7 @@ class Builder:
                         return text.encode("latin-1")
                     except UnicodeEncodeError:
                         pass
-        raise self._bad("bytes", "something else")
+        raise self.source.error("bytes", "something else")
 
     def _sides(self, value: object, what: str) -> tuple[int, ...]:
         if isinstance(value, Record) and value.path == "torch.Size" and len(value.args) == 1:
@@ -193,12 +213,9 @@ class Builder:
         sides = tuple(value) if isinstance(value, tuple | list) else (None,)
         counts = tuple(side for side in sides if _is_count(side))
         if len(counts) != len(sides) or len(sides) > 8:
-            raise self._bad(f"an {what}" if what[0] in "aei" else f"a {what}", "an invalid shape")
+            article = "an" if what[0] in "aei" else "a"
+            raise self.source.error(f"{article} {what}", "an invalid shape")
         return counts
-
-    def _bad(self, expected: str, found: str) -> DatasetError:
-        return self.source.error(expected, found)
-
 
 def storage_dtype(storage: object) -> torch.dtype | None:
     """The element type of a storage class named in the tree; None for other names."""

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from robust.datasets.errors import DatasetError
-from robust.datasets.pickle_names import Role, role_of
+from robust.datasets.pickle_names import allowed_name
 
 EXPECTED = "a pickle of tensors, arrays, images and plain containers"
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Global:
     """An allowed name in the pickle, which is not imported."""
 
     path: str
-    role: Role
+    takes_arguments: bool
 
 
 class ByteText(str):
@@ -102,9 +103,6 @@ class _Machine:
             raise ValueError("cut short")
         return self.data[start : self.position]
 
-    def skip(self, length: int) -> None:
-        self.take(length)
-
     def number(self, length: int, *, signed: bool = False) -> int:
         return int.from_bytes(self.take(length), "little", signed=signed)
 
@@ -139,20 +137,8 @@ class _Machine:
         del self.stack[-count:]
         return items
 
-    def drop(self) -> None:
-        self.stack.pop()
-
-    def drop_to_mark(self) -> None:
-        self.since_mark()
-
-    def mark(self) -> None:
-        self.marks.append(len(self.stack))
-
     def remember(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
-
-    def recall(self, index: int) -> None:
-        self.stack.append(self.memo[index])
 
     def append(self, items: list[object]) -> None:
         target = self.stack[-1]
@@ -176,7 +162,9 @@ class _Machine:
     def find(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name that is not text")
-        found = role_of(module, name)
+        if len(module) + len(name) > _LONGEST_NAME:  # matching it again and again takes seconds
+            raise self.refused(f"a name of more than {_LONGEST_NAME} characters")
+        found = allowed_name(module, name)
         if found is None:
             shown = re.sub(r"[^A-Za-z0-9_.<>]", "?", f"{module}.{name}"[:100])
             raise self.refused(f"the name {shown}, which is not allowed")
@@ -186,7 +174,7 @@ class _Machine:
         """Record a call or the creation of an object."""
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise self.refused("a call of something that is not a name")
-        if function.role is Role.STAND_IN and args:
+        if args and not function.takes_arguments:
             raise self.refused(f"a call of {function.path[:100]} with arguments")
         is_dict = function.path == "collections.OrderedDict"
         if is_dict and args:
@@ -221,12 +209,12 @@ def _integer_line(machine: _Machine) -> None:
     machine.push({"00": False, "01": True}[value] if value in ("00", "01") else int(value))
 
 
-_OPERATIONS: dict[int, Callable[[_Machine], None]] = {
+_OPERATIONS: dict[int, Callable[[_Machine], object]] = {
     code[0]: operation
     for code, operation in {
         # Framing: a frame is only a hint about how much to read ahead.
-        pickle.PROTO: lambda m: m.skip(1),
-        pickle.FRAME: lambda m: m.skip(8),
+        pickle.PROTO: lambda m: m.take(1),
+        pickle.FRAME: lambda m: m.take(8),
         # Values.
         pickle.NONE: lambda m: m.push(None),
         pickle.NEWTRUE: lambda m: m.push(True),
@@ -262,21 +250,21 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
         pickle.SETITEMS: lambda m: m.set_items(m.since_mark()),
         pickle.FROZENSET: _frozen_set,
         # Stack and memo.
-        pickle.MARK: lambda m: m.mark(),
-        pickle.POP: lambda m: m.drop(),
-        pickle.POP_MARK: lambda m: m.drop_to_mark(),
+        pickle.MARK: lambda m: m.marks.append(len(m.stack)),
+        pickle.POP: lambda m: m.stack.pop(),
+        pickle.POP_MARK: lambda m: m.since_mark(),
         pickle.BINPUT: lambda m: m.remember(m.number(1)),
         pickle.LONG_BINPUT: lambda m: m.remember(m.number(4)),
         pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
-        pickle.BINGET: lambda m: m.recall(m.number(1)),
-        pickle.LONG_BINGET: lambda m: m.recall(m.number(4)),
+        pickle.BINGET: lambda m: m.push(m.memo[m.number(1)]),
+        pickle.LONG_BINGET: lambda m: m.push(m.memo[m.number(4)]),
         # Names and calls.
         pickle.GLOBAL: lambda m: m.find(m.line(), m.line()),
         pickle.STACK_GLOBAL: lambda m: m.find(*m.last(2)),
         pickle.REDUCE: lambda m: m.call(*m.last(2)),
         pickle.NEWOBJ: lambda m: m.call(*m.last(2)),
         pickle.NEWOBJ_EX: _new_object_with_keywords,
-        pickle.BUILD: lambda m: m.build(),
-        pickle.BINPERSID: lambda m: m.refer(),
+        pickle.BUILD: _Machine.build,
+        pickle.BINPERSID: _Machine.refer,
     }.items()
 }

@@ -1,6 +1,6 @@
 import io
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -119,6 +119,28 @@ def test_labels_of_every_form(save, labels: object) -> None:
     assert same(load_dataset(save(task(labels=labels))))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_boolean_and_unsigned_tensors_are_labels(save, zipped: bool) -> None:
+    for labels in (LABELS > 0, LABELS.to(torch.uint16), LABELS.to(torch.uint64)):
+        value = {"images": IMAGES, "labels": labels, "mask": torch.ones(6, dtype=torch.bool)}
+        dataset = load_dataset(save(value, _use_new_zipfile_serialization=zipped))
+        assert dataset.labels.tolist() == labels.tolist()
+        assert torch.equal(dataset.images, IMAGES)
+    hot = torch.nn.functional.one_hot(LABELS)
+    for labels in (hot.bool(), hot.to(torch.uint16)):
+        value = {"images": IMAGES, "labels": labels}
+        assert same(load_dataset(save(value, _use_new_zipfile_serialization=zipped)))
+    path = save((IMAGES.to(torch.uint16), LABELS), _use_new_zipfile_serialization=zipped)
+    assert refusal(path) == "torch.uint16"
+
+
+def test_paths_and_devices_of_an_object_are_not_built(save) -> None:
+    value = task(root=Path("data"), windows=PureWindowsPath("c:/data"), device=torch.device("cpu"))
+    for protocol in (2, 4):
+        assert same(load_dataset(save(value, pickle_protocol=protocol)))
+    assert refusal(save(task(labels=[Path("data")] * 6))) == "a label of type pathlib.PosixPath"
+
+
 def test_transform_is_not_built(save) -> None:
     transform = transforms.Compose(
         [
@@ -164,6 +186,12 @@ def test_class_names_are_kept(save) -> None:
     value = {"images": IMAGES, "labels": LABELS, "classes": ["cat", "dog", "eel"]}
     assert load_dataset(save(value)).classes == ("cat", "dog", "eel")
     assert refusal(save({**value, "classes": ["cat"]})) == "1 class names and a label 2"
+    numbered = {**value, "classes": {"dog": 1, "eel": 2, "cat": 0}}
+    assert load_dataset(save(numbered)).classes == ("cat", "dog", "eel")
+    for classes in ({"cat": 0, "dog": 1, "eel": 1}, {"cat": [0]}, 3, [1, 2, 3]):
+        dataset = load_dataset(save({**value, "classes": classes}))
+        assert dataset.classes == ("0", "1", "2")
+        assert dataset.changes == ("did not use classes, which is not a list of text",)
 
 
 def test_repeated_image_is_read_once(save, monkeypatch: pytest.MonkeyPatch) -> None:

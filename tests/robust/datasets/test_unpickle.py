@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from robust.datasets import Dataset, DatasetError, load_dataset, load_upload
-from robust.datasets.pickle_names import Role, role_of
+from robust.datasets.pickle_names import allowed_name
 from robust.datasets.unpickle import Record, unpickle
 
 
@@ -70,7 +70,6 @@ CALLS: dict[str, Callable[[str], object]] = {
     "builtins.map": lambda p: Call(map, os.system, [f"touch {p}"]),
     "subprocess.Popen": lambda p: Call(subprocess.Popen, ["touch", p]),
     "subprocess.check_output": lambda p: Call(subprocess.check_output, ["touch", p]),
-    "pathlib.PosixPath": lambda p: Path(p),
     "torch.serialization.load": lambda p: Call(torch.load, p),
     "torch.hub.load": lambda p: Call(torch.hub.load, p),
     "PIL.Image.open": lambda p: Call(Image.open, p),
@@ -185,22 +184,25 @@ def test_names_in_messages_are_cleaned() -> None:
     assert "\x1b" not in found
 
 
-def test_roles() -> None:
-    assert role_of("__main__", "TaskDataset") == ("__main__.TaskDataset", Role.STAND_IN)
-    assert role_of("torch", "ByteStorage") == ("torch.ByteStorage", Role.DATA)
-    assert role_of("torchvision.transforms.v2", "Compose") is not None
+def test_allowed_names() -> None:
+    assert allowed_name("__main__", "TaskDataset") == ("__main__.TaskDataset", False)
+    assert allowed_name("torch", "ByteStorage") == ("torch.ByteStorage", True)
+    assert allowed_name("torchvision.transforms.v2", "Compose") is not None
     for module, name in (
         ("torch", "Tensor"),
         ("torch.nn", "Module"),
         ("torchvision.transforms.functional", "resize"),
         ("torchvision.io", "VideoReader"),
         ("os", "PathLike"),
+        ("pathlib", "os"),
+        ("pathlib", "PosixPath.touch"),
+        ("torch", "device.type"),
         ("numpy", "load"),
         ("multiprocessing.util", "Finalize"),
         ("PIL.ImageFile", "ImageFile"),
         ("", "Foo"),
     ):
-        assert role_of(module, name) is None, (module, name)
+        assert allowed_name(module, name) is None, (module, name)
 
 
 def tensor(size: bytes, stride: bytes, offset: bytes = b"K\0") -> bytes:
@@ -422,3 +424,71 @@ def test_worst_pickles_cost_milliseconds(operations: bytes, found: str) -> None:
     start = time.thread_time()
     assert found in refusal(torch_zip(b"\x80\x02" + operations))
     assert time.thread_time() - start < 1  # some 0.02 s
+
+
+def nested(depth: int) -> object:
+    """A small file, but `2 ** depth` leaves if one follows every reference."""
+    value: object = [0]
+    for _ in range(depth):
+        value = {"a": value, "b": value, "labels": value}
+    return value
+
+
+def holding_itself(kind: type) -> object:
+    value = kind()
+    if isinstance(value, dict):
+        value.update(images=value, labels=value)
+    else:
+        value.extend([value, value])
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (nested(60), "a, b, labels"),
+        ({"images": nested(60), "labels": nested(60)}, "a dict with a, b, labels"),
+        ([nested(60), nested(60)], "a dict with a, b, labels"),
+        ({"images": [nested(60)] * 2, "labels": [nested(60)] * 2}, "a dict with a, b, labels"),
+        (holding_itself(dict), "a dict with images, labels"),
+        (holding_itself(list), "a list of 2"),
+    ],
+    ids=["dict", "fields", "pair", "lists", "dict in itself", "list in itself"],
+)
+def test_nested_values_are_refused_at_once(value: object, found: str) -> None:
+    start = time.thread_time()
+    assert refusal(pickle.dumps(value, 4)) == found
+    assert time.thread_time() - start < 1  # some 0.01 s
+
+
+def test_subset_of_itself_is_refused() -> None:
+    subset = glob("torch.utils.data.dataset", "Subset") + b")\x81q\0}"
+    data = b"\x80\x02" + subset + text("dataset") + b"h\0s" + text("indices") + b"]K\0asb."
+    assert refusal(data) == "subsets of subsets"
+
+
+def repeated_dict() -> bytes:
+    """A list that has the same large dict 20,000 times."""
+    item = {str(key): 0 for key in range(2000)}
+    return pickle.dumps([item | {"image": np.zeros((2, 2), np.uint8), "label": 0}] * 20_000, 4)
+
+
+def repeated_name() -> bytes:
+    """A class of a very long name, 2,000 times."""
+    name = b"X" + struct.pack("<I", 500_000) + b"X" * 500_000
+    return b"\x80\x02" + name + b"q\0" + b"h\0h\0\x930" * 2000 + b"."
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [(repeated_dict(), "20000"), (repeated_name(), "a name of more than 1000 characters")],
+    ids=["dict", "name"],
+)
+def test_repeated_values_cost_milliseconds(data: bytes, found: str) -> None:
+    start = time.thread_time()
+    assert refusal(data + bytes(100_000), max_images=10_000) == found
+    assert time.thread_time() - start < 5  # some 0.1 s; it was more than 30
+
+
+def test_palette_of_a_number_is_refused() -> None:
+    assert refusal(torch_zip(image_pickle([{}, "P", (1, 1), 10**12, b"1"]))) == "another"
