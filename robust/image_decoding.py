@@ -262,8 +262,8 @@ def _draft_scale(header: Header, size: int) -> int:
 def to_rgb(image: Image.Image, *, deep_bits: int = 16) -> Image.Image:
     """Convert any 8- or 16-bit Pillow image to RGB: alpha on white, deep gray scaled and rounded.
 
-    White in a mode of more than 8 bits (`is_deep`) is `2**deep_bits - 1`. Raises ImageError for modes
-    without a fixed range (`I` beyond these bits, `F`).
+    White in a mode of more than 8 bits (`is_deep`) is `2**deep_bits - 1`. Raises ImageError for
+    modes without a fixed range (`I` beyond these bits, `F`).
     """
     transparent = _has_alpha(image)
     if image.mode == "RGB" and not transparent:
