@@ -214,9 +214,7 @@ def _opened(header: Header, size: int | None, *, transparency: bool = False) -> 
     transparent = transparency and is_transparent(image)
     opened = _upright(image, header.size, orientation(header.exif))
     frames = max(opened.frames, header.frames)  # those of a PNG are removed before decoding
-    return replace(
-        opened, frames=frames, deep=header.sample_bits > 8, transparent=transparent
-    )
+    return replace(opened, frames=frames, deep=header.sample_bits > 8, transparent=transparent)
 
 
 def _open_with(

@@ -26,9 +26,7 @@ _SYNONYMS = {
     "evaluation": "test",
     "dev": "validation",
 }
-_SPLIT = re.compile(
-    rf"(?<![a-z])({'|'.join((*TRAIN, *TEST, *_SYNONYMS))})(?![a-z])", re.IGNORECASE
-)
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join((*TRAIN, *TEST, *_SYNONYMS))})(?![a-z])", re.IGNORECASE)
 _MAX_NAMED = 5  # files named in a note or an error
 
 

@@ -3,7 +3,6 @@
 import re
 import sys
 
-
 # Tensors, arrays and images, which pickled.py builds.
 _DATA = frozenset(
     {

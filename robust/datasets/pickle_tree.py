@@ -145,7 +145,9 @@ class Finder:
             try:
                 fitted.add_image(self.builder.image(record))
             except ImageError as error:
-                raise self.source.error(f"image {index} with {error.expected}", error.found) from None
+                raise self.source.error(
+                    f"image {index} with {error.expected}", error.found
+                ) from None
         return fitted.dataset(
             targets, class_names(self.source, targets, classes), changes=self.changes
         )

@@ -217,6 +217,7 @@ class Builder:
             raise self.source.error(f"{article} {what}", "an invalid shape")
         return counts
 
+
 def storage_dtype(storage: object) -> torch.dtype | None:
     """The element type of a storage class named in the tree; None for other names."""
     if not isinstance(storage, Global):

@@ -225,7 +225,7 @@ def test_empty_folder_and_single_class(folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
         for file in folder.rglob("*.*"):
             archive.write(file, f"test/{file.relative_to(folder)}")
-    with pytest.raises(DatasetError, match="files.zip: .* found no image in fox"):
+    with pytest.raises(DatasetError, match=r"files.zip: .* found no image in fox"):
         load_dataset(tmp_path / "files.zip", train=False)
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)

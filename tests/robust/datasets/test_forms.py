@@ -248,7 +248,12 @@ def test_images_of_matlab_in_every_order(tmp_path: Path) -> None:
     for images in (many, many.transpose(1, 2, 3, 0), many.transpose(0, 3, 1, 2)):
         assert same(mat(tmp_path, images, labels), many, labels[:, 0])
     gray = np.repeat(GRAY[..., None], 3, 3)
-    for images in (GRAY, GRAY.transpose(1, 2, 0), GRAY[:, None], GRAY.transpose(1, 2, 0)[:, :, None]):
+    for images in (
+        GRAY,
+        GRAY.transpose(1, 2, 0),
+        GRAY[:, None],
+        GRAY.transpose(1, 2, 0)[:, :, None],
+    ):
         assert same(mat(tmp_path, images, LABELS), gray)
     for images in (ROWS[0], ROWS[:1], ROWS[0][..., None]):
         assert same(mat(tmp_path, images, 2), ROWS[:1], [2])
