@@ -106,7 +106,7 @@ def _split_in_name(source: Source, path: Path) -> str:
     `test/data-00000-of-00001.arrow`. Raises DatasetError for a name with two splits.
     """
     for text in (path.stem, *reversed(path.parent.parts)):
-        words = {word.lower() for word in _SPLIT.findall(text)}
+        words: set[str] = {word.lower() for word in _SPLIT.findall(text)}
         splits = {_SYNONYMS.get(word, word) for word in words}
         if len(splits) > 1:
             raise source.error("one split in the name of a file", text[:100])

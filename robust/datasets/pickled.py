@@ -137,7 +137,9 @@ class Builder:
             except (TypeError, ValueError):
                 raise self.source.error("a palette of bytes", "another") from None
         transparency = info.get("transparency") if isinstance(info, dict) else None
-        if mode == "P" and (_is_byte(transparency) or isinstance(transparency, bytes)):
+        if mode == "P" and isinstance(transparency, bytes):
+            image.info["transparency"] = transparency[:256]  # Pillow fails on more than colors
+        elif mode == "P" and _is_byte(transparency):
             image.info["transparency"] = transparency
         return image
 

@@ -492,3 +492,9 @@ def test_repeated_values_cost_milliseconds(data: bytes, found: str) -> None:
 
 def test_palette_of_a_number_is_refused() -> None:
     assert refusal(torch_zip(image_pickle([{}, "P", (1, 1), 10**12, b"1"]))) == "another"
+
+
+def test_transparency_of_more_than_all_colors_is_cut() -> None:
+    info = {"transparency": bytes(300)}
+    data = torch_zip(image_pickle([info, "P", (1, 1), [1, 2, 3], b"\0"]))
+    assert load_upload(data, None, size=1, max_images=2).images[0].flatten().tolist() == [255] * 3
