@@ -32,7 +32,13 @@ MAX_RESTARTS = 1_000
 MAX_SEED = 2**32 - 1
 
 
-class Size(click.ParamType[float]):
+if TYPE_CHECKING:
+    _FloatType = click.ParamType[float]
+else:  # older versions of click have no generic type
+    _FloatType = click.ParamType
+
+
+class Size(_FloatType):
     """A size in pixel units, ``8/255`` or a number."""
 
     name = "size"
