@@ -413,19 +413,12 @@ def expand_images(names: Sequence[str]) -> list[Path]:
         path, found = Path(name), [Path(name)]
         if path.is_dir():
             found = sorted(
-                item for item in path.iterdir() if item.is_file() and not _is_hidden(item)
+                item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")
             )
         elif not path.exists() and any(mark in name for mark in "*?["):
-            found = sorted(Path(item) for item in glob(name, recursive=True) if _is_file(item))
+            matches = map(Path, glob(name, recursive=True))
+            found = sorted(item for item in matches if item.is_file())
         if not found:
             raise ValueError(f"expected images in {name}, found none")
         paths += found
     return paths
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".")
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).is_file()

@@ -20,7 +20,6 @@ from robust.datasets.registry import data_help
 if TYPE_CHECKING:
     from robust.checkpoint import Checkpoint
     from robust.report.evaluations import Measurement
-    from robust.report.run import TrainingRun
 
 RUNS = "runs"  # folder of runs, in the folder of a checkpoint
 HTML, PDF = "report.html", "report.pdf"
@@ -97,14 +96,16 @@ def report(
     from robust.report.examples import show_examples
     from robust.report.html import render_html
     from robust.report.pdf import render_pdf
+    from robust.report.run import check_belongs, read_run
 
     checkpoint, folder = find_run(run, checkpoint)
-    training = _read_run(folder)
+    training = None if folder is None else read_run(folder)
     loaded = ModelChoice(
         spec=str(checkpoint), device_name=device_name, description=description
     ).load()
     device = loaded.classifier.mean.device
-    _check(training, loaded)
+    if training is not None:
+        check_belongs(training, loaded.sidecar, loaded.path)
     measurements = _read_evaluations(evaluations, loaded)
     shown = None
     if data is not None:
@@ -141,19 +142,6 @@ def find_run(run: Path | None, checkpoint: Path | None) -> tuple[Path, Path | No
     checkpoint = checkpoint or DEFAULT_CHECKPOINT
     default_run = checkpoint.parent / RUNS / checkpoint.stem
     return checkpoint, default_run if default_run.is_dir() else None
-
-
-def _read_run(folder: Path | None) -> TrainingRun | None:
-    from robust.report.run import read_run
-
-    return None if folder is None else read_run(folder)
-
-
-def _check(run: TrainingRun | None, loaded: Checkpoint) -> None:
-    from robust.report.run import check_belongs
-
-    if run is not None:
-        check_belongs(run, loaded.sidecar, loaded.path)
 
 
 def _read_evaluations(paths: tuple[Path, ...], loaded: Checkpoint) -> tuple[Measurement, ...]:
