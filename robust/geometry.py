@@ -28,8 +28,14 @@ def _size(flat: Tensor, norm: Norm) -> Tensor:
     if norm == "linf":
         return torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))
     # Summed in float64: at 224x224 pixels a sum in float32 errs by more than the tolerance of eps.
-    length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).to(flat.dtype)
+    wide = where_float64_exists(flat)
+    length: Tensor = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64).to(flat)
     return length
+
+
+def where_float64_exists(x: Tensor) -> Tensor:
+    """`x`, on the CPU if its device has no float64: Apple's MPS."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def project(x_adv: Tensor, x: Tensor, *, norm: Norm, eps: Tensor | float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust import geometry
 from robust.choices import NORMS, Norm
-from robust.geometry import distance, lengths
+from robust.geometry import distance, lengths, where_float64_exists
 from robust.images import to_float
 from robust.sizes import format_eps, parse_eps
 
@@ -113,11 +113,11 @@ def _shorten(rounded: Tensor, exact: Tensor, reach: float) -> Tensor:
 
     Moves the values first that rounding increased most; moving all of those is enough.
     """
-    whole, fine = rounded.flatten(1).double(), exact.flatten(1).double()
+    whole, fine = (where_float64_exists(levels).flatten(1).double() for levels in (rounded, exact))
     overshoot = whole.abs() - fine.abs()
     order = overshoot.argsort(dim=1, descending=True)
     gain = torch.where(overshoot > 0, 2 * whole.abs() - 1, 0.0).gather(1, order)
     excess = whole.square().sum(dim=1, keepdim=True) - reach**2
     taken = (gain > 0) & (gain.cumsum(dim=1) - gain < excess)
     back = torch.zeros_like(whole).scatter(1, order, taken.double())
-    return (whole - back * whole.sign()).view_as(rounded).to(rounded.dtype)
+    return (whole - back * whole.sign()).to(rounded).view_as(rounded)

@@ -10,7 +10,7 @@ from torch import Tensor
 from robust.attacks.passes import Passes
 from robust.evaluation.journal import Row
 from robust.evaluation.models import check_finite
-from robust.geometry import distance
+from robust.geometry import distance, where_float64_exists
 from robust.threat_model import TOLERANCE, ThreatModel
 
 
@@ -31,13 +31,14 @@ def verify(exact: Passes, x_adv: Tensor, x: Tensor, *, y: Tensor, ball: ThreatMo
     logits = exact.logits(x_adv)
     check_finite(logits)
     predicted = logits.argmax(dim=1)
-    measured = distance(x_adv.double(), x.double(), ball.norm)
+    wide_adv, wide = (where_float64_exists(images).double() for images in (x_adv, x))
+    measured = distance(wide_adv, wide, ball.norm)
     in_range = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
-    in_ball = measured <= ball.eps + TOLERANCE * max(1.0, ball.eps)
+    in_ball = (measured <= ball.eps + TOLERANCE * max(1.0, ball.eps)).to(x.device)
     return Verdict(
         confirmed=(predicted != y) & in_ball & in_range,
         predicted=predicted,
-        distance=measured.float(),
+        distance=measured.float().to(x.device),
     )
 
 

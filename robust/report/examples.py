@@ -119,8 +119,8 @@ def measure_surface(
     for step in steps.flatten().tolist():
         logits = passes.logits((x + step * along_random + steps * along_gradient).clamp(0, 1))
         labels = y.expand(SIDE)
-        loss.append(F.cross_entropy(logits, labels, reduction="none").double().cpu().numpy())
-        margins.append(margin(logits, labels).double().cpu().numpy())
+        loss.append(F.cross_entropy(logits, labels, reduction="none").cpu().double().numpy())
+        margins.append(margin(logits, labels).cpu().double().numpy())
     return Surface(
         number=number,
         label=label,

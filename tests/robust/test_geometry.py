@@ -5,6 +5,7 @@ from torch import Tensor
 
 from robust.choices import NORMS, Norm
 from robust.geometry import distance, lengths, project, projection, steepest
+from robust.threat_model import _shorten
 
 SHAPE = (3, 1, 2, 3)
 eps_values = st.floats(0, 2, width=32)
@@ -59,3 +60,31 @@ def test_distances(a: Tensor, b: Tensor) -> None:
     delta = (a - b).flatten(1)
     torch.testing.assert_close(distance(a, b, "linf"), delta.abs().amax(dim=1))
     torch.testing.assert_close(distance(a, b, "l2"), delta.square().sum(dim=1).sqrt())
+
+
+class OnMps(Tensor):
+    """Stands for a tensor on Apple's MPS: refuses float64 as that does."""
+
+    device = property(lambda self: torch.device("mps"))  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = super().__torch_function__(func, types, args, kwargs)
+        if func is Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return found.as_subclass(Tensor)
+        if isinstance(found, Tensor) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+def test_lengths_are_summed_in_float64_without_it_on_the_device() -> None:
+    x, x_adv = torch.rand(2, 3, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    there, moved = x.as_subclass(OnMps), x_adv.as_subclass(OnMps)
+    found = distance(moved, there, "l2")
+    assert isinstance(found, OnMps)
+    assert found.tolist() == distance(x_adv, x, "l2").tolist()
+    levels, exact = (255 * there).round(), 255 * moved
+    shorter = _shorten(levels, exact, 300.0)
+    assert isinstance(shorter, OnMps)
+    assert shorter.tolist() == _shorten((255 * x).round(), 255 * x_adv, 300.0).tolist()
