@@ -99,6 +99,31 @@ def test_a_device_is_compared_with_the_cpu(
     assert model.moved
 
 
+class Masked(torch.nn.Module):
+    """A model without a gradient at its images: it is 0 there, or they are detached."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = torch.nn.Parameter(torch.randn(3, 4, generator=torch.manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        still = x.detach()
+        if self.scale is not None:
+            still = still + self.scale * (x - still)
+        return still.mean(dim=(2, 3)) @ self.weight
+
+
+@pytest.mark.parametrize("scale", [0.0, None])
+def test_masked_gradients_agree(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "to", lambda self, *_: self)
+    compare_with_cpu(Masked(scale), Device(), 8, moved=Masked(scale))  # type: ignore[arg-type]
+    with pytest.raises(DeviceDisagrees, match="gradients are off by inf"):
+        compare_with_cpu(Masked(scale), Device(), 8, moved=Masked(1.0))  # type: ignore[arg-type]
+    with pytest.raises(DeviceDisagrees, match="gradients are off by 100"):
+        compare_with_cpu(Masked(1.0), Device(), 8, moved=Masked(scale))  # type: ignore[arg-type]
+
+
 @pytest.mark.gpu
 def test_a_gpu_agrees(make_classifier: Callable[..., Classifier]) -> None:
     classifier = make_classifier(activation="silu")
