@@ -11,6 +11,7 @@ from robust.commands.options import (
     AttackCommand,
     ModelChoice,
     attack_options,
+    echo_broken,
     exit_status,
     expand_images,
     json_option,
@@ -65,13 +66,15 @@ def attack(
     For each attack and image it writes two PNG files: the adversarial image, rounded to 8 bits
     inside the ball, and the amplified perturbation (gray: no change). Prediction, success and
     distances are those of the file. IMAGE may be a file, a folder or a pattern such as
-    'photos/*.jpg'. If a file is not an image, the command names it and exits with 1, or 2 if none
-    is an image. Example:
+    'photos/*.jpg'. An image that can't be read, or whose prediction is the target already, is named
+    on standard error; the command attacks the others and exits with 1, or 2 if there are none.
+    Example:
 
     \b
         robust attack examples/cat.jpg --eps 4/255 --target dog --out attacked
     """
-    from robust.prediction import attack_image, find_class
+    from robust.images import to_float
+    from robust.prediction import attack_image, find_class, predict
 
     attacks = resolve_attacks(
         attack_names,
@@ -95,6 +98,12 @@ def attack(
     for item in read:
         image, pixels = item.path, item.pixels
         x = pixels.to(classifier.mean.device)
+        if y is None and target_class is not None:
+            (before,) = predict(classifier, to_float(x).unsqueeze(0))
+            if int(before.argmax()) == target_class:
+                why = f"expected a target other than its prediction, got {classes[target_class]}"
+                broken.append(echo_broken(image, f"{image}: {why}"))
+                continue
         outcomes = [
             attack_image(classifier, x, y, settings=each, target=target_class) for each in attacks
         ]
@@ -110,8 +119,9 @@ def attack(
     about = {"checkpoint": model.spec, "model": loaded.origin(), "weights_sha256": loaded.sha256}
     if json_path is not None:
         several = {"images": reports, "broken": broken}
-        write_report(json_path, about | (reports[0] if len(paths) == len(read) == 1 else several))
-    return exit_status(read, broken)
+        result = reports[0] if len(paths) == len(reports) == 1 else several
+        write_report(json_path, about | result)
+    return exit_status(reports, broken)
 
 
 def _check_eps(threat_model: ThreatModel) -> None:

@@ -384,8 +384,7 @@ def read_images(
             why = str(error)
         except OSError as error:
             why = f"{path}: {(error.strerror or str(error)).lower()}"
-        broken.append({"image": str(path), "error": why})
-        click.echo(f"robust: {plain(why)}", err=True)
+        broken.append(echo_broken(path, why))
     changed: dict[str, list[Path]] = {}
     for image in read:
         for change in image.changes:
@@ -394,6 +393,12 @@ def read_images(
         more = f" and {len(files) - 1} more, each" if len(files) > 1 else ""
         click.echo(f"note: {plain(str(files[0]))}{more}: {change}", err=True)
     return read, broken
+
+
+def echo_broken(path: Path, why: str) -> dict[str, str]:
+    """Print on standard error why an image is left out; return its entry in the JSON."""
+    click.echo(f"robust: {plain(why)}", err=True)
+    return {"image": str(path), "error": why}
 
 
 def exit_status(read: Sequence[object], broken: Sequence[object]) -> int:

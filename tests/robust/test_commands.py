@@ -304,6 +304,35 @@ def test_attack_of_a_folder(
     assert "expected images with different names" in capsys.readouterr().err
 
 
+def test_attack_names_images_already_predicted_as_the_target(
+    checkpoint_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first image is attacked, so the second must not end the command."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    taken = folder / "b.png"
+    taken.write_bytes(photo.read_bytes())
+    target = int(probabilities(checkpoint_path, taken).argmax())
+    for seed in range(100):
+        pixels = torch.randint(256, (3, 1, 1), generator=torch.Generator().manual_seed(seed))
+        (folder / "a.png").write_bytes(encode_png(pixels.to(torch.uint8).expand(3, 32, 32)))
+        if int(probabilities(checkpoint_path, folder / "a.png").argmax()) != target:
+            break
+    out, path = tmp_path / "out", tmp_path / "report.json"
+    arguments = ["attack", str(folder), "--model", str(checkpoint_path), "--attack", "fgsm"]
+    arguments += ["--target", str(target), "--out", str(out), "--json", str(path)]
+    assert run(arguments) == 1
+    name = load_checkpoint(checkpoint_path).sidecar.classes[target]
+    why = f"{taken}: expected a target other than its prediction, got {name}"
+    assert why in capsys.readouterr().err
+    report = json.loads(path.read_text())
+    assert [item["image"] for item in report["images"]] == [str(folder / "a.png")]
+    assert report["broken"] == [{"image": str(taken), "error": why}]
+    arguments[1] = str(taken)
+    assert run(arguments) == 2
+    assert json.loads(path.read_text())["images"] == []
+
+
 def test_attack_with_every_option(robust: Robust, photo: Path, tmp_path: Path) -> None:
     report = json.loads(
         robust(
