@@ -106,7 +106,8 @@ class Client:
 
     `key` is one of the service's API keys, if it has any. Requests refused because the service is
     full or not ready are retried up to `retries` times, after `Retry-After`; `watch` also retries
-    if its connection ends before the evaluation. Every method raises ServiceError.
+    if its connection ends before the evaluation. Methods raise ServiceError, and OSError for a file
+    that they can't read. Raises ValueError for negative `retries`.
     """
 
     def __init__(
@@ -118,11 +119,13 @@ class Client:
         retries: int = 2,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        if retries < 0:
+            raise ValueError(f"expected retries of at least 0, got {retries}")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(
             base_url=address, headers=headers, timeout=timeout, transport=transport
         )
-        self._retries = retries
+        self._timeout, self._retries = timeout, retries
 
     def __enter__(self) -> Self:
         return self
@@ -186,8 +189,15 @@ class Client:
         """
         fields = {"attack": _names(attacks), "dataset": dataset, **parameters}
         files = [] if data is None else [data]
-        prefer = {"Prefer": f"wait={math.ceil(min(wait, MAX_WAIT))}"}
-        return _job(self._post("/evaluate", files, fields, prefer))
+        seconds = math.ceil(min(wait, MAX_WAIT))
+        content = self._post(
+            "/evaluate",
+            files,
+            fields,
+            headers={"Prefer": f"wait={seconds}"},
+            timeout=max(self._timeout, seconds + 10),
+        )
+        return _job(content)
 
     def job(self, id: str) -> Job:
         """The current state of an evaluation."""
@@ -246,17 +256,13 @@ class Client:
             return False
 
     def _post(
-        self,
-        path: str,
-        files: Sequence[Source],
-        fields: Mapping[str, Any],
-        headers: Mapping[str, str] | None = None,
+        self, path: str, files: Sequence[Source], fields: Mapping[str, Any], **more: Any
     ) -> dict[str, Any]:
         given = {name: value for name, value in fields.items() if value is not None}
         # Files are read here, so that a request can be repeated.
         parts = [("file", ("file", _content(file))) for file in files]
         # Without a file httpx sends a URL-encoded form, which the service also accepts.
-        return self._request("POST", path, data=given, files=parts or None, headers=headers)
+        return self._request("POST", path, data=given, files=parts or None, **more)
 
     def _request(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         for left in range(self._retries, -1, -1):

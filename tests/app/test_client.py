@@ -217,6 +217,25 @@ def test_the_service_reads_how_long_to_wait(wait: float, sent: str) -> None:
         assert client.evaluate(b"npz", wait=wait).active
 
 
+@pytest.mark.parametrize(("wait", "timeout"), [(0, 60), (50, 60), (119.5, 130)])
+def test_a_request_that_waits_has_a_longer_timeout(wait: float, timeout: float) -> None:
+    timeouts = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        timeouts.append(request.extensions["timeout"]["read"])
+        return httpx.Response(202, json=job("queued"))
+
+    with Client("http://x", transport=httpx.MockTransport(answer)) as client:
+        client.evaluate(b"npz", wait=wait)
+        client.job("1")
+    assert timeouts == [timeout, 60]
+
+
+def test_negative_retries_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected retries of at least 0, got -1"):
+        Client("http://x", retries=-1)
+
+
 @pytest.mark.parametrize("text", ["<html>log in</html>", "[]"])
 def test_an_answer_that_is_no_json_object_is_an_error(text: str) -> None:
     page = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
