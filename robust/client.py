@@ -7,10 +7,10 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -318,47 +318,34 @@ def _error(response: httpx.Response) -> ServiceError:
     return ServiceError(response.status_code, problem, float(after) if after.isdigit() else None)
 
 
-def _class(item: Mapping[str, Any]) -> Class:
-    return Class(label=item["label"], index=item["index"], probability=item["probability"])
+T = TypeVar("T", bound=Class | Transfer | Attack | Job)
+
+
+def _read(kind: type[T], item: Mapping[str, Any], **read: Any) -> T:
+    """The object with the fields that `item` has under their names, and those `read` already."""
+    named = {field.name: item[field.name] for field in fields(kind) if field.name in item}
+    return kind(**named | read)
 
 
 def _prediction(item: Mapping[str, Any]) -> Prediction:
-    return Prediction(
-        label=item["label"],
-        index=item["index"],
-        probability=item["probability"],
-        top=tuple(_class(other) for other in item["top"]),
-    )
-
-
-def _transfer(item: Mapping[str, Any]) -> Transfer:
-    return Transfer(after=_prediction(item["after"]), outcome=item["outcome"])
+    return _read(Prediction, item, top=tuple(_read(Class, other) for other in item["top"]))
 
 
 def _attack(item: Mapping[str, Any], before: Mapping[str, Any]) -> Attack:
     transfer = item.get("transfer")  # an older service has none
-    return Attack(
+    if transfer is not None:
+        transfer = _read(Transfer, transfer, after=_prediction(transfer["after"]))
+    return _read(
+        Attack,
+        item,
         name=item["parameters"]["attack"],
-        parameters=item["parameters"],
         before=_prediction(before),
         after=_prediction(item["after"]),
-        outcome=item["outcome"],
-        success=item["success"],
-        linf=item["linf"],
-        l2=item["l2"],
-        seconds=item["seconds"],
         image=base64.b64decode(item["adversarial_png"]),
         perturbation=base64.b64decode(item["perturbation_png"]),
-        transfer=None if transfer is None else _transfer(transfer),
+        transfer=transfer,
     )
 
 
 def _job(item: Mapping[str, Any]) -> Job:
-    return Job(
-        id=item["id"],
-        state=item["state"],
-        model_sha256=item["model_sha256"],
-        images=item["images"],
-        evaluation=item["evaluation"],
-        error=item["error"],
-    )
+    return _read(Job, item)
