@@ -218,6 +218,8 @@ class _QueryLoop:
 
     def _room_to_speculate(self, rows: int) -> int:
         """How many speculative queries per row fit in a pass and save time."""
+        if self.algorithm.allow_parallel_runs:
+            return 0  # a run that ends drops others only if they are waiting
         most = self.batch_size
         if self.inputs.device.type == "cpu":
             most = min(most, MAX_SPECULATIVE_PASS)

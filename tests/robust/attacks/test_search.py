@@ -174,6 +174,22 @@ def test_parallel_runs_change_nothing_but_the_passes_spent(
     assert sum(curved.calls) == int(parallel.forwards.sum()) >= int(in_order.forwards.sum())
 
 
+def test_runs_of_a_fooled_image_end_in_half_empty_batches_too(
+    curved: nn.Module, images: Tensor, y: Tensor
+) -> None:
+    """One image at a time, whose two runs leave room to speculate."""
+    algorithm, eps = FAB(norm="linf", steps=10, runs=2), 0.006
+    fooled = 0
+    for at in torch.arange(12).split(1):
+        in_order = searched(InOrder(algorithm), curved, images[at], y[at], eps)  # type: ignore[arg-type]
+        curved.calls.clear()
+        found = searched(algorithm, curved, images[at], y[at], eps, batch_size=4)
+        assert_same(found, in_order)
+        assert sum(curved.calls) == int(found.forwards.sum())
+        fooled += int(found.success)
+    assert 1 < fooled
+
+
 def test_each_image_has_its_own_eps(curved: nn.Module, images: Tensor, y: Tensor) -> None:
     eps = torch.linspace(0, 0.1, 12)
     for algorithm in (
