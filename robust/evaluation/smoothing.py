@@ -16,6 +16,7 @@ from torch import Tensor
 from robust.attacks import Model, frozen
 from robust.attacks.checks import check_counts
 from robust.evaluation.models import check_finite
+from robust.evaluation.precision import full_float32
 
 ABSTAINED = -1
 SELECTED = 100  # noisy copies that select the class; further ones estimate its probability
@@ -30,6 +31,7 @@ class Certificate:
     radius: float  # in pixel units; 0 if it abstained
 
 
+@full_float32()
 def certify(
     model: Model,
     image: Tensor,
@@ -42,9 +44,9 @@ def certify(
 ) -> Certificate:
     """Certify an image float32 (C, H, W) in [0, 1] under Gaussian noise of deviation `sigma`.
 
-    `samples` noisy copies are classified; the radius is wrong with probability `alpha` at most.
-    `generator` is on the CPU. Raises ValueError for an invalid sigma, alpha or count, and
-    ModelError for logits that are not finite.
+    `samples` noisy copies are classified, in full float32; the radius is wrong with probability
+    `alpha` at most. `generator` is on the CPU. Raises ValueError for an invalid sigma, alpha or
+    count, and ModelError for logits that are not finite.
     """
     if not 0 < sigma < math.inf or not 0 < alpha < 1:
         raise ValueError(

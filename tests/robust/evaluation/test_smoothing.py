@@ -53,6 +53,19 @@ def test_fewer_samples_certify_a_smaller_radius() -> None:
     assert 0 < certified(1.0, samples=100).radius < certified(1.0, samples=1000).radius
 
 
+def test_noisy_copies_are_classified_in_full_float32() -> None:
+    model, image = half_space(1.0)
+    seen = set()
+
+    def watched(x: Tensor) -> Tensor:
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return model(x)
+
+    generator = torch.Generator().manual_seed(0)
+    certify(watched, image, sigma=0.5, samples=100, generator=generator)
+    assert seen == {"ieee"}
+
+
 def test_clopper_pearson_bounds() -> None:
     scipy = pytest.importorskip("scipy.stats")
     for seen, n in ((1, 10), (7, 10), (990, 1000), (9_999, 10_000)):
