@@ -70,8 +70,9 @@ class Cast(nn.Module):
 def in_bfloat16(model: InferenceClassifier) -> InferenceClassifier | None:
     """A copy of `model` whose convolutions multiply in bfloat16, for searches.
 
-    The first convolution, the pooling and the head stay float32: a bfloat16 pixel above 0.5 is a
-    multiple of 1/256, and logits need more precision than bfloat16. Faster only on processors with
+    The first convolution, the head and a pooling that is a module `avgpool` stay float32: a
+    bfloat16 pixel above 0.5 is a multiple of 1/256, and logits need more precision than bfloat16.
+    Other networks average the last feature map in bfloat16. Faster only on processors with
     bfloat16 instructions; unlike autocast it casts no weights in a pass. None for a network that
     does not start with a convolution `conv1`.
     """
