@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
+from typing import ClassVar, Generic
 
 import torch
 from torch import Tensor
@@ -12,9 +11,6 @@ from torch import Tensor
 from robust.attacks.checks import check_counts
 from robust.attacks.rows import Rows, S
 from robust.choices import Norm
-
-if TYPE_CHECKING:
-    from robust.attacks.settings import AttackSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,31 +32,11 @@ class Algorithm(Generic[S]):
     uses_gradient: ClassVar[bool] = True  # whether it needs gradients at all
     needs_clean_logits: ClassVar[bool] = False  # whether `begin` reads `rows.clean_logits`
     needs_float32: ClassVar[bool] = False  # whether it ends right at the decision boundary
-    searches_8_bit: ClassVar[bool] = False  # whether it has the option `eight_bit`
     # Whether a run may start before the previous one has failed, to fill a batch.
     allow_parallel_runs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, restarts=self.runs)
-
-    @classmethod
-    def from_settings(
-        cls,
-        settings: AttackSettings,
-        *,
-        early_stop: bool,
-        targeted: bool,
-        options: Mapping[str, Any],
-    ) -> Self:
-        """The algorithm with the budget of `settings` and the `options` of its registry entry."""
-        values: dict[str, Any] = {
-            "norm": settings.threat_model.norm,
-            "steps": settings.steps,
-            "runs": settings.restarts,
-            "early_stop": early_stop,
-            "targeted": targeted,
-        }
-        return cls(**values | dict(options))
 
     @classmethod
     def default_alpha(cls, eps: float, steps: int) -> float:

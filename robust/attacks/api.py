@@ -259,7 +259,6 @@ def minimal(
         steps=steps,
         restarts=restarts,
         rounds=rounds,
-        early_stop=False,
         targeted=call.get("target") is not None,
     )
     return run_algorithm(model, algorithm, x, y, **call)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from robust.attacks.losses import logit_gap, targeted_dlr
 from robust.attacks.rows import Rows
 from robust.choices import Norm
 from robust.geometry import column, lengths
-
-if TYPE_CHECKING:
-    from robust.attacks.settings import AttackSettings
 
 CANDIDATES = 100  # maximum target classes to measure, the likeliest first
 
@@ -50,20 +46,6 @@ class MALT(APGD):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(targets=self.targets, candidates=self.candidates)
-
-    @classmethod
-    def from_settings(
-        cls,
-        settings: AttackSettings,
-        *,
-        early_stop: bool,
-        targeted: bool,
-        options: Mapping[str, Any],
-    ) -> Self:
-        own = {**options, "targets": settings.entry.targets, "runs": 1}
-        return super().from_settings(
-            settings, early_stop=early_stop, targeted=targeted, options=own
-        )
 
     @property
     def cost(self) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from robust.attacks.losses import margin
 from robust.attacks.pgd import ascend, default_alpha, random_point
 from robust.attacks.rows import Rows, Table
 from robust.geometry import column, distance
-
-if TYPE_CHECKING:
-    from robust.attacks.settings import AttackSettings
 
 ROUNDS = 10  # bisections, which give eps to a thousandth of its maximum
 
@@ -43,31 +39,17 @@ class Minimal(Algorithm[MinimalState]):
     points. It ends at its first success.
     """
 
+    early_stop: bool = field(default=False, init=False)  # a smaller eps may fool the model too
     restarts: int = 1
     rounds: int = ROUNDS
     eight_bit: bool = False  # whether every point that is tried is an 8-bit image, as `x` is
 
     needs_float32: ClassVar[bool] = True
-    searches_8_bit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, restarts=self.restarts)
         if self.rounds < 0:
             raise ValueError(f"expected rounds as a whole number of at least 0, got {self.rounds}")
-
-    @classmethod
-    def from_settings(
-        cls,
-        settings: AttackSettings,
-        *,
-        early_stop: bool,
-        targeted: bool,
-        options: Mapping[str, Any],
-    ) -> Self:
-        own = {"runs": 1, "restarts": settings.restarts}
-        return super().from_settings(
-            settings, early_stop=False, targeted=targeted, options={**own, **options}
-        )
 
     @property
     def cost(self) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -15,9 +13,6 @@ from robust.attacks.noise import normal, uniform
 from robust.attacks.rows import Rows, Table
 from robust.choices import Norm
 from robust.geometry import column, lengths, project, steepest
-
-if TYPE_CHECKING:
-    from robust.attacks.settings import AttackSettings
 
 
 @dataclass(kw_only=True)
@@ -40,21 +35,6 @@ class PGD(Algorithm[PGDState]):
         check_loss(self.loss_name)
         if not self.relative_alpha >= 0:
             raise ValueError(f"expected alpha of at least 0, got {self.relative_alpha:g} times eps")
-
-    @classmethod
-    def from_settings(
-        cls,
-        settings: AttackSettings,
-        *,
-        early_stop: bool,
-        targeted: bool,
-        options: Mapping[str, Any],
-    ) -> Self:
-        alpha = relative(settings.alpha, settings.threat_model.eps)
-        own = {"relative_alpha": alpha, "random_start": settings.random_start}
-        return super().from_settings(
-            settings, early_stop=early_stop, targeted=targeted, options={**own, **options}
-        )
 
     @classmethod
     def default_alpha(cls, eps: float, steps: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from robust.attacks.algorithm import Algorithm
 from robust.attacks.checks import check_counts
 from robust.attacks.frozen import Model
 from robust.attacks.losses import classes_needed
-from robust.attacks.pgd import PGD
+from robust.attacks.pgd import PGD, relative
 from robust.attacks.result import AttackResult
 from robust.attacks.run import run_algorithm, run_stages
 from robust.attacks.search import Cancelled
@@ -129,15 +129,22 @@ class AttackSettings:
     ) -> Algorithm[Any]:
         """The algorithm that the search runs. Raises ValueError for a multi-stage attack."""
         kind = self.entry.load()
-        options: dict[str, Any] = {"runs": self.entry.targets} if self.entry.targets else {}
-        if eight_bit and kind.searches_8_bit:
-            options["eight_bit"] = True
-        return kind.from_settings(
-            self,
-            early_stop=early_stop,
-            targeted=targeted,
-            options={**options, **self.entry.options},
-        )
+        values: dict[str, Any] = {
+            "norm": self.threat_model.norm,
+            "steps": self.steps,
+            "early_stop": early_stop,
+            "targeted": targeted,
+            "relative_alpha": relative(self.alpha, self.threat_model.eps),
+            "random_start": self.random_start,
+            "restarts": self.restarts,
+            "targets": self.entry.targets,
+            "eight_bit": eight_bit,
+        }
+        names = {item.name for item in fields(kind) if item.init}
+        if not names & {"restarts", "targets"}:  # those are taken in turn within one run
+            values["runs"] = self.entry.targets or self.restarts
+        known = {name: value for name, value in values.items() if name in names}
+        return kind(**known | dict(self.entry.options))
 
     def run(
         self,
