@@ -34,27 +34,26 @@ class MALT(APGD):
 
     The network is linearized at the image: it predicts another class at an eps equal to the gap
     between the two logits divided by the dual norm of the difference of their gradients. One query
-    with gradient measures this for each of the `candidates` likeliest other classes; then the
-    closest ones are attacked in turn. Source: Melamed et al. 2024, arXiv:2407.02240.
+    with gradient measures this for each of the 100 likeliest other classes; then the closest
+    ones are attacked in turn. Source: Melamed et al. 2024, arXiv:2407.02240.
     """
 
     targets: int = 1
-    candidates: int = CANDIDATES
 
     needs_clean_logits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(targets=self.targets, candidates=self.candidates)
+        check_counts(targets=self.targets)
 
     @property
     def cost(self) -> int:
-        return 1 + 2 * self.candidates + self.targets * (2 * self.steps + 1)
+        return 1 + 2 * CANDIDATES + self.targets * (2 * self.steps + 1)
 
     def begin(self, rows: Rows[Any]) -> MALTState:
         assert rows.clean_logits is not None
         others = rows.clean_logits.scatter(1, rows.y.unsqueeze(1), -torch.inf)
-        count = min(self.candidates, others.shape[1] - 1)
+        count = min(CANDIDATES, others.shape[1] - 1)
         candidates = others.topk(count, dim=1).indices
         zeros = torch.zeros_like(rows.y)
         rows.target = candidates[:, 0]

@@ -95,5 +95,5 @@ def test_its_settings() -> None:
     assert isinstance(algorithm, MALT)
     assert (algorithm.targets, algorithm.steps, algorithm.runs) == (3, 50, 1)
     assert attack.cost == 1 + 2 * 100 + 3 * 101
-    with pytest.raises(ValueError, match="candidates as a whole number of at least 1, got 0"):
-        MALT(norm="linf", steps=1, candidates=0)
+    with pytest.raises(ValueError, match="targets as a whole number of at least 1, got 0"):
+        MALT(norm="linf", steps=1, targets=0)
