@@ -29,7 +29,7 @@ from robust.attack_registry import REGISTRY
 from robust.attacks import fgsm, resolve_attack
 from robust.attacks.algorithm import Algorithm
 from robust.attacks.apgd import APGD, TargetedAPGD, random_surface
-from robust.attacks.fab import FAB, to_hyperplane
+from robust.attacks.fab import FAB, hyperplane
 from robust.attacks.frozen import frozen
 from robust.attacks.noise import image_keys
 from robust.attacks.rows import Rows
@@ -107,7 +107,7 @@ def projections(reference: Any) -> Table:
             gap = reach * (w.abs() * room).flatten(1).sum(dim=1)
             offset = (w * x).flatten(1).sum(dim=1)
             theirs = project(x.flatten(1), w.flatten(1), offset + gap).view_as(x)
-            ours = to_hyperplane(x, w, gap, norm)
+            ours = hyperplane(w, norm)(x, gap)
             size = lengths(ours, norm).flatten()
             table.append(
                 {

@@ -104,17 +104,11 @@ class FAB(Algorithm[FABState]):
         return ahead.lerp_(torch.add(x, from_x, alpha=ETA), weight).clamp_(0, 1)
 
 
-def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
-    """The shortest step d in `norm` with <w, d> = gap and x + d in [0, 1].
-
-    If there is none, the step to the corner of the pixel box that comes closest. `x` and `w` are
-    float32 (N, C, H, W), `gap` is float32 (N,).
-    """
-    return hyperplane(w, norm)(x, gap)
-
-
 def hyperplane(w: Tensor, norm: Norm) -> Callable[[Tensor, Tensor], Tensor]:
-    """`to_hyperplane` with a fixed `w`, as a function of `x` and `gap`.
+    """A function of `x` and `gap` to the shortest step d with <w, d> = gap and x + d in [0, 1].
+
+    If there is none, the step to the corner of the pixel box that comes closest; lengths are in
+    `norm`. `x` and `w` are float32 (N, C, H, W), `gap` is float32 (N,).
 
     Each pixel moves by t under `linf`, by t * w under `l2`, until it reaches 0 or 1. The gain
     <w, d> is concave and piecewise linear in t, so Newton's method from t = 0 never overshoots and

@@ -8,7 +8,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from robust.attacks import fab_t
-from robust.attacks.fab import FAB, to_hyperplane
+from robust.attacks.fab import FAB, hyperplane
 from robust.attacks.run import run_algorithm
 from robust.choices import Norm
 from robust.geometry import lengths
@@ -25,7 +25,7 @@ problems = st.tuples(
 
 def solve(x: list[float], w: list[float], gap: float, norm: Norm) -> Tensor:
     images = torch.tensor(x).view(1, 1, 1, SIZE)
-    return to_hyperplane(images, torch.tensor(w).view_as(images), torch.tensor([gap]), norm)
+    return hyperplane(torch.tensor(w).view_as(images), norm)(images, torch.tensor([gap]))
 
 
 def most(x: list[float], w: list[float], sign: float) -> float:
