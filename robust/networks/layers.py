@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def convolution(channels: int, out: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """A square convolution without bias whose padding keeps the side at stride 1."""
+def convolution(
+    channels: int, out: int, size: int, stride: int = 1, *, same: bool = False
+) -> nn.Conv2d:
+    """A square convolution without bias whose padding keeps the side at stride 1.
+
+    With `same` a 3x3 one pads an even side like TensorFlow's `SAME`.
+    """
+    if same and stride == 2:
+        return SameConv2d(channels, out)
     return nn.Conv2d(channels, out, size, stride=stride, padding=size // 2, bias=False)
 
 
@@ -25,11 +32,6 @@ class SameConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Images (N, C, H, W) with even H and W to (N, out, H/2, W/2)."""
         return super().forward(F.pad(input, (0, 1, 0, 1)))
-
-
-def same_convolution(channels: int, out: int, stride: int) -> nn.Conv2d:
-    """A 3x3 convolution with the padding of TensorFlow's `SAME` for an even side."""
-    return SameConv2d(channels, out) if stride == 2 else convolution(channels, out, 3)
 
 
 def activation_module(name: str) -> nn.Module:

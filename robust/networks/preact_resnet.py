@@ -27,7 +27,6 @@ from robust.networks.layers import (
     activation_module,
     convolution,
     initialize_convolutions,
-    same_convolution,
 )
 from robust.networks.resnet import STAGES, WIDTH, stage_depths
 
@@ -57,6 +56,7 @@ class PreActBlock(nn.Module):
     ) -> None:
         super().__init__()
         out = width * 4 if bottleneck else width
+        same = variant == "deepmind"
         self.raw_shortcut = variant in ("raw-shortcut", "deepmind") and not bottleneck
         self.activation = activation_module(activation)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -67,22 +67,13 @@ class PreActBlock(nn.Module):
             self.bn3 = nn.BatchNorm2d(width)
             self.conv3 = convolution(width, out, 1)
         else:
-            same = variant == "deepmind"
-            self.conv1 = (
-                same_convolution(channels, width, stride)
-                if same
-                else convolution(channels, width, 3, stride)
-            )
+            self.conv1 = convolution(channels, width, 3, stride, same=same)
             self.bn2 = nn.BatchNorm2d(width)
             self.conv2 = convolution(width, width, 3)
         self.convolutions = ("conv1", "conv2", "conv3") if bottleneck else ("conv1", "conv2")
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or channels != out:
-            projection = (
-                same_convolution(channels, out, stride)
-                if variant == "deepmind"
-                else convolution(channels, out, 1, stride)
-            )
+            projection = convolution(channels, out, 3 if same else 1, stride, same=same)
             self.shortcut = nn.Sequential(projection)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from robust.networks.layers import (
     activation_module,
     convolution,
     initialize_convolutions,
-    same_convolution,
 )
 
 if TYPE_CHECKING:
@@ -39,14 +38,9 @@ class WideBlock(nn.Module):
         self, channels: int, out: int, *, stride: int, variant: str, activation: str
     ) -> None:
         super().__init__()
-        same = variant == "deepmind"
         self.activation = activation_module(activation)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv1 = (
-            same_convolution(channels, out, stride)
-            if same
-            else convolution(channels, out, 3, stride)
-        )
+        self.conv1 = convolution(channels, out, 3, stride, same=variant == "deepmind")
         self.bn2 = nn.BatchNorm2d(out)
         self.conv2 = convolution(out, out, 3)
         self.convShortcut: nn.Conv2d | None = None  # the key's own spelling
