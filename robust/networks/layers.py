@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodDescriptorType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def convolution(
@@ -37,6 +39,13 @@ class SameConv2d(nn.Conv2d):
 def activation_module(name: str) -> nn.Module:
     """`relu` or `silu`, computed in place where gradients allow it."""
     return nn.SiLU() if name == "silu" else nn.ReLU(inplace=True)
+
+
+def named_blocks(net: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
+    """The modules of these kinds, in the order of the forward pass, with their names."""
+    for name, module in net.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
 
 
 def initialize_convolutions(net: nn.Module) -> None:

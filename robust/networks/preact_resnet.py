@@ -27,6 +27,7 @@ from robust.networks.layers import (
     activation_module,
     convolution,
     initialize_convolutions,
+    named_blocks,
 )
 from robust.networks.resnet import STAGES, WIDTH, stage_depths
 
@@ -118,12 +119,6 @@ class PreActResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
         initialize_convolutions(self)
 
-    def named_blocks(self) -> Iterator[tuple[str, PreActBlock]]:
-        """All blocks in the order of the forward pass, each with its name in the state dict."""
-        for name, module in self.named_modules():
-            if isinstance(module, PreActBlock):
-                yield name, module
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         for stage in range(STAGES):
@@ -203,16 +198,14 @@ def _own_key(key: str) -> str:
 
 def norm_pairs(net: nn.Module) -> Iterator[tuple[str, str]]:
     """Inside a block each convolution except the last is followed by a norm."""
-    assert isinstance(net, PreActResNet)
-    for name, block in net.named_blocks():
+    for name, block in named_blocks(net, PreActBlock):
         for number in range(1, len(block.convolutions)):
             yield f"{name}.conv{number}", f"{name}.bn{number + 1}"
 
 
 def residual_ends(net: nn.Module) -> Iterator[Tensor]:
     """The last convolution: a norm with scale 0 before the activation would never learn."""
-    assert isinstance(net, PreActResNet)
-    for _, block in net.named_blocks():
+    for _, block in named_blocks(net, PreActBlock):
         weight = block.get_submodule(block.convolutions[-1]).weight
         assert isinstance(weight, Tensor)
         yield weight
@@ -221,7 +214,7 @@ def residual_ends(net: nn.Module) -> Iterator[Tensor]:
 def onnx(graph: GraphBuilder, net: PreActResNet, x: FeatureMap) -> None:
     """The folded network, layer by layer."""
     x = graph.convolve(x, net.conv1)
-    for _, block in net.named_blocks():
+    for _, block in named_blocks(net, PreActBlock):
         out = graph.activate(graph.norm(x, block.bn1), block.activation)
         if block.shortcut is not None:
             x = graph.convolve(x if block.raw_shortcut else out, block.shortcut.get_submodule("0"))

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from robust.choices import IMAGENET
 from robust.networks.family import Family, Reading, Shapes, UnknownLayout
-from robust.networks.layers import activation_module, convolution, initialize_convolutions
+from robust.networks.layers import (
+    activation_module,
+    convolution,
+    initialize_convolutions,
+    named_blocks,
+)
 
 if TYPE_CHECKING:
     from robust.graph import FeatureMap, GraphBuilder
@@ -109,12 +114,6 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
         initialize_convolutions(self)
-
-    def named_blocks(self) -> Iterator[tuple[str, Block]]:
-        """All blocks in the order of the forward pass, each with its name in the state dict."""
-        for name, module in self.named_modules():
-            if isinstance(module, BasicBlock | Bottleneck):
-                yield name, module
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -215,11 +214,14 @@ def _own_key(key: str) -> str:
     return re.sub(r"^linear\.", "fc.", key.replace(".shortcut.", ".downsample."))
 
 
+def _named_blocks(net: nn.Module) -> Iterator[tuple[str, Block]]:
+    return named_blocks(net, BasicBlock, Bottleneck)
+
+
 def norm_pairs(net: nn.Module) -> Iterator[tuple[str, str]]:
     """Every convolution with the batch norm that follows it."""
-    assert isinstance(net, ResNet)
     yield "conv1", "bn1"
-    for name, block in net.named_blocks():
+    for name, block in _named_blocks(net):
         for convolution_name in block.convolutions:
             yield f"{name}.{convolution_name}", f"{name}.{convolution_name.replace('conv', 'bn')}"
         if block.downsample is not None:
@@ -228,8 +230,7 @@ def norm_pairs(net: nn.Module) -> Iterator[tuple[str, str]]:
 
 def residual_ends(net: nn.Module) -> Iterator[Tensor]:
     """The scale of each branch's last norm."""
-    assert isinstance(net, ResNet)
-    for _, block in net.named_blocks():
+    for _, block in _named_blocks(net):
         yield (block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight
 
 
@@ -238,7 +239,7 @@ def onnx(graph: GraphBuilder, net: ResNet, x: FeatureMap) -> None:
     x = graph.activate(graph.convolve(x, net.conv1), net.relu)
     if isinstance(net.maxpool, nn.MaxPool2d):
         x = graph.pool(x)
-    for _, block in net.named_blocks():
+    for _, block in _named_blocks(net):
         shortcut = x
         if block.downsample is not None:
             shortcut = graph.convolve(x, block.downsample.get_submodule("0"))

@@ -20,6 +20,7 @@ from robust.networks.layers import (
     activation_module,
     convolution,
     initialize_convolutions,
+    named_blocks,
 )
 
 if TYPE_CHECKING:
@@ -95,12 +96,6 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
         initialize_convolutions(self)
-
-    def named_blocks(self) -> Iterator[tuple[str, WideBlock]]:
-        """All blocks in the order of the forward pass, each with its name in the state dict."""
-        for name, module in self.named_modules():
-            if isinstance(module, WideBlock):
-                yield name, module
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
@@ -193,22 +188,20 @@ def _own_key(key: str) -> str:
 
 def norm_pairs(net: nn.Module) -> Iterator[tuple[str, str]]:
     """The first convolution of each block is followed by the second norm."""
-    assert isinstance(net, WideResNet)
-    for name, _ in net.named_blocks():
+    for name, _ in named_blocks(net, WideBlock):
         yield f"{name}.conv1", f"{name}.bn2"
 
 
 def residual_ends(net: nn.Module) -> Iterator[Tensor]:
     """The last convolution: a norm with scale 0 before the activation would never learn."""
-    assert isinstance(net, WideResNet)
-    for _, block in net.named_blocks():
+    for _, block in named_blocks(net, WideBlock):
         yield block.conv2.weight
 
 
 def onnx(graph: GraphBuilder, net: WideResNet, x: FeatureMap) -> None:
     """The folded network, layer by layer."""
     x = graph.convolve(x, net.conv1)
-    for _, block in net.named_blocks():
+    for _, block in named_blocks(net, WideBlock):
         out = graph.activate(graph.norm(x, block.bn1), block.activation)
         if block.convShortcut is not None:
             x = graph.convolve(out, block.convShortcut)
