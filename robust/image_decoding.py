@@ -78,17 +78,6 @@ class DecodeCost:
     A unit takes 1 to 50 ns of a core: 10 million are half a second at most."""
 
 
-def decode_cost(data: bytes, *, size: int, max_pixels: int = MAX_PIXELS) -> DecodeCost:
-    """The cost of `read_pixels(data, size, max_pixels=...)`, from the header alone.
-
-    Decodes nothing, allocates less than three times `len(data)`, and takes linear time:
-    milliseconds for megabytes of the worst input. Call it before admitting an image: limit the
-    total `memory` of images being decoded, and send images with too much `work` for a thread to a
-    worker. Raises ImageError like `read_header`; an image that passes may still be broken.
-    """
-    return _cost(read_header(data, max_pixels=max_pixels), size)
-
-
 def _cost(header: Header, size: int | None) -> DecodeCost:
     width, height = header.size
     scale = 1 if size is None else _draft_scale(header, size)
@@ -136,7 +125,9 @@ def read_cheap_pixels(
 ) -> Pixels | DecodeCost:
     """The result of `read_pixels`, or only the cost if it exceeds `most` in memory or work.
 
-    Raises ImageError, and nothing else.
+    The cost is computed from the header alone: without decoding, with less than three times
+    `len(data)` of memory, in linear time, milliseconds for megabytes of the worst input. Raises
+    ImageError, and nothing else.
     """
     header = read_header(data, max_pixels=max_pixels)
     cost = _cost(header, size)

@@ -1,4 +1,4 @@
-"""Images as tensors: from bytes to the model's input, and 8-bit tensors to and from PNG.
+"""Images as tensors: from bytes to the model's input, and from 8-bit tensors to PNG.
 
 `image_decoding.py` does the work, without torch.
 """
@@ -12,12 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from robust.image_decoding import (
-    DecodeCost,
-    decode_cost,
     decode_image,
     fit_pixels,
     open_image,
-    pixels_of,
     read_pixels,
     to_rgb,
 )
@@ -25,12 +22,9 @@ from robust.image_headers import MAX_PIXELS, ErrorKind, ImageError
 
 __all__ = [
     "MAX_PIXELS",
-    "DecodeCost",
     "ErrorKind",
     "ImageError",
-    "decode_cost",
     "decode_image",
-    "decode_png",
     "encode_png",
     "fit_image",
     "open_image",
@@ -80,11 +74,3 @@ def encode_png(image: Tensor) -> bytes:
     pixels = image.detach().cpu().permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def decode_png(data: bytes) -> Tensor:
-    """Decode an image to uint8 `(3, H, W)` at its own size, the inverse of `encode_png`.
-
-    Raises ImageError as `decode_image` does.
-    """
-    return torch.from_numpy(pixels_of(decode_image(data)))

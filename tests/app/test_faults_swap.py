@@ -17,10 +17,11 @@ import pytest
 
 from app.settings import Settings
 from robust.checkpoint import load_checkpoint
-from robust.images import decode_png, to_float
+from robust.images import to_float
 from robust.prediction import predict
 from tests.app.conftest import write_checkpoint
 from tests.support.faults import prediction
+from tests.support.images import decode_png
 from tests.support.serving import png, serving, until
 
 ROOT = Path(__file__).parents[2]

@@ -21,11 +21,12 @@ from robust.commands.output import Progress, write_report
 from robust.datasets import load_dataset
 from robust.device import DeviceDisagrees
 from robust.files import sha256_file
-from robust.images import decode_png, encode_png, to_float
+from robust.images import encode_png, to_float
 from robust.matching import match_classes
 from robust.prediction import predict
 from robust.sidecar import DataRecord
 from robust_cli import run
+from tests.support.images import decode_png
 
 Robust = Callable[..., str]
 

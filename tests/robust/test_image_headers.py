@@ -18,11 +18,11 @@ from PIL import Image
 from robust.image_headers import MAX_SCANS, read_header
 from robust.images import (
     ImageError,
-    decode_cost,
     decode_image,
     fit_image,
     read_image,
 )
+from tests.support.images import decode_cost
 
 MIB8 = 8 << 20
 STATUS = Path("/proc/self/status")

@@ -10,7 +10,6 @@ from PIL import Image
 from robust.images import (
     ImageError,
     decode_image,
-    decode_png,
     encode_png,
     fit_image,
     open_image,
@@ -18,6 +17,7 @@ from robust.images import (
     to_rgb,
     to_uint8,
 )
+from tests.support.images import decode_png
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from robust.attacks import resolve_attack
 from robust.classifier import Classifier
-from robust.images import decode_png, encode_png, to_float
+from robust.images import encode_png, to_float
 from robust.prediction import (
     AttackOutcome,
     amplify,
@@ -17,6 +17,7 @@ from robust.prediction import (
     top_classes,
 )
 from robust.threat_model import ThreatModel
+from tests.support.images import decode_png
 
 CLASSES = ("cat", "dog", "frog", "ship")
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robust.images import decode_png, encode_png, to_float, to_uint8
+from robust.images import encode_png, to_float, to_uint8
 from robust.threat_model import ThreatModel, distance, format_eps, parse_eps
+from tests.support.images import decode_png
 
 SHAPE = (2, 3, 4, 4)
 balls = st.one_of(

@@ -17,9 +17,10 @@ from app.metrics import Metrics
 from app.settings import Settings
 from robust.checkpoint import load_checkpoint
 from robust.evaluation.precision import SearchPrecision
-from robust.images import decode_png, to_float
+from robust.images import to_float
 from robust.prediction import predict
 from tests.app.http.test_attack import attacked
+from tests.support.images import decode_png
 from tests.support.serving import Running, labeled, png, serving
 
 SIDE = 8

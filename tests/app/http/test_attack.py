@@ -13,9 +13,9 @@ from torch import Tensor
 
 from app.settings import Settings
 from robust.attacks import resolve_attack
-from robust.images import decode_png
 from robust.threat_model import ThreatModel
 from tests.app.conftest import write_checkpoint
+from tests.support.images import decode_png
 from tests.support.serving import CLASSES, Running, gated, jpeg, labeled, png, serving, until
 
 

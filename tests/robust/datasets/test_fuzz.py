@@ -22,8 +22,9 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from robust.datasets import Dataset, DatasetError, load_upload
-from robust.image_decoding import decode_cost, open_image
+from robust.image_decoding import open_image
 from robust.image_headers import ImageError
+from tests.support.images import decode_cost
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
 TENSORS = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).contiguous()
