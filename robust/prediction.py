@@ -220,22 +220,20 @@ def attack_images(
         found = found.with_images(lost, to_uint8(farther), predict(model, farther), passes + 1)
     if settings.fallback is not None:
         found = fall_back(found, settings.fallback)
+    success = fooled(found.after, everything).tolist()
     # Whole gray levels, so distances are exact.
     levels = (found.images.cpu().double() - x.cpu().double()).flatten(1)
     seconds = time.perf_counter() - start
     outcomes = []
     for place, label in enumerate(labels):
-        after, target = found.after[place], targets[place] if targets else None
         outcomes.append(
             AttackOutcome(
                 settings=settings,
                 label=label,
-                target=target,
+                target=targets[place] if targets else None,
                 before=before[place],
-                after=after,
-                success=int(after.argmax()) != label
-                if target is None
-                else int(after.argmax()) == target,
+                after=found.after[place],
+                success=success[place],
                 linf=float(levels[place].abs().amax()) / 255,
                 l2=float(levels[place].square().sum().sqrt()) / 255,
                 image=found.images[place].cpu(),
