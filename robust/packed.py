@@ -165,7 +165,6 @@ class _Map:
     name: int
     channels: int
     side: int
-    rows: bool = False
 
 
 class _Step:
