@@ -14,7 +14,7 @@ from robust.attack_registry import DEFAULT_ATTACKS
 from robust.attacks import AttackResult, AttackSettings, Model, frozen
 from robust.attacks.checks import as_whole, check_callable, check_range, check_seed, try_model
 from robust.attacks.passes import Passes
-from robust.attacks.search import to_images
+from robust.attacks.rows import to_images
 from robust.classifier import Classifier
 from robust.commands.options import resolve_attacks
 from robust.commands.output import Progress

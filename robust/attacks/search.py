@@ -16,11 +16,9 @@ from robust.attacks.algorithm import Algorithm
 from robust.attacks.best_runs import BestRuns, Finished
 from robust.attacks.frozen import Model, frozen
 from robust.attacks.passes import Meter, Passes
-from robust.attacks.rows import Inputs, Rows, to_images
+from robust.attacks.rows import Inputs, Rows
 from robust.attacks.schedule import Schedule
 from robust.attacks.scoring import Scorer
-
-__all__ = ["Cancelled", "Finished", "for_rows", "search", "to_images"]
 
 # Maximum speculative queries per row; each further guess is less likely to be right.
 MAX_GUESSES = 3

@@ -13,7 +13,7 @@ from torch import Tensor
 from robust.attacks import AttackSettings, Model, frozen
 from robust.attacks.checks import check_range
 from robust.attacks.noise import image_keys
-from robust.attacks.search import to_images
+from robust.attacks.rows import to_images
 from robust.classifier import Architecture, Classifier
 from robust.distributed import SINGLE, World
 from robust.evaluation.curve import CURVE_ATTACK

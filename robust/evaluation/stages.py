@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from robust.attacks import AttackSettings
+from robust.attacks.best_runs import Finished
 from robust.attacks.passes import Meter, Passes
-from robust.attacks.search import Finished, search, to_images
+from robust.attacks.rows import to_images
+from robust.attacks.search import search
 from robust.evaluation.journal import Journal, Row, attack_text
 from robust.evaluation.models import Models, check_finite
 from robust.evaluation.outcomes import Outcomes

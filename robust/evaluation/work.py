@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust.attacks import AttackSettings, resolve_attack
-from robust.attacks.search import to_images
+from robust.attacks.rows import to_images
 from robust.distributed import SINGLE, World
 from robust.evaluation.checks import PROBED, probe
 from robust.evaluation.curve import CURVE_ATTACK, radii
