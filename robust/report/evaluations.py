@@ -221,10 +221,16 @@ def _recorded(name: str, digest: str, rows: Sequence[dict[str, Any]], source: st
     )
 
 
-def _result(row: dict[str, Any]) -> Result:
+def _counts(row: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of correctly classified images and of all. Raises ValueError."""
     correct, n = int(row["correct"]), int(row["n"])
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"{correct} right of {n} images")
+    return correct, n
+
+
+def _result(row: dict[str, Any]) -> Result:
+    correct, n = _counts(row)
     settings = ("alpha", "steps", "restarts", "seed")
     confusion = tuple(tuple(map(int, line)) for line in row.get("confusion") or ())
     if any(len(line) != len(confusion) for line in confusion):
@@ -252,9 +258,7 @@ def _result(row: dict[str, Any]) -> Result:
 
 
 def _point(row: dict[str, Any]) -> CurvePoint:
-    correct, n = int(row["correct"]), int(row["n"])
-    if not 0 <= correct <= n or n < 1:
-        raise ValueError(f"{correct} right of {n} images on the curve")
+    correct, n = _counts(row)
     return CurvePoint(
         eps=float(row["eps"]),
         eps_text=str(row["eps_text"]),

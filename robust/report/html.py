@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
+from collections.abc import Iterator
 from html import escape
 
 from robust.report.document import (
@@ -83,7 +85,7 @@ def render_html(document: Document) -> str:
         f'<li><a href="#{_anchor(section.title)}">{escape(section.title)}</a></li>'
         for section in document.sections
     )
-    plots = _Counter()
+    plots = itertools.count(1)
     sections = "\n".join(_section(section, plots) for section in document.sections)
     title = escape(document.title)
     page = f"""<!DOCTYPE html>
@@ -109,16 +111,7 @@ def render_html(document: Document) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", page)  # control characters
 
 
-class _Counter:
-    def __init__(self) -> None:
-        self.value = 0
-
-    def next(self) -> int:
-        self.value += 1
-        return self.value
-
-
-def _section(section: Section, plots: _Counter) -> str:
+def _section(section: Section, plots: Iterator[int]) -> str:
     anchor = _anchor(section.title)
     blocks = "\n".join(_block(block, plots) for block in section.blocks)
     return (
@@ -127,7 +120,7 @@ def _section(section: Section, plots: _Counter) -> str:
     )
 
 
-def _block(block: Block, plots: _Counter) -> str:
+def _block(block: Block, plots: Iterator[int]) -> str:
     if isinstance(block, Text):
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Subsection):
@@ -141,7 +134,7 @@ def _block(block: Block, plots: _Counter) -> str:
         return _highlights(block)
     if isinstance(block, Table):
         return _table(block)
-    return _plot(block, plots.next())
+    return _plot(block, next(plots))
 
 
 def _highlights(block: Highlights) -> str:

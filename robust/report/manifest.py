@@ -26,21 +26,22 @@ def manifest(
     blocks: list[Block] = [
         Table(caption="The checkpoint", header=header, rows=_filled(_checkpoint(checkpoint)))
     ]
-    measured = [item for item in measurements if _filled(_measurement(item))]
-    if measured:
-        blocks.append(Subsection(title="Evaluations"))
-    for item in measured:
-        table = Table(caption=item.title, header=header, rows=_filled(_measurement(item)))
-        blocks.append(table)
-    rows = [("made with", _versions(made_with))]
+    tables = [
+        Table(caption=item.title, header=header, rows=rows)
+        for item in measurements
+        if (rows := _filled(_measurement(item)))
+    ]
+    if tables:
+        blocks += [Subsection(title="Evaluations"), *tables]
+    about = [("made with", _versions(made_with))]
     if examples is not None:
-        rows += [
+        about += [
             ("images shown", images_of(len(examples.data), examples.data.name)),
             ("SHA-256 of these images", examples.data.sha256),
             *(("changed in reading these images", change) for change in examples.data.changes),
             ("attack on them", f"{examples.settings.label}, seed {examples.settings.seed}"),
         ]
-    blocks.append(Table(caption="This report", header=header, rows=_filled(rows)))
+    blocks.append(Table(caption="This report", header=header, rows=_filled(about)))
     return Section(title="Manifest", blocks=tuple(blocks))
 
 

@@ -9,7 +9,7 @@ from robust.evaluation import wilson_interval
 from robust.evaluation.run import CURVE_ATTACK
 from robust.report import plots
 from robust.report.document import Block, Plot, Section, Subsection, Table, Text
-from robust.report.evaluations import CLEAN, Measurement, Result
+from robust.report.evaluations import CLEAN, CurvePoint, Measurement, Result
 from robust.report.words import NONE, count, decimal, duration, interval, listed, percent
 
 MAX_CLASSES = 12  # classes of a confusion matrix that fits on a page
@@ -69,19 +69,17 @@ def against_eps(measurements: Sequence[Measurement], *, classes: int) -> Section
     norms = sorted({r.norm for m in measurements for r in m.attacks if r.eps is not None})
     if not norms:
         return Section(title=title, blocks=(Text(text="Nothing was measured under attack."),))
-    if not any(item.curve for item in measurements):
-        text = (
-            "No evaluation here has a curve, which would reveal a failing attack; "
-            "robust evaluate --json computes one."
-        )
-        tables = [block for norm in norms for block in _curves(measurements, norm, classes)]
-        return Section(title=title, blocks=(Text(text=text), *tables))
     text = (
-        "A larger eps can only make an attack stronger, and at an eps that turns every image into "
-        "the same gray no model is better than chance. A curve that stays high there, or rises, "
-        "is a sign of a failing attack and not of a robust model. Lines are "
-        f"{CURVE_ATTACK} at increasing eps; open markers are the attacks of the evaluation."
+        "No evaluation here has a curve, which would reveal a failing attack; "
+        "robust evaluate --json computes one."
     )
+    if any(item.curve for item in measurements):
+        text = (
+            "A larger eps can only make an attack stronger, and at an eps that turns every image "
+            "into the same gray no model is better than chance. A curve that stays high there, or "
+            "rises, is a sign of a failing attack and not of a robust model. Lines are "
+            f"{CURVE_ATTACK} at increasing eps; open markers are the attacks of the evaluation."
+        )
     blocks: list[Block] = [Text(text=text)]
     for norm in norms:
         blocks += _curves(measurements, norm, classes)
@@ -106,15 +104,7 @@ def _curves(measurements: Sequence[Measurement], norm: str, classes: int) -> lis
             )
         for point in points:
             ticks[point.eps] = point.eps_text if point.eps else "0"
-            rows.append(
-                (
-                    f"curve ({item.source})",
-                    point.eps_text,
-                    percent(point.correct / point.n, 1),
-                    interval(point.interval),
-                    f"{count(point.correct)} of {count(point.n)}",
-                )
-            )
+            rows.append(_eps_row(f"curve ({item.source})", point))
         for result in attacks:
             assert result.eps is not None
             ticks.setdefault(result.eps, result.eps_text)
@@ -127,25 +117,27 @@ def _curves(measurements: Sequence[Measurement], norm: str, classes: int) -> lis
                     joined=False,
                 )
             )
-            rows.append(
-                (
-                    f"{result.attack} ({item.source})",
-                    result.eps_text,
-                    percent(result.accuracy, 1),
-                    interval(result.interval),
-                    f"{count(result.correct)} of {count(result.n)}",
-                )
-            )
-    svg = plots.accuracy_against_eps(
-        series, ticks=dict(sorted(ticks.items())), chance=1 / classes, norm=norm
-    )
+            rows.append(_eps_row(f"{result.attack} ({item.source})", result))
     header = ("what", "eps", "accuracy %", "95% interval", "correct")
     table = Table(caption=f"Accuracy at each eps, {norm}", header=header, rows=tuple(rows))
     if not any(item.joined for item in series):
         return [table]
+    svg = plots.accuracy_against_eps(
+        series, ticks=dict(sorted(ticks.items())), chance=1 / classes, norm=norm
+    )
     values = listed([f"{row[2]}% at {row[1]} ({row[0]})" for row in rows])
     plot = Plot(caption=f"Accuracy against eps, {norm}", alt=f"Accuracy: {values}.", svg=svg)
     return [plot, table]
+
+
+def _eps_row(name: str, item: CurvePoint | Result) -> tuple[str, ...]:
+    return (
+        name,
+        item.eps_text,
+        percent(item.correct / item.n, 1),
+        interval(item.interval),
+        f"{count(item.correct)} of {count(item.n)}",
+    )
 
 
 def by_class(measurements: Sequence[Measurement], classes: Sequence[str]) -> Section:
