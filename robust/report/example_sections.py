@@ -85,7 +85,11 @@ def surface(examples: Examples | None) -> Section:
         return Section(title=title, blocks=(Text(text=_NO_DATA),))
     surfaces, threat_model = examples.surfaces, examples.settings.threat_model
     if not surfaces:
-        text = "None of the images above was classified correctly before the attack."
+        text = (
+            "None of the images above was classified correctly before the attack."
+            if examples.settings.uses_gradient
+            else "The model gives no gradients, which this needs."
+        )
         return Section(title=title, blocks=(Text(text=text),))
     eps_text = format_eps(threat_model.eps)
     text = (

@@ -21,6 +21,7 @@ from robust.prediction import AttackOutcome, attack_image
 from robust.threat_model import ThreatModel
 
 ATTACK = "pgd-20"
+BLACK_BOX, QUERIES = "square", 500  # for a model without gradients
 SURFACES = 4  # images
 SIDE = 21  # points along each direction
 
@@ -81,7 +82,13 @@ def show_examples(
     """
     model = for_inference(checkpoint.classifier, device)
     threat_model = checkpoint.sidecar.threat_model or ThreatModel()
-    settings = resolve_attack(ATTACK, threat_model)
+    differentiable = checkpoint.classifier.differentiable
+    settings = (
+        resolve_attack(ATTACK, threat_model)
+        if differentiable
+        else resolve_attack(BLACK_BOX, threat_model, steps=QUERIES)
+    )
+    most = SURFACES if differentiable and threat_model.eps > 0 else 0
     chosen = first_images(match_classes(dataset, checkpoint.sidecar.classes), count)
     outcomes: list[AttackOutcome] = []
     surfaces: list[Surface] = []
@@ -90,7 +97,7 @@ def show_examples(
     ):
         outcome = attack_image(model, image.to(device), label, settings=settings)
         outcomes.append(outcome)
-        if not outcome.already_wrong and len(surfaces) < SURFACES and threat_model.eps > 0:
+        if not outcome.already_wrong and len(surfaces) < most:
             x = to_float(image.to(device)).unsqueeze(0)
             surfaces.append(
                 measure_surface(model, x, label, threat_model=threat_model, number=number)

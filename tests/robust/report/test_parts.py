@@ -12,14 +12,19 @@ import torch
 from pypdf import PdfReader
 from torch import Tensor, nn
 
+from robust.checkpoint import Checkpoint
 from robust.classifier import Architecture
 from robust.commands.report import find_run
+from robust.datasets import Dataset
 from robust.evaluation import wilson_interval
+from robust.loading import ModelOptions
+from robust.loading.given import Given, classifier_of
 from robust.report import words
 from robust.report.build import _card
 from robust.report.document import INK, Document, Notice, Plot, Section, Table, Text
 from robust.report.evaluations import Measurement, parse_evaluation, recorded_evaluations
-from robust.report.examples import SIDE, Surface, measure_surface
+from robust.report.example_sections import gallery, surface
+from robust.report.examples import SIDE, Surface, measure_surface, show_examples
 from robust.report.html import render_html
 from robust.report.pdf import render_pdf
 from robust.report.result_sections import accuracies, by_class, cost, differences
@@ -229,9 +234,36 @@ def test_masked_gradient_is_reported() -> None:
 
 def test_a_flat_surface_does_not_follow_its_gradient(evaluation: Values, sidecar: Sidecar) -> None:
     flat = np.zeros((SIDE, SIDE))
-    surface = Surface(number=0, label=0, loss=flat, margin=flat - 1, expected=0.0)
-    assert not surface.follows_gradient
-    assert "Loss surface" in titles(trust([parsed(evaluation, sidecar)], [surface]))
+    found = Surface(number=0, label=0, loss=flat, margin=flat - 1, expected=0.0)
+    assert not found.follows_gradient
+    assert "Loss surface" in titles(trust([parsed(evaluation, sidecar)], [found]))
+
+
+def test_a_model_without_gradients_is_attacked_by_square() -> None:
+    given = Given(
+        kind="onnx",
+        function=lambda x: 50 * x.mean(dim=(2, 3)),
+        sha256="0" * 64,
+        differentiable=False,
+        input_size=8,
+    )
+    classifier, sha256, about = classifier_of("model.onnx", given, ModelOptions())
+    sidecar = Sidecar(architecture=about.architecture, classes=about.classes)
+    checkpoint = Checkpoint(
+        classifier=classifier.eval(), sidecar=sidecar, sha256=sha256, path=Path("model.onnx")
+    )
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(120, 136, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = pixels.float().mean(dim=(2, 3)).argmax(dim=1)
+    dataset = Dataset(images=pixels, labels=labels, classes=about.classes, name="tiny")
+    examples = show_examples(checkpoint, dataset, count=2, device=torch.device("cpu"))
+    assert examples.settings.label == "square-500"
+    assert [outcome.success for outcome in examples.outcomes] == [True, True]
+    assert examples.surfaces == ()
+    assert gallery(examples).blocks[1].caption == "square-500 on each image"  # type: ignore[union-attr]
+    assert surface(examples).blocks == (
+        Text(text="The model gives no gradients, which this needs."),
+    )
 
 
 # Documents and words
