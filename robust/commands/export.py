@@ -1,4 +1,4 @@
-"""``robust export``: the weights in a file that loads without this project."""
+"""``robust export``: the model as a state dict, safetensors, ONNX or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from robust.commands.options import ModelChoice, model_options
     help="File to write; for hub a folder.",
 )
 def export(model: ModelChoice, file_format: str, out: Path) -> None:
-    """Write the weights to a file that loads without this project.
+    """Export the model as a state dict, safetensors, ONNX or a Hugging Face folder.
 
     The weights are float32. The command prints the Python line that loads them. Example:
 
