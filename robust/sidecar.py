@@ -54,7 +54,7 @@ class Sidecar:
 
 
 def is_foreign(text: bytes) -> bool:
-    """Whether this is JSON of another kind, such as the result of an evaluation."""
+    """Whether this is JSON of another kind, such as a list or the result of an evaluation."""
     names = _names(text)
     return names is not None and not _is_own(names)
 
@@ -70,12 +70,12 @@ def _is_own(names: set[str]) -> bool:
 
 
 def _names(text: bytes) -> set[str] | None:
-    """The top-level names of a JSON object; None for anything else."""
+    """The top-level names of a JSON object, none of another value; None for other text."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return set(values) if isinstance(values, dict) else None
+    return set(values) if isinstance(values, dict) else set()
 
 
 def parse_sidecar(text: bytes) -> Sidecar:

@@ -356,7 +356,7 @@ def test_sidecar_without_a_field(pair: Path, field: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'{"format_version": 1', b"\xff\xfe", b"[" * 100_000],
+    [b"", b"{", b'{"format_version": 1', b"\xff\xfe", b"[" * 100_000],
 )
 def test_broken_sidecars(pair: Path, content: bytes) -> None:
     sidecar_path(pair).write_bytes(content)
@@ -370,9 +370,18 @@ def test_sidecar_cut_off_anywhere(pair: Path) -> None:
         refused(pair, "a valid sidecar")
 
 
-def test_unrelated_json_is_not_a_sidecar(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As `robust evaluate --json` leaves it beside the weights."""
-    sidecar_path(bare).write_text('{"checkpoint": "model.pt", "results": []}')
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"checkpoint": "model.pt", "results": []}',  # as robust evaluate --json writes it
+        '["cat", "dog"]',
+        "null",
+    ],
+)
+def test_unrelated_json_is_not_a_sidecar(
+    text: str, bare: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sidecar_path(bare).write_text(text)
     assert load_checkpoint(bare).sidecar.classes == ("0", "1", "2", "3")
     assert f"{sidecar_path(bare)} does not describe a checkpoint and is ignored" in caplog.messages
 
