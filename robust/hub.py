@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from robust import networks
 from robust.checkpoint import Checkpoint
 from robust.networks import resnet
+from robust.networks.layers import SkipInitialization
 from robust.threat_model import format_eps
 
 
@@ -17,7 +19,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     architecture, classes = sidecar.architecture, list(sidecar.classes)
     size, family = architecture.input_size, networks.family_of(architecture.arch)
     return {
-        "architecture": architecture.arch.removeprefix("timm:"),
+        **_for_timm(checkpoint),
         "num_classes": len(classes),
         "label_names": classes,
         "id2label": {str(index): name for index, name in enumerate(classes)},
@@ -34,6 +36,28 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "robust": sidecar.to_dict()["architecture"],
     }
+
+
+def _for_timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What timm needs to build the network; nothing if it would build another one."""
+    if not timm_reads(checkpoint):
+        return {}
+    architecture = checkpoint.sidecar.architecture
+    name = architecture.arch.removeprefix("timm:")
+    arguments = {"img_size": architecture.input_size}
+    if architecture.arch == name or not _accepts(name, arguments):
+        return {"architecture": name}
+    return {"architecture": name, "model_args": arguments}
+
+
+def _accepts(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm's network has these arguments, such as the size for position embeddings."""
+    import timm
+
+    with SkipInitialization(), suppress(TypeError):
+        timm.create_model(name, **arguments)
+        return True
+    return False
 
 
 def model_card(checkpoint: Checkpoint, name: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import robust
 from robust.attacks import resolve_attack
 from robust.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from robust.classifier import Classifier
 from robust.digest import module_digest
 from robust.export import export_checkpoint
 from robust.inference import for_inference
@@ -471,6 +472,45 @@ def test_arguments_of_timm(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"global_pool in model_args: load it by file\.py"):
         load_checkpoint(tmp_path)
+
+
+def test_labels_that_do_not_fit_a_hub_folder(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet", num_classes=3)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "test_resnet", "pretrained_cfg": {}, "label_names": ["a", "b"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="3 class names, found 2; set them with the option"):
+        load_checkpoint(tmp_path)
+    config["pretrained_cfg"] = {"label_offset": 1, "num_classes": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="exactly the labels, got label_offset 1"):
+        load_checkpoint(tmp_path)
+
+
+def export_hub(tmp_path: Path, **fields: Any) -> tuple[Classifier, Path]:
+    classifier = classifier_of(num_classes=3, input_size=32, **fields)
+    sidecar = Sidecar(architecture=classifier.architecture, classes=("a", "b", "c"))
+    save_checkpoint(tmp_path / "model.pt", classifier, sidecar, dtype=torch.float32)
+    export_checkpoint(load_checkpoint(tmp_path / "model.pt"), tmp_path / "hub", "hub")
+    return classifier, tmp_path / "hub"
+
+
+def test_a_hub_folder_names_no_architecture_that_timm_builds_differently(tmp_path: Path) -> None:
+    classifier, folder = export_hub(tmp_path, arch="resnet18", stem="imagenet", activation="silu")
+    assert "architecture" not in json.loads((folder / "config.json").read_text())
+    x = images(2, 32)
+    assert torch.equal(logits_of(robust.load_model(folder), x), logits_of(classifier, x))
+
+
+def test_a_hub_folder_has_the_size_for_position_embeddings(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    classifier, folder = export_hub(tmp_path, arch="timm:test_vit", stem="own", activation="own")
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = images(2, 32)
+    normalized = (x - classifier.mean) / classifier.std
+    torch.testing.assert_close(logits_of(theirs, normalized), logits_of(classifier, x))
+    assert torch.equal(logits_of(robust.load_model(folder), x), logits_of(classifier, x))
 
 
 def test_a_hub_folder_names_the_head_of_its_network(tmp_path: Path) -> None:
