@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from robust.choices import CIFAR10, CIFAR100, IMAGENET, Rgb
@@ -40,8 +40,7 @@ class ModelOptions:
 
     def given(self) -> dict[str, object]:
         """The fields that are set."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def model_options(

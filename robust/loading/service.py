@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -44,6 +44,7 @@ def open_service(spec: str) -> Given:
         shape = [int(side) for side in entry["shape"]]
         kind, name = str(entry["datatype"]), str(entry["name"])
         scores = _scores(outputs)
+        versions = [str(item) for item in metadata.get("versions") or ()]
     except (KeyError, IndexError, TypeError, ValueError):
         raise CheckpointError(
             spec, "metadata of the Open Inference Protocol", json.dumps(metadata)[:200]
@@ -53,14 +54,12 @@ def open_service(spec: str) -> Given:
             spec, f"images as {', '.join(_KINDS)} with 3 channels", f"{name} {kind} {shape}"
         )
     if scores is None:
-        raise CheckpointError(
-            spec,
-            "an output with a score for each class",
-            ", ".join(f"{item['name']} {item['datatype']} {item['shape']}" for item in outputs),
-        )
+        found = json.dumps(outputs)[:200]
+        raise CheckpointError(spec, "an output with a score for each class", found)
     channels_last = shape[-3] != 3
     side = shape[-2]
     server = _get(client, spec, url.partition("/models/")[0], optional=True)
+    extensions = server.get("extensions")
     model = _Service(
         spec=spec,
         url=f"{url}/infer",
@@ -70,9 +69,8 @@ def open_service(spec: str) -> Given:
         channels_last=channels_last,
         batched=len(shape) == 4,
         output=scores,
-        binary="binary_tensor_data" in server.get("extensions", []),
+        binary=isinstance(extensions, list) and "binary_tensor_data" in extensions,
     )
-    versions = [str(item) for item in metadata.get("versions") or []]
     known = len(versions) == 1 and re.fullmatch("[0-9a-f]{64}", versions[0])
     notes = [f"a service that returns {scores} for images as {kind}"]
     if kind == "UINT8":
@@ -124,7 +122,7 @@ class _Service:
     batched: bool  # whether its tensors have a batch dimension
     output: str
     binary: bool
-    batch: int = field(default=BATCH)
+    batch: int = BATCH
 
     def __call__(self, x: Tensor) -> Tensor:
         pixels = x.detach().cpu().float()

@@ -572,7 +572,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         ways = self.server.ways
         if self.path == "/v2":
-            return self.answer({"extensions": ["binary_tensor_data"] if ways["binary"] else []})
+            extensions = ["binary_tensor_data"] if ways["binary"] else []
+            return self.answer(ways.get("about", {"extensions": extensions}))
         if self.path != "/v2/models/m":
             return self.answer({"error": "no such model"}, 404)
         shape = [-1, SIDE, SIDE, 3] if ways["kind"] == "UINT8" else [-1, 3, SIDE, SIDE]
@@ -581,7 +582,8 @@ class Handler(BaseHTTPRequestHandler):
             {"name": ways["output"], "datatype": "FP32", "shape": [-1, CLASSES]},
         ]
         inputs = [{"name": "pixels", "datatype": ways["kind"], "shape": shape}]
-        return self.answer({"name": "m", "versions": ["1"], "inputs": inputs, "outputs": outputs})
+        about = {"name": "m", "versions": ways.get("versions", ["1"])}
+        return self.answer(about | {"inputs": inputs, "outputs": outputs})
 
     def do_POST(self) -> None:
         ways = self.server.ways
@@ -667,3 +669,12 @@ def test_unusable_services_are_rejected(serve: Any) -> None:
     server.ways["output"] = "label"
     with pytest.raises(CheckpointError, match="for the option arch, found a whole service model"):
         load_checkpoint(url, options=ModelOptions(arch="resnet18"))
+
+
+@pytest.mark.parametrize("about", [{"extensions": None}, {"extensions": 3}])
+def test_services_with_unusual_metadata(about: Any, serve: Any) -> None:
+    server, url = serve(about=about, binary=False)
+    load_checkpoint(url)
+    server.ways["versions"] = 3
+    with pytest.raises(CheckpointError, match="metadata of the Open Inference Protocol"):
+        load_checkpoint(url)
