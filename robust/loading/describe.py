@@ -14,7 +14,7 @@ from robust import networks
 from robust.classifier import Architecture, Classifier
 from robust.loading.errors import CheckpointError
 from robust.loading.options import ModelOptions, check_unit_pixels
-from robust.loading.weights import Weights
+from robust.loading.weights import Weights, is_ours, recorded_classes
 
 READ, ASSUMED, LIBRARY = "read off the keys", "assumed", "from the library's configuration"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,7 +46,7 @@ def is_known(state: Mapping[str, Tensor], options: ModelOptions) -> bool:
 
 def describe(path: Path, weights: Weights, options: ModelOptions) -> Described:
     """The network of these weights. Raises CheckpointError that names mismatches."""
-    if "architecture" in weights.metadata:
+    if is_ours(weights.metadata):
         return _from_metadata(path, weights, options)
     reading = _reading(path, weights.state, options)
     unused = set(reading.unused)
@@ -267,19 +267,18 @@ def _properties(
 
 def _from_metadata(path: Path, weights: Weights, options: ModelOptions) -> Described:
     """The description in the metadata of our own safetensors export."""
-    metadata = weights.metadata
+    metadata, classes = weights.metadata, recorded_classes(path, weights.metadata)
     try:
         architecture = Architecture(
             arch=metadata["architecture"],
             stem=metadata["stem"],
             activation=metadata["activation"],
             variant=metadata.get("variant", ""),
-            num_classes=len(json.loads(metadata["classes"])),
+            num_classes=len(classes),
             input_size=int(metadata["input_size"]),
             mean=tuple(json.loads(metadata["mean"])),
             std=tuple(json.loads(metadata["std"])),
         )
-        classes = tuple(map(str, json.loads(metadata["classes"])))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             path, "the metadata of our export", f"{type(error).__name__}: {error}"
@@ -324,7 +323,6 @@ def check_classes(
 ) -> tuple[str, ...]:
     """The class names. Raises CheckpointError for another number of them."""
     if len(classes) != architecture.num_classes:
-        raise CheckpointError(
-            path, f"{architecture.num_classes} class names", f"{len(classes)} in the option classes"
-        )
+        found = f"{len(classes)}; set them with the option classes"
+        raise CheckpointError(path, f"{architecture.num_classes} class names", found)
     return classes

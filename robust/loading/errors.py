@@ -20,3 +20,8 @@ class CheckpointError(ValueError):
 def reason(error: OSError) -> str:
     """The operating system's message, in lower case."""
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def first_line(error: BaseException) -> str:
+    """Up to 200 characters of the message's first line; the type of an error without message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -56,6 +56,11 @@ def _configured(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[st
                 f"{', '.join(names)} in model_args: load it by file.py:function"
             )
         size = arguments.get("img_size")
+        if cfg.get("label_offset"):  # the head may have more rows than there are labels
+            raise ValueError(
+                f"expected weights of exactly the labels, got label_offset {cfg['label_offset']}: "
+                "load it with timm by file.py:function"
+            )
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         value = cfg.get(name, preprocessor.get(key))
         if value is not None:

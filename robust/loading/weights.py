@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robust.choices import Rgb
-from robust.loading.errors import CheckpointError
+from robust.loading.errors import CheckpointError, first_line
 
 # Entries that hold the weights of a model, best first.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "params", "ema")
@@ -34,6 +35,8 @@ _BESIDE_WEIGHTS = {
     *("easydict", "lightning", "lightning_fabric", "ml_collections", "omegaconf", "yacs"),
     "pytorch_lightning",
 }
+_DICTIONARIES = ("easydict.EasyDict", "yacs.config.CfgNode")  # saved item by item
+MAX_DEPTH = 20  # of dicts in dicts that are searched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,21 @@ def is_safetensors(data: bytes) -> bool:
 
 def describes_itself(data: bytes) -> bool:
     """Whether this is our own safetensors export, which needs no sidecar."""
-    return is_safetensors(data) and "architecture" in _metadata(data)
+    return is_safetensors(data) and is_ours(_metadata(data))
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether this is the metadata of our own export, in safetensors or ONNX."""
+    return {"architecture", "stem", "classes"} <= metadata.keys()
+
+
+def recorded_classes(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The class names in the metadata of our own export. Raises CheckpointError."""
+    try:
+        return tuple(map(str, json.loads(metadata["classes"])))
+    except (TypeError, ValueError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise CheckpointError(path, "the metadata of our export", found) from None
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -100,7 +117,11 @@ def _read(path: Path, data: bytes) -> tuple[Any, dict[str, str]]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = "another kind of file"
+        found = f"another kind of file ({_reason(error)})"
+        if data[:2] == b"PK":
+            found = f"a pickle that torch does not load safely ({_reason(error)})"
+            if "Unsupported operand" in found:
+                found += "; torch.save it with the default pickle_protocol=2"
         if refused:
             found = (
                 f"a pickle that refers to {refused[1]}, which is never run; save the state dict "
@@ -108,10 +129,13 @@ def _read(path: Path, data: bytes) -> tuple[Any, dict[str, str]]:
             )
         raise CheckpointError(path, "a state dict saved by torch.save", found) from None
     except Exception as error:  # torch raises all kinds of exceptions on a broken file
-        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(
-            path, "a state dict saved by torch.save", f"a truncated or foreign file ({why})"
-        ) from None
+        found = f"a truncated or foreign file ({first_line(error)})"
+        raise CheckpointError(path, "a state dict saved by torch.save", found) from None
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """The reason in torch's message, which is embedded in general advice."""
+    return re.split(r"WeightsUnpickler error:\s*", str(error))[-1].strip().partition("\n")[0][:200]
 
 
 class Inert:
@@ -124,13 +148,24 @@ class Inert:
         pass
 
 
+class InertDict:
+    """A stand-in for a subclass of dict; its items are kept, as torch fills only dicts."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
 def _inert(data: bytes) -> list[Any]:
     """A stand-in for each other object in a checkpoint, with the object's full name."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception:  # not a zip of torch.save, or a broken one: loading it will raise
         return []
-    return [(Inert, name) for name in names if name.partition(".")[0] in _BESIDE_WEIGHTS]
+    return [
+        (InertDict if name in _DICTIONARIES else Inert, name)
+        for name in names
+        if name.partition(".")[0] in _BESIDE_WEIGHTS
+    ]
 
 
 def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -139,8 +174,8 @@ def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[
     try:
         state: dict[str, Tensor] = load(data)
     except Exception as error:
-        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(path, "a safetensors file", f"a broken one ({why})") from None
+        found = f"a broken one ({first_line(error)})"
+        raise CheckpointError(path, "a safetensors file", found) from None
     return state, _metadata(data)
 
 
@@ -153,9 +188,12 @@ def _find_state(path: Path, value: Any, key: str | None) -> tuple[dict[str, Tens
                 raise CheckpointError(path, f"an entry {key!r}", shown)
             value = value[part]
         notes.append(f"read from its entry {key!r}")
-    taken = []
+    taken: list[str] = []
+    holds = _holding_state(value)
     while not _is_state(value):
-        holding = [name for name, item in _entries(value) if _holds_state(item)]
+        if len(taken) > MAX_DEPTH:
+            raise CheckpointError(path, "a state dict", "a dict that contains itself")
+        holding = [name for name, item in _entries(value) if holds.get(id(item))]
         name = next((name for name in WRAPPERS if name in holding), None)
         if name is None and len(holding) == 1:
             name = holding[0]
@@ -197,8 +235,23 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _holds_state(value: Any) -> bool:
-    return _is_state(value) or any(_holds_state(item) for _, item in _entries(value))
+def _holding_state(value: Any) -> dict[int, bool]:
+    """By id of each dict in `value`: whether it is a state dict or holds one.
+
+    Visits a dict once, however often it occurs, and none nested deeper than MAX_DEPTH.
+    """
+    found: dict[int, bool] = {}
+
+    def visit(item: Any, depth: int) -> bool:
+        if not isinstance(item, dict) or depth > MAX_DEPTH:
+            return False
+        if id(item) not in found:
+            inner = [visit(entry, depth + 1) for _, entry in _entries(item)]
+            found[id(item)] = _is_state(item) or any(inner)
+        return found[id(item)]
+
+    visit(value, 0)
+    return found
 
 
 def _take_normalization(

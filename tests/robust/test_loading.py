@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -201,6 +203,11 @@ def test_invalid_metadata_is_rejected(state: State, tmp_path: Path, classes: str
         load_checkpoint(path)
 
 
+def test_metadata_of_another_program_is_ignored(state: State, tmp_path: Path) -> None:
+    save_file(dict(state), tmp_path / "weights.safetensors", {"architecture": "wrn"})
+    assert load_checkpoint(tmp_path / "weights.safetensors").guessed["arch"] == "read off the keys"
+
+
 def test_exported_safetensors_need_no_guesses(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -377,6 +384,64 @@ def test_other_entries_beside_the_weights_are_ignored(state: State, tmp_path: Pa
     assert loaded.notes[0] == "read from its entry 'state_dict'"
     weight = loaded.classifier.net.state_dict()["conv1.weight"]
     torch.testing.assert_close(weight, state["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["easydict.EasyDict", "yacs.config.CfgNode"])
+def test_settings_in_a_subclass_of_dict_are_ignored(
+    name: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, attribute = name.rpartition(".")
+    made = type(attribute, (dict,), {"__module__": module})
+    with monkeypatch.context() as patch:
+        for part in (module, module.partition(".")[0]):
+            patch.setitem(sys.modules, part, ModuleType(part))
+        setattr(sys.modules[module], attribute, made)
+        settings = made(lr=0.1)
+        settings.lr = 0.1
+        torch.save({"model": state, "cfg": settings}, tmp_path / "weights.pt")
+    assert load_checkpoint(tmp_path / "weights.pt").notes[0] == "read from its entry 'model'"
+
+
+def test_pickle_protocol_that_torch_does_not_load_safely(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"Unsupported operand \d+\); .*pickle_protocol=2"):
+        load_checkpoint(tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_text("<html>not found</html>")
+    with pytest.raises(CheckpointError, match=r"Unsupported operand 60\)$"):
+        load_checkpoint(tmp_path / "weights.pt")
+
+
+def test_dicts_that_occur_many_times_are_searched_once(state: State, tmp_path: Path) -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    torch.save(nested, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="no weights in a, b"):
+        load_checkpoint(tmp_path / "weights.pt")
+    torch.save({"run": nested, "model": state}, tmp_path / "weights.pt")
+    assert load_checkpoint(tmp_path / "weights.pt").notes[0] == "read from its entry 'model'"
+
+
+def test_a_dict_that_contains_itself(state: State, tmp_path: Path) -> None:
+    own: dict[str, Any] = {}
+    own["model"] = own
+    torch.save(own, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="no weights in model"):
+        load_checkpoint(tmp_path / "weights.pt")
+    own["ema"] = state
+    torch.save(own, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="a dict that contains itself"):
+        load_checkpoint(tmp_path / "weights.pt")
+    load_checkpoint(tmp_path / "weights.pt", options=ModelOptions(key="ema"))
+
+
+def test_a_zip_that_python_can_not_read(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 70  # the version needed to read it
+    path.write_bytes(data)
+    load_checkpoint(path)  # torch can
 
 
 def test_a_head_without_bias(network: nn.Module, state: State, tmp_path: Path) -> None:
