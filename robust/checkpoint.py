@@ -19,7 +19,6 @@ from robust.classifier import Classifier
 from robust.device import compare_with_cpu, resolve_device
 from robust.loading.describe import (
     Described,
-    check_classes,
     contradiction,
     describe,
     fill,
@@ -205,44 +204,37 @@ def load_checkpoint(
     fill(path, classifier, found.state)
     if networks.family_of(found.architecture.arch).read is None:  # may need larger images
         probe(path, classifier, found.architecture.input_size)
-    for line in log_lines(found):
-        logger.warning("%s: %s", path, line)
-    classifier.classes = found.classes
-    return Checkpoint(
-        classifier=_on_device(classifier, device),
-        sidecar=sidecar,
-        sha256=digest,
-        path=path,
-        guessed=found.guessed,
-        notes=found.notes,
-    )
+    return _loaded(path, classifier, found, sidecar=sidecar, device=device)
 
 
 def _given(
     spec: str, given: Given, options: ModelOptions, device: torch.device | str
 ) -> Checkpoint:
     """A checkpoint of a model that is not a weights file."""
-    classifier, sha256, guessed, notes = classifier_of(spec, given, options)
-    found = Described(
-        architecture=classifier.architecture,
-        classes=check_classes(spec, classifier.classes, classifier.architecture),
-        state={},
-        guessed=guessed,
-        notes=notes,
-    )
+    classifier, sha256, found = classifier_of(spec, given, options)
+    sidecar = Sidecar(architecture=found.architecture, classes=found.classes, weights_sha256=sha256)
+    return _loaded(Path(spec), classifier, found, sidecar=sidecar, device=device)
+
+
+def _loaded(
+    path: Path,
+    classifier: Classifier,
+    found: Described,
+    *,
+    sidecar: Sidecar,
+    device: torch.device | str,
+) -> Checkpoint:
+    """The checkpoint on the device; logs what was guessed."""
     for line in log_lines(found):
-        logger.warning("%s: %s", spec, line)
+        logger.warning("%s: %s", shown(path), line)
+    classifier.classes = found.classes
     return Checkpoint(
         classifier=_on_device(classifier, device),
-        sidecar=Sidecar(
-            architecture=classifier.architecture,
-            classes=classifier.classes,
-            weights_sha256=sha256,
-        ),
-        sha256=sha256,
-        path=Path(spec),
-        guessed=guessed,
-        notes=notes,
+        sidecar=sidecar,
+        sha256=sidecar.weights_sha256,
+        path=path,
+        guessed=found.guessed,
+        notes=found.notes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -27,9 +28,12 @@ from robust import files
 from robust.attacks.passes import logits_hint
 from robust.classifier import Architecture, Classifier
 from robust.digest import module_digest
-from robust.loading.describe import ASSUMED
-from robust.loading.errors import CheckpointError
+from robust.loading.describe import ASSUMED, Described, check_classes
+from robust.loading.errors import CheckpointError, first_line
+from robust.loading.exported import FORMAT, ExportedNetwork, read_exported
 from robust.loading.options import ModelOptions
+from robust.loading.script import checked_script
+from robust.loading.weights import is_ours, recorded_classes
 from robust.networks.library import PREFIXES
 
 Function = Callable[[Tensor], Tensor]
@@ -38,6 +42,7 @@ HASHED = 10  # logits of each that identify a model whose weights can't be hashe
 # A Python file or a dotted module, and the model in it or a function that returns the model.
 _CODE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.\w+)*):(?P<function>[A-Za-z_]\w*)")
 
+_BROKEN_ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError)
 # An entry with the key `location` in an ONNX file, and the length of its value, a file's name.
 _EXTERNAL = re.compile(rb"\n\x08location\x12([\x80-\xff]?[\x00-\x7f])")
 SERVICE = re.compile(r"oip\+(https?):/+")  # Path drops the second slash
@@ -52,7 +57,9 @@ class Given:
     sha256: str
     weights_hashed: bool = True  # whether a change of the weights changes sha256
     differentiable: bool = True
+    unit_pixels: bool = False  # whether it is known to take images in [0, 1]
     input_size: int | None = None
+    classes: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -66,7 +73,7 @@ class GivenNetwork(nn.Module):
         super().__init__()
         self.kind, self.differentiable, self.log = given.kind, given.differentiable, log
         self.sha256 = given.sha256
-        # A module follows the classifier's device and eval mode; an exported one supports neither.
+        # A module follows the classifier's device and eval mode.
         self.module = given.function if isinstance(given.function, nn.Module) else None
         self.function = given.function if self.module is None else None
 
@@ -84,17 +91,13 @@ class GivenNetwork(nn.Module):
         """An inference copy shares objects that can't be copied: a session, connection, closure."""
         if self.module is None:
             return self
-        copied = GivenNetwork.__new__(GivenNetwork)
+        copied = copy.copy(self)
         memo[id(self)] = copied
-        state = {name: value for name, value in vars(self).items() if name != "_modules"}
-        vars(copied).update(state)
         copied._modules = {"module": _copied(self.module, memo)}
         return copied
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    import copy
-
     try:
         return copy.deepcopy(module, memo)
     except Exception:  # modules can contain anything
@@ -141,10 +144,19 @@ def open_code(spec: str) -> Given:
         raise CheckpointError(spec, "a callable from images to logits", f"a {type(model).__name__}")
     return Given(
         kind="python",
-        function=model,
+        function=_with_eval_mode(model),
         sha256=_digest(model, module),
         weights_hashed=isinstance(model, nn.Module),
+        unit_pixels=True,
     )
+
+
+def _with_eval_mode(model: Function) -> Function:
+    """The model; a module without modes, as torch.export.load gives, as a function."""
+    try:
+        return model.eval() if isinstance(model, nn.Module) else model
+    except NotImplementedError:
+        return lambda x: model(x)
 
 
 def _call(spec: str, make: Callable[..., Any], name: str) -> Any:
@@ -207,25 +219,22 @@ def open_file(path: Path, data: bytes) -> Given | None:
         return None
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except zipfile.BadZipFile:
-        return None
-    digest = hashlib.sha256(data).hexdigest()
-    # Recognized by what torch looks for. Both formats run a graph of torch's operations, no Python.
-    if any(name.endswith("/archive_format") for name in names):
-        return _opened(path, "torch.export", _exported, data, digest)
+    except _BROKEN_ZIP:
+        return None  # reading the weights will raise
+    # Recognized by what torch looks for.
+    if any(name.endswith(f"/{FORMAT}") for name in names):
+        return _opened(path, "torch.export", read_exported, data)
     if any("/code/" in name for name in names):
-        return _opened(path, "torchscript", _script, data, digest)
+        return _opened(path, "torchscript", _read_script, data)
     return None
 
 
 def classifier_of(
     spec: str | Path, given: Given, options: ModelOptions
-) -> tuple[Classifier, str, dict[str, str], tuple[str, ...]]:
-    """The model as a classifier, its hash, the guessed properties, and notes.
+) -> tuple[Classifier, str, Described]:
+    """The model as a classifier, its hash, and what is known of it.
 
-    Raises CheckpointError.
-
-    Calls the model to find its inputs and outputs.
+    Calls the model to find its inputs and outputs. Raises CheckpointError.
     """
     for name in ("arch", "stem", "activation", "key"):
         if getattr(options, name) is not None:
@@ -258,14 +267,22 @@ def classifier_of(
         )
     except ValueError as error:
         raise CheckpointError(spec, "a model that classifies images", str(error)) from None
+    if not given.unit_pixels:
+        guessed |= {name: ASSUMED for name in ("mean", "std") if getattr(options, name) is None}
+    classes = given.classes if options.classes is None else options.classes
+    if classes is None:
+        classes = tuple(map(str, range(architecture.num_classes)))
+        guessed["classes"] = ASSUMED
     log = probabilities and not given.differentiable
     net = GivenNetwork(replace(given, sha256=sha256), log=log)
-    classifier = Classifier(architecture, net=net)
-    if options.classes is None:
-        guessed["classes"] = ASSUMED
-    else:
-        classifier.classes = options.classes
-    return classifier, sha256, guessed, tuple(notes)
+    described = Described(
+        architecture=architecture,
+        classes=check_classes(spec, classes, architecture),
+        state={},
+        guessed=guessed,
+        notes=tuple(notes),
+    )
+    return Classifier(architecture, net=net), sha256, described
 
 
 def are_probabilities(output: Tensor) -> bool:
@@ -289,11 +306,10 @@ def probe(spec: str | Path, model: Function, size: int) -> Tensor:
     except CheckpointError:
         raise
     except Exception as error:  # the user's own code, or an image too small for a network
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
             spec,
             f"a model that takes images {tuple(x.shape)}; for another size set --input-size",
-            why,
+            first_line(error),
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
         found = f"{type(output).__name__}{logits_hint(output)}"
@@ -363,29 +379,28 @@ def _with_logits(sha256: str, first: Tensor, second: Tensor) -> str:
     return hashlib.sha256(f"{sha256} {scale:.3g} {rounded}".encode()).hexdigest()
 
 
-def _opened(
-    path: Path, kind: str, read: Callable[[bytes], Function], data: bytes, digest: str
-) -> Given:
+def _opened(path: Path, kind: str, read: Callable[[Path, bytes], Function], data: bytes) -> Given:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that TorchScript is deprecated
-            function = read(data)
+            function = read(path, data)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises all kinds of exceptions on a broken file
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(path, f"a {kind} file", f"a broken one ({why})") from None
-    return Given(kind=kind, function=function, sha256=digest)
+        found = f"a broken one ({first_line(error)})"
+        raise CheckpointError(path, f"a {kind} file", found) from None
+    return Given(
+        kind=kind,
+        function=function,
+        sha256=hashlib.sha256(data).hexdigest(),
+        input_size=function.input_size if isinstance(function, ExportedNetwork) else None,
+    )
 
 
-def _script(data: bytes) -> Function:
-    module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+def _read_script(path: Path, data: bytes) -> Function:
+    checked = io.BytesIO(checked_script(path, data))
+    module: nn.Module = torch.jit.load(checked, map_location="cpu")  # type: ignore[no-untyped-call]
     return module.eval()
-
-
-def _exported(data: bytes) -> Function:
-    module = torch.export.load(io.BytesIO(data)).module()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return lambda x: module(x)  # wrapped, as it can't be put in eval mode
 
 
 def _open_onnx(path: Path, data: bytes) -> Given:
@@ -404,8 +419,8 @@ def _open_onnx(path: Path, data: bytes) -> Given:
     try:
         session = onnxruntime.InferenceSession(data, settings, ["CPUExecutionProvider"])
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(path, "an ONNX file", f"a broken one ({why})") from None
+        found = f"a broken one ({first_line(error)})"
+        raise CheckpointError(path, "an ONNX file", found) from None
     inputs = session.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
         found = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
@@ -431,15 +446,17 @@ def _open_onnx(path: Path, data: bytes) -> Given:
         parts = [run(padded[start : start + fixed]) for start in range(0, len(padded), fixed)]
         return torch.from_numpy(np.concatenate(parts)[: len(pixels)]).to(x.device)
 
-    given = Given(
+    side, about = shape[2], session.get_modelmeta().custom_metadata_map
+    return Given(
         kind="onnx",
         function=function,
         sha256=digest.hexdigest(),
         differentiable=False,
+        unit_pixels=is_ours(about),
+        input_size=side if isinstance(side, int) and side > 0 else None,
+        classes=recorded_classes(path, about) if is_ours(about) else None,
         notes=("its input has channels last",) if channels_last else (),
     )
-    side = shape[2]
-    return replace(given, input_size=side) if isinstance(side, int) and side > 0 else given
 
 
 def _external_files(path: Path, data: bytes) -> list[Path]:

@@ -229,6 +229,7 @@ def test_torchscript(network: nn.Module, tmp_path: Path) -> None:
         torch.jit.trace(network, images(2, SIDE)).save(path)  # type: ignore[no-untyped-call]
     loaded = load_checkpoint(path, options=ModelOptions(input_size=SIDE))
     assert loaded.sidecar.architecture.arch == "torchscript"
+    assert loaded.guessed == {"mean": "assumed", "std": "assumed", "classes": "assumed"}
     x = images(3, SIDE)
     torch.testing.assert_close(logits_of(loaded.classifier, x), logits_of(network, x))
     copied = for_inference(loaded.classifier)
@@ -360,6 +361,20 @@ def test_onnx_with_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "mine" / "m.onnx.data").unlink()
     with pytest.raises(CheckpointError, match=r"the file m\.onnx\.data of its weights beside it"):
         load_checkpoint(tmp_path / "mine" / "m.onnx")
+
+
+def test_onnx_of_ours_names_its_classes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    classifier = classifier_of(arch="resnet18", num_classes=3, mean=(0.4, 0.5, 0.6), input_size=32)
+    sidecar = Sidecar(architecture=classifier.architecture, classes=("cat", "dog", "Schiff, groß"))
+    save_checkpoint(tmp_path / "model.pt", classifier, sidecar, dtype=torch.float32)
+    export_checkpoint(load_checkpoint(tmp_path / "model.pt"), tmp_path / "model.onnx", "onnx")
+    (tmp_path / "model.json").unlink()
+    loaded = load_checkpoint(tmp_path / "model.onnx")
+    assert loaded.sidecar.classes == loaded.classifier.classes == sidecar.classes
+    assert loaded.guessed == {}
+    options = ModelOptions(classes=("a", "b", "c"))
+    assert load_checkpoint(tmp_path / "model.onnx", options=options).sidecar.classes[0] == "a"
 
 
 # Folders of the hub.
@@ -646,7 +661,7 @@ def serve() -> Iterator[Any]:
 def test_remote_service(ways: dict[str, Any], serve: Any) -> None:
     server, url = serve(**ways)
     loaded = load_checkpoint(Path(url))  # a path has lost a slash
-    assert loaded.guessed == {"classes": "assumed"}
+    assert loaded.guessed == {"mean": "assumed", "std": "assumed", "classes": "assumed"}
     assert loaded.sidecar.architecture.input_size == SIDE
     x = (images(7, SIDE) * 255).round() / 255
     expected = (x.mean(dim=(2, 3)) @ torch.from_numpy(server.weight)).softmax(dim=1)
