@@ -138,7 +138,7 @@ class Builder:
                 raise self.source.error("a palette of bytes", "another") from None
         transparency = info.get("transparency") if isinstance(info, dict) else None
         if mode == "P" and isinstance(transparency, bytes):
-            image.info["transparency"] = transparency[:256]  # Pillow fails on more than colors
+            image.info["transparency"] = transparency[:256]  # more make Pillow fail
         elif mode == "P" and _is_byte(transparency):
             image.info["transparency"] = transparency
         return image
