@@ -51,7 +51,8 @@ _BYTES_PER_PIXEL = {
 }
 _ARRAYS = re.compile(r"numpy\.(core|_core)\.(multiarray\._reconstruct|numeric\._frombuffer)")
 _SCALAR = re.compile(r"numpy\.(core|_core)\.multiarray\.scalar")
-_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_LATER_TENSOR = "torch._utils._rebuild_tensor_v3"
+_TENSORS = ("torch._utils._rebuild_tensor_v2", _LATER_TENSOR)
 _PARAMETER = "torch._utils._rebuild_parameter"
 _IMAGE = re.compile(r"PIL\..*")
 
@@ -156,7 +157,7 @@ class Builder:
         if not isinstance(reference, Persistent | Record) or not _is_count(offset):
             raise self.source.error("a tensor", "one without a storage")
         flat = self._storages(reference)
-        if record.path == _TENSORS[1]:
+        if record.path == _LATER_TENSOR:
             flat = flat.view(self._later_dtype(record.args[6]))
         sides, steps = self._sides(size, "tensor"), self._sides(stride, "tensor")
         last = sum((side - 1) * step for side, step in zip(sides, steps, strict=True))
