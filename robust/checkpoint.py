@@ -357,12 +357,16 @@ def _described(path: Path) -> Path:
 
 def _read_sidecar(path: Path, digest: str) -> Sidecar | None:
     """The sidecar of these weights; None if there is none."""
-    path, mismatch = _described(path), None
-    for candidate in (sidecar_path(path), _pending_path(path)):
+    path, mismatch, foreign = _described(path), None, set[Path]()
+    own, pending = sidecar_path(path), _pending_path(path)
+    # `own` again, as a save may have renamed `pending` to it since it was read.
+    for candidate in (own, pending, own):
         try:
             text = candidate.read_bytes()
             if is_foreign(text):
-                logger.warning("%s does not describe a checkpoint and is ignored", candidate)
+                if candidate not in foreign:
+                    logger.warning("%s does not describe a checkpoint and is ignored", candidate)
+                foreign.add(candidate)
                 continue
             sidecar = parse_sidecar(text)
         except FileNotFoundError:

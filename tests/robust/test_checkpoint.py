@@ -457,6 +457,26 @@ def test_crash_right_after_the_weights_are_in_place(
     assert load_checkpoint(pair).sidecar.seed == 1
 
 
+def test_sidecar_renamed_while_it_is_looked_for_is_found(
+    pair: Path, make_classifier: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a service loads a checkpoint between the renames of its two files."""
+    old, own = sidecar_path(pair).read_bytes(), sidecar_path(pair)
+    new = save_other(pair, make_classifier)
+    pending = own.rename(own.with_suffix(".json.new"))
+    own.write_bytes(old)
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        content = read(path)
+        if path == own and pending.exists():
+            pending.replace(own)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert load_checkpoint(pair).sidecar == new
+
+
 def test_failed_save_after_a_crash_keeps_the_pending_sidecar(
     pair: Path, make_classifier: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,7 +585,7 @@ def test_results_recorded_concurrently_are_all_kept(
     monkeypatch.setattr(files, "write_json", write_late)
     first = threading.Thread(target=record, args=["fgsm"])
     first.start()
-    assert first_writes.wait(60)
+    assert first_writes.wait(280)
     second = threading.Thread(target=lambda: (record("pgd"), recorded.set()))
     second.start()
     first.join()
