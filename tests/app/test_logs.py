@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,16 +12,7 @@ from app.settings import Settings
 from tests.support.serving import Running, png
 
 
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    logger = logging.getLogger()
-    handlers, level = logger.handlers[:], logger.level
-    yield logger
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-
-
-def test_json_lines(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(Settings(log_format="json", log_level="warning"))
     token = logs.request_id.set("abc")
     try:
@@ -44,7 +34,7 @@ def test_json_lines(root: logging.Logger, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_log_lines_from_every_thread_name_their_request(
-    running: Running, root: logging.Logger, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, str]] = []
 
@@ -53,6 +43,7 @@ def test_log_lines_from_every_thread_name_their_request(
             if record.name != "httpx":  # the test's own client
                 seen.append((record.getMessage(), logs.request_id.get()))
 
+    root = logging.getLogger()  # put back after each test
     root.addHandler(Handler())
     root.setLevel("INFO")
     from app.http import images

@@ -1,5 +1,6 @@
 """``robust serve`` as a process: startup, signals and exit."""
 
+import gc
 import os
 import re
 import signal
@@ -103,7 +104,7 @@ def test_running_request_finishes_after_sigterm(server: Server) -> None:
         assert httpx.post(f"{server.url}/predict", content=data, timeout=120).status_code == 503
         connection.sendall(data[10:])
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-    assert server.process.wait(120) == 0
+    assert server.process.wait(280) == 0
 
 
 def test_second_signal_exits_immediately(server: Server) -> None:
@@ -116,7 +117,7 @@ def test_second_signal_exits_immediately(server: Server) -> None:
         server.process.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{server.url}/readyz", timeout=120).status_code == 503)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(120) == 0
+        assert server.process.wait(280) == 0
         assert time.monotonic() - begun < 60
 
 
@@ -135,7 +136,9 @@ def test_startup_errors_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "other hash", "no device"])
-def test_unusable_checkpoint_fails_startup(checkpoint: Path, tmp_path: Path, how: str) -> None:
+def test_unusable_checkpoint_fails_startup(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     import click
 
     import app.commands
@@ -149,6 +152,7 @@ def test_unusable_checkpoint_fails_startup(checkpoint: Path, tmp_path: Path, how
         sidecar_path(path).write_text(other if how == "other hash" else text)
     arguments = ["--port", "0", "--checkpoint", str(path)]
     arguments += ["--device", "teapot"] if how == "no device" else []
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # other tests expect their garbage collected
     with pytest.raises((CheckpointError, ValueError, click.ClickException)) as caught:
         app.commands.serve.main(arguments, standalone_mode=False)
     assert "\n" not in str(caught.value)
