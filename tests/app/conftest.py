@@ -17,7 +17,7 @@ from robust.sidecar import Sidecar
 from tests.support.serving import CLASSES, Running, pixels, serving
 
 # Answers must not depend on the processor: tests of bfloat16 ask for it.
-os.environ.setdefault("ROBUST_PRECISION", "fp32")
+os.environ["ROBUST_PRECISION"] = "fp32"
 
 
 SMALL = "wide_resnet10_1"  # a service starts with it in a fifth of the time of a ResNet-18
@@ -63,5 +63,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def running(checkpoint: Path) -> Iterator[Running]:
-    with serving(Settings(checkpoint=checkpoint, threads=1, device="cpu")) as running:
+    settings = Settings(checkpoint=checkpoint, threads=1, device="cpu", deadline_seconds=120)
+    with serving(settings) as running:
         yield running

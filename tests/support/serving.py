@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ from app.http.connection import connection_class
 from app.service import Service
 from app.settings import Settings
 from robust.images import encode_png
+from tests.support.waiting import SECONDS, until
 
 CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = 32
@@ -52,7 +53,7 @@ class Running:
         stopping = self.begin(self.service.jobs.stop())
         until(self.evaluation_cancelled)
         gate.open.set()
-        stopping.result(30)
+        stopping.result(SECONDS)
 
 
 @contextmanager
@@ -80,19 +81,11 @@ def serving(settings: Settings) -> Iterator[Running]:
         until(lambda: server.started or not thread.is_alive())
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=120) as client:
+        with httpx.Client(base_url=url, timeout=SECONDS) as client:
             yield Running(app.state.service, client, url, loops[0])
     finally:
         server.should_exit = True
         thread.join()
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for a condition that must come true."""
-    latest = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < latest, "waited in vain"
-        time.sleep(0.005)
 
 
 def pixels(seed: int = 0, n: int = 1) -> Tensor:
@@ -120,6 +113,11 @@ def labeled(n: int = 30, seed: int = 0, **changed: Any) -> bytes:
     return buffer.getvalue()
 
 
+def anew() -> dict[str, str]:
+    """A header that asks for a new evaluation, whatever other tests have evaluated."""
+    return {"Idempotency-Key": uuid.uuid4().hex}
+
+
 class Gate:
     """A stand-in for a classifier that waits at each call until it is opened."""
 
@@ -132,7 +130,7 @@ class Gate:
         self.calls += 1
         self.batches.append(len(x))
         self.waiting += 1
-        assert self.open.wait(300)
+        assert self.open.wait(SECONDS)
         self.waiting -= 1
         return self.inner(x)
 
@@ -150,7 +148,7 @@ class Brake:
         self._left -= 1
         if self._left < 0:
             self.waiting.set()
-            assert self.released.wait(60)
+            assert self.released.wait(SECONDS)
         return self._inner(x)
 
 

@@ -126,6 +126,7 @@ def test_parameters_may_be_json(running: Running) -> None:
     set_ = base64.b64encode(labeled(3, seed=8)).decode()
     response = running.client.post("/evaluate", json={"file": set_, "attack": "fgsm"})
     assert response.status_code == 202
+    running.client.delete(response.headers["Location"])
 
 
 @pytest.mark.parametrize(

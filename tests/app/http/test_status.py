@@ -10,7 +10,7 @@ from app.engine.queue import Kind
 from app.errors import EngineStopped
 from app.settings import Settings
 from robust.checkpoint import load_checkpoint
-from tests.support.serving import CLASSES, Running, labeled, png, serving, until
+from tests.support.serving import CLASSES, Running, anew, labeled, png, serving, until
 
 
 def test_model_card_is_the_sidecar(running: Running, checkpoint) -> None:
@@ -77,11 +77,15 @@ def metrics(running: Running) -> dict[str, float]:
 
 
 def test_metrics_count_requests_and_work(running: Running) -> None:
+    active = ("queued", "running")  # such as what a test before this one left
+    until(lambda: not any(job["state"] in active for job in running.client.get("/evaluate").json()))
     before = metrics(running)
     running.client.post("/predict", files=[("file", png(1)), ("file", png(2))])
     running.client.post("/attack?attack=fgsm", content=png())
     running.client.post("/predict", content=b"no image")
-    running.client.post("/evaluate", files={"file": labeled(5)}, headers={"Prefer": "wait=30"})
+    headers = {"Prefer": "wait=120"} | anew()
+    done = running.client.post("/evaluate", files={"file": labeled(5)}, headers=headers)
+    assert done.status_code == 200
     running.client.get("/an/unknown/path")
     after = metrics(running)
 

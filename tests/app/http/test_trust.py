@@ -213,6 +213,7 @@ def test_service_works_behind_a_path_prefix(running: Running) -> None:
     for bad in ("//evil.example", "/a b", "evil", "/x?y"):
         odd = running.client.get("/docs/", headers={"X-Forwarded-Prefix": bad})
         assert odd.headers["Location"] == "/docs"
+    running.client.delete(place, headers=prefix)
 
 
 def test_forwarded_headers_need_a_trusted_proxy(checkpoint: Path) -> None:
