@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from weakref import ref
 
@@ -42,7 +43,7 @@ def served(running: Running) -> str:
 def test_reload_drops_no_request_and_each_response_names_its_model(reloading: Running) -> None:
     path = reloading.service.settings.checkpoint
     known = {served(reloading): 1}
-    probabilities: dict[str, set[float]] = {}
+    probabilities: dict[str, list[float]] = {}
     with ThreadPoolExecutor(4) as pool:
         stop = threading.Event()
 
@@ -52,8 +53,8 @@ def test_reload_drops_no_request_and_each_response_names_its_model(reloading: Ru
                 assert response.status_code == 200
                 body = response.json()
                 assert body["model_sha256"] == response.headers["X-Model-SHA256"]
-                probability = round(body["results"][0]["probability"], 4)
-                probabilities.setdefault(body["model_sha256"], set()).add(probability)
+                found = probabilities.setdefault(body["model_sha256"], [])
+                found.append(body["results"][0]["probability"])
 
         asking = [pool.submit(ask) for _ in range(4)]
         try:
@@ -67,8 +68,9 @@ def test_reload_drops_no_request_and_each_response_names_its_model(reloading: Ru
             future.result()
     assert set(probabilities) == set(known)
     # Each model has one answer to one image: no answer carries the name of another model.
-    assert all(len(values) == 1 for values in probabilities.values())
-    assert len(set.union(*probabilities.values())) == 3
+    answers = sorted((min(values), max(values)) for values in probabilities.values())
+    assert all(most - least < 5e-4 for least, most in answers)
+    assert all(most + 2e-3 < least for (_, most), (least, _) in pairwise(answers))
     assert (reloads(reloading, "ok"), reloads(reloading, "failed")) == (2, 0)
 
 

@@ -134,7 +134,7 @@ def test_all_runtimes_agree_at_any_batch_size(stem: str) -> None:
         for item in runtimes:
             for n in (1, 2, 5, 21):
                 logits = torch.cat([item.logits(part) for part in torch.split(x, n)])
-                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_torch_serves_without_the_optional_packages(checkpoint: Path) -> None:

@@ -56,7 +56,7 @@ def test_returned_png_is_the_image_that_was_scored(
         assert result["l2"] == pytest.approx(float(change.double().norm()) / 255, abs=1e-9)
         again = predicted(running, base64.b64decode(result["adversarial_png"]))
         assert again["index"] == result["after"]["index"]
-        assert again["probability"] == pytest.approx(result["after"]["probability"], abs=1e-5)
+        assert again["probability"] == pytest.approx(result["after"]["probability"], abs=2e-4)
         assert result["success"] == (again["index"] != body["label"]["index"])
         assert result["after"]["probability"] == result["after"]["top"][0]["probability"]
 
@@ -68,7 +68,7 @@ def test_default_label_is_the_prediction(
     body, seen = attacked(running, data, attack="fgsm"), predicted(running, data)
     assert body["label"] == {"label": seen["label"], "index": seen["index"]}
     assert body["before"]["index"] == seen["index"]
-    assert body["before"]["probability"] == pytest.approx(seen["probability"], abs=1e-5)
+    assert body["before"]["probability"] == pytest.approx(seen["probability"], abs=2e-4)
     assert body["already_wrong"] is False
     assert body["target"] is None
 

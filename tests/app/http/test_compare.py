@@ -81,7 +81,7 @@ def test_both_models_are_attacked_as_if_alone_and_transfer_is_reported(
             assert answer[name] == single[name]
         before, alone_before = answer["before"], single["before"]
         assert before["index"] == alone_before["index"]
-        assert before["probability"] == pytest.approx(alone_before["probability"], abs=1e-5)
+        assert before["probability"] == pytest.approx(alone_before["probability"], abs=2e-4)
     assert alone["compare"] is None
     assert compare["model"] == "plain_model.pt"
     for results, judge, answer in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -53,6 +54,13 @@ def digits() -> tuple[Data, Data]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass is so slow that results are shown or recorded for the time it takes."""
+    for name in ("SHOW_SECONDS", "RECORD_SECONDS"):
+        monkeypatch.setattr(f"robust.evaluation.stages.{name}", math.inf)
+
+
 def make_network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -65,22 +73,39 @@ def make_network() -> nn.Module:
     )
 
 
+class InFloat64(nn.Module):
+    """A float64 network with the inputs and outputs of a float32 one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x.double())
+        return logits.float()
+
+
 def train(data: Data, *, eps: float, epochs: int) -> nn.Module:
-    """A network trained on digits, against PGD where `eps` is above 0."""
+    """A network trained on digits, against PGD where `eps` is above 0.
+
+    In float64, so that all processors get the same weights in float32.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = make_network()
+        network = make_network().double()
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
         for _ in range(epochs):
             for index in torch.randperm(len(data[0])).split(100):
                 x, y = data[0][index].float() / 255, data[1][index]
                 if eps:
                     ball = ThreatModel(eps=eps)
-                    x = pgd(network, x, y, threat_model=ball, alpha=eps / 2, steps=3).x_adv
+                    x = pgd(
+                        InFloat64(network), x, y, threat_model=ball, alpha=eps / 2, steps=3
+                    ).x_adv
                 optimizer.zero_grad()
-                F.cross_entropy(network(x), y).backward()
+                F.cross_entropy(network(x.double()), y).backward()
                 optimizer.step()
-    return network.eval().requires_grad_(False)
+    return network.float().eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,11 @@ def test_missing_normalization(undefended: nn.Module, test_digits: Data) -> None
 
     result = run(model, test_digits, attacks("fgsm"))
     (flag,) = [flag for flag in result.flags if flag.name == "normalization"]
-    assert flag.text.startswith("49 of 50 images are classified correctly when normalized as for")
+    found = re.match(
+        r"(\d+) of 50 images are classified correctly when normalized as for", flag.text
+    )
+    assert found is not None, flag.text
+    assert int(found[1]) >= 45
 
 
 def test_model_without_gradients_raises_no_gradient_flag(

@@ -34,6 +34,11 @@ class Clock:
         self.now += PASS
 
 
+@pytest.fixture(autouse=True)
+def unhurried() -> None:
+    """The time that passes is that of the clock below."""
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
