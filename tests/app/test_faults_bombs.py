@@ -123,7 +123,7 @@ def test_bombs_are_rejected_without_allocating_their_size(default: Running) -> N
             # An encoded body is held until it is larger than any body may be.
             held = default.service.settings.max_body_bytes / 2**20 if "encoded" in name else 0
             assert grown < max(64, held + 8), (name, grown)
-            assert time.process_time() - began < 2, name
+            assert time.process_time() - began < 5, name
 
 
 def test_largest_datasets_are_read_one_at_a_time(default: Running) -> None:

@@ -39,7 +39,7 @@ def test_mutated_image_decodes_or_is_rejected(n: int) -> None:
     assert set(seen) == OUTCOMES
     # Both far from none: what is mutated too much tests the first bytes only.
     assert min(seen["decoded"], seen["broken"], seen["unsupported"]) > n / 20
-    assert longest < 1
+    assert longest < 5
     assert peak.grown() < 100 * 2**20
 
 

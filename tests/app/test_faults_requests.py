@@ -28,7 +28,7 @@ async def answers(running: Running, requests: Iterator[bytes]) -> list[tuple[byt
         for request in requests:
             reader, writer = await asyncio.open_connection(host, int(port))
             try:
-                async with asyncio.timeout(60):  # past it: a hang
+                async with asyncio.timeout(280):  # past it: a hang
                     writer.write(request)
                     found.append((request, await _answer(reader)))
             finally:

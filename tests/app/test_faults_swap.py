@@ -64,7 +64,7 @@ def writer(path: Path, others: list[Path]) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.stdin.close()
-        process.wait(60)
+        process.wait(280)
         process.stdout.close()
 
 

@@ -17,6 +17,7 @@ from app.tracing import Tracing, tracing_for
 from tests.support.serving import Running, gated, labeled, png, serving, until
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CLOCKS = 50_000_000  # ns between the clock of requests and that of their work, on any machine
 
 
 @pytest.fixture
@@ -87,8 +88,8 @@ def test_request_queue_wait_and_device_time_are_traced(
         times += [device.start_time_unix_nano, device.end_time_unix_nano]
         assert times == sorted(times)
         assert abs(times[1] - times[2]) < 1000
-        assert request.start_time_unix_nano <= times[0] + 1_000_000
-        assert times[3] <= request.end_time_unix_nano + 1_000_000
+        assert request.start_time_unix_nano <= times[0] + CLOCKS
+        assert times[3] <= request.end_time_unix_nano + CLOCKS
 
 
 def test_work_that_never_started_has_only_a_wait_span(
@@ -96,7 +97,7 @@ def test_work_that_never_started_has_only_a_wait_span(
 ) -> None:
     endpoint, sent = collector
     settings = Settings(
-        checkpoint=checkpoint, threads=1, device="cpu", traces=endpoint, deadline_seconds=0.3
+        checkpoint=checkpoint, threads=1, device="cpu", traces=endpoint, deadline_seconds=2
     )
     with serving(settings) as running, gated(running.service) as gate:
         job = running.client.post("/evaluate?attack=fgsm", files={"file": labeled(3)}).json()

@@ -7,6 +7,7 @@ process group; and an error of rank 0.
 
 import json
 import os
+import time
 from functools import partial
 
 import torch
@@ -160,5 +161,8 @@ with init_distributed(CPU) as (world, _):
     collectives = Collectives(world)
     found["stop"] = {"asked": collectives.any(world.rank == 1), "not asked": collectives.any(False)}
     found["failure"] = failure(world)
+latest = time.monotonic() + 10
+while threads() > before and time.monotonic() < latest:  # the system may take a moment to end them
+    time.sleep(0.01)
 found["threads"] = {"left": threads() - before}  # those of the group could abort the exit
 print(json.dumps(found))  # noqa: T201

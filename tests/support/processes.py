@@ -6,9 +6,19 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """A port that nothing listens on, of those that the system gives to nobody by itself."""
+    for port in Random().sample(range(15_000, 32_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -32,8 +42,7 @@ def run_together(
 
     `extra` goes into their environment.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -18,6 +18,7 @@ from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset
 from robust.sidecar import Sidecar
 from robust.threat_model import ThreatModel
+from tests.support.waiting import until
 from training import context
 from training import step as step_module
 from training.context import Run
@@ -104,13 +105,20 @@ def test_a_run_killed_outright_resumes_bit_equal(
     finished: Path, tiny: Recipe, colors: Dataset, out: Path
 ) -> None:
     script = (
-        "import sys, torch\n"
+        "import signal, sys, time, torch\n"
         "from pathlib import Path\n"
         "from tests.support.small import colors, tiny\n"
         "from training.run import train\n"
+        "from training.state import RunFolder\n"
         "torch.set_num_threads(int(sys.argv[2]))\n"
-        "train(tiny(), colors(), out=Path(sys.argv[1]), device=torch.device('cpu'),\n"
-        "      observe=lambda p: print(p.epoch, p.step, flush=True))\n"
+        "out = Path(sys.argv[1])\n"
+        "def stop(p):\n"
+        "    if (p.epoch, p.step) == (2, 2):  # inside the second epoch\n"
+        "        while not RunFolder.of(out).state.exists():  # written in the background\n"
+        "            time.sleep(0.01)\n"
+        "        print('here', flush=True)\n"
+        "        signal.pause()\n"
+        "train(tiny(), colors(), out=out, device=torch.device('cpu'), observe=stop)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, out, str(torch.get_num_threads())],
@@ -119,14 +127,13 @@ def test_a_run_killed_outright_resumes_bit_equal(
         cwd=ROOT,
     )
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.split() == ["2", "2"]:  # inside the second epoch
-            process.send_signal(signal.SIGSTOP)
-            break
-    with pytest.raises(TrainingError, match="another training run"), RunFolder.of(out).locked():
-        pass
-    process.kill()
-    process.stdout.close()
+    try:
+        assert process.stdout.readline() == "here\n"
+        with pytest.raises(TrainingError, match="another training run"), RunFolder.of(out).locked():
+            pass
+    finally:
+        process.kill()
+        process.stdout.close()
     assert process.wait() == -signal.SIGKILL  # which releases the lock
     assert RunFolder.of(out).state.exists()
     train(tiny, colors, out=out, device=CPU, resume=True)
@@ -263,7 +270,8 @@ def test_run_that_replaces_its_initial_weights_can_be_resumed(
     states: list[bytes] = []
 
     def keep_state(progress: Progress) -> None:
-        if folder.state.exists():
+        if progress.epoch >= 2:  # the state after the first epoch is written in the background
+            until(folder.state.exists)
             states.append(folder.state.read_bytes())
 
     train(tiny, colors, out=out, device=CPU, init=load_checkpoint(out), observe=keep_state)

@@ -91,7 +91,7 @@ def test_last_state_is_written_during_the_final_score(
 
     def write(path: Path, content: object) -> None:
         if path.name == "state.pt":
-            overlapped.append(scoring.wait(5))
+            overlapped.append(scoring.wait(280))
         real[0](path, content)  # type: ignore[arg-type]
 
     def scored(*args: object, **options: object) -> object:

@@ -19,7 +19,7 @@ def test_state_is_saved_as_of_the_call(tmp_path: Path, monkeypatch: pytest.Monke
     may_write, real = threading.Event(), files.write_atomic
 
     def slow(path: Path, write: object) -> None:
-        may_write.wait(10)
+        may_write.wait(280)
         real(path, write)  # type: ignore[arg-type]
 
     monkeypatch.setattr(files, "write_atomic", slow)
@@ -56,7 +56,7 @@ def test_failed_write_is_raised_by_the_next_call(
     monkeypatch.setattr(files, "write_atomic", full)
     with StateWriter(tmp_path / "state.pt") as writer:
         writer.save(state_of(1))
-        failed.wait(10)
+        failed.wait(280)
         with pytest.raises(TrainingError, match=r"state\.pt: could not save .*No space left"):
             writer.wait()
         writer.check()  # raised once

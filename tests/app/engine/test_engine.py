@@ -88,7 +88,7 @@ class Held:
 
     def __call__(self, session: Session) -> int:
         self.entered.set()
-        assert self.release.wait(60)
+        assert self.release.wait(280)
         for _ in range(self.steps):
             session(torch.ones(1, 3, 4, 4))
             self.done += 1
@@ -96,7 +96,7 @@ class Held:
 
     async def start(self, engine: Engine, model: ServedModel, **more: Any) -> "asyncio.Task[int]":
         task = asyncio.create_task(engine.run(self.kind, model, self, cost=1, **more))
-        await asyncio.to_thread(self.entered.wait, 60)
+        await asyncio.to_thread(self.entered.wait, 280)
         return task
 
 
@@ -157,19 +157,19 @@ def test_prediction_waits_for_images_being_decoded_only_if_batching_is_faster(
 
         def hook() -> None:
             entered.set()
-            assert release.wait(60)
+            assert release.wait(280)
 
         model.hook = hook
         with engine.decoding():
             tasks = [asyncio.create_task(engine.predict(shared, image(1)))]
             if batches[0] == 1:
-                await asyncio.to_thread(entered.wait, 60)
+                await asyncio.to_thread(entered.wait, 280)
             tasks += [
                 asyncio.create_task(engine.predict(shared, image(1))) for _ in range(count - 1)
             ]
             await settled()
             if count == enough:
-                await asyncio.to_thread(entered.wait, 60)
+                await asyncio.to_thread(entered.wait, 280)
             assert model.batches == ([] if count < enough else batches[:1])
             release.set()
         await asyncio.gather(*tasks)
@@ -240,7 +240,7 @@ def test_steady_predictions_do_not_starve_an_attack() -> None:
                 flood.append(asyncio.create_task(engine.predict(shared, image(1))))
 
         def hook() -> None:  # each prediction brings the next before it is done
-            asyncio.run_coroutine_threadsafe(_call(another), loop).result(60)
+            asyncio.run_coroutine_threadsafe(_call(another), loop).result(280)
 
         model.hook = hook
         shared = served(model)
@@ -294,7 +294,7 @@ def test_retry_after_is_the_queued_work_at_the_measured_speed() -> None:
         more = asyncio.create_task(engine.run(Kind.ATTACK, model, held, cost=39))
         await settled()
         # 40 forward passes at 0.2 s; the sleep may take longer on a busy machine, never less.
-        assert 8 <= engine.retry_after(Kind.ATTACK) <= 30
+        assert 8 <= engine.retry_after(Kind.ATTACK) <= 300
         held.release.set()
         await asyncio.gather(task, more)
 
@@ -332,7 +332,7 @@ def test_work_whose_deadline_passes_in_the_queue_never_runs() -> None:
         start = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             await engine.predict(served(model), image(1), deadline=start + 0.05)
-        assert time.monotonic() - start < 5  # told while the device is still held
+        assert time.monotonic() - start < 60  # told while the device is still held
         held.release.set()
         await task
         assert model.batches == []
@@ -343,13 +343,16 @@ def test_work_whose_deadline_passes_in_the_queue_never_runs() -> None:
 def test_deadline_stops_an_attack_between_steps() -> None:
     async def test(engine: Engine, metrics: Metrics) -> None:
         held = Held(Kind.ATTACK, steps=1000)
-        model = Brightness()
-        model.hook = lambda: time.sleep(0.01)
+        model, deadline = Brightness(), time.monotonic() + 2
+
+        def hook() -> None:
+            if len(model.batches) == 2:  # the deadline passes during the second step
+                time.sleep(max(0.0, deadline + 0.01 - time.monotonic()))
+
+        model.hook = hook
         held.release.set()
         with pytest.raises(DeadlineExceeded):
-            await engine.run(
-                Kind.ATTACK, served(model), held, cost=1, deadline=time.monotonic() + 0.1
-            )
+            await engine.run(Kind.ATTACK, served(model), held, cost=1, deadline=deadline)
         await engine.predict(served(Brightness()), image(1))  # the device is free again
         assert 0 < held.done < 100
 
@@ -511,11 +514,11 @@ def test_dead_engine_thread_fails_queued_and_new_work() -> None:
 
         def die(session: Session) -> None:
             entered.set()
-            release.wait(60)
+            release.wait(280)
             raise SystemExit
 
         dying = asyncio.create_task(engine.run(Kind.ATTACK, model, die, cost=1))
-        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.to_thread(entered.wait, 280)
         waiting = asyncio.create_task(engine.predict(model, image(1)))
         await settled()
         release.set()
@@ -544,11 +547,11 @@ def test_broken_device_ends_the_engine_thread_without_retries(together: int) -> 
 
         def wait(session: Session) -> None:
             entered.set()
-            release.wait(60)
+            release.wait(280)
             session.pause()
 
         running = asyncio.create_task(engine.run(Kind.EVALUATE, model, wait, cost=1))
-        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.to_thread(entered.wait, 280)
         waiting = [asyncio.create_task(engine.predict(broken, image(1))) for _ in range(together)]
         await settled()
         release.set()
@@ -576,11 +579,11 @@ def test_prediction_during_a_bfloat16_search_is_computed_in_float32() -> None:
         def search(session: Session) -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 entered.set()
-                release.wait(60)
+                release.wait(280)
                 searched.append(session(image).dtype)
 
         task = asyncio.create_task(engine.run(Kind.EVALUATE, model, search, cost=1))
-        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.to_thread(entered.wait, 280)
         ahead = asyncio.create_task(engine.predict(model, image))
         await settled()
         release.set()
@@ -648,7 +651,7 @@ def test_device_time_is_counted_once() -> None:
 
         start = time.monotonic()
         task = asyncio.create_task(engine.run(Kind.ATTACK, served(Brightness()), attack, cost=1))
-        await asyncio.to_thread(held.entered.wait, 60)
+        await asyncio.to_thread(held.entered.wait, 280)
         predicted = asyncio.create_task(engine.predict(served(slow), image(1)))
         await settled()
         held.release.set()

@@ -46,7 +46,7 @@ def test_prediction_runs_after_every_pass_of_an_evaluation() -> None:
 
         def hook() -> None:
             log.append("pass")
-            asyncio.run_coroutine_threadsafe(ask(), loop).result(60)
+            asyncio.run_coroutine_threadsafe(ask(), loop).result(280)
 
         model.hook = hook
         models = ModelReloader(Path("none.pt"), device=torch.device("cpu"), metrics=metrics)
@@ -54,7 +54,7 @@ def test_prediction_runs_after_every_pass_of_an_evaluation() -> None:
         await jobs.start()
         attacks = [resolve_attack(name, ThreatModel(eps=0.1)) for name in ATTACKS]
         job = await jobs.submit(served(model), dataset, attacks)
-        job = await jobs.ended(job, 60)
+        job = await jobs.ended(job, 280)
         assert job.state == "done", job.error
         assert job.result is not None
         assert job.result["results"][0]["correct"] == 100

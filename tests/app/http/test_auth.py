@@ -4,6 +4,7 @@ import logging
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,18 +20,21 @@ KEYS = ("first-key-of-two", "second-key")
 ORIGIN = "https://pages.example"
 
 
-@pytest.fixture(scope="module")
-def locked(checkpoint: Any) -> Iterator[Running]:
-    settings = Settings(
+def settings(checkpoint: Path, **more: Any) -> Settings:
+    return Settings(
         checkpoint=checkpoint,
         threads=1,
         device="cpu",
         api_keys=", ".join(KEYS),
         cors_origins=ORIGIN,
-        upload_seconds=1,
         max_body_bytes=50_000,
+        **more,
     )
-    with serving(settings) as running:
+
+
+@pytest.fixture(scope="module")
+def locked(checkpoint: Path) -> Iterator[Running]:
+    with serving(settings(checkpoint)) as running:
         yield running
 
 
@@ -129,7 +133,7 @@ def test_key_is_required_by_the_path_that_is_routed(
 def test_key_is_checked_before_the_body_is_read(locked: Running) -> None:
     host, port = locked.url.removeprefix("http://").split(":")
     for head in (b"Content-Length: 40000", b"Transfer-Encoding: chunked"):
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with socket.create_connection((host, int(port)), timeout=120) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
             assert connection.recv(12) == b"HTTP/1.1 401"
 
@@ -245,9 +249,16 @@ def test_docs_page_policy_allows_its_own_script(running: Running) -> None:
 # Slow senders
 
 
+@pytest.fixture(scope="module")
+def hasty(checkpoint: Path) -> Iterator[Running]:
+    """The same, but a request must arrive within a second."""
+    with serving(settings(checkpoint, upload_seconds=1)) as running:
+        yield running
+
+
 def connected(running: Running) -> socket.socket:
     host, port = running.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    return socket.create_connection((host, int(port)), timeout=120)
 
 
 def answered(connection: socket.socket) -> bytes:
@@ -258,8 +269,8 @@ def answered(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HTT", b"GET /livez HTTP/1.1\r\nHost: x\r\nA"])
-def test_incomplete_request_head_closes_the_connection(locked: Running, sent: bytes) -> None:
-    with connected(locked) as connection:
+def test_incomplete_request_head_closes_the_connection(hasty: Running, sent: bytes) -> None:
+    with connected(hasty) as connection:
         connection.sendall(sent)
         assert connection.recv(1000) == b""
 
@@ -279,20 +290,20 @@ def closed_while_sending(connection: socket.socket, drop: bytes) -> bool:
     return False
 
 
-def test_slowly_sent_head_closes_the_connection(locked: Running) -> None:
-    with connected(locked) as connection:
+def test_slowly_sent_head_closes_the_connection(hasty: Running) -> None:
+    with connected(hasty) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
         assert closed_while_sending(connection, b"A: b\r\n")
 
 
-def test_connection_may_be_idle_between_requests(locked: Running) -> None:
+def test_connection_may_be_idle_between_requests(hasty: Running) -> None:
     head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
-    with connected(locked) as connection:
+    with connected(hasty) as connection:
         for _ in range(3):
             connection.sendall(head)
             connection.sendall(b"\r\n")
             assert answered(connection).startswith(b"HTTP/1.1 200")
-        until(lambda: locked.service.in_flight.count == 0)
+        until(lambda: hasty.service.in_flight.count == 0)
         connection.settimeout(1.5)  # idle between two requests for longer than a head may take
         with pytest.raises(TimeoutError):
             connection.recv(1000)
@@ -300,8 +311,8 @@ def test_connection_may_be_idle_between_requests(locked: Running) -> None:
         assert answered(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_endless_body_after_the_response_closes_the_connection(locked: Running) -> None:
-    with connected(locked) as connection:
+def test_endless_body_after_the_response_closes_the_connection(hasty: Running) -> None:
+    with connected(hasty) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\nabc")
         assert connection.recv(12) == b"HTTP/1.1 401"
         assert closed_while_sending(connection, b"d")

@@ -5,6 +5,7 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_body_rejected_by_its_headers_is_not_read(
     small: Running, status: int, headers: bytes
 ) -> None:
     host, port = small.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % headers)
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 %d " % status)
@@ -284,7 +285,7 @@ def test_oversized_chunked_body_is_rejected_while_reading(small: Running) -> Non
 
 def test_slow_body_times_out_with_408(short_upload_timeout: Running) -> None:
     host, port = short_upload_timeout.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc")
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -292,7 +293,7 @@ def test_slow_body_times_out_with_408(short_upload_timeout: Running) -> None:
 
 def test_stalled_chunked_body_times_out_with_408(short_upload_timeout: Running) -> None:
     host, port = short_upload_timeout.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head + b"3\r\nabc\r\n")
         answer = connection.makefile("rb").read()
@@ -307,7 +308,8 @@ def test_request_larger_than_the_queue_is_422(small: Running) -> None:
 
 def test_requests_over_max_requests_get_429(small: Running) -> None:
     with gated(small.service) as gate, ThreadPoolExecutor(2) as pool:
-        asking = [pool.submit(httpx.post, f"{small.url}/predict", content=png()) for _ in range(2)]
+        ask = partial(httpx.post, f"{small.url}/predict", content=png(), timeout=120)
+        asking = [pool.submit(ask) for _ in range(2)]
         until(lambda: small.service.shares.slots == 2)
         response = small.client.post("/predict", content=png())
         assert_problem(response, 429)
@@ -365,7 +367,7 @@ def test_requests_waiting_for_a_job_hold_no_slot(
 def test_chunk_extensions_count_toward_the_body_size(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(head)
         sent = 0
         try:
@@ -384,7 +386,7 @@ def test_chunk_extensions_count_toward_the_body_size(small: Running) -> None:
 
 def test_total_body_bytes_are_limited(small: Running) -> None:
     host, port = small.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 19999\r\n\r\n")
         connection.sendall(bytes(19_990))
         until(lambda: small.service.shares.bytes == 19_990)

@@ -37,7 +37,7 @@ class Maker:
             self.made.append(job.id)
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-        assert self.go.wait(60)
+        assert self.go.wait(280)
         with self._lock:
             self.at_once -= 1
         return f"{job.id} {pdf}".encode()

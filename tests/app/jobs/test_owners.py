@@ -26,11 +26,11 @@ IMAGES = Dataset(
 
 def submit(running: Running, owner: str | None, key: str | None = None) -> Job:
     jobs, model = running.service.jobs, running.service.models.current
-    return running.begin(jobs.submit(model, IMAGES, [ATTACK], key=key, owner=owner)).result(30)
+    return running.begin(jobs.submit(model, IMAGES, [ATTACK], key=key, owner=owner)).result(280)
 
 
 def listed(running: Running, owner: str | None) -> set[str]:
-    return {job.id for job in running.begin(running.service.jobs.all(owner)).result(30)}
+    return {job.id for job in running.begin(running.service.jobs.all(owner)).result(280)}
 
 
 def check_owners(running: Running) -> None:
@@ -44,16 +44,16 @@ def check_owners(running: Running) -> None:
         assert listed(running, "you") == {yours.id}
         assert listed(running, None) == {mine.id, yours.id}
         with pytest.raises(NotFound):
-            running.begin(jobs.get(mine.id, "you")).result(30)
-        assert running.begin(jobs.get(mine.id, "me")).result(30).state in ("queued", "running")
+            running.begin(jobs.get(mine.id, "you")).result(280)
+        assert running.begin(jobs.get(mine.id, "me")).result(280).state in ("queued", "running")
         for id in (mine.id, yours.id):
-            running.begin(jobs.delete(id)).result(30)
-            running.begin(jobs.delete(id)).result(30)
+            running.begin(jobs.delete(id)).result(280)
+            running.begin(jobs.delete(id)).result(280)
         named = [submit(running, owner, key="a").id for owner in ("me", "you", "me")]
         assert named[0] == named[2] != named[1]
         for id in named[:2]:
-            running.begin(jobs.delete(id)).result(30)
-            running.begin(jobs.delete(id)).result(30)
+            running.begin(jobs.delete(id)).result(280)
+            running.begin(jobs.delete(id)).result(280)
 
 
 def test_job_is_visible_only_to_its_owner(checkpoint: Path, tmp_path: Path) -> None:

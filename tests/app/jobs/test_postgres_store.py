@@ -216,7 +216,7 @@ def judge(running: Running, *, silent: Running | None = None) -> list[list[str]]
             found = await db.execute("SELECT lost_by FROM evaluations")
             return [row["lost_by"] for row in await found.fetchall()]
 
-    return running.begin(work()).result(30)
+    return running.begin(work()).result(280)
 
 
 SILENCE = "UPDATE replicas SET seen = now() - interval '1h' WHERE id = %s"
@@ -245,7 +245,7 @@ def test_stopping_replica_hands_its_job_over_at_once(
                 handing = leaving.begin(leaving.service.jobs.hand_over())
                 until(leaving.evaluation_cancelled)
                 brake.released.set()
-                handing.result(30)
+                handing.result(280)
                 found = finish(heir, job["id"])
                 assert leaving.client.get(f"/evaluate/{job['id']}").json() == found
     assert without_seconds(found["evaluation"]) == expected
@@ -368,7 +368,7 @@ def test_invalid_database_url_is_reported_without_its_password() -> None:
 def upkeep(running: Running) -> None:
     """One round of the replica's upkeep, failed or not."""
     with suppress(StoreError):
-        running.begin(store(running)._maintenance.once()).result(30)
+        running.begin(store(running)._maintenance.once()).result(280)
 
 
 def test_database_outage_marks_no_replica_lost(
@@ -463,7 +463,7 @@ def test_failed_schema_check_does_not_block_requests(
     with monkeypatch.context() as patched:
         patched.setattr(postgres_pool, "_version", fail)
         with pytest.raises(StoreError):
-            one.begin(database.prepare()).result(30)
+            one.begin(database.prepare()).result(280)
         assert one.client.get("/evaluate").status_code == 200
 
 
@@ -519,7 +519,7 @@ def test_query_finishing_after_a_schema_change_does_not_report_the_store_up(
 
     query(settings, "UPDATE robust_version SET version = version + 1")
     try:
-        one.begin(check()).result(30)
+        one.begin(check()).result(280)
         assert "robust_store_up 0.0" in one.client.get("/metrics").text
     finally:
         query(settings, "UPDATE robust_version SET version = version - 1")

@@ -43,7 +43,7 @@ def test_job_cancelled_while_its_images_are_written_is_not_queued(
         store, loop = LocalStore(Settings(jobs=tmp_path)), asyncio.get_running_loop()
 
         def put_and_cancel(folder: JobFolder, id: str, dataset: Dataset) -> None:
-            asyncio.run_coroutine_threadsafe(store.cancel(id), loop).result(60)
+            asyncio.run_coroutine_threadsafe(store.cancel(id), loop).result(280)
             put(folder, id, dataset)
 
         monkeypatch.setattr(JobFolder, "put", put_and_cancel)

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 from datetime import UTC, datetime
@@ -33,6 +28,7 @@ from robust.evaluation.forecast import count_passes
 from robust.evaluation.journal import Journal
 from robust.threat_model import ThreatModel
 from tests.app.conftest import write_checkpoint
+from tests.app.test_server import Server
 from tests.support.serving import Gate, Running, gated, labeled, serving, until
 
 TIMES = ("seconds", "times")
@@ -127,7 +123,7 @@ async def state_while_running(settings: Settings, id: str) -> str:
 
     store = local.LocalStore(settings)
     await store.start(run)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(280):
         await started.wait()
     job = await store.get(id)
     assert job is not None
@@ -447,45 +443,32 @@ def test_unfinished_evaluation_has_no_report(
 
 
 def test_killed_service_resumes_its_job(checkpoint: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "ROBUST_CHECKPOINT": str(checkpoint),
-        "ROBUST_JOBS": str(tmp_path / "jobs"),
-        "ROBUST_THREADS": "1",
-        "ROBUST_DEVICE": "cpu",
-    }
-    command = [str(Path(sys.executable).with_name("robust")), "serve", "--port", str(port)]
+    def start() -> Server:  # errors only, as nobody reads them
+        settings = {"ROBUST_JOBS": str(tmp_path / "jobs"), "ROBUST_DEVICE": "cpu"}
+        return Server(checkpoint, ROBUST_LOG_LEVEL="error", **settings)
 
-    def start() -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        until(lambda: _ready(port))
-        return process
+    def job() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{server.url}/evaluate/{id}", timeout=120).json()
+        return found
 
-    url = f"http://127.0.0.1:{port}/evaluate"
-    process = start()
+    server = start()
     try:
-        answer = httpx.post(
-            url, files={"file": labeled(300)}, data={"attack": ["pgd-40"], "eps": "1/255"}
-        )
-        id = answer.json()["id"]
-        until(lambda: (httpx.get(f"{url}/{id}").json()["evaluation"] or {"done": 0})["done"] > 0)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = start()
-        until(lambda: httpx.get(f"{url}/{id}").json()["state"] == "done", 120)
-        result = httpx.get(f"{url}/{id}").json()["evaluation"]
-        assert result["n"] == 300
+        id = httpx.post(
+            f"{server.url}/evaluate",
+            files={"file": labeled(300)},
+            data={"attack": ["pgd-40"], "eps": "1/255"},
+            timeout=120,
+        ).json()["id"]
+        until(lambda: (job()["evaluation"] or {"done": 0})["done"] > 0)
+        server.process.kill()
+        server.process.communicate()
+        server = start()
+        until(lambda: job()["state"] == "done")
+        assert job()["evaluation"]["n"] == 300
     finally:
-        process.terminate()
-        assert process.wait(30) == 0
-
-
-def _ready(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
+        server.process.terminate()
+        server.process.communicate()
+    assert server.process.returncode == 0
 
 
 def test_stored_bytes_are_limited_and_rejected_jobs_leave_no_files(settings: Settings) -> None:

@@ -423,7 +423,7 @@ SQUARES = b"]q\x00" + b"".join(
 def test_worst_pickles_cost_milliseconds(operations: bytes, found: str) -> None:
     start = time.thread_time()
     assert found in refusal(torch_zip(b"\x80\x02" + operations))
-    assert time.thread_time() - start < 1  # some 0.02 s
+    assert time.thread_time() - start < 5  # some 0.02 s
 
 
 def nested(depth: int) -> object:
@@ -458,7 +458,7 @@ def holding_itself(kind: type) -> object:
 def test_nested_values_are_refused_at_once(value: object, found: str) -> None:
     start = time.thread_time()
     assert refusal(pickle.dumps(value, 4)) == found
-    assert time.thread_time() - start < 1  # some 0.01 s
+    assert time.thread_time() - start < 5  # some 0.01 s
 
 
 def test_subset_of_itself_is_refused() -> None:
