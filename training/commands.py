@@ -257,14 +257,14 @@ def recipes(source: str | None, assignments: tuple[str, ...], as_json: bool) -> 
     from robust.files import to_json
     from training.recipe_sources import load_recipe
     from training.recipe_values import override, to_toml
-    from training.recipes import NOT_IN_FULL, RAN, RECIPES
+    from training.recipes import NO_FULL_RUN, RAN, RECIPES
 
     if source is None:
         if assignments or as_json:
             raise click.UsageError("expected the NAME of a recipe with --set and --json, got none")
         for name, build in RECIPES.items():
             summary = (build.__doc__ or "").partition("\n")[0]
-            click.echo(f"{name:<12} {summary}\n{'':<12} Has run: {RAN.get(name, NOT_IN_FULL)}.")
+            click.echo(f"{name:<12} {summary}\n{'':<12} Full run: {RAN.get(name, NO_FULL_RUN)}.")
         return
     recipe = override(load_recipe(source), assignments)
     click.echo(to_json(recipe.to_dict()).decode() if as_json else to_toml(recipe), nl=False)

@@ -43,13 +43,15 @@ def runtimes_for(
 ) -> tuple[Runtime, ...]:
     """Torch and the other installed runtimes that can run the model; on a GPU only torch.
 
+    Torch also calls an ONNX file or a service, which has no network to build again.
+
     `fp32` is a faster copy of the model, if there is one, and `bf16` one in bfloat16, if bfloat16
     should be tried.
     """
     runtimes = [Runtime(name=TORCH, logits=fp32 or model)]
     if bf16 is not None:
         runtimes.append(Runtime(name=TORCH, logits=bf16, precision="bf16"))
-    if model.device.type != "cpu":
+    if model.device.type != "cpu" or not model.classifier.differentiable:  # no torch network
         return tuple(runtimes)
     try:
         graph = build_onnx(model).SerializeToString()

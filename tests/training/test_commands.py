@@ -147,7 +147,7 @@ def test_recipes_are_listed_and_printed(here: Path, capsys: pytest.CaptureFixtur
     assert run(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{listed}" for name in RECIPES)
-    assert "Has run: 535 s on one NVIDIA H200" in listed
+    assert "Full run: 535 s on one NVIDIA H200" in listed
     for options in ([], ["--json"]):
         assert run(["recipes", "gpu", "--set", "batch_size=512", *options]) == 0
         path = here / ("mine.json" if options else "mine.toml")

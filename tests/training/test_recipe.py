@@ -15,7 +15,7 @@ from training.recipe import (
     Recipe,
 )
 from training.recipes import (
-    NOT_IN_FULL,
+    NO_FULL_RUN,
     RAN,
     RECIPES,
     classic,
@@ -56,8 +56,8 @@ def test_docs_state_where_every_recipe_has_run() -> None:
     rows = re.findall(r"^\| `([a-z][a-z-]+)` \|.*\| ([^|]+) \|$", PAGE.read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == list(RECIPES)
     for name, ran in rows:
-        if RAN[name] == NOT_IN_FULL:
-            assert ran == "no"
+        if RAN[name] == NO_FULL_RUN:
+            assert ran == NO_FULL_RUN
         else:
             assert re.findall(r"[\d.]+", ran) == re.findall(r"[\d.]+", RAN[name].replace("-10", ""))
 

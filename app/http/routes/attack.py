@@ -61,7 +61,6 @@ async def attack(request: Request) -> AttackResponse | Response:
     attacks = resolve_attacks(parameters, service.settings)
     label = resolve_class(parameters.label, "label", model.classes)
     target = resolve_class(parameters.target, "target", model.classes)
-    check_model(attacks, model, targeted=target is not None)
     for item in attacks:
         if target is not None and not item.takes_target:
             raise invalid("target", "an attack that takes a target", item.name)
@@ -70,6 +69,8 @@ async def attack(request: Request) -> AttackResponse | Response:
     if as_png and len(attacks) != 1:
         raise invalid("attack", "exactly one for Accept: image/png", f"{len(attacks)}")
     pairs = _compared_pairs(service, model, parameters.compare)
+    for attacked in [first for first, _ in pairs] or [model]:
+        check_model(attacks, attacked, targeted=target is not None)
     if as_png and pairs:
         raise invalid("compare", "no comparison for Accept: image/png", parameters.compare)
     total = len(pairs) * compare_cost(attacks) if pairs else cost(attacks)

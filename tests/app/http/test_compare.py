@@ -15,7 +15,7 @@ from app.settings import Settings
 from robust.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from robust.client import Client
 from tests.app.conftest import write_checkpoint
-from tests.support.serving import CLASSES, Running, png, serving, until
+from tests.support.serving import CLASSES, Running, png, serving, until, write_onnx
 
 QUERY = "attack=fgsm&attack=pgd&steps=3"
 PNG = base64.b64encode(png(1)).decode()
@@ -137,6 +137,19 @@ def test_compare_only_attacks_just_the_comparison_model(compared: Running) -> No
     for name in ("label", "already_wrong", "input_png", "model_sha256"):
         assert only[name] == both[name]
     assert only["before"]["index"] == both["before"]["index"]
+
+
+def test_comparison_model_without_gradients(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "robust_model.pt", classes=tuple("0123456789"))
+    write_onnx(tmp_path / "theirs.onnx")
+    given = settings(tmp_path, compare=str(tmp_path / "theirs.onnx"))
+    with serving(given) as running:
+        for compare in ("true", "only"):
+            response = running.client.post(f"/attack?{QUERY}&compare={compare}", content=png(1))
+            assert response.status_code == 422
+            assert [error["got"] for error in response.json()["errors"]] == ["fgsm", "pgd"]
+        only = attack(running, "attack=square&steps=5&compare=only")
+        assert [result["parameters"]["steps"] for result in only["compare"]["results"]] == [5]
 
 
 def test_model_card_names_both_models(compared: Running, running: Running) -> None:

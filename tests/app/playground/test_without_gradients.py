@@ -5,37 +5,16 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
 from playwright.sync_api import Browser, expect
 
 from app.settings import Settings
 from tests.support.browser import Visit
 from tests.support.playground import source
-from tests.support.serving import CLASSES, SIZE, Running, jpeg, labeled, serving
+from tests.support.serving import CLASSES, Running, jpeg, labeled, serving, write_onnx
 
 pytestmark = pytest.mark.browser
-
-
-def write_onnx(path: Path) -> None:
-    """Write a linear model with random weights."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    shape = (3 * SIZE**2, len(CLASSES))
-    weights = np.random.default_rng(0).standard_normal(shape).astype(np.float32) / 20
-    nodes = [
-        helper.make_node("Flatten", ["images"], ["pixels"]),
-        helper.make_node("MatMul", ["pixels", "weights"], ["logits"]),
-    ]
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, SIZE, SIZE])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(CLASSES)])
-    initializer = numpy_helper.from_array(weights, "weights")
-    graph = helper.make_graph(nodes, "linear", [images], [logits], [initializer])
-    opset = helper.make_opsetid("", 18)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    path.write_bytes(model.SerializeToString())
 
 
 @pytest.fixture(scope="module")
