@@ -12,6 +12,12 @@ from robust.loading.errors import CheckpointError
 
 FILE_OPERATIONS = frozenset({"from_file", "save"})  # of the namespace aten
 _NAMESPACES = ("aten", "prim", "quantized", "torchvision")  # others have file operations too
+# What torch reads. Others are line numbers of the original code, and older formats with more code.
+_MEMBER = re.compile(
+    r"[^/]+/(code/.+\.py|(data|constants)(\.pkl|/\w+)"
+    r"|(\.data/)?(version|byteorder|serialization_id|\.format_version|\.storage_alignment))",
+    re.IGNORECASE,
+)
 _TEXT = re.compile(rb"[\t\n -~]*")
 _CLASS = re.compile(rb"torch\W+classes\W+(?!quantized\W)\w+")  # in a pickle: written in C++
 IN_PYTHON = "if you trust the file, load it in your own code: file.py:NAME"
@@ -28,10 +34,10 @@ def checked_script(path: Path, data: bytes) -> bytes:
         if len({name.lower() for name in names}) < len(names):  # torch ignores case
             raise CheckpointError(path, "a TorchScript file", "two members of the same name")
         for name in names:
-            content, lower = archive.read(name), name.lower()
-            if lower.endswith(".debug_pkl"):  # line numbers of the original code
+            if _MEMBER.fullmatch(name) is None:
                 continue
-            if "/code/" in lower:
+            content, lower = archive.read(name), name.lower()
+            if lower.endswith(".py"):
                 _check_code(path, name, content)
             elif lower.endswith(".pkl") and (found := _CLASS.search(content)):
                 raise _refused(path, found[0].decode("latin-1").replace("\n", "."))

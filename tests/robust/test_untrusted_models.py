@@ -240,6 +240,19 @@ def save_script(path: Path) -> None:
         torch.jit.script(Network().eval()).save(str(path))  # type: ignore[no-untyped-call]
 
 
+def test_torchscript_with_newer_operations(tmp_path: Path) -> None:
+    layers = nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    network = nn.Sequential(*layers).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(network).save(str(tmp_path / "model.pt"))  # type: ignore[no-untyped-call]
+    with zipfile.ZipFile(tmp_path / "model.pt") as archive:
+        assert any(name.endswith("/.data/version") for name in archive.namelist())
+    loaded = load_checkpoint(tmp_path / "model.pt")
+    x = images(3, 32)
+    torch.testing.assert_close(loaded.classifier(x), network(x))
+
+
 def in_forward(statement: str) -> Edit:
     def edit(code: bytes, target: Path) -> bytes:
         head, found, body = code.decode().partition("    x: Tensor) -> Tensor:\n")
@@ -303,6 +316,16 @@ def test_torchscript_with_two_members_of_a_name_is_refused(tmp_path: Path) -> No
         archive.writestr(name.upper(), archive.read(name))
     with pytest.raises(CheckpointError, match="two members of the same name"):
         load_checkpoint(tmp_path / "model.pt")
+
+
+def test_code_outside_of_torchscripts_folder_is_ignored(tmp_path: Path) -> None:
+    save_script(tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt", "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        older = {"mainModule": {"torchscriptArena": {"key": "other.txt"}}, "protoVersion": "6"}
+        archive.writestr(f"{root}/model.json", json.dumps(older))  # of torch 1.0
+        archive.writestr(f"{root}/other.txt", "torch.save(0, 'made')")
+    load_checkpoint(tmp_path / "model.pt", options=ModelOptions(input_size=SIDE))
 
 
 def test_every_file_operation_of_torch_is_known() -> None:
