@@ -5,11 +5,11 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ import pytest
 
 import robust_cli
 from tests.support.copies import copy_for_commands
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -60,14 +61,17 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     ours = Path(sys.prefix) == ROOT / ".venv" and (ROOT / ".venv" / ".ready").exists()
-    command = ["make", "serve", f"PORT={port}", "ARGS="]  # those of `make test` are not its own
+    command = ["make", "serve", "PORT=0", "ARGS="]  # those of `make test` are not its own
     if not ours:  # another environment: `make serve` would set up a second one
-        command = [str(Path(sys.executable).with_name("robust")), "serve", "--port", str(port)]
+        command = [str(Path(sys.executable).with_name("robust")), "serve", "--port", "0"]
     server = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "ROBUST_DEADLINE_SECONDS": "280"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert server.stdout is not None
     try:
@@ -76,14 +80,15 @@ def address() -> Iterator[str]:
             printed += line
             if "curl" in line:
                 break
-        assert f"http://127.0.0.1:{port}" in printed
-        assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
-        yield f"http://127.0.0.1:{port}"
+        found = re.search(r"http://127\.0\.0\.1:\d+", printed)
+        assert found is not None, printed
+        assert httpx.get(f"{found[0]}/readyz", timeout=120).status_code == 200
+        yield found[0]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.stdout.read()
         server.stdout.close()
-        server.wait(30)
+        server.wait(280)
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -111,8 +116,9 @@ def test_curl_commands_get_responses(address: str, folder: Path) -> None:
     assert predicted["results"][0]["label"] == "horse"
     # The picture at the top of the README, and its caption.
     assert [result["after"]["label"] for result in attacked["results"]] == ["horse", "horse"]
-    assert evaluated["state"] == "done"
-    assert evaluated["evaluation"]["n"] == 5
+    job = f"{address}/evaluate/{evaluated['id']}"  # done by now, unless the machine is slow
+    until(lambda: httpx.get(job, timeout=120).json()["state"] == "done")
+    assert httpx.get(job, timeout=120).json()["evaluation"]["n"] == 5
 
 
 # Whole it takes minutes.
@@ -144,7 +150,19 @@ def test_terminal_commands_print_what_is_shown(
             assert robust_cli.run(arguments) == 0
         came = capsys.readouterr().out
     if example.printed is not None:
-        assert _without_seconds(came) == _without_seconds(example.printed)
+        assert_alike(came, example.printed)
+
+
+def assert_alike(came: str, shown: str) -> None:
+    """The same words, and about the same numbers: another processor's kernels round otherwise."""
+    found, expected = _without_seconds(came), _without_seconds(shown)
+    assert [len(line) for line in found] == [len(line) for line in expected], came
+    for one, other in zip(chain(*found), chain(*expected), strict=True):
+        if re.fullmatch(r"\d+\.\d+%?", other):
+            near = pytest.approx(float(other.rstrip("%")), abs=0.5 if "%" in other else 0.05)
+            assert float(one.rstrip("%")) == near
+        else:
+            assert one == other
 
 
 def _without_seconds(text: str) -> list[list[str]]:
