@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, expect
 from tests.support.browser import Visit, axe_faults
 from tests.support.serving import Running
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # axe takes minutes on a slow machine
 
 WIDTHS = (375, 820, 1440)
 SCHEMES = ("light", "dark")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from app.settings import Settings
 from tests.app.conftest import write_checkpoint
 from tests.support.browser import Visit
 from tests.support.playground import settled, start
+from tests.support.processes import free_port
 from tests.support.serving import Running, labeled, serving, until
 
 pytestmark = pytest.mark.browser
@@ -42,8 +42,7 @@ def serving_at(port: int, settings: Settings) -> Iterator[None]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 def test_service_that_stops_and_returns(

@@ -196,11 +196,11 @@ def test_evaluation_shows_progress_before_any_image_finishes(
 
         try:
             page.click("#start")
-            while "PGD-20: 0 of 16" not in next_pass(0.4)[0]:
+            while "PGD-20: 0 of 16" not in next_pass(1)[0]:
                 pass
             shares: set[str] = set()
             for _ in range(10):
-                text, share = next_pass(3)
+                text, share = next_pass(10)
                 assert "PGD-20: 0 of 16 images" in text
                 shares.add(share)
                 if len(shares) == 5:

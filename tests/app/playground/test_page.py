@@ -126,7 +126,7 @@ def test_assets_have_a_content_type_and_an_etag(running: Running) -> None:
     "path", ["../__init__.py", "%2e%2e/__init__.py", "..%2f..%2fsettings.py", "", "examples", "no"]
 )
 def test_other_files_are_not_served(running: Running, path: str) -> None:
-    response = httpx.get(f"{running.url}/playground/{path}")
+    response = httpx.get(f"{running.url}/playground/{path}", timeout=120)
     assert response.status_code == 404
     assert response.headers["content-type"] == "application/problem+json"
 
