@@ -72,7 +72,6 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
     "as_scalar_type": lambda value: _DTYPES[value],
     "as_memory_format": lambda value: _MEMORY[value],
     "as_layout": lambda value: {7: torch.strided}[value],
-    "as_device": lambda value: torch.device("cpu"),  # where the weights are
 }
 
 
@@ -239,6 +238,9 @@ class _Reader:
         ((kind, value),) = entry.items()
         if kind == "as_tensor":
             return self.values[value["name"]]
+        if kind == "as_device":  # that of the images, wherever it was exported
+            (images,) = (node for node in self.graph.nodes if node.op == "placeholder")
+            return self.graph.call_function(getattr, (images, "device"))
         if kind == "as_name":
             return self.values[value]
         if kind == "as_tensors":

@@ -107,6 +107,8 @@ def test_exported_graphs_compute_the_same(
     torch.testing.assert_close(*gradients)
     with pytest.raises(CheckpointError, match=r"expected images \(N, 3, 16, 16\), got"):
         load_checkpoint(tmp_path / "model.pt2", options=ModelOptions(input_size=24))
+    # Everything follows the images to another device: no tensor is left on the CPU.
+    assert loaded.classifier.to("meta")(images(2, SIDE).to("meta")).shape == (2, 4)
 
 
 def test_exported_graph_for_a_fixed_number_of_images(tmp_path: Path) -> None:
