@@ -166,8 +166,8 @@ def assert_alike(came: str, shown: str) -> None:
 
 
 def _without_seconds(text: str) -> list[list[str]]:
-    """Words of each line without the timings: the last column, `N s on DEVICE`, `passes alone`."""
-    text = re.sub(r"^passes alone .*", "", text.strip(), flags=re.MULTILINE).strip()
+    """Words of each line without the timings: the last column, `N s on DEVICE`, `N s inside`."""
+    text = re.sub(r"^[\d.]+ s inside the model; .*", "", text.strip(), flags=re.MULTILINE).strip()
     text = re.sub(r"\b\d+\.\d+( s on .*)?$", "", text.strip(), flags=re.MULTILINE)
     return [line.split() for line in text.splitlines()]
 

@@ -52,7 +52,7 @@ class RuntimePlan:
     choices: tuple[RuntimeChoice, ...]  # by batch size, all of one precision
     torch: Runtime  # in float32, the fallback
     metrics: Metrics
-    reason: str = "as asked"  # for the precision
+    reason: str = "as requested"  # for the precision
 
     @property
     def precision(self) -> Dtype:
@@ -123,10 +123,10 @@ def make_plan(
         able_bf16 = [runtime for runtime in able if runtime.precision == "bf16"]
         if precision == "bf16" and able_bf16:
             measured = _measure(able_bf16, side, device, pause)
-            reason = "as asked"
+            reason = "as requested"
         else:
             measured = _measure(able, side, device, pause)
-            reason = "as asked" if precision == "fp32" else refused
+            reason = "as requested" if precision == "fp32" else refused
     if precision == "auto" and able_bf16:
         use_bf16, reason = _is_faster(measured)
     else:

@@ -36,7 +36,7 @@ from robust.prediction import predict
 from robust.sidecar import Sidecar
 
 logger = logging.getLogger(__name__)
-FP32 = SearchPrecision(bf16=False, reason="as asked")
+FP32 = SearchPrecision(bf16=False, reason="as requested")
 
 
 class HalfClassifier:
@@ -173,7 +173,7 @@ def reason_against_bf16(
     made if `precision` is bf16.
     """
     if precision == "fp32":
-        return "as asked"
+        return "as requested"
     if precision == "bf16" and device.type in ("cpu", "cuda"):
         return ""
     return why_not_bf16(fast, device)

@@ -113,7 +113,7 @@ def attack(
         reports.append({"image": str(image), "changes": changes, "attacks": attacked})
         if str(json_path) != "-":
             prefix = f"{plain(str(image))} " if len(paths) > 1 else ""
-            click.echo(f"{prefix}away from {_goal(outcomes[0], classes)}")
+            click.echo(prefix + _goal(outcomes[0], classes))
             click.echo(_describe(outcomes, classes))
             click.echo(plain(f"wrote {len(names)} images to {out}: {', '.join(names)}"))
     about = {"checkpoint": model.spec, "model": loaded.origin(), "weights_sha256": loaded.sha256}
@@ -188,8 +188,10 @@ def _describe(outcomes: list[AttackOutcome], classes: tuple[str, ...]) -> str:
 
 
 def _goal(outcome: AttackOutcome, classes: tuple[str, ...]) -> str:
-    towards = f" toward {classes[outcome.target]}" if outcome.target is not None else ""
-    return plain(classes[outcome.label] + towards)
+    label = classes[outcome.label]
+    if outcome.target is None:
+        return plain(f"untargeted, away from {label}")
+    return plain(f"targeted, from {label} to {classes[outcome.target]}")
 
 
 def _top_class(probabilities: Any, classes: tuple[str, ...]) -> str:

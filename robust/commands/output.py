@@ -84,13 +84,13 @@ class Progress:
 
         worst, more = "", " more" if forecast.stage else ""
         if forecast.worst > forecast.passes:
-            worst = f", or {duration(forecast.worst_seconds)} if gradients turn out to mislead"
-        left = f"{forecast.stage} left " if forecast.stage else ""
+            worst = f", or {duration(forecast.worst_seconds)} if gradients turn out to be masked"
+        left = f" remain after {forecast.stage}" if forecast.stage else ""
         shard = f" (of one of {forecast.processes} processes)" if forecast.processes > 1 else ""
         click.echo(
-            f"note: {left}{forecast.images} images{shard}: at most {duration(forecast.seconds)}"
+            f"note: {forecast.images} images{shard}{left}: at most {duration(forecast.seconds)}"
             f"{more}{worst} ({forecast.passes} passes of {forecast.seconds_per_pass:.2g} s); "
-            "images that are fooled early take fewer",
+            "images fooled early take fewer",
             err=True,
         )
 

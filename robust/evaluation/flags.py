@@ -182,7 +182,7 @@ def _of_pair(evaluation: Evaluation, weak: Accuracy, strong: Accuracy) -> Iterat
     if gap > max(2, evaluation.n // 100):
         yield Flag(
             name="single step stronger",
-            text=f"{strong.label} fooled {gap} images fewer than the single step of {weak.label}",
+            text=f"{strong.label} fooled {gap} fewer images than the single step of {weak.label}",
             advice="its steps are too small, or gradients are masked: run autoattack and look at "
             "square",
         )
@@ -191,7 +191,7 @@ def _of_pair(evaluation: Evaluation, weak: Accuracy, strong: Accuracy) -> Iterat
     if weak.correct > KEPT * evaluation.clean.correct and strong.correct < COLLAPSE * weak.correct:
         yield Flag(
             name="single step only",
-            text=f"{weak.label} fooled {-gap} images fewer than {strong.label}",
+            text=f"{weak.label} fooled {-gap} fewer images than {strong.label}",
             advice="the model has learned to resist a single step only (catastrophic overfitting): "
             "do not report the accuracy under fgsm, and train with more steps or noise",
         )
@@ -207,7 +207,7 @@ def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
                     name="square stronger",
                     text=f"square, which uses no gradient, fooled {taken} images that the "
                     "gradient attacks did not",
-                    advice="the gradients mislead: give square more queries and restarts, and "
+                    advice="the gradients are masked: give square more queries and restarts, and "
                     "write an attack for this model",
                 )
     for item in evaluation.attacks:
@@ -218,9 +218,9 @@ def _of_stages(evaluation: Evaluation) -> Iterator[Flag]:
         if gap > max(2, SQUARE_LEAD * item.n):
             yield Flag(
                 name="square stronger",
-                text=f"{item.label}, a random search, fooled {gap} images more than the gradient "
+                text=f"{item.label}, a random search, fooled {gap} more images than the gradient "
                 "attacks",
-                advice="the gradients mislead: run autoattack, or write an attack for this model",
+                advice="the gradients are masked: run autoattack, or write an attack for it",
             )
 
 

@@ -107,7 +107,7 @@ def try_bf16(
     device = x.device
     requested = searches_in_bf16(precision, device)
     if precision != "auto":
-        chosen = SearchPrecision(bf16=requested, reason="as asked")
+        chosen = SearchPrecision(bf16=requested, reason="as requested")
         return chosen, (bf16 or in_bf16(fast, device)) if requested else None
     why_not = "" if bf16 is not None else why_not_bf16(fast, device)
     if not why_not and device.type == "cpu" and passes < MIN_PASSES:

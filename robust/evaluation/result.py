@@ -152,7 +152,7 @@ class Difference:
         shown = ", ".join(map(str, self.images[:SHOWN])) + ", ..." * (len(self.images) > SHOWN)
         count = f"{len(self.images)} image{'s' * (len(self.images) != 1)}" if shown else "none"
         where = f" (index {shown})" if shown else ""
-        return f"only {self.attack} fools, and not {self.other}: {count}{where}"
+        return f"fooled by {self.attack} but not by {self.other}: {count}{where}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -243,7 +243,7 @@ class Times:
     def __str__(self) -> str:
         if self.passes is None or self.limit is None:
             return ""
-        return f"passes alone {self.passes:.1f} s, {self.limit:.1f} s at the best rate seen"
+        return f"{self.passes:.1f} s inside the model; {self.limit:.1f} s at the fastest rate seen"
 
 
 @dataclass(frozen=True, kw_only=True)

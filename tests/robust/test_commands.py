@@ -290,7 +290,7 @@ def test_attack_of_a_folder(
     arguments = ["attack", str(folder), "--model", str(checkpoint_path), "--attack", "fgsm"]
     assert run([*arguments, "--out", str(out), "--json", str(path)]) == 1
     output = capsys.readouterr()
-    assert f"{folder / 'a.png'} away from " in output.out
+    assert f"{folder / 'a.png'} untargeted, away from " in output.out
     assert f"in {folder / 'c.png'}, found" in output.err
     report = json.loads(path.read_text())
     assert [item["image"] for item in report["images"]] == [str(folder / f"{k}.png") for k in "ab"]
@@ -457,7 +457,7 @@ def test_evaluate_reports_its_environment(robust: Robust, data: Path) -> None:
     arguments += ("--precision", "fp32")
     report = json.loads(robust("evaluate", "--data", data, *arguments, "--json", "-"))
     assert (report["seed"], report["batch_size"], report["precision"]) == (3, 8, "fp32")
-    assert report["precision_reason"] == "as asked"
+    assert report["precision_reason"] == "as requested"
     assert re.fullmatch("[0-9a-f]{64}", report["data"]["scored_sha256"])
     assert report["data"]["indices"] == "all"
     assert report["curve"][-1]["eps_text"] == "128/255"

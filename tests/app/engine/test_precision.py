@@ -52,9 +52,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         ("auto", 0.018, 0.0, "fp32", "images per second as float32, below the limit of 1.2"),
         ("auto", 0.01, -3.0, "fp32", "probabilities are off by 0.0"),
         ("auto", 0.01, -9.0, "fp32", "above the limit of 0.01"),
-        ("bf16", 0.04, 0.0, "bf16", "as asked"),
+        ("bf16", 0.04, 0.0, "bf16", "as requested"),
         ("bf16", 0.01, -9.0, "fp32", "torch in bfloat16: probabilities are off by"),
-        ("fp32", 0.01, 0.0, "fp32", "as asked"),
+        ("fp32", 0.01, 0.0, "fp32", "as requested"),
     ],
 )
 def test_bfloat16_is_chosen_if_it_agrees_and_is_faster(
@@ -114,7 +114,7 @@ def rounded(steady: Path) -> Iterator[Running]:
 def test_precision_is_reported_in_each_response(rounded: Running) -> None:
     told = rounded.client.get("/model")
     card = told.json()
-    assert (card["precision"], card["precision_reason"]) == ("bf16", "as asked")
+    assert (card["precision"], card["precision_reason"]) == ("bf16", "as requested")
     assert card["search_precision"] == "bf16 search, fp32 verified"
     assert told.headers["X-Model-Precision"] == "bf16"
     response = rounded.client.post("/predict", content=png())
@@ -153,7 +153,7 @@ def test_evaluations_search_in_bfloat16_and_report_why(rounded: Running) -> None
     assert response.status_code == 200, response.text
     evaluation = response.json()["evaluation"]
     assert evaluation["precision"] == "bf16 search, fp32 verified"
-    assert evaluation["precision_reason"] == "as asked"
+    assert evaluation["precision_reason"] == "as requested"
 
 
 def test_model_that_bfloat16_changes_is_served_in_float32(
@@ -177,8 +177,8 @@ def test_model_that_bfloat16_changes_is_served_in_float32(
 
 def test_float32_builds_no_bfloat16_model(running: Running) -> None:
     model = running.service.models.current
-    assert (model.precision, model.precision_reason, model.bf16) == ("fp32", "as asked", None)
-    assert model.search == SearchPrecision(bf16=False, reason="as asked")
+    assert (model.precision, model.precision_reason, model.bf16) == ("fp32", "as requested", None)
+    assert model.search == SearchPrecision(bf16=False, reason="as requested")
     response = running.client.post("/attack", content=png(), params={"attack": "fgsm"})
     assert response.headers["X-Model-Precision"] == "fp32"
 

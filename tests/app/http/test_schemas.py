@@ -63,7 +63,7 @@ def evaluation() -> Evaluation:
         notes=("fab-t: tries 2 target classes, not 9",),
         image_dtype="float32",
         precision="bf16 search, fp32 verified",
-        precision_reason="as asked",
+        precision_reason="as requested",
     )
 
 

@@ -285,7 +285,7 @@ def test_square_check_is_a_random_search(robust: dict[str, int], flags: int) -> 
     found = [flag for flag in find_flags(result) if flag.name == "square stronger"]
     assert len(found) == flags
     assert [flag.text for flag in found][-1:] == [
-        "square-check, a random search, fooled 30 images more than the gradient attacks"
+        "square-check, a random search, fooled 30 more images than the gradient attacks"
     ] * (flags > 0)
 
 

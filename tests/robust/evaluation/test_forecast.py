@@ -110,8 +110,8 @@ def test_forecast_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         Forecast(images=40, passes=420, worst=4200, seconds_per_pass=0.05, stage="pma-10")
     )
     assert capsys.readouterr().err == (
-        "note: pma-10 left 40 images: at most 21.0 s more, or 3 min 30 s if gradients turn out to "
-        "mislead (420 passes of 0.05 s); images that are fooled early take fewer\n"
+        "note: 40 images remain after pma-10: at most 21.0 s more, or 3 min 30 s if gradients turn "
+        "out to be masked (420 passes of 0.05 s); images fooled early take fewer\n"
     )
     short = Forecast(images=100, passes=300, worst=300, seconds_per_pass=0.001)
     progress.show_forecast(short)

@@ -239,7 +239,7 @@ def test_journal_is_resumed_in_its_own_precision(
         )
         return last.precision, last.precision_reason
 
-    assert run("bf16") == ("bf16 search, fp32 verified", "as asked")
+    assert run("bf16") == ("bf16 search, fp32 verified", "as requested")
     # On its own it would be fp32: few passes.
     assert run("auto") == ("bf16 search, fp32 verified", "as the journal was begun")
 
