@@ -103,8 +103,8 @@ def test_forecast_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(100, title="evaluate", unit="%")
     progress.show_forecast(Forecast(images=100, passes=4200, worst=4200, seconds_per_pass=0.05))
     assert capsys.readouterr().err == (
-        "note: 100 images: at most 3 min 30 s (4200 passes of 0.05 s); images that are fooled "
-        "early take fewer\n"
+        "note: 100 images: at most 3 min 30 s (4200 passes of 0.05 s); images fooled early "
+        "take fewer\n"
     )
     progress.show_forecast(
         Forecast(images=40, passes=420, worst=4200, seconds_per_pass=0.05, stage="pma-10")
