@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -74,7 +75,10 @@ def make_network() -> nn.Module:
 
 
 class InFloat64(nn.Module):
-    """A float64 network with the inputs and outputs of a float32 one."""
+    """A float64 network with the inputs and outputs of a float32 one.
+
+    So its float32 logits and gradients depend neither on the batch nor on the processor.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -86,26 +90,22 @@ class InFloat64(nn.Module):
 
 
 def train(data: Data, *, eps: float, epochs: int) -> nn.Module:
-    """A network trained on digits, against PGD where `eps` is above 0.
-
-    In float64, so that all processors get the same weights in float32.
-    """
+    """A network trained on digits, against PGD where `eps` is above 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = make_network().double()
+        model = InFloat64(network)
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
         for _ in range(epochs):
             for index in torch.randperm(len(data[0])).split(100):
                 x, y = data[0][index].float() / 255, data[1][index]
                 if eps:
                     ball = ThreatModel(eps=eps)
-                    x = pgd(
-                        InFloat64(network), x, y, threat_model=ball, alpha=eps / 2, steps=3
-                    ).x_adv
+                    x = pgd(model, x, y, threat_model=ball, alpha=eps / 2, steps=3).x_adv
                 optimizer.zero_grad()
                 F.cross_entropy(network(x.double()), y).backward()
                 optimizer.step()
-    return network.float().eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -118,3 +118,10 @@ def undefended(digits: tuple[Data, Data]) -> nn.Module:
 def defended(digits: tuple[Data, Data]) -> nn.Module:
     """Trained against PGD at 24/255."""
     return train(digits[0], eps=24 / 255, epochs=8)
+
+
+@pytest.fixture(scope="session")
+def defended_float32(defended: nn.Module) -> nn.Module:
+    """The same weights, for passes in bfloat16 too."""
+    network = defended.get_submodule("network")
+    return copy.deepcopy(network).float()

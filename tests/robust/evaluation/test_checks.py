@@ -267,14 +267,14 @@ def test_classifier_is_attacked_through_its_faster_copy(
     assert result.attacks[0].backwards == result.clean.correct
 
 
-def test_bfloat16_searches_and_float32_decides(defended: nn.Module, digits: object) -> None:
+def test_bfloat16_searches_and_float32_decides(defended_float32: nn.Module, digits: object) -> None:
     images, labels = (values[:60] for values in digits[1])  # type: ignore[index]
     ball = ThreatModel(eps=24 / 255)
     attacks = [resolve_attack(name, ball) for name in ("fgsm", "pgd-10", "minimal")]
     seen: set[torch.dtype] = set()
 
     def forward(x: Tensor) -> Tensor:
-        logits = defended(x)
+        logits = defended_float32(x)
         seen.add(logits.dtype)
         return logits
 

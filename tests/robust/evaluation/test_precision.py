@@ -258,11 +258,11 @@ def fooled_in(asked: precision.Precision, model: nn.Module, data: Data, attack: 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_autoattack_in_bfloat16_is_within_two_tenths_of_a_point(
-    defended: nn.Module, digits: tuple[Data, Data]
+    defended_float32: nn.Module, digits: tuple[Data, Data]
 ) -> None:
     data = tuple(torch.cat(parts)[:500] for parts in zip(*digits[::-1], strict=True))
     attack = resolve_attack("autoattack", ThreatModel(eps=24 / 255))
-    exact, rough = (fooled_in(asked, defended, data, attack) for asked in ("fp32", "bf16"))
+    exact, rough = (fooled_in(asked, defended_float32, data, attack) for asked in ("fp32", "bf16"))
     assert abs(len(exact) - len(rough)) <= 0.002 * 500
     assert len(exact) > 50
 
@@ -286,15 +286,15 @@ def test_both_precisions_fool_the_same_images_except_one(
     assert len(exact) > 10
 
 
-def test_bfloat16_misses_at_most_one_image_of_two_hundred(
-    defended: nn.Module,
+def test_bfloat16_misses_at_most_two_images_of_two_hundred(
+    defended_float32: nn.Module,
     digits: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     short: Callable[[ThreatModel], Attack],
 ) -> None:
     found = {}
     for asked in ("fp32", "bf16"):
         *_, found[asked] = evaluate_batches(
-            defended,
+            defended_float32,
             *digits[1],
             num_classes=10,
             attacks=[short(ThreatModel(eps=24 / 255))],
@@ -303,6 +303,6 @@ def test_bfloat16_misses_at_most_one_image_of_two_hundred(
         )
     one, other = found["fp32"], found["bf16"]
     assert other.clean.correct == one.clean.correct
-    assert abs(other.attacks[0].correct - one.attacks[0].correct) <= 1
+    assert abs(other.attacks[0].correct - one.attacks[0].correct) <= 2
     assert 20 < one.attacks[0].correct < one.clean.correct - 20
     assert other.attacks[0].unconfirmed == 0
