@@ -246,7 +246,7 @@ def test_attack_reports_the_predictions_of_the_written_files(
         path = Path(item["adversarial_image"])
         after = probabilities(checkpoint_path, path)
         assert item["after"]["index"] == int(after.argmax())
-        assert item["after"]["probability"] == pytest.approx(float(after.max()), abs=1e-5)
+        assert item["after"]["probability"] == pytest.approx(float(after.max()), abs=2e-4)
         assert item["success"] == (item["after"]["index"] != item["before"]["index"])
         levels = decode_png(path.read_bytes()).double() - original.double()
         assert item["linf"] == levels.abs().max().item() / 255 <= 4 / 255

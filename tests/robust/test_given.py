@@ -108,7 +108,7 @@ def test_model_from_user_code(
     assert (again.sha256 == loaded.sha256) == (name != "function")
     copied = for_inference(loaded.classifier)
     x = images(3, SIDE)
-    torch.testing.assert_close(logits_of(copied, x), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(copied, x), expected, rtol=0, atol=1e-4)
     x.requires_grad_()
     copied(x).sum().backward()
     assert x.grad is not None
@@ -233,7 +233,7 @@ def test_torchscript(network: nn.Module, tmp_path: Path) -> None:
     x = images(3, SIDE)
     torch.testing.assert_close(logits_of(loaded.classifier, x), logits_of(network, x))
     copied = for_inference(loaded.classifier)
-    torch.testing.assert_close(logits_of(copied, x), logits_of(network, x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(copied, x), logits_of(network, x), rtol=0, atol=1e-4)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
@@ -665,7 +665,7 @@ def test_remote_service(ways: dict[str, Any], serve: Any) -> None:
     assert loaded.sidecar.architecture.input_size == SIDE
     x = (images(7, SIDE) * 255).round() / 255
     expected = (x.mean(dim=(2, 3)) @ torch.from_numpy(server.weight)).softmax(dim=1)
-    torch.testing.assert_close(predict(loaded.classifier, x), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(predict(loaded.classifier, x), expected, rtol=0, atol=1e-4)
     assert max(server.sizes) <= server.ways["most"]
     assert any("logarithms" in note for note in loaded.notes) == (
         server.ways["output"] == "probabilities"

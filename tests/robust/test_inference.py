@@ -53,7 +53,7 @@ def test_agrees_with_the_classifier(arch: str, activation: str, stem: str, side:
     x = images(6, side)
     expected, slope = logits_and_gradient(classifier, x)
     logits, gradient = logits_and_gradient(for_inference(classifier), x)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     error = (gradient - slope).flatten(1).norm(dim=1) / slope.flatten(1).norm(dim=1)
     # Where a ReLU's input is a rounding error from 0, the gradient jumps: not in most images.
     assert (error.median() if activation == "relu" else error.max()) < 1e-4
@@ -64,7 +64,7 @@ def test_a_large_image() -> None:
     x = images(2, 224)
     expected, _ = logits_and_gradient(classifier, x)
     logits, _ = logits_and_gradient(for_inference(classifier), x)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_other_image_size_is_rejected() -> None:

@@ -145,7 +145,7 @@ def test_normalization_layer_is_used(
     x = images(2, 32)
     by_hand = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     with torch.inference_mode():
-        torch.testing.assert_close(loaded.classifier(x), network(by_hand), rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded.classifier(x), network(by_hand), rtol=0, atol=1e-5)
     assert "mean 0.4914, 0.4822, 0.4465" in "; ".join(loaded.notes)
 
 
@@ -450,7 +450,7 @@ def test_a_head_without_bias(network: nn.Module, state: State, tmp_path: Path) -
     x = images(2, 32)
     with torch.inference_mode():
         expected = network(x) - state["fc.bias"]
-        torch.testing.assert_close(loaded.classifier(x), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded.classifier(x), expected, rtol=0, atol=1e-5)
     assert "no fc.bias: assumed to be zero" in loaded.notes
 
 
