@@ -32,7 +32,7 @@ _TAIL = """
 - **Little memory**: the service uses at most `ROBUST_MAX_HELD_BYTES` for request bodies, 1.5 times
   `ROBUST_DECODE_MEMORY` for decoding, `ROBUST_JOBS_BYTES` for evaluations (only without
   `ROBUST_JOBS` and `ROBUST_DATABASE_URL`), and about 1.3 GB for the shipped model and the
-  comparison model, or 1.6 GB during an evaluation. Reading a registered data set is not limited.
+  comparison model, or 1.6 GB during an evaluation. Reading a registered dataset is not limited.
 - **A slow model**: with the CIFAR stem, on two cores of an AMD EPYC, a forward pass of one image
   takes 20 ms and a gradient 40 ms in float32, and about two thirds of that in bfloat16, so the
   default `ROBUST_DEADLINE_SECONDS` is enough for some 700 gradients. Raise it for longer attacks,

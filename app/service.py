@@ -76,7 +76,7 @@ class Service:
         self.shares = Shares(settings)
         self.ready = False
         self.draining = False
-        # One data set at a time, as each may need the most memory; cheap ones don't wait for it.
+        # One dataset at a time, as each may need the most memory; cheap ones don't wait for it.
         self.set_slots = FairSemaphore(1, per_client=1)
         self.cheap_set_slots = FairSemaphore(1, per_client=1)
         budget = Budget(settings.decode_memory)

@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     )
     datasets: Annotated[Path | None, AfterValidator(_check_folder)] = Field(
         default=None,
-        description="Folder of data sets that POST /evaluate accepts by name.",
+        description="Folder of datasets that POST /evaluate accepts by name.",
     )
     jobs: Path | None = Field(
         default=None,
@@ -254,14 +254,14 @@ class Settings(BaseSettings):
     decode_memory: int = Field(
         default=2**30,
         ge=64 * 2**20,
-        description="Memory for decoding large images and data sets, in bytes; half as much "
+        description="Memory for decoding large images and datasets, in bytes; half as much "
         "again for quick images.",
     )
     decode_seconds: float = Field(
         default=10.0, gt=0, description="Time limit for decoding an image; after it 422."
     )
     max_upload_images: int = Field(
-        default=10_000, ge=1, description="Maximum images in a data set uploaded to POST /evaluate."
+        default=10_000, ge=1, description="Maximum images in a dataset uploaded to POST /evaluate."
     )
     max_eps_linf: Size = Field(
         default=64 / 255, ge=0, le=1, description="Largest eps under linf, in pixel units."

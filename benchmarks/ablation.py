@@ -298,7 +298,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     sizes = {(row["images"], row["n"], row["data_sha256"][:8]) for row in rows}
     if len(sizes) > 1:
         raise SystemExit(
-            "expected one number of training images, of scored images and one data set for all "
+            "expected one number of training images, of scored images and one dataset for all "
             f"rows, got {', '.join(map(str, sorted(sizes)))}"
         )
     runs: dict[str, dict[int, dict[str, Any]]] = {}

@@ -122,7 +122,7 @@ class Subject:
     loss: Train
     epochs: int
     eps: str
-    data: str = ""  # name of a data set; empty: the one on the command line
+    data: str = ""  # name of a dataset; empty: the one on the command line
 
     def train(self, x: Tensor, y: Tensor) -> nn.Module:
         torch.manual_seed(0)

@@ -60,7 +60,7 @@ def evaluate(
     `model` maps images float32 (N, C, H, W) in [0, 1] to logits (N, K): a module or any callable.
     `images` is a tensor or numpy array (N, C, H, W), uint8 or float in [0, 1], with N integer
     `labels`; or, without `labels`, the result of `load_dataset`, a data loader or any other
-    iterable of (images, labels). The classes of a data set are matched with those of the model.
+    iterable of (images, labels). The classes of a dataset are matched with those of the model.
     Float images are scored as they are, never rounded to 8 bits; `image_dtype` of the result
     records their type. `eps` and `alpha` are in pixel units, ``"8/255"`` or a number. They,
     `norm` (default linf), `steps`, `restarts` and `seed` (default 0) apply to the attacks given by

@@ -71,7 +71,7 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
     index = _model_index(sidecar.evaluation, name)
     if index:
         metadata["model-index"] = index
-    # JSON is valid YAML: names of data sets or classes can't break out of it.
+    # JSON is valid YAML: names of datasets or classes can't break out of it.
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
     return f"---\n{front}\n---\n\n{_page(checkpoint, name)}"
 
@@ -86,7 +86,7 @@ def timm_reads(checkpoint: Checkpoint) -> bool:
 
 
 def _model_index(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Measured accuracies by data set, without those that have warnings."""
+    """Measured accuracies by dataset, without those that have warnings."""
     results: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.get("flags") or "accuracy" not in row:

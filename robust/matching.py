@@ -1,4 +1,4 @@
-"""Maps the labels of a data set to the classes of a model."""
+"""Maps the labels of a dataset to the classes of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robust.datasets import Dataset, DatasetError, check_labels
 
 
 def match_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """The data set relabeled with the classes of a model.
+    """The dataset relabeled with the classes of a model.
 
     Names are matched in any order; the data may have only some of them. `007` is the class `7`, and
     if one side has only numbers from 0 as names, labels are not changed; `changes` says both.

@@ -52,7 +52,7 @@ def test_help_is_quick_and_fits_a_screen() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["recipes"], 0, "Train a ResNet-18 on a small data set"),
+        (["recipes"], 0, "Train a ResNet-18 on a small dataset"),
         (["train", "--data", "digits", "--recipe", "slow"], 2, "expected recipe to be one of"),
         (["attack", "--eps", "banana", "a.png"], 2, "such as 8/255"),
     ],

@@ -35,7 +35,7 @@ def recipe(name: str, *, ran: str) -> Callable[[Callable[[], Recipe]], Callable[
 
 @recipe("quick", ran="99 s on two CPU cores, on `digits`")
 def quick() -> Recipe:
-    """Train a ResNet-18 on a small data set such as `digits` in minutes on a laptop."""
+    """Train a ResNet-18 on a small dataset such as `digits` in minutes on a laptop."""
     return Recipe(
         name="quick",
         arch="resnet18",

@@ -93,7 +93,7 @@ class WorkerPool:
                     limits = {"memory": memory, "cpu_seconds": self._cpu_seconds}
                     return await self._ask(request | ({} if trusted else limits), blobs, most)
         except TimeoutError:
-            raise DeadlineExceeded("The image or data set was not decoded in time.") from None
+            raise DeadlineExceeded("The image or dataset was not decoded in time.") from None
 
     async def _ask(self, header: Header, blobs: Sequence[bytes], most: int) -> Reply:
         worker, seconds = self._take_worker(), self._seconds if "memory" in header else None

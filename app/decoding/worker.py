@@ -1,7 +1,7 @@
 """A worker process: decodes one file after another, until its socket is closed.
 
 Run as `python -m app.decoding.worker FD NICENESS`. Images don't need torch, so a new worker starts
-quickly; the first data set imports it.
+quickly; the first dataset imports it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _prepare_sets() -> None:
 
 
 def _read_set(header: Header, blobs: list[bytes]) -> Answer:
-    """Read a data set, uploaded or from a path, at the model's input size."""
+    """Read a dataset, uploaded or from a path, at the model's input size."""
     from robust.datasets import DatasetError, load_dataset, load_upload
     from robust.memory import is_out_of_memory
 

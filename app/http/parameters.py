@@ -131,10 +131,10 @@ class AttackImageParameters(AttackParameters):
 
 
 class EvaluateParameters(AttackParameters):
-    """The parameters of POST /evaluate besides a data set."""
+    """The parameters of POST /evaluate besides a dataset."""
 
     dataset: str | None = Field(
-        default=None, description="The name of a data set that the operator registered."
+        default=None, description="The name of a dataset that the operator registered."
     )
     limit: Positive | None = Field(
         default=None,

@@ -112,7 +112,7 @@ def problem_response(request_id: str, error: Exception) -> ProblemResponse:
             got = "".join(char if char.isprintable() else "?" for char in error.found[:200])
             fault = FieldError(field="file", expected=error.expected, got=got)
             detail = f"expected {error.expected}"
-            return problem(request_id, 422, "Unusable data set", detail, faults=[fault])
+            return problem(request_id, 422, "Unusable dataset", detail, faults=[fault])
         case RequestValidationError():
             faults = field_errors(error.errors())
             detail = str(errors.InvalidParameters(faults))

@@ -1,4 +1,4 @@
-"""Loads labeled data sets for evaluation: uploaded, or registered by the operator."""
+"""Loads labeled datasets for evaluation: uploaded, or registered by the operator."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def load_set(
             dataset = await _read(service, request, source, model.input_size)
             return await asyncio.to_thread(_first_of_model, dataset, model.classes, limit)
     except TimeoutError:
-        raise DeadlineExceeded("The data set was not read in time.") from None
+        raise DeadlineExceeded("The dataset was not read in time.") from None
 
 
 async def _read(service: Service, request: Request, source: bytes | Path, size: int) -> Dataset:

@@ -117,7 +117,7 @@ class JobFolder:
         except OSError as error:
             self._images(id).unlink(missing_ok=True)
             raise StoreError(
-                f"{self._folder}: a data set could not be stored: {error.strerror}"
+                f"{self._folder}: a dataset could not be stored: {error.strerror}"
             ) from error
 
     def get(self, id: str) -> Dataset:

@@ -98,7 +98,7 @@ def to_parts(dataset: Dataset) -> list[memoryview]:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """What `to_dataset` needs to know of a data set, as JSON values."""
+    """What `to_dataset` needs to know of a dataset, as JSON values."""
     return {
         "shape": list(dataset.images.shape),
         "dtype": dataset.dtype,
@@ -108,7 +108,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
 
 
 def to_dataset(about: dict[str, Any], content: bytearray) -> Dataset:
-    """The data set of a job, from its description and all parts together. Raises Damaged."""
+    """The dataset of a job, from its description and all parts together. Raises Damaged."""
     n, *shape = about["shape"]
     try:
         labels = torch.frombuffer(content, dtype=torch.int64, count=n)

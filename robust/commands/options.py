@@ -176,9 +176,9 @@ json_option = click.option(
 
 
 test_option = click.option(
-    "--test/--train", default=True, help="Split of a data set that has several. Default: test."
+    "--test/--train", default=True, help="Split of a dataset that has several. Default: test."
 )
-"""The option for the split of a data set; passed on as `test`."""
+"""The option for the split of a dataset; passed on as `test`."""
 
 
 def data_options(function: F) -> F:

@@ -41,7 +41,7 @@ def write_report(path: Path, value: Any) -> None:
 
 
 def data_record(dataset: Dataset, scored: Dataset) -> dict[str, Any]:
-    """What a JSON result says of a data set and of the images of it that were scored."""
+    """What a JSON result says of a dataset and of the images of it that were scored."""
     return {
         "name": dataset.name,
         "count": len(dataset),

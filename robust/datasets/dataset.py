@@ -31,7 +31,7 @@ class Dataset:
     classes: tuple[str, ...]
     """A name for each label."""
     name: str
-    """The name of the file or of the built-in data set."""
+    """The name of the file or of the built-in dataset."""
     changes: tuple[str, ...] = ()
     """What was resized, skipped, clipped or guessed in reading, with counts; one line each."""
 

@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk: parquet as on the hub, or the folder of `save_to_disk`."""
+"""Hugging Face datasets on disk: parquet as on the hub, or the folder of `save_to_disk`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Built-in data sets: CIFAR through torchvision, handwritten digits through scikit-learn."""
+"""Built-in datasets: CIFAR through torchvision, handwritten digits through scikit-learn."""
 
 from __future__ import annotations
 

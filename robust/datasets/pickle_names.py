@@ -30,7 +30,7 @@ _DATA_CLASS = re.compile(
     r"torch\.[A-Z][A-Za-z0-9]*Storage|torch\.storage\.(Untyped|Typed)Storage"
     r"|PIL\.[A-Z][A-Za-z0-9]*Plugin\.[A-Z][A-Za-z0-9]*ImageFile"
 )
-# Parts of a transform, of a data set or of an image's metadata, which are never built.
+# Parts of a transform, of a dataset or of an image's metadata, which are never built.
 _INERT = re.compile(
     rf"torchvision\.transforms(\.[a-z0-9_]+)*\.{_CLASS}"
     r"|torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|bool)"
@@ -38,12 +38,12 @@ _INERT = re.compile(
     r"|PIL\.PngImagePlugin\.iTXt|PIL\.TiffImagePlugin\.IFDRational"
     r"|torch\.device|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
 )
-# Data set classes, kept as records of their attributes.
+# Dataset classes, kept as records of their attributes.
 _LIBRARY_STAND_IN = re.compile(
     rf"(torch\.utils\.data|torchvision\.datasets)(\.[a-z0-9_]+)*\.{_CLASS}"
 )
 _USER_STAND_IN = re.compile(rf"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.{_CLASS}")
-# Classes of these modules do more than hold data, and are never a user's data set.
+# Classes of these modules do more than hold data, and are never a user's dataset.
 _LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "PIL", "torch", "torchvision"),
     *("pip", "pkg_resources", "robust", "setuptools", "scipy", "sklearn", "app", "training"),
@@ -54,7 +54,7 @@ _LIBRARIES = sys.stdlib_module_names | {
 def allowed_name(module: str, name: str) -> tuple[str, bool] | None:
     """The full name, in Python 3's spelling, and whether it may be called with arguments.
 
-    A data set class may not. None for a name that is refused.
+    A dataset class may not. None for a name that is refused.
     """
     path = f"{_PYTHON_2.get(module, module)}.{name}"
     if path in _DATA or _DATA_CLASS.fullmatch(path) or _INERT.fullmatch(path):

@@ -56,7 +56,7 @@ class Finder:
 
     def _subset(self, state: dict[object, object], depth: int) -> Dataset:
         if depth == _DEEPEST_SUBSET:
-            raise self.source.error("a data set", "subsets of subsets")
+            raise self.source.error("a dataset", "subsets of subsets")
         whole = self.dataset(state.get("dataset"), depth + 1)
         indices = self._labels(state.get("indices"))
         chosen = torch.as_tensor(np.asarray(indices), dtype=torch.int64).reshape(-1)

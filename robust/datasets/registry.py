@@ -58,7 +58,7 @@ FORMS = (
     Form(
         title="PyTorch or pickle file",
         summary="a dict, an object or a pair of images and labels, a list of pairs, a "
-        "`TensorDataset`, a pickled torchvision data set or `TaskDataset`; from `torch.save` or "
+        "`TensorDataset`, a pickled torchvision dataset or `TaskDataset`; from `torch.save` or "
         "`pickle.dump`, read without running anything in it",
         reader="pickle_file:read_pickle_file",
         suffixes=(".pt", ".pth", ".pkl", ".pickle"),
@@ -154,7 +154,7 @@ FORMS = (
 
 
 def by_name() -> dict[str, Form]:
-    """The named data sets, by name."""
+    """The named datasets, by name."""
     return {name: form for form in FORMS for name in form.names}
 
 

@@ -19,7 +19,7 @@ TRAIN, TEST = ("train",), ("test", "validation", "valid", "val")  # names of spl
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits on one data set. The defaults are for the user's own files."""
+    """Limits on one dataset. The defaults are for the user's own files."""
 
     max_images: int | None = None
     max_fitted: int | None = None
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set to read."""
+    """A dataset to read."""
 
     name: str
     """The name in messages and in the Dataset."""

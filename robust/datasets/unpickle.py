@@ -89,7 +89,7 @@ class _Machine:
                 return self.stack.pop()
             operation = _OPERATIONS.get(code)
             if operation is None:
-                raise self.refused(f"the operation 0x{code:02x}, which no data set needs")
+                raise self.refused(f"the operation 0x{code:02x}, which no dataset needs")
             operation(self)
         raise self.refused(f"more than {max_steps} operations")
 

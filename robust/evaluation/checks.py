@@ -23,7 +23,7 @@ COMPARED = 16  # of these, images on which two passes are compared
 COMPARED_WITH_COPY = 2  # the same for a Classifier, whose fast copy was compared when it was made
 DIFFERENTIATED = 8  # images whose gradient is checked
 TRIED = 8  # images that decide whether a normalization is tried on all
-# Usual means and stds by data set; those of CIFAR-100 are too close to CIFAR-10's to tell apart.
+# Usual means and stds by dataset; those of CIFAR-100 are too close to CIFAR-10's to tell apart.
 NORMALIZATIONS = {
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 NONE = "–"
-_PHRASES = {  # for data whose name is not a data set's
+_PHRASES = {  # for data whose name is not a dataset's
     "upload": "{n} uploaded {images}",  # named so by `load_upload`
     "held out from training": "{n} {images} held out from training",  # by robust train
 }

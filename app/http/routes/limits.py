@@ -1,4 +1,4 @@
-"""GET /limits: attacks, largest values and registered data sets."""
+"""GET /limits: attacks, largest values and registered datasets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AttackChoice(BaseModel):
 
 
 class Limits(BaseModel):
-    """The attacks, the largest accepted values, and the registered data sets."""
+    """The attacks, the largest accepted values, and the registered datasets."""
 
     attacks: list[AttackChoice]
     norms: list[Norm] = Field(description="Supported norms.")

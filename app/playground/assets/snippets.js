@@ -95,7 +95,7 @@ function client() {
   return `with Client(${py(service())}${keyed() ? ', key="KEY"' : ""}) as client:`;
 }
 
-/** Lines of Python that read the image or data set into `name`, from `source` or the local file. */
+/** Lines of Python that read the image or dataset into `name`, from `source` or the local file. */
 function reading(name, { file, source }, path = "") {
   if (source) return [`${name} = urlopen(${py(address(source))}).read()`];
   return [`${name} = ${path}${path ? `(${py(file)}).read_bytes()` : py(file)}`];

@@ -1,6 +1,6 @@
 """A Chromium, a service for it to visit, and a visit.
 
-All files share the services, so tests that evaluate the same data set need different eps, or one
+All files share the services, so tests that evaluate the same dataset need different eps, or one
 finds the result of another. Each file has its own Chromium: Playwright keeps an event loop in the
 thread of the tests, where other tests run theirs.
 """

@@ -106,7 +106,7 @@ def parquet(folder: Path) -> Path:
 
 def hub(folder: Path) -> Path:
     (folder / "data").mkdir()
-    (folder / "README.md").write_text("# a data set")
+    (folder / "README.md").write_text("# a dataset")
     for index, rows in enumerate((slice(0, 4), slice(4, 6))):
         pq.write_table(table(rows), folder / "data" / f"test-0000{index}-of-00002.parquet")
     pq.write_table(table(slice(0, 2)), folder / "data" / "train-00000-of-00001.parquet")
