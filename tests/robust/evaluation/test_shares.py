@@ -50,6 +50,7 @@ def found(path: Path) -> Any:
     return without(json.loads(path.read_text()))
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_match_one_even_after_a_kill(
     tmp_path: Path, data: Path, checkpoint_path: Path
 ) -> None:
