@@ -158,14 +158,14 @@ def _problem(runtime: Runtime, x: Tensor, expected: Tensor, metrics: Metrics) ->
     """The reason that rules the runtime out; empty if there is none."""
     try:
         # A single image too, which uses other kernels.
-        found = [runtime.logits(x[:n]).cpu() for n in (1, len(x))]
+        found = [(runtime.logits(x[:n]).cpu(), expected[:n]) for n in (1, len(x))]
     except Exception as error:
         give_up(runtime.name, "failed", metrics, error)
         return f"failed with {error}"
     if runtime.precision == "bf16":
-        problems = (_bf16_problem(part, expected[: len(part)]) for part in found)
+        problems = (_bf16_problem(part, same) for part, same in found)
         return next(filter(None, problems), "")
-    off = max(gap(part, expected[: len(part)]) for part in found)
+    off = max(gap(part, same) for part, same in found)
     if off <= TOLERANCE:
         return ""
     give_up(runtime.name, "disagreed", metrics, ValueError(f"off by {off:g}"))
@@ -173,7 +173,9 @@ def _problem(runtime: Runtime, x: Tensor, expected: Tensor, metrics: Metrics) ->
 
 
 def _bf16_problem(logits: Tensor, expected: Tensor) -> str:
-    if logits.shape != expected.shape or not bool(logits.isfinite().all()):
+    if logits.shape != expected.shape:
+        return f"expected logits of shape {tuple(expected.shape)}, got {tuple(logits.shape)}"
+    if not bool(logits.isfinite().all()):
         return "the logits are not finite"
     off = float((logits.softmax(dim=1) - expected.softmax(dim=1)).abs().amax())
     if off > BF16_TOLERANCE:

@@ -82,6 +82,20 @@ def test_bfloat16_slower_for_one_image_is_rejected(clock: list[float]) -> None:
     assert plan.reason == expected
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_runtime_that_returns_too_few_logits_is_rejected(clock: list[float], dtype: str) -> None:
+    exact = Runtime(name="torch", logits=Timed(clock, 0.02))
+    other = Runtime(
+        name="other",
+        logits=lambda x: Timed(clock, 0.01)(x)[:0],
+        precision=dtype,  # type: ignore[arg-type]
+    )
+    plan = make_plan([exact, other], side=SIDE, metrics=Metrics())
+    assert {choice.runtime for choice in plan.choices} == {exact}
+    if dtype == "bf16":
+        assert plan.reason == "other in bfloat16: expected logits of shape (1, 2), got (0, 2)"
+
+
 def test_changed_label_rejects_bfloat16() -> None:
     near, expected = torch.tensor([[0.5, 0.501]]), torch.tensor([[0.501, 0.5]])
     assert (
