@@ -26,6 +26,7 @@ from robust.evaluation.precision import (
     SearchPrecision,
     in_bf16,
     packed_float32,
+    runs_in_torch,
     why_not_bf16,
 )
 from robust.images import to_float
@@ -174,7 +175,7 @@ def reason_against_bf16(
     """
     if precision == "fp32":
         return "as requested"
-    if precision == "bf16" and device.type in ("cpu", "cuda"):
+    if precision == "bf16" and device.type in ("cpu", "cuda") and runs_in_torch(fast):
         return ""
     return why_not_bf16(fast, device)
 

@@ -34,6 +34,7 @@ SIGN_AGREEMENT = 0.9  # smallest fraction of gradient signs that agree
 # Largest error of bfloat16 logits relative to the median lead of the top class. Trained networks
 # have 0.002 to 0.003; random ones 0.01 to 0.18, which can hide the differences attacks follow.
 MARGIN_ERROR = 0.02
+ONLY_TORCH = "only torch modules can run in bfloat16"
 MIN_PARAMETERS = 10**6  # below, call overhead dominates and bfloat16 gains nothing
 # Errors of a model without a gradient, or with an operation that has no kernel for bfloat16.
 FAILURES = (RuntimeError, TypeError)
@@ -75,8 +76,9 @@ def choose_precision(
 
     `auto` uses bfloat16 if it agrees with `fast` on the first images of `x` float32 (N, C, H, W)
     and, on a CPU, is faster; it stays in float32 if the comparison fails, as it does for a model
-    without gradient or with an operation without bfloat16. `bf16` is the bfloat16 copy of `fast`;
-    by default it is created. In float32 the weights are packed if that is worth it. Raises
+    without gradient or with an operation without bfloat16. An ONNX file or a remote service always
+    stays in float32, as bfloat16 can't reach it. `bf16` is the bfloat16 copy of `fast`; by default
+    it is created. In float32 the weights are packed if that is worth it. Raises
     ValueError for another precision.
     """
     chosen, copied = try_bf16(precision, fast, x, y, passes=passes, bf16=bf16)
@@ -106,6 +108,8 @@ def try_bf16(
     """The precision, and the model in bfloat16 if that is chosen, as `choose_precision` does."""
     device = x.device
     requested = searches_in_bf16(precision, device)
+    if requested and not runs_in_torch(fast):
+        return SearchPrecision(bf16=False, reason=ONLY_TORCH), None
     if precision != "auto":
         chosen = SearchPrecision(bf16=requested, reason="as requested")
         return chosen, (bf16 or in_bf16(fast, device)) if requested else None
@@ -130,8 +134,15 @@ def in_float32_after(error: Exception) -> SearchPrecision:
     return SearchPrecision(bf16=False, reason=reason)
 
 
+def runs_in_torch(model: Model) -> bool:
+    """Whether torch computes the model; False for an ONNX file or a remote service."""
+    return bool(getattr(getattr(model, "classifier", model), "differentiable", True))
+
+
 def why_not_bf16(model: Model, device: torch.device) -> str:
     """The reason not to try bfloat16 for this model on this device; empty if there is none."""
+    if not runs_in_torch(model):
+        return ONLY_TORCH
     if device.type == "cuda":
         return ""
     if device.type != "cpu":

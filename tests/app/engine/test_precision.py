@@ -21,7 +21,7 @@ from robust.images import to_float
 from robust.prediction import predict
 from tests.app.http.test_attack import attacked
 from tests.support.images import decode_png
-from tests.support.serving import Running, labeled, png, serving
+from tests.support.serving import Running, labeled, png, serving, write_onnx
 
 SIDE = 8
 
@@ -138,6 +138,23 @@ def test_precision_is_reported_in_each_response(rounded: Running) -> None:
     (found,) = response.json()["results"]
     assert found["index"] == int(expected.argmax())
     assert found["probability"] == pytest.approx(float(expected.max()), abs=0.01)
+
+
+def test_onnx_file_is_served_in_float32(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its runtime computes in float32, whatever torch's autocast is set to."""
+    pytest.importorskip("onnxruntime")
+    write_onnx(tmp_path / "theirs.onnx")
+    settings = Settings(
+        checkpoint=tmp_path / "theirs.onnx", threads=1, device="cpu", precision="bf16"
+    )
+    with caplog.at_level(logging.WARNING, "app"), serving(settings) as running:
+        card = running.client.get("/model").json()
+        response = running.client.post("/predict", content=png())
+    reason = "only torch modules can run in bfloat16"
+    assert (card["precision"], card["precision_reason"]) == ("fp32", reason)
+    assert (card["search_precision"], card["search_precision_reason"]) == ("fp32", reason)
+    assert response.headers["X-Model-Precision"] == "fp32"
+    assert reason in caplog.text
 
 
 def test_attacks_search_in_bfloat16_and_are_scored_in_float32(rounded: Running) -> None:

@@ -20,6 +20,7 @@ from robust.evaluation.precision import choose_precision
 from robust.inference import InferenceClassifier, for_inference
 from robust.packed import Packed
 from robust.threat_model import ThreatModel
+from tests.support.serving import write_onnx
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
@@ -116,6 +117,16 @@ def test_error_is_measured_relative_to_the_margin(
     chosen, model = choose_precision("auto", fast, *images(), passes=PASSES)
     assert (str(chosen), model) == ("fp32", fast)
     assert "of the likeliest class's median lead, above the limit of 2%" in chosen.reason
+
+
+def test_onnx_file_stays_in_float32(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    write_onnx(tmp_path / "theirs.onnx")
+    fast = for_inference(load_checkpoint(tmp_path / "theirs.onnx").classifier)
+    for asked in ("bf16", "auto"):
+        chosen, model = choose_precision(asked, fast, *images(), passes=PASSES)  # type: ignore[arg-type]
+        assert (str(chosen), model) == ("fp32", fast)
+        assert chosen.reason == "only torch modules can run in bfloat16"
 
 
 class Brightness(nn.Module):
