@@ -14,8 +14,9 @@ _HEAD = """\
 Every setting is an environment variable; an empty one counts as unset, except `ROBUST_COMPARE`.
 Options of `robust serve` override the variables of the same name (`--model` is
 `ROBUST_CHECKPOINT`). With an invalid value the service does not start, and one line names the
-variable, what was expected and what was found. Numbers use the digits 0 to 9; limits on eps are in
-pixel units and may be fractions (`8/255`).
+variable, what was expected and what was found. A variable `ROBUST_*` that is no setting is ignored,
+and a warning in the log names it. Numbers use the digits 0 to 9; limits on eps are in pixel units
+and may be fractions (`8/255`).
 
 This page is generated from `app/settings.py` with
 `python -m app.configuration > docs/configuration.md`; a test checks that it is up to date.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import resource
 import signal
@@ -28,8 +29,10 @@ from app.http.connection import OpenConnections, connection_class
 from app.http.parameters import describe
 from app.http.trust import LOOPBACK_HOSTS, trusted_addresses
 from app.service import Service
-from app.settings import Settings
+from app.settings import Settings, unknown_variables
 from robust.loading.given import shown
+
+logger = logging.getLogger(__name__)
 
 # Longer than proxies and clients keep idle connections, so that the service never closes first.
 KEEP_ALIVE_SECONDS = 75
@@ -54,6 +57,8 @@ def run(listener: socket.socket, **given: Any) -> None:
     if not settings.allowed_hosts and ip_address(listener.getsockname()[0]).is_loopback:
         settings = settings.model_copy(update={"allowed_hosts": LOOPBACK_HOSTS})
     logs.configure(settings)
+    for message in unknown_variables(os.environ):
+        logger.warning("%s", message)
     app = create_app(settings)
     service: Service = app.state.service
     gc.freeze()  # loading collects garbage several times, and need not scan what was imported

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +31,9 @@ from robust.loading.options import (
 )
 from robust.threat_model import Norm, parse_eps
 
+_PREFIX = "ROBUST_"
+# Without the prefix: read by the project's tests; set by Kubernetes for a Service named `robust`.
+_OTHER_VARIABLES = re.compile(r"TEST_SET|(.+_)?(SERVICE_(HOST|PORT)(_.+)?|PORT_[0-9]+_.+)")
 _NUMBER = re.compile(r"[-+0-9.eE/ ]+")
 _ORIGIN = re.compile(r"\*|https?://[^/\s*]+")
 # A name or an IPv6 address in brackets, with an optional port; or the address alone.
@@ -128,7 +133,7 @@ class Settings(BaseSettings):
     """All settings of the service. Raises pydantic's ValidationError for an invalid value."""
 
     model_config = SettingsConfigDict(
-        env_prefix="ROBUST_", env_ignore_empty=True, frozen=True, extra="ignore"
+        env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore"
     )
 
     checkpoint: Path = Field(
@@ -380,3 +385,19 @@ class Settings(BaseSettings):
     def max_eps(self, norm: Norm) -> float:
         """The largest eps accepted in this norm."""
         return self.max_eps_linf if norm == "linf" else self.max_eps_l2
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A message for each variable ROBUST_* that is no setting, which may be a misspelled one."""
+    known = [name.upper() for name in Settings.model_fields]
+    found = []
+    for variable, value in sorted(environment.items()):
+        upper = variable.upper()  # as pydantic reads them
+        name = upper.removeprefix(_PREFIX)
+        of_kubernetes = name.endswith("PORT") and "://" in value
+        if name == upper or name in known or of_kubernetes or _OTHER_VARIABLES.fullmatch(name):
+            continue
+        close = get_close_matches(name, known, n=1, cutoff=0.75)
+        meant = f"; did you mean {_PREFIX}{close[0]}?" if close else ""
+        found.append(f"{variable[:100]} is not a setting and is ignored{meant}")
+    return found

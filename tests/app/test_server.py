@@ -55,7 +55,7 @@ class Server:
 def server(tmp_path: Path) -> Iterator[Server]:
     path = tmp_path / "robust_model.pt"
     write_checkpoint(path, arch="resnet18")
-    server = Server(path)
+    server = Server(path, ROBUST_APIKEYS="secret")
     yield server
     if server.process.poll() is None:
         server.process.kill()
@@ -89,6 +89,7 @@ def test_service_from_start_to_sigterm(server: Server, tmp_path: Path) -> None:
     assert time.monotonic() - begun < 60  # not the whole grace time for one who only watches
     assert "Traceback" not in errors
     assert errors.count("POST /predict 200") == 1
+    assert "WARNING" in next(line for line in errors.splitlines() if "ROBUST_APIKEYS" in line)
 
 
 def test_running_request_finishes_after_sigterm(server: Server) -> None:

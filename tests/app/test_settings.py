@@ -10,7 +10,7 @@ from app.configuration import page
 from app.engine.attack_batch import cost
 from app.errors import ServeError
 from app.server import read_settings
-from app.settings import Settings
+from app.settings import Settings, unknown_variables
 from robust.attacks import resolve_attack
 from robust.commands.options import DESCRIBED
 from robust.loading import ModelOptions
@@ -122,6 +122,23 @@ def test_error_names_the_variable_and_shows_its_value(
     assert text.startswith(f"ROBUST_{name}: expected ")
     assert text.endswith(message)
     assert text.count("expected") == text.count("got") == 1
+
+
+def test_variable_that_is_no_setting_is_named_with_the_closest_one() -> None:
+    settings = {"ROBUST_API_KEYS": "a", "robust_max_steps": "3", "ROBUST_COMPARE": ""}
+    others = {"PATH": "/bin", "ROBUST_TEST_SET": "test.npz", "_ROBUST_COMPLETE": "bash_source"}
+    kubernetes = {
+        "ROBUST_SERVICE_HOST": "10.0.0.1",
+        "ROBUST_SERVICE_PORT_HTTP": "80",
+        "ROBUST_PORT": "tcp://10.0.0.1:80",
+        "ROBUST_PORT_80_TCP_ADDR": "10.0.0.1",
+        "ROBUST_DATABASE_PORT": "tcp://10.0.0.1:5432",
+    }
+    assert unknown_variables(settings | others | kubernetes) == []
+    assert unknown_variables({"ROBUST_APIKEYS": "secret", "ROBUST_PORT": "80"}) == [
+        "ROBUST_APIKEYS is not a setting and is ignored; did you mean ROBUST_API_KEYS?",
+        "ROBUST_PORT is not a setting and is ignored",
+    ]
 
 
 @pytest.mark.parametrize(("name", "value"), [("device", "foo"), ("classes", "cat,dog,cat")])
