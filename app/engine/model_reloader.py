@@ -181,7 +181,10 @@ class ModelReloader:
             self._metrics.runtime_rate.labels(*labels).set(choice.rate)
 
     def _read_signature(self) -> Signature:
-        return tuple(map(_file_signature, (self._path, sidecar_path(self._path))))
+        path = self._path
+        # The last two hold the weights of a large ONNX file, as torch and Hugging Face write it.
+        beside = [path.parent / f"{path.name}{suffix}" for suffix in (".data", "_data")]
+        return tuple(map(_file_signature, (path, sidecar_path(path), *beside)))
 
 
 async def warm(

@@ -119,12 +119,16 @@ def anew() -> dict[str, str]:
     return {"Idempotency-Key": uuid.uuid4().hex}
 
 
-def write_onnx(path: Path) -> None:
-    """Write a linear model with random weights, which has no gradients."""
+def write_onnx(path: Path, *, seed: int = 0, weights_beside: bool = False) -> None:
+    """Write a linear model with random weights, which has no gradients.
+
+    With `weights_beside` the weights are in a second file, as torch.onnx.export writes them.
+    """
+    import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     shape = (3 * SIZE**2, len(CLASSES))
-    weights = np.random.default_rng(0).standard_normal(shape).astype(np.float32) / 20
+    weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) / 20
     nodes = [
         helper.make_node("Flatten", ["images"], ["pixels"]),
         helper.make_node("MatMul", ["pixels", "weights"], ["logits"]),
@@ -135,7 +139,13 @@ def write_onnx(path: Path) -> None:
     graph = helper.make_graph(nodes, "linear", [images], [logits], [initializer])
     opset = helper.make_opsetid("", 18)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    path.write_bytes(model.SerializeToString())
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=weights_beside,
+        location=f"{path.name}.data",
+        size_threshold=0,
+    )
 
 
 class Gate:

@@ -15,7 +15,7 @@ import pytest
 from app.settings import Settings
 from robust.checkpoint import sidecar_path
 from tests.app.conftest import write_checkpoint
-from tests.support.serving import Running, gated, labeled, png, serving, until
+from tests.support.serving import Running, gated, labeled, png, serving, until, write_onnx
 
 
 @pytest.fixture
@@ -114,6 +114,21 @@ def test_broken_checkpoint_is_rejected_and_the_old_model_stays(
     new = write_checkpoint(path, seed=2)
     until(lambda: served(reloading) == new)
     assert sidecar_path(path).is_file()
+
+
+def test_new_weights_beside_an_onnx_file_are_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "new").mkdir()
+    write_onnx(tmp_path / "model.onnx", weights_beside=True)
+    write_onnx(tmp_path / "new" / "model.onnx", seed=1, weights_beside=True)
+    settings = Settings(
+        checkpoint=tmp_path / "model.onnx", threads=1, device="cpu", reload_seconds=0.05
+    )
+    with serving(settings) as running:
+        old = served(running)
+        os.replace(tmp_path / "new" / "model.onnx.data", tmp_path / "model.onnx.data")
+        until(lambda: served(running) != old)
+        assert reloads(running, "ok") == 1
 
 
 def test_unchanged_checkpoint_is_not_reloaded(reloading: Running) -> None:
