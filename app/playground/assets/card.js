@@ -26,7 +26,7 @@ export function showCard(box, { sha256, device, loaded, classes, input_size: siz
   for (const [name, value] of facts) {
     if (value) list.append(el("div", {}, el("dt", {}, name), el("dd", {}, value)));
   }
-  box.replaceChildren(list, ...measured(card.evaluation ?? []));
+  box.replaceChildren(list, el("div", {}, ...measured(card.evaluation ?? [])));
 }
 
 /** A one-line summary of the comparison model. */

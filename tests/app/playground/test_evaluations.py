@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from robust.attacks import DEFAULT_ATTACKS
 from tests.support.browser import Visit
@@ -147,6 +147,19 @@ def test_dataset_and_examples_can_be_uploaded(visit: Visit) -> None:
     page.click("#start")
     expect(page.locator("#evaluate-text")).to_have_text(re.compile("^Done: 10 images"))
     expect(page.locator("#evaluate-error")).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_form_and_results_fit_a_phone(browser: Browser, served: Running, width: int) -> None:
+    visit = Visit(browser, served.url, viewport={"width": width, "height": 800})
+    page = visit.open()
+    start(page, "few")
+    expect(visit.find("#evaluate-text")).to_contain_text("Done: 30 images of few.npz.")
+    page.select_option("#set", label="Upload a file…")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    clipped = "node => node.parentElement.scrollWidth - node.parentElement.clientWidth"
+    assert visit.find("#accuracies").evaluate(clipped) == 0
+    visit.close()
 
 
 def test_unusable_dataset_shows_an_error_message(visit: Visit) -> None:
