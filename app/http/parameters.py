@@ -272,15 +272,17 @@ def check_model(
     """
     kind, found = model.sidecar.architecture.arch, len(model.classes)
     errors = []
+    refused = [item.name for item in attacks if item.uses_gradient and not model.differentiable]
+    if refused:
+        expected = f"attacks without gradients, such as square: {kind} models have none"
+        got = ", ".join(dict.fromkeys(refused))
+        errors.append(FieldError(field="attack", expected=expected, got=got))
     for attack in attacks:
         needed = attack.classes_needed(targeted=targeted)
         if found < needed:
             expected = f"an attack for the {found} classes of the model"
             got = f"{attack.name}, which needs {needed}{' with a target' if targeted else ''}"
             errors.append(FieldError(field="attack", expected=expected, got=got))
-        if attack.uses_gradient and not model.differentiable:
-            expected = f"an attack without gradients, such as square: {kind} models have none"
-            errors.append(FieldError(field="attack", expected=expected, got=attack.name))
     if curve and not model.differentiable:
         expected = f"0: its attack needs gradients, which {kind} models do not have"
         errors.append(FieldError(field="curve", expected=expected, got=f"{curve}"))

@@ -37,6 +37,13 @@ SEEN_IMAGES = Flag(
 )
 
 
+# Advice for a model that no gradient attack, and so no AutoAttack, can be run on.
+WITHOUT_GRADIENTS = (
+    "unless this data is very easy, its queries are too few and the accuracy says nothing: run "
+    "square with more queries and restarts"
+)
+
+
 def large_eps(norm: Norm, shape: Sequence[int]) -> float:
     """An eps that no classifier of images (C, H, W) can resist: all can become the same gray."""
     return GRAY if norm == "linf" else GRAY * math.sqrt(math.prod(shape))
@@ -146,7 +153,9 @@ def _of_attacks(evaluation: Evaluation) -> Iterator[Flag]:
             yield Flag(
                 name="no effect",
                 text=f"{item.label} fooled none of {clean} images",
-                advice="unless this data is very easy, gradients are masked or the attack is "
+                advice=WITHOUT_GRADIENTS
+                if evaluation.probes is not None and evaluation.probes.differentiated == 0
+                else "unless this data is very easy, gradients are masked or the attack is "
                 "broken, and the accuracy says nothing: run autoattack",
             )
     for weak in evaluation.attacks:

@@ -98,6 +98,11 @@ class Measurement:
         return f"{images_of(self.n, self.data)} ({self.source})"
 
     @property
+    def without_gradients(self) -> bool:
+        """Whether the model gave no gradients, so that only random searches could attack it."""
+        return (self.probes or {}).get("differentiated") == 0
+
+    @property
     def clean(self) -> Result | None:
         """The clean result."""
         return next((item for item in self.results if item.attack == CLEAN), None)

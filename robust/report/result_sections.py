@@ -73,6 +73,8 @@ def against_eps(measurements: Sequence[Measurement], *, classes: int) -> Section
         "No evaluation here has a curve, which would reveal a failing attack; "
         "robust evaluate --json computes one."
     )
+    if all(item.without_gradients for item in measurements):
+        text = "There is no curve, as its attack needs gradients, which this model does not give."
     if any(item.curve for item in measurements):
         text = (
             "A larger eps can only make an attack stronger, and at an eps that turns every image "

@@ -43,13 +43,13 @@ _AUGMENTATIONS = {
 def method(sidecar: Sidecar) -> Section:
     """Architecture, data and recipe."""
     network, data = sidecar.architecture, sidecar.data
-    size, inside = network.input_size, ""
+    size, inside = network.input_size, " model"
     if network.stem != "own":
         inside = f" with the {network.stem} stem and {network.activation} activations"
     blocks: list[Block] = [
         Text(
-            text=f"A {network.arch}{inside} classifies color images of {size} x {size} pixels into "
-            f"{network.num_classes} classes: {listed(sidecar.classes[:100])}."
+            text=f"The {network.arch}{inside} classifies color images of {size} x {size} pixels "
+            f"into {network.num_classes} classes: {listed(sidecar.classes[:100])}."
         )
     ]
     if data is not None:

@@ -56,11 +56,17 @@ def _limits(
     attacks = {result.attack for item in measurements for result in item.attacks}
     if not any(name.startswith("autoattack") for name in attacks):
         shown = listed(sorted(attacks)) or "no attack"
+        stronger = "published figures use AutoAttack"
+        if all(item.without_gradients for item in measurements):
+            stronger = (
+                "AutoAttack needs gradients, which this model does not give, so run square with "
+                "more queries and restarts"
+            )
         yield Notice(
             kind="note",
             title="No AutoAttack",
             text=f"The only attacks were {shown}. A stronger attack fools more images, so the "
-            "robust accuracy is an upper bound; published figures use AutoAttack.",
+            f"robust accuracy is an upper bound; {stronger}.",
         )
     for item in measurements:
         if item.n < FEW:
@@ -97,7 +103,7 @@ def _probes(item: Measurement) -> str:
         f"{count(probes.get('zero_gradients'))} had a gradient of zero and "
         f"{count(probes.get('nan_gradients'))} had NaN in it"
     )
-    if probes.get("differentiated") == 0:
+    if item.without_gradients:
         gradients = "it gives no gradients"
     return (
         f"{item.source}: the model computed {same} over {n} probe images; {gradients}. "

@@ -147,7 +147,8 @@ def test_comparison_model_without_gradients(tmp_path: Path) -> None:
         for compare in ("true", "only"):
             response = running.client.post(f"/attack?{QUERY}&compare={compare}", content=png(1))
             assert response.status_code == 422
-            assert [error["got"] for error in response.json()["errors"]] == ["fgsm", "pgd"]
+            (error,) = response.json()["errors"]
+            assert (error["field"], error["got"]) == ("attack", "fgsm, pgd")
         only = attack(running, "attack=square&steps=5&compare=only")
         assert [result["parameters"]["steps"] for result in only["compare"]["results"]] == [5]
 

@@ -169,6 +169,19 @@ def test_model_without_gradients_raises_no_gradient_flag(
     assert result.flags == ()
 
 
+def test_advice_for_a_model_without_gradients_is_possible(
+    defended: nn.Module, test_digits: Data
+) -> None:
+    (square,) = attacks("square", square=1)
+    result = run(lambda x: defended(x).detach(), test_digits, [square])
+    (item,) = result.attacks
+    result = replace(result, attacks=(replace(item, correct=result.clean.correct),))
+    (flag,) = find_flags(result)
+    assert flag.name == "no effect"
+    assert flag.advice.endswith("run square with more queries and restarts")
+    assert "autoattack" not in flag.advice
+
+
 def test_chance(undefended: nn.Module, test_digits: Data) -> None:
     images, labels = test_digits
     result = run(undefended, (images, (labels + 1) % 10), attacks("fgsm"))

@@ -27,8 +27,9 @@ from robust.report.example_sections import gallery, surface
 from robust.report.examples import SIDE, Surface, measure_surface, show_examples
 from robust.report.html import render_html
 from robust.report.pdf import render_pdf
-from robust.report.result_sections import accuracies, by_class, cost, differences
+from robust.report.result_sections import accuracies, against_eps, by_class, cost, differences
 from robust.report.run import ReportError, TrainingRun, check_belongs
+from robust.report.training_sections import method
 from robust.report.trust import trust
 from robust.report.words import images_of, interval
 from robust.sidecar import Sidecar
@@ -123,6 +124,24 @@ def test_no_flags_is_reported_as_no_sign_of_a_problem(evaluation: Values, sideca
     assert titles(trust([parsed(evaluation, sidecar)], None)) == [
         *("No sign of a problem", "No AutoAttack", "Few images")
     ]
+
+
+def test_model_without_gradients_gets_possible_advice(evaluation: Values, sidecar: Sidecar) -> None:
+    evaluation |= {"curve": []}
+    evaluation["probes"]["differentiated"] = 0
+    found = [parsed(evaluation, sidecar)]
+    (text, *_) = [b.text for b in against_eps(found, classes=4).blocks if isinstance(b, Text)]
+    assert text.startswith("There is no curve, as its attack needs gradients")
+    (notice,) = [
+        block
+        for block in trust(found, None).blocks
+        if isinstance(block, Notice) and block.title == "No AutoAttack"
+    ]
+    assert notice.text.endswith("so run square with more queries and restarts.")
+    onnx = Architecture(arch="onnx", stem="own", activation="own", num_classes=4)
+    (first, *_) = method(replace(sidecar, architecture=onnx)).blocks
+    assert isinstance(first, Text)
+    assert first.text.startswith("The onnx model classifies color images")
 
 
 @pytest.mark.parametrize("value", ["NaN", None, [1], float("inf")])
