@@ -71,7 +71,8 @@ def evaluate(
     device; if given, a module must already be there. ``"auto"`` is the accelerator that torch
     finds, else the CPU, as in `load_model`.
     With `journal` a stopped evaluation resumes from that file; for a callable that is not a
-    module this needs a `model_id`. `progress` shows a bar or lines on standard error.
+    module, or a module that changes its own attributes (a counter), this needs a `model_id`.
+    `progress` shows a bar or lines on standard error.
 
     Raises ValueError for invalid arguments, images or labels, ModelError for a model that can't
     be evaluated, and JournalError for a journal of another evaluation.

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -315,6 +316,56 @@ def test_digest_covers_all_that_logits_depend_on() -> None:
     assert digest() == digest()
     others = [{"mean": 0.5}, {"scale": 2}, {"stride": 2}, {"weight": 1.0}]
     assert len({digest(), *(digest(**change) for change in others)}) == 5
+
+
+class Attributes(nn.Module):
+    def __init__(self, name: str, value: object) -> None:
+        super().__init__()
+        self.net = nn.Identity()
+        setattr(self.net, name, value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tensor([0.4]), torch.tensor([0.5])),
+        (np.array([0.4]), np.array([0.5])),
+        (np.float32(0.4), np.float32(0.5)),
+        (0.4, 0.5),
+        ("relu", "silu"),
+        (True, None),
+        ((0.4, 0.4), (0.4, 0.5)),
+        ([{"mean": torch.zeros(3)}], [{"mean": torch.ones(3)}]),
+        ([nn.Linear(2, 2)], [nn.Linear(2, 2)]),  # torch sees no module in a plain list
+    ],
+)
+def test_digest_covers_plain_attributes(one: object, other: object) -> None:
+    digests = {module_digest(Attributes("_mean", value)) for value in (one, other)}
+    assert len(digests) == 2
+    assert module_digest(Attributes("_mean", one)) in digests
+
+
+def test_digest_ignores_what_does_not_change_logits() -> None:
+    net = Attributes("cache", [object()])
+    net.net.cache.append(net.net.cache)
+    net.net.cache.append(net)
+    before = module_digest(net)
+    net.eval()
+    net.register_forward_hook(lambda *_: None)
+    net.net.cache[0] = object()
+    assert module_digest(net) == before
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_digest_ignores_a_weight_that_each_pass_computes(norm: str) -> None:
+    net = getattr(nn.utils, norm)(nn.Linear(2, 2)).eval()
+    state = {name: torch.ones_like(value) for name, value in net.state_dict().items()}
+    net.load_state_dict(state)
+    before = module_digest(net)  # its weight is still that of the random initialization
+    with torch.no_grad():
+        net(torch.ones(1, 2))
+    assert module_digest(net) == before
 
 
 def test_model_without_a_state_dict_needs_a_name(linear_data: Data, tmp_path: Path) -> None:
