@@ -12,7 +12,7 @@ from app.engine.engine import MAX_SHARED, Engine
 from app.engine.queue import Kind, Work
 from app.engine.served_model import ServedModel
 from app.engine.session import Session
-from app.errors import invalid
+from app.errors import InvalidParameters, invalid
 from robust.attacks import AttackSettings
 from robust.images import to_float
 from robust.prediction import AttackOutcome, amplify, attack_images, predict
@@ -37,8 +37,8 @@ async def attack_in_batch(
 ) -> list[AttackOutcome]:
     """Run each of `attacks` on one image, in a batch with other requests for the same attack.
 
-    Raises InvalidParameters if target and label are the same, and the errors of
-    `Engine.run_shared`.
+    Raises InvalidParameters if the target is the label, or without one the prediction, and the
+    errors of `Engine.run_shared`.
     """
     return await engine.run_shared(
         [_work(model, item, settings, deadline=deadline) for settings in attacks]
@@ -134,7 +134,7 @@ def _function(
         results: list[AttackOutcome | Exception] = [
             _unattacked(settings, item, row)
             if may_predict_target and item.label is None
-            else invalid("target", "a class other than the label", "the label itself")
+            else _same_class(item)
             for item, row in zip(items, before, strict=True)
         ]
         indices = valid.nonzero().flatten().tolist()
@@ -156,6 +156,14 @@ def _function(
         return results
 
     return run
+
+
+def _same_class(item: AttackItem) -> InvalidParameters:
+    """The error for a target that is the label, or without a label the prediction."""
+    if item.label is not None:
+        return invalid("target", "a class other than the label", "the label itself")
+    expected = "a class other than the one the model predicts"
+    return invalid("target", expected, "the class the model predicts")
 
 
 def _unattacked(settings: AttackSettings, item: AttackItem, before: Tensor) -> AttackOutcome:

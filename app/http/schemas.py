@@ -62,6 +62,7 @@ class ResolvedAttack(BaseModel):
     seed: int
 
 
+ALREADY_WRONG = "Whether the original was misclassified, or classified as the target."
 Outcome = Literal["broken", "withstood", "already_wrong"]
 
 
@@ -101,7 +102,7 @@ class CompareResponse(BaseModel):
     model_sha256: str = SHA256
     label: ClassName = Field(description="The given class, or this model's own prediction.")
     before: Seen
-    already_wrong: bool
+    already_wrong: bool = Field(description=ALREADY_WRONG)
     results: list[AttackResult]
 
 
@@ -112,7 +113,7 @@ class AttackResponse(BaseModel):
     label: ClassName = Field(description="The class that the attacks move away from.")
     target: ClassName | None = Field(description="The target class, if one was requested.")
     before: Seen
-    already_wrong: bool = Field(description="Whether the original was misclassified.")
+    already_wrong: bool = Field(description=ALREADY_WRONG)
     input_png: str = Field(description="The image at the model's input size, PNG in base64.")
     results: list[AttackResult] = Field(description="Empty with `compare=only`.")
     compare: CompareResponse | None = Field(

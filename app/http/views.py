@@ -55,6 +55,11 @@ def outcome_of(outcome: AttackOutcome) -> Outcome:
     return "broken" if outcome.success and outcome.linf > 0 else "withstood"
 
 
+def already_wrong(found: AttackOutcome | Transfer) -> bool:
+    """Whether the model misclassified the original image, or classified it as the target."""
+    return found.already_wrong or int(found.before.argmax()) == found.target
+
+
 def transfer_result(transfer: Transfer, classes: Sequence[str]) -> TransferResult:
     """The other model's prediction and outcome for an adversarial image."""
     label, target = transfer.label, transfer.target

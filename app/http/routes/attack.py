@@ -30,7 +30,14 @@ from app.http.parameters import (
 from app.http.problem import documented
 from app.http.schemas import AttackResponse, AttackResult, CompareResponse
 from app.http.uploads import read_upload
-from app.http.views import attack_result, base64_png, class_name, outcome_of, to_prediction
+from app.http.views import (
+    already_wrong,
+    attack_result,
+    base64_png,
+    class_name,
+    outcome_of,
+    to_prediction,
+)
 from app.service import Service, unless_gone
 from robust.images import encode_png
 from robust.prediction import AttackOutcome
@@ -125,7 +132,7 @@ def _compared(
         model_sha256=other.sha256,
         label=class_name(of_other.label, model.classes),
         before=to_prediction(of_other.before, model.classes),
-        already_wrong=of_other.already_wrong,
+        already_wrong=already_wrong(of_other),
         results=results[-1],
     )
     own = results[0] if len(pairs) == 2 else []
@@ -147,7 +154,7 @@ def _response(
         label=class_name(found.label, classes),
         target=None if found.target is None else class_name(found.target, classes),
         before=to_prediction(found.before, classes),
-        already_wrong=found.already_wrong,
+        already_wrong=already_wrong(found),
         input_png=base64_png(image),
         results=results,
     )

@@ -84,6 +84,16 @@ def test_pgd_reaches_the_target(running: Running) -> None:
     assert result["after"]["index"] != body["before"]["index"]
 
 
+def test_target_that_is_the_prediction_is_named_as_such(running: Running) -> None:
+    seen = running.client.post("/predict", content=png()).json()["results"][0]["label"]
+    fields = {"attack": "fgsm", "target": seen}
+    response = running.client.post("/attack", files={"file": png()}, data=fields)
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert (error["field"], error["got"]) == ("target", "the class the model predicts")
+    assert "label" not in error["expected"]
+
+
 def test_label_by_name_or_index_is_attacked(running: Running) -> None:
     seen = predicted(running, png(3))
     other = (seen["index"] + 1) % len(CLASSES)

@@ -116,6 +116,8 @@ def test_model_that_predicts_the_target_already_does_not_fail_the_other(
         reached, moved = (own, other) if place == 0 else (other, own)
         assert (reached["outcome"], reached["success"]) == ("already_wrong", False)
         assert reached["linf"] == reached["l2"] == 0
+        sides = (answer, answer["compare"])
+        assert [side["already_wrong"] for side in sides] == [place == 0, place == 1]
         assert reached["adversarial_png"] == answer["input_png"]
         assert reached["after"]["index"] == seen[place]["index"]
         assert reached["transfer"]["after"]["index"] == seen[1 - place]["index"]
