@@ -82,8 +82,9 @@ async def attack(request: Request) -> AttackResponse | Response:
         raise invalid("compare", "no comparison for Accept: image/png", parameters.compare)
     total = len(pairs) * compare_cost(attacks) if pairs else cost(attacks)
     if total > service.settings.max_cost:
-        expected = f"at most {service.settings.max_cost} forward passes in all"
-        raise invalid("steps", expected, f"{total}")
+        most = service.settings.max_cost
+        expected = f"at most {most} forward passes in all (POST /evaluate accepts more)"
+        raise invalid("attack" if parameters.steps is None else "steps", expected, f"{total}")
 
     async def work() -> AttackResponse | Response:
         image = (await decode(service, request, model, upload.files))[0]
