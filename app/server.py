@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Longer than proxies and clients keep idle connections, so that the service never closes first.
 KEEP_ALIVE_SECONDS = 75
-EXAMPLE = Path("examples/cat.jpg")
+EXAMPLE = Path("examples/horse.jpg")
 MAX_DESCRIPTORS = 2**16
 SPARE_DESCRIPTORS = 256
 # After this share of the grace time the process exits, whatever is still running. The rest is for

@@ -224,14 +224,14 @@ async def warm(
             model, plan=plan, search=search, runtimes=(), bf16=model.bf16 if search.bf16 else None
         )
 
+    predicts = bool(model.runtimes)  # the comparison model only attacks
     model = await engine.run(Kind.ATTACK, model, choose, cost=0)
-    refused = precision == "bf16" and model.precision == "fp32"
-    logger.log(
-        logging.WARNING if refused else logging.INFO,
-        "%s: predictions in %s (%s); attacks search in %s (%s)",
-        *(model.name, model.precision, model.precision_reason),
-        *("bf16" if model.search.bf16 else "fp32", model.search.reason),
-    )
+    search = "bf16" if model.search.bf16 else "fp32"
+    told = f"attacks search in {search} ({model.search.reason})"
+    if predicts:
+        told = f"predictions in {model.precision} ({model.precision_reason}); {told}"
+    refused = precision == "bf16" and (model.precision if predicts else search) == "fp32"
+    logger.log(logging.WARNING if refused else logging.INFO, "%s: %s", model.name, told)
     return model
 
 

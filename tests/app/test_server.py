@@ -66,6 +66,7 @@ def test_service_from_start_to_sigterm(server: Server, tmp_path: Path) -> None:
     # The line to paste works as it is, where there is curl.
     command = re.fullmatch(r"  (curl -F file=@(\S+) (\S+))\n", server.lines[1])
     assert command is not None
+    assert command[2] in ("examples/horse.jpg", "photo.jpg")  # the model is right about it
     photo = ROOT / command[2] if (ROOT / command[2]).exists() else None
     data = photo.read_bytes() if photo else png()
     answer = httpx.post(command[3], files={"file": data}, timeout=120)

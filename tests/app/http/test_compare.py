@@ -1,6 +1,7 @@
 """POST /attack with `compare`: two models, each attacked, with transfer to the other."""
 
 import base64
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,19 @@ def test_compare_only_attacks_just_the_comparison_model(compared: Running) -> No
     for name in ("label", "already_wrong", "input_png", "model_sha256"):
         assert only[name] == both[name]
     assert only["before"]["index"] == both["before"]["index"]
+
+
+def test_precision_of_predictions_is_not_logged_for_the_comparison_model(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "app"), serving(settings(folder)):
+        pass
+    lines = [record.getMessage() for record in caplog.records]
+    (served,) = [line for line in lines if line.startswith("robust_model.pt: ")]
+    (compare,) = [line for line in lines if line.startswith("plain_model.pt: ")]
+    assert served.startswith("robust_model.pt: predictions in fp32 (")
+    assert compare.startswith("plain_model.pt: attacks search in fp32 (")
+    assert "prediction" not in compare
 
 
 def test_comparison_model_without_gradients(tmp_path: Path) -> None:
