@@ -12,6 +12,7 @@ import { attackTerm, nameOf, term } from "./terms.js";
 const UPLOAD = "\u0000upload"; // names of sets begin with a letter or a digit
 const EXAMPLES = "\u0000examples";
 const REMEMBERED = "robust-evaluation";
+const LONGEST_WAIT = 30; // s, in the command to copy; the service waits no longer than its deadline
 const ENDED = ["done", "failed", "cancelled"];
 
 export class Evaluate {
@@ -100,7 +101,8 @@ export class Evaluate {
     const uploaded = $("set-file").files[0]?.name ?? "set.npz";
     const file = { [EXAMPLES]: "examples/photos.npz", [UPLOAD]: uploaded }[set];
     const source = set === EXAMPLES ? "playground/examples/photos.npz" : null;
-    this.code.evaluate(this.#fields, { file, source });
+    const wait = Math.ceil(Math.min(this.limits.deadline_seconds, LONGEST_WAIT));
+    this.code.evaluate(this.#fields, { file, source, wait });
     this.#mark();
   }
 

@@ -3,6 +3,8 @@
 import { keyed } from "./api.js";
 import { $ } from "./dom.js";
 
+const NO_ATTACK = "# Choose at least one attack."; // a comment in both languages
+
 /** A code block with a button for each language. */
 export class Snippets {
   #code;
@@ -33,9 +35,15 @@ export class Snippets {
     this.#show();
   }
 
-  /** Shows the code for an evaluation. */
-  evaluate(fields, { file, source }) {
-    const headers = { Prefer: "wait=60" };
+  /** Shows the code for an evaluation. `wait` is how long the service may hold the response, in
+   * seconds. */
+  evaluate(fields, { file, source, wait }) {
+    const headers = { Prefer: `wait=${wait}` };
+    if (!fields.attack.length) {
+      // Without an attack in the request, the service would run its default ones.
+      this.#texts = { curl: NO_ATTACK, python: NO_ATTACK };
+      return this.#show();
+    }
     this.#texts = {
       curl: line("evaluate", fields, { file, source, headers }),
       python: evaluateWithClient(fields, { file, source }),

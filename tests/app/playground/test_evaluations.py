@@ -162,6 +162,19 @@ def test_form_and_results_fit_a_phone(browser: Browser, served: Running, width: 
     visit.close()
 
 
+def test_command_waits_no_longer_than_the_service_and_needs_an_attack(visit: Visit) -> None:
+    page = visit.open()
+    code = visit.find("#evaluate-curl")
+    expect(code).to_contain_text("'Prefer: wait=30'")  # the default deadline
+    for name in DEFAULT_ATTACKS:
+        page.uncheck(f'#set-attacks [value="{name}"]')
+    for form in ("python", "curl"):
+        page.click(f'.snippet:has(#evaluate-curl) [data-form="{form}"]')
+        expect(code).to_have_text("# Choose at least one attack.")
+    page.check('#set-attacks [value="pgd"]')
+    expect(code).to_contain_text("attack=pgd")
+
+
 def test_unusable_dataset_shows_an_error_message(visit: Visit) -> None:
     page = visit.open()
     page.select_option("#set", label="Upload a file…")
