@@ -241,7 +241,7 @@ class Client:
             raise ServiceError(0, problem, None)
 
     def cancel(self, id: str) -> Job:
-        """Stop a running evaluation, or delete a finished one."""
+        """Cancel a queued or running evaluation, or delete a finished one with its result."""
         return _job(self._request("DELETE", f"/evaluate/{id}"))
 
     def model(self) -> dict[str, Any]:

@@ -168,9 +168,11 @@ async def report(found: Found, request: Request, service: ServiceOf) -> Response
     return await unless_gone(request, reports.get(found, service.models.current, pdf=pdf))
 
 
-@router.delete("/{id}", summary="Cancel an evaluation", responses=documented(404, 503))
+@router.delete("/{id}", summary="Cancel or delete an evaluation", responses=documented(404, 503))
 async def delete(found: Found, service: ServiceOf) -> JobStatus:
-    """Stop a running evaluation and keep its result so far, or delete a finished one."""
+    """Cancel a queued or running evaluation and keep its result so far, or delete a finished one
+    with its result.
+    """
     return job_status(await service.jobs.delete(found.id))
 
 
