@@ -34,8 +34,12 @@ def parse_eps(value: str | float) -> float:
 
 
 def format_eps(eps: float) -> str:
-    """A size as text: ``8/255`` if it is a whole number of gray levels."""
-    levels = eps * 255
-    if eps <= 1 and abs(levels - round(levels)) < 1e-4:
-        return f"{round(levels)}/255"
+    """A size as text: ``8/255`` if it is a whole number of gray levels.
+
+    Also ``0.5/255`` for halves and quarters, up to the first that is a short decimal, 0.05.
+    """
+    quarters = eps * 255 * 4
+    whole = round(quarters)
+    if eps <= 1 and abs(quarters - whole) < 4e-4 and (whole % 4 == 0 or whole < 0.05 * 255 * 4):
+        return f"{whole / 4:g}/255"
     return f"{eps:g}"

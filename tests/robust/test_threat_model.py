@@ -161,6 +161,13 @@ def test_format_eps_is_read_back(levels: int) -> None:
 def test_format_eps_of_a_number() -> None:
     assert format_eps(0.03) == "0.03"
     assert format_eps(2.0) == "2"
+    assert [format_eps(eps) for eps in (0.05, 0.25, 0.5)] == ["0.05", "0.25", "0.5"]
+
+
+@pytest.mark.parametrize("text", ["0.25/255", "0.5/255", "0.75/255", "2.5/255", "12.25/255"])
+def test_format_eps_of_parts_of_a_gray_level(text: str) -> None:
+    assert format_eps(parse_eps(text)) == text
+    assert format_eps(4 * parse_eps(text) / 4 + 1e-9) == text
 
 
 def test_a_norm_is_read_in_any_case() -> None:
