@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from robust import networks
 from robust.classifier import Architecture, Classifier
-from robust.loading.errors import CheckpointError
+from robust.loading.errors import CheckpointError, of_model
 from robust.loading.options import ModelOptions, check_unit_pixels
 from robust.loading.weights import Weights, is_ours, recorded_classes
 
@@ -72,7 +73,7 @@ def describe(path: Path, weights: Weights, options: ModelOptions) -> Described:
             check_unit_pixels(values[name])  # type: ignore[arg-type]
         architecture = Architecture(**values)  # type: ignore[arg-type]
     except ValueError as error:
-        raise CheckpointError(path, "a network that can be built", str(error)) from None
+        raise of_model(path, error) from None
     if {"stem", "variant"} & guessed.keys() or reading.stem == "own":
         notes += reading.doubts
     for name in ("mean", "std"):
@@ -132,19 +133,10 @@ def fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> Non
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    problems = [
-        f"{len(items)} {kind} ({', '.join(items[:5])}{', ...' if len(items) > 5 else ''})"
-        for kind, items in (
-            ("missing", missing),
-            ("left over", left),
-            ("of another shape", shapes),
-        )
-        if items
-    ]
     architecture = classifier.architecture
-    if problems:
+    if problems := _problems(missing, left, shapes):
         name = f"{architecture.arch} with {architecture.num_classes} classes"
-        raise CheckpointError(path, f"the keys of {name}", "; ".join(problems))
+        raise CheckpointError(path, f"the keys of {name}", problems)
     for key, value in state.items():
         floating = own[key].is_floating_point()
         if value.dtype not in (_FLOATS if floating else _INTEGERS) or value.is_sparse:
@@ -153,6 +145,18 @@ def fill(path: Path, classifier: Classifier, state: Mapping[str, Tensor]) -> Non
         if not _is_finite(value):
             raise CheckpointError(path, "finite weights", f"NaN or infinite ones in {key}")
     classifier.net.load_state_dict(dict(state), strict=False)
+
+
+def _problems(missing: list[str], left: list[str], shapes: Sequence[str] = ()) -> str:
+    return "; ".join(
+        f"{len(items)} {kind} ({', '.join(items[:5])}{', ...' if len(items) > 5 else ''})"
+        for kind, items in (
+            ("missing", missing),
+            ("left over", left),
+            ("of another shape", shapes),
+        )
+        if items
+    )
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -210,8 +214,9 @@ def _reading(path: Path, state: Mapping[str, Tensor], options: ModelOptions) -> 
     except networks.UnknownLayout as error:
         raise CheckpointError(path, "a known network", str(error)) from None
     except ValueError as error:
-        raise CheckpointError(path, "a model", str(error)) from None
+        raise of_model(path, error) from None
     if reading is None:
+        _check_head(path, _shapes(state))
         shown = ", ".join(list(state)[:5]) or "none"
         raise CheckpointError(
             path,
@@ -223,6 +228,9 @@ def _reading(path: Path, state: Mapping[str, Tensor], options: ModelOptions) -> 
     if options.stem in reading.stems:
         reading = replace(reading, stem=options.stem, doubts=())
     elif options.stem is not None and options.stem != reading.stem:
+        stems = dict.fromkeys(s for f in networks.FAMILIES for s in f.stems if s != "own")
+        if options.stem not in stems:
+            raise CheckpointError(path, f"a stem of {', '.join(stems)}", options.stem)
         raise CheckpointError(
             path,
             f"the {options.stem} stem",
@@ -230,6 +238,20 @@ def _reading(path: Path, state: Mapping[str, Tensor], options: ModelOptions) -> 
             f"{reading.stem} stem",
         )
     return reading if variant is None else replace(reading, variant=variant, doubts=())
+
+
+def _check_head(path: Path, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise CheckpointError for a known network whose head is not one linear layer."""
+    for head in ("fc", "linear"):
+        others = {key: shape for key, shape in shapes.items() if not key.startswith(f"{head}.")}
+        added = [f"{head}.weight", f"{head}.bias"]
+        with suppress(networks.UnknownLayout):
+            reading = networks.read_layout({**others, added[0]: torch.Size((2, 1))})
+            if reading is not None and len(others) < len(shapes):
+                left = [key for key in shapes if key not in others]
+                missing = [key for key in added if key not in shapes]
+                found = f"{_problems(missing, left)}; for another head give the code, FILE.py:NAME"
+                raise CheckpointError(path, f"the keys of {reading.arch}", found)
 
 
 def _properties(
@@ -297,7 +319,8 @@ def _library_reading(path: Path, arch: str, state: Mapping[str, Tensor]) -> netw
     configuration = networks.library_configuration(arch)
     head = state.get(f"{configuration.head}.weight")
     if head is None:
-        shown = ", ".join(list(state)[:5]) or "none"
+        own = [key for key in state if key.startswith(f"{configuration.head}.")]
+        shown = ", ".join((own or list(state))[:5]) or "none"
         raise CheckpointError(
             path, f"{configuration.head}.weight of {arch}", f"{len(state)} keys such as {shown}"
         )

@@ -17,6 +17,12 @@ class CheckpointError(ValueError):
         return type(self), (self.path, self.expected, self.found)
 
 
+def of_model(path: Path | str, error: ValueError) -> CheckpointError:
+    """An error such as ``expected a mean, got 3`` as one of the model at `path`."""
+    expected, _, found = str(error).removeprefix("expected ").partition(", got ")
+    return CheckpointError(path, expected, found or "another")
+
+
 def reason(error: OSError) -> str:
     """The operating system's message, in lower case."""
     return (error.strerror or str(error) or type(error).__name__).lower()

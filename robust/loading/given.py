@@ -29,7 +29,7 @@ from robust.attacks.passes import logits_hint
 from robust.classifier import Architecture, Classifier
 from robust.digest import module_digest
 from robust.loading.describe import ASSUMED, Described, check_classes
-from robust.loading.errors import CheckpointError, first_line
+from robust.loading.errors import CheckpointError, first_line, of_model
 from robust.loading.exported import FORMAT, ExportedNetwork, read_exported
 from robust.loading.options import ModelOptions
 from robust.loading.script import checked_script
@@ -266,7 +266,7 @@ def classifier_of(
             std=options.std or (1.0, 1.0, 1.0),
         )
     except ValueError as error:
-        raise CheckpointError(spec, "a model that classifies images", str(error)) from None
+        raise of_model(spec, error) from None
     if not given.unit_pixels:
         guessed |= {name: ASSUMED for name in ("mean", "std") if getattr(options, name) is None}
     classes = given.classes if options.classes is None else options.classes

@@ -311,7 +311,12 @@ def test_given_options_are_not_guessed(state: State, tmp_path: Path) -> None:
         ({"stem": "imagenet"}, "the imagenet stem, found a 3x3 convolution"),
         ({"classes": ("a", "b")}, "expected 4 class names, found 2"),
         ({"activation": "gelu"}, "expected activation to be one of relu, silu"),
-        ({"mean": (123.7, 116.3, 103.5)}, "divide by 255"),
+        ({"stem": "7x7"}, "a stem of imagenet, cifar, 3x3-stride2, .*, found 7x7"),
+        (
+            {"mean": (123.7, 116.3, 103.5)},
+            r"pt: expected a mean and std of pixels in \[0, 1\], found 123.7, 116.3, 103.5: divide",
+        ),
+        ({"std": (0.0, 0.0, 0.0)}, r"pt: expected a std of 3 positive numbers, found \(0.0, "),
     ],
 )
 def test_given_options_must_match_the_weights(
@@ -351,6 +356,32 @@ def test_mismatched_entries_are_named(
         load_checkpoint(tmp_path / "weights.pt")
     assert caught.value.expected != caught.value.found
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (
+            nn.Sequential(nn.Dropout(), nn.Linear(512, 4)),
+            r"2 missing \(fc.weight, fc.bias\); 2 left over \(fc.1.weight, fc.1.bias\); for",
+        ),
+        (
+            nn.Sequential(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 4)),
+            r"2 missing \(fc.weight, fc.bias\); 4 left over \(fc.0.weight, .*, fc.2.bias\); for",
+        ),
+    ],
+)
+def test_a_head_of_several_layers_is_named(head: nn.Module, found: str, tmp_path: Path) -> None:
+    import torchvision
+
+    net = torchvision.models.resnet18()
+    net.fc = head
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=f"expected the keys of resnet18, found {found}"):
+        load_checkpoint(tmp_path / "weights.pt")
+    options = ModelOptions(arch="torchvision:resnet18")
+    with pytest.raises(CheckpointError, match=r"expected fc.weight of .* such as fc\.\d\.weight"):
+        load_checkpoint(tmp_path / "weights.pt", options=options)
 
 
 def test_pickle_with_other_classes_is_rejected_by_name(state: State, tmp_path: Path) -> None:
