@@ -1,11 +1,11 @@
 // Shows a summary of the model card.
 
-import { el, epsText, normText, percent } from "./dom.js";
+import { capital, el, epsText, normText, percent } from "./dom.js";
 import { hardened } from "./answers.js";
 import { interval } from "./evaluate.js";
 import { attackTerm, nameOf } from "./terms.js";
 
-export function showCard(box, { sha256, device, loaded, classes, input_size: size, differentiable, card, compare }) {
+export function showCard(box, { sha256, device, loaded, classes, input_size: size, differentiable, card, guessed, compare }) {
   const { arch, stem, activation } = card.architecture ?? {};
   const { threat_model: threat, recipe, data, duration_seconds: took, seed } = card;
   const built = stem === "own" ? [] : [stem && `${stem} stem`, activation]; // "own" of a whole model
@@ -13,6 +13,7 @@ export function showCard(box, { sha256, device, loaded, classes, input_size: siz
     ["Architecture", [arch, ...built, !differentiable && "no gradients"].filter(Boolean).join(", ")],
     ["Input", `${size} × ${size} pixels`],
     ["Classes", `${classes.length}: ${classes.slice(0, 12).join(", ")}${classes.length > 12 ? "…" : ""}`],
+    ...assumptions(guessed, { ...card.architecture, classes }),
     ["Trained to resist", threat && hardened(card) && `${normText(threat.norm)} attacks up to eps ${epsText(Math.round(255 * threat.eps), threat.norm)}`],
     ["Recipe", recipe?.name && recipeText(recipe)],
     ["Trained on", data && `${data.name}, ${data.count?.toLocaleString("en")} images`],
@@ -27,6 +28,21 @@ export function showCard(box, { sha256, device, loaded, classes, input_size: siz
     if (value) list.append(el("div", {}, el("dt", {}, name), el("dd", {}, value)));
   }
   box.replaceChildren(list, el("div", {}, ...measured(card.evaluation ?? [])));
+}
+
+/** What the file does not record, one row for each way in which it was guessed. */
+function assumptions(guessed, found) {
+  const rows = new Map();
+  for (const [name, how] of Object.entries(guessed)) {
+    const value = found[name];
+    if (value) rows.set(how, [...(rows.get(how) ?? []), `${name.replaceAll("_", " ")} ${assumed(name, value)}`]);
+  }
+  return [...rows].map(([how, parts]) => [capital(how), parts.join("; ")]);
+}
+
+function assumed(name, value) {
+  if (name === "classes") return `${value[0]} to ${value.at(-1)}`;
+  return [value].flat().map((one) => (typeof one === "number" ? Number(one.toPrecision(4)) : one)).join(", ");
 }
 
 /** A one-line summary of the comparison model. */

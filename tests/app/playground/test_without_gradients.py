@@ -41,6 +41,12 @@ def visit(browser: Browser, theirs: Running) -> Iterator[Visit]:
     visit.close()
 
 
+def test_card_shows_what_the_file_does_not_record(visit: Visit) -> None:
+    visit.open()
+    rows = visit.find("#card dl > div")
+    expect(rows.filter(has_text="Assumed")).to_have_text("Assumedmean 0, 0, 0; std 1, 1, 1")
+
+
 def test_image_is_read_and_attacked_without_gradients(visit: Visit, theirs: Running) -> None:
     assert theirs.client.get("/model").json()["differentiable"] is False
     page = visit.open()
