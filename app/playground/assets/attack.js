@@ -3,7 +3,7 @@
 import { blobOf, completed, maxEps, named, NO_GRADIENTS } from "./answers.js";
 import { postAttack } from "./api.js";
 import { bars, largest } from "./charts.js";
-import { $, attackText, epsText, normText, options, say } from "./dom.js";
+import { $, attackText, capital, epsText, normText, options, say } from "./dom.js";
 import { Latest } from "./latest.js";
 import { Pace } from "./pace.js";
 import { save, settingsText, showOriginal, showResult } from "./result.js";
@@ -51,19 +51,22 @@ export class Attack {
   #wire() {
     $("eps").addEventListener("input", () => this.#eps(Number($("eps").value)));
     $("eps-number").addEventListener("input", () => {
-      const { value, validity } = $("eps-number");
-      if (value !== "" && validity.valid) this.#eps(Number(value));
+      if (isWhole($("eps-number"))) this.#eps(Number($("eps-number").value));
+      else say($("eps-note"), capital(`${this.#range}.`));
     });
     $("eps-number").addEventListener("change", () => {
-      const { value } = $("eps-number");
-      if (value === $("eps").value) return;
+      const valid = isWhole($("eps-number"));
       $("eps-number").value = $("eps").value;
-      const range = `choose from 0 to ${this.most}/255 under ${normText(this.norm)}`;
-      say($("settings-note"), `eps stays at ${epsText(this.k, this.norm)}: ${range}.`);
+      if (valid) return;
+      say($("eps-note"), `eps stays at ${epsText(this.k, this.norm)}: ${this.#range}.`);
     });
     $("name").addEventListener("change", () => this.#named());
     $("norm").addEventListener("change", () => this.#normed());
-    $("steps").addEventListener("input", () => $("steps").validity.valid && this.ask());
+    $("steps").addEventListener("input", () => {
+      const { min, max, validity } = $("steps");
+      if (validity.valid) this.ask();
+      else say($("steps-note"), `${this.#budget}: choose a whole number from ${min} to ${max}.`);
+    });
     $("steps").addEventListener("change", () => this.#steps());
     $("target").addEventListener("change", () => this.ask({ curve: true }));
     $("label").addEventListener("change", () => this.#labeled());
@@ -129,6 +132,16 @@ export class Attack {
   /** The largest eps, in 255ths. */
   get most() {
     return maxEps(this.limits, this.norm);
+  }
+
+  /** What the chosen attack's steps are called. */
+  get #budget() {
+    return capital(this.choice.unit);
+  }
+
+  /** What the field of eps accepts. */
+  get #range() {
+    return `choose a whole number of 255ths from 0 to ${this.most} under ${normText(this.norm)}`;
   }
 
   /** The form fields that the attack and the curve share. */
@@ -228,7 +241,7 @@ export class Attack {
   /** Starts an attack with the current settings. */
   ask({ curve = false } = {}) {
     if (!this.limits || this.held) return;
-    say($("settings-note"));
+    for (const id of ["settings-note", "eps-note", "steps-note"]) say($(id));
     this.asked();
     this.snippets();
     if (!this.picture || this.pending) return;
@@ -341,6 +354,7 @@ export class Attack {
     const freed = !leads && $("target").value !== "";
     if (freed) $("target").value = "";
     $("steps").disabled = !takes;
+    $("steps-name").textContent = this.#budget;
     const { max_queries: queries, max_steps: most } = this.limits;
     $("steps").max = this.choice.unit === "queries" ? queries : most;
     if (!takes) $("steps").value = "";
@@ -353,6 +367,7 @@ export class Attack {
   #normed({ keep = false } = {}) {
     const k = keep ? this.k : Math.round(255 * this.limits.default_eps[this.norm]);
     for (const id of ["eps", "eps-number"]) $(id).max = this.most;
+    for (const node of document.querySelectorAll("[data-norm]")) node.hidden = node.dataset.norm !== this.norm;
     if (this.picture && !keep) this.changed();
     const allowed = Math.min(k, this.most);
     this.#eps(allowed);
@@ -371,7 +386,7 @@ export class Attack {
     if (String(clamped) === value) return;
     $("steps").value = clamped;
     this.ask();
-    say($("settings-note"), `Steps were set to ${clamped}: choose from ${min} to ${max}.`);
+    say($("steps-note"), `${this.#budget} were set to ${clamped}: choose from ${min} to ${max}.`);
   }
 
   #labeled() {
@@ -448,6 +463,8 @@ function withFewerQueries({ steps, cost, ...choice }) {
 
 /** Whether an attack has a single step, so that it can run at every move of the slider. */
 const isQuick = ({ steps, takes_steps: takes }) => steps === 1 && !takes;
+
+const isWhole = ({ value, validity }) => value !== "" && validity.valid;
 
 const ballText = (norm) =>
   norm === "l2"

@@ -203,6 +203,7 @@ export class Breaking {
     const { norm } = attack;
     const result = attack.stale ? null : attack.result;
     const label = $("label").value || attack.picture?.predicted || "the true class";
+    $("curve-class").textContent = $("label").value ? "true class" : "predicted class";
     const p = result?.norm === norm ? this.#confidence(result, label) : undefined;
     curve($("curve"), {
       points: sorted,

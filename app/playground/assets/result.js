@@ -45,9 +45,9 @@ export function showOriginal(url, alt) {
 }
 
 /** The settings of a result as text. */
-export function settingsText({ attack, k, norm, target, label, picture }, { steps, restarts }) {
+export function settingsText({ attack, choice, k, norm, target, label, picture }, { steps, restarts }) {
   const parts = [attackText(attack), normText(norm), `eps ${epsText(k, norm)}`];
-  if (steps > 1) parts.push(`${steps} steps`);
+  if (steps > 1) parts.push(`${steps} ${choice.unit}`);
   if (restarts > 1) parts.push(`${restarts} restarts`);
   if (label) parts.push(`true class ${label}`);
   if (target) parts.push(`target ${target}`);

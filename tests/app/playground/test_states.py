@@ -29,6 +29,12 @@ def test_page_explains_itself_and_eps(visit: Visit) -> None:
     assert "fool an image classifier" in text
     assert "8/255 means 8 of 255 brightness levels" in text
     assert text.count(".") == 1  # one sentence
+    assert "each pixel" in text
+    visit.page.select_option("#norm", "l2")
+    text = visit.find(".intro").inner_text()
+    assert "a photograph as a whole by at most eps" in text
+    assert "each pixel" not in text
+    assert text.count(".") == 1
 
 
 def test_misclassified_examples_are_marked(visit: Visit, served: Running) -> None:
@@ -205,9 +211,40 @@ def test_adjusted_settings_are_reported(visit: Visit) -> None:
     expect(visit.find("#steps")).to_have_value("20")  # as the library's, however slow the model
     page.fill("#steps", "100000")
     page.locator("#steps").blur()
-    expect(visit.find("#settings-note")).to_have_text(
-        "Steps were set to 200: choose from 1 to 200."
-    )
+    expect(visit.find("#steps-note")).to_have_text("Steps were set to 200: choose from 1 to 200.")
+
+
+@pytest.mark.parametrize("value", ["999", "", "0.5", "-3"])
+def test_invalid_eps_is_explained_beside_the_field(visit: Visit, value: str) -> None:
+    page = visit.open()
+    page.fill("#eps-number", value)
+    range_ = "hoose a whole number of 255ths from 0 to 64 under L∞."
+    expect(visit.find("#eps-note")).to_have_text(f"C{range_}")
+    page.locator("#eps-number").blur()
+    expect(visit.find("#eps-number")).to_have_value("8")
+    expect(visit.find("#eps-note")).to_have_text(f"eps stays at 8/255: c{range_}")
+    page.fill("#eps-number", "9")
+    expect(visit.find("#eps-note")).to_be_hidden()
+
+
+def test_steps_are_called_queries_where_they_are(visit: Visit) -> None:
+    page = visit.open("?attack=square&steps=20")
+    expect(visit.find("#steps-name")).to_have_text("Queries")
+    expect(visit.find("#result-settings")).to_contain_text("20 queries")
+    page.fill("#steps", "99999")
+    expect(visit.find("#steps-note")).to_have_text("Queries: choose a whole number from 1 to 5000.")
+    page.select_option("#name", "pgd")
+    expect(visit.find("#steps-name")).to_have_text("Steps")
+    page.fill("#steps", "300")
+    expect(visit.find("#steps-note")).to_have_text("Steps: choose a whole number from 1 to 200.")
+
+
+def test_curve_names_the_class_whose_confidence_it_shows(visit: Visit) -> None:
+    page = visit.open()
+    title = visit.find("h3:has(#curve-class)")
+    expect(title).to_have_text("Confidence in the true class against eps")
+    page.select_option("#label", "")
+    expect(title).to_have_text("Confidence in the predicted class against eps")
 
 
 def test_copied_command_works_in_any_folder(visit: Visit, tmp_path: Path) -> None:
