@@ -99,7 +99,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Load and warm the models, serve, and stop. Raises CheckpointError."""
+        """Load and warm the models, serve, and stop. Raises what `load` raises."""
         if not self.models.loaded:
             await asyncio.to_thread(self.load)
         logger.info("serving on %s", self.models.device_in_words)
@@ -138,17 +138,18 @@ class Service:
             await asyncio.to_thread(self.tracing.close)
 
     def load(self) -> None:
-        """Load the model and the comparison model. Raises CheckpointError."""
+        """Load the models. Raises CheckpointError, or ValueError for the comparison model."""
         self.models.load()
         path = self.settings.compare_path
         if path is not None:
-            self._compare = load_compare(
-                path,
-                self.models.current.device,
-                served=self.models.current,
-                required=self.settings.compare != "auto",
-                precision=self.settings.precision,
-            )
+            with _naming("ROBUST_COMPARE"):
+                self._compare = load_compare(
+                    path,
+                    self.models.current.device,
+                    served=self.models.current,
+                    required=self.settings.compare != "auto",
+                    precision=self.settings.precision,
+                )
 
     def compare_with(self, model: ServedModel) -> ServedModel | None:
         """The comparison model for `model`; None if there is none or its classes differ."""

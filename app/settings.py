@@ -93,6 +93,18 @@ def _check_folder(path: Path | None) -> Path | None:
     return path
 
 
+def _check_root_path(path: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
+        raise ValueError("a path such as /robust, without a slash at the end")
+    return path
+
+
+def _check_traces(url: str | None) -> str | None:
+    if url is not None and not re.fullmatch(r"https?://\S+", url):
+        raise ValueError("a URL that starts with http:// or https://")
+    return url
+
+
 def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     if not all(_ORIGIN.fullmatch(origin) for origin in origins):
         raise ValueError("comma-separated origins such as https://example.org, or *")
@@ -213,9 +225,8 @@ class Settings(BaseSettings):
         default=("127.0.0.1", "::1"),
         description="Proxies whose X-Forwarded-For, -Proto and -Prefix are trusted, or *.",
     )
-    root_path: str = Field(
+    root_path: Annotated[str, AfterValidator(_check_root_path)] = Field(
         default="",
-        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
         description="Path prefix of the service behind a proxy, such as /robust.",
     )
     cors_origins: Origins = Field(
@@ -319,9 +330,8 @@ class Settings(BaseSettings):
         description="Time limit of a shutdown; open requests get three quarters of it.",
     )
 
-    traces: str | None = Field(
+    traces: Annotated[str | None, AfterValidator(_check_traces)] = Field(
         default=None,
-        pattern=r"^https?://\S+$",
         description="URL for OpenTelemetry traces (OTLP over HTTP); needs the extra otel.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -301,7 +301,10 @@ def _store_for(
     settings: Settings, engine: Engine, models: ModelReloader, metrics: Metrics
 ) -> JobStore:
     if settings.database_url is None:
-        return LocalStore(settings)
+        try:
+            return LocalStore(settings)
+        except StoreError as error:
+            raise StoreError(f"ROBUST_JOBS: {error}") from error
     try:
         from app.jobs.postgres_store import SharedStore
     except ModuleNotFoundError as error:

@@ -109,7 +109,8 @@ def test_numbers_must_be_plain_ascii(
         ("MAX_EPS_LINF", "much", "a number of at least 0 or a fraction such as 8/255, got 'much'"),
         ("MAX_STEPS", "many", "a number in digits 0 to 9, got 'many'"),
         ("DATASETS", "/no/such/folder", "a folder that exists, got '/no/such/folder'"),
-        ("TRACES", "ftp://me:password@x", "text of 19 characters"),
+        ("TRACES", "ftp://me:password@x", "http:// or https://, got text of 19 characters"),
+        ("ROOT_PATH", "rob", "a path such as /robust, without a slash at the end, got 'rob'"),
     ],
 )
 def test_error_names_the_variable_and_shows_its_value(
@@ -145,6 +146,21 @@ def test_variable_that_is_no_setting_is_named_with_the_closest_one() -> None:
 def test_error_about_the_model_names_the_variable(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=rf"^ROBUST_{name.upper()}: expected .*(foo|cat)"):
         create_app(Settings(**{name: value}))  # type: ignore[arg-type]
+
+
+def test_error_about_the_folder_of_jobs_names_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^ROBUST_JOBS: .*file: expected a folder to write to"):
+        create_app(Settings(jobs=tmp_path / "file"))
+
+
+def test_error_about_the_comparison_model_names_the_variable(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = Settings(checkpoint=checkpoint, compare=str(tmp_path / "nope.pt"), device="cpu")
+    service = create_app(settings).state.service
+    with pytest.raises(ValueError, match=r"^ROBUST_COMPARE: .*nope.pt: expected a checkpoint"):
+        service.load()
 
 
 @pytest.mark.parametrize(
