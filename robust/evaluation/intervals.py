@@ -15,4 +15,6 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
     share, square = correct / n, z * z
     middle = (share + square / (2 * n)) / (1 + square / n)
     reach = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    # Exactly 0 and 1 at the ends, where the formula is only off by rounding.
+    low = max(0.0, middle - reach) if correct > 0 else 0.0
+    return low, min(1.0, middle + reach) if correct < n else 1.0

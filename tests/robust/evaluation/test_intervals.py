@@ -17,3 +17,9 @@ from robust.evaluation import wilson_interval
 )
 def test_wilson_interval(correct: int, n: int, low: float, high: float) -> None:
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_interval_ends_exactly_at_0_and_1() -> None:
+    for n in range(1, 300):
+        assert wilson_interval(0, n)[0] == 0.0
+        assert wilson_interval(n, n)[1] == 1.0
