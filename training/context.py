@@ -16,6 +16,7 @@ from robust import files
 from robust.environment import versions
 from training.budget import Budget, with_epochs
 from training.data import TrainingData
+from training.ema import refresh_norms
 from training.monitor import Board, Observer, Progress, warnings_for, write_metrics
 from training.optimizer import learning_rate
 from training.recipe import Phase, Recipe
@@ -26,6 +27,7 @@ from training.step import Trainer
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 50  # of an epoch, below which batch-norm statistics are computed anew
 GPU_STEPS = 10  # between readings of the loss, which synchronize with the GPU
 
 
@@ -132,6 +134,8 @@ def end_epoch(run: Run, rate: float, speed: float) -> dict[str, Any]:
     scored = run.done == run.phase_steps or (state.epoch + 1) % recipe.score_every == 0
     accuracies: dict[str, float | None] = dict.fromkeys(("clean", "fgsm", "pgd"))
     if scored:
+        if run.steps < FEW_STEPS:
+            refresh_norms(run.trainer.averaged.module, run.data.images, recipe.batch_size)
         accuracies.update(
             score(
                 run.trainer,

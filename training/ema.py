@@ -6,6 +6,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from robust.images import to_float
+
+REFRESH_BATCHES = 16  # most batches for new batch-norm statistics
 
 
 class AveragedModel:
@@ -33,6 +38,18 @@ class AveragedModel:
         torch._foreach_lerp_(*_columns(self._floats), 1 - decay)
         if self._counts:
             torch._foreach_copy_(*_columns(self._counts))
+
+
+def refresh_norms(model: nn.Module, images: Tensor, batch_size: int) -> None:
+    """Compute the batch-norm statistics of `model` anew, from images uint8 (N, 3, H, W).
+
+    Running statistics are those of the weights some ten steps ago, which in a run of few steps were
+    other weights: the model may then predict one class for all images.
+    """
+    batches = max(1, len(images) // batch_size)
+    # Each batch has images from everywhere, as they may be sorted by class.
+    parts = (to_float(images[first::batches]) for first in range(min(batches, REFRESH_BATCHES)))
+    update_bn(parts, model)
 
 
 def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from training.data import TrainingData
 from training.scoring import final_score
 from training.state import Best, RunFolder, RunState, StateWriter
 from training.step import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def keep_if_best(state: RunState, row: dict[str, Any], model: nn.Module, *, select: str) -> None:
@@ -53,6 +56,8 @@ def write_result(
     result = final_score(
         trainer, data.held_images, data.held_labels, threat_model=trainer.threat_model
     )
+    for flag in result.flags:
+        logger.warning("%s: %s; %s", flag.name, flag.text, flag.advice)
     sidecar = Sidecar(
         architecture=classifier.architecture,
         classes=classes,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from robust.classifier import Architecture, Classifier, Stem
-from training.ema import AveragedModel
+from training.ema import AveragedModel, refresh_norms
 from training.optimizer import learning_rate, make_optimizer, uses_bf16
 from training.recipe import Phase
 from training.recipes import quick
@@ -127,3 +127,19 @@ def test_torch_bf16_weight_gradients_are_accurate_above_one_pixel(side: int, str
         gradients += torch.autograd.grad(out, conv.weight, weights)
     exact, rough = gradients
     assert float((rough - exact).norm() / exact.norm()) < 0.01
+
+
+def test_refreshed_norms_are_those_of_images_from_everywhere() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    # Sorted: a batch of neighbors would have a variance of 0.
+    images = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1).expand(200, 3, 4, 4)
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    before = norm.running_mean
+    refresh_norms(model, images, batch_size=50)
+    with torch.no_grad():
+        var, mean = torch.var_mean(model[0](images / 255), dim=(0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, var, rtol=0.05, atol=0)
+    assert norm.running_mean is before  # the average updates the same tensors
+    assert not model.training

@@ -9,11 +9,13 @@ import torch
 
 import robust.packed
 from robust import files
+from robust.checkpoint import load_checkpoint
 from robust.classifier import Architecture, Classifier
 from robust.datasets import Dataset
 from robust.evaluation import precision as precision_module
 from training import context, result
 from training.context import Run
+from training.ema import refresh_norms
 from training.recipe import Recipe
 from training.run import train
 from training.scoring import final_score, score
@@ -103,3 +105,31 @@ def test_last_state_is_written_during_the_final_score(
     train(replace(tiny, phases=tiny.phases[:1]), colors, out=out, device=CPU)
     assert overlapped == [True]
     assert not list(out.parent.glob("runs/*/state.pt"))
+
+
+@pytest.mark.parametrize(("few", "expected"), [(0, 0), (10**6, 3)])
+def test_short_epochs_are_scored_with_new_norms(
+    few: int,
+    expected: int,
+    tiny: Recipe,
+    colors: Dataset,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Running statistics lag behind the weights, and a lagging model may predict one class."""
+    refreshed = []
+
+    def refresh(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> None:
+        refresh_norms(model, images, batch_size)
+        refreshed.append({k: v.half() for k, v in model.state_dict().items() if "running" in k})
+
+    monkeypatch.setattr(context, "FEW_STEPS", few)
+    monkeypatch.setattr(context, "refresh_norms", refresh)
+    train(tiny, colors, out=out, device=CPU)
+    assert len(refreshed) == expected
+    if refreshed:
+        checkpoint = load_checkpoint(out)
+        kept = refreshed[checkpoint.sidecar.recipe["kept_epoch"] - 1]
+        stored = checkpoint.classifier.net.state_dict()
+        for name, values in kept.items():
+            assert torch.equal(stored[name.removeprefix("net.")], values.float())
