@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,8 @@ def try_model(model: Any, x: Tensor) -> Tensor:
     Raises ModelError if torch refuses the images, for an output other than logits, and for a
     batch norm in train mode, which a callable around a module can hide.
     """
-    hook = register_module_forward_pre_hook(_refuse_train_mode)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), no_batch_norm_in_train_mode():
             return check_logits(model(x), x)
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -50,6 +51,14 @@ def try_model(model: Any, x: Tensor) -> Tensor:
             f"expected a model that takes float32 images {tuple(x.shape)}, got an error from it "
             f"({str(error).splitlines()[0][:200]}){hint}"
         ) from error
+
+
+@contextmanager
+def no_batch_norm_in_train_mode() -> Iterator[None]:
+    """Raises ModelError if a module called in the block is a batch norm in train mode."""
+    hook = register_module_forward_pre_hook(_refuse_train_mode)
+    try:
+        yield
     finally:
         hook.remove()
 

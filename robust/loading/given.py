@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from robust import files
-from robust.attacks.passes import logits_hint
+from robust.attacks.checks import no_batch_norm_in_train_mode
+from robust.attacks.passes import ModelError, logits_hint
 from robust.classifier import Architecture, Classifier
 from robust.digest import module_digest
 from robust.loading.describe import ASSUMED, Described, check_classes
@@ -301,10 +302,12 @@ def probe(spec: str | Path, model: Function, size: int) -> Tensor:
     if isinstance(model, nn.Module):
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), no_batch_norm_in_train_mode():
             output = model(x)
     except CheckpointError:
         raise
+    except ModelError as error:
+        raise of_model(spec, error) from None
     except Exception as error:  # the user's own code, or an image too small for a network
         raise CheckpointError(
             spec,

@@ -58,7 +58,7 @@ def direct(images, scale=1):
     return images.mean(dim=(2, 3))
 
 def named():
-    model = make_model()
+    model = make_model().eval()
     return lambda x: {"logits": model(x)}
 
 model = make_model()
@@ -173,6 +173,20 @@ def test_the_hash_of_a_function_covers_its_weights(tmp_path: Path) -> None:
     assert all(one != other for one, other in zip(*hashes[1:], strict=True))
     noisy = [load_checkpoint(f"{path}:noisy").sha256 for _ in range(2)]
     assert noisy[0] == noisy[1]  # or an evaluation could not be resumed
+
+
+def test_batch_norm_in_train_mode_inside_a_function_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from torch import nn\n"
+        "net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 4))\n"
+        "def make_model():\n    return lambda x: net(x)\n"
+    )
+    expected = r"make_model: expected batch norm in eval mode, found one in train mode; call model"
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(f"{path}:make_model")
+    path.write_text(f"{path.read_text()}net.eval()\n")
+    load_checkpoint(f"{path}:make_model")
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
