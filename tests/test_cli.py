@@ -352,6 +352,7 @@ def test_ctrl_c_in_a_real_process(folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert out.strip() == ""
     assert "Traceback" not in err
+    assert err.endswith("stopped: nothing was kept, as there is no --journal\n")
 
 
 def test_closed_output_pipe(folder: Path) -> None:

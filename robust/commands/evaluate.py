@@ -157,10 +157,18 @@ def evaluate(
         on_forecast=progress.show_forecast,
         world=world,
     )
-    # Also closed on Ctrl-C, so that the journal is released.
-    with closing(progress), closing(results):
-        for evaluation in results:
-            progress.update(int(100 * evaluation.done), _so_far(evaluation))
+    try:
+        # Also closed on Ctrl-C, so that the journal is released.
+        with closing(progress), closing(results):
+            for evaluation in results:
+                progress.update(int(100 * evaluation.done), _so_far(evaluation))
+    except KeyboardInterrupt:
+        if world.is_rank0:
+            how = "nothing was kept, as there is no --journal"
+            if journal is not None:
+                how = f"the same command resumes from {plain(str(journal))}"
+            click.echo(f"stopped: {how}", err=True)
+        raise click.Abort from None
     if not world.is_rank0:
         return
     trained_on = loaded.sidecar.data

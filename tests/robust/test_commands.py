@@ -604,6 +604,8 @@ def test_evaluate_resumes_from_its_journal(
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "tick", interrupt)
         assert run([*arguments, "--journal", str(path)]) == 130
+        error = capsys.readouterr().err
+        assert error.endswith(f"stopped: the same command resumes from {path}\n")
     kept = path.stat().st_size
     assert kept > 0
     assert not list(tmp_path.glob("set.journal-*"))
