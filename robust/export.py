@@ -29,8 +29,8 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) 
     `torchvision` is a state dict for torchvision's own model, and `safetensors` the same with all
     other properties as metadata; `onnx` is the whole model, `images` float32 (N, 3, S, S) in
     [0, 1] to `logits`; `hub` is a folder for the Hugging Face hub. Raises ValueError for another
-    format, an output that would overwrite the checkpoint, or a model that the format can't
-    represent exactly, and OSError.
+    format, an output that would overwrite the checkpoint, a hub folder with other files, or a
+    model that the format can't represent exactly, and OSError.
     """
     path = Path(path)
     if checkpoint.sidecar.architecture.arch in given.KINDS:
@@ -63,6 +63,7 @@ def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder for the hub format, got the file {folder}")
+    _check_hub_folder(folder)
     name = folder.resolve().name
     weights, _ = _safetensors(checkpoint, folder)
     card = model_card(checkpoint, name).encode()
@@ -71,6 +72,26 @@ def _write_hub(checkpoint: Checkpoint, folder: Path) -> str:
     files.write_bytes(folder / card_name, card)
     files.write_json(folder / config_name, hub_config(checkpoint))
     return f"import robust; model = robust.load_model({str(folder)!r})"
+
+
+def _check_hub_folder(folder: Path) -> None:
+    """Raise ValueError if the folder has files that no earlier export wrote."""
+    # Hidden files may stay: .git and .gitattributes in a clone of a hub repository.
+    own = HUB_FILES if _is_own_config(folder / "config.json") else ()
+    others = sorted(path.name for path in folder.glob("[!.]*") if path.name not in own)
+    if others:
+        raise ValueError(
+            f"expected a new or empty folder, or one of an earlier export, got {folder} with "
+            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+        )
+
+
+def _is_own_config(path: Path) -> bool:
+    try:
+        config = files.from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "robust" in config
 
 
 def _torchvision(checkpoint: Checkpoint, path: Path) -> tuple[bytes, str]:

@@ -222,6 +222,28 @@ def test_the_checkpoint_is_never_overwritten(checkpoints: dict[str, Checkpoint])
     assert load_checkpoint(checkpoint.path).sha256 == files.sha256_file(checkpoint.path)
 
 
+def test_hub_folder_with_files_of_others_is_rejected(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    for name in ("README.md", "config.json", "train.py"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"new or empty folder, .* with {name}"):
+            export_checkpoint(checkpoints["plain"], folder, "hub")
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "{}"
+
+
+def test_hub_folder_of_an_earlier_export_is_replaced(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    (tmp_path / ".gitattributes").write_text("")
+    for name in ("plain", "normalizing"):
+        export_checkpoint(checkpoints[name], tmp_path, "hub")
+    assert load_checkpoint(tmp_path).classifier.architecture.mean == MEAN
+
+
 def test_unknown_format(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format to be one of torchvision, safetensors, onnx, hub"):
         export_checkpoint(checkpoints["plain"], tmp_path / "model", "keras")  # type: ignore[arg-type]
