@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -155,6 +156,8 @@ def train(
     from training.recipe_sources import load_recipe, recorded_run
     from training.recipe_values import override
 
+    given = {"norm": norm, "eps": eps, "input_size": input_size, "compile": compile_passes}
+    _check_given_once(given, assignments)
     recipe = load_recipe(recipe_source)  # a name that does not exist is refused without torch
 
     from training.inputs import differences_from, load_images, with_threat_model
@@ -241,6 +244,15 @@ def train(
         f"{row['attack']} {100 * row['accuracy']:.2f}%" for row in sidecar.evaluation
     )
     click.echo(f"wrote {out} (epoch {sidecar.recipe['kept_epoch']} kept; held out: {held_out})")
+
+
+def _check_given_once(given: Mapping[str, object], assignments: Sequence[str]) -> None:
+    """Refuse a field of the recipe that has both its own option and a --set."""
+    for assignment in assignments:
+        field = assignment.partition("=")[0].strip()
+        if given.get(field) is not None:
+            option = f"--{field.replace('_', '-')}"
+            raise click.UsageError(f"expected {option} or --set {assignment}, got both")
 
 
 @click.command()

@@ -58,6 +58,18 @@ def test_missing_data_error_lists_the_formats(
             "adversarial.epochs: expected a whole number of at least 0, got 'ten'",
         ),
         (["--data", "digits", "--recipe", "tiny", "--out", "m.txt"], "expected --out to end in"),
+        (
+            ["--data", "digits", "--eps", "4/255", "--set", "eps=2/255"],
+            "expected --eps or --set eps=2/255, got both",
+        ),
+        (
+            ["--data", "digits", "--norm", "l2", "--set", "norm=l2"],
+            "expected --norm or --set norm=l2, got both",
+        ),
+        (
+            ["--data", "digits", "--input-size", "32", "--set", "input_size=64"],
+            "expected --input-size or --set input_size=64, got both",
+        ),
         (["--data", "digits", "--recipe", "tiny", "--device", "toaster"], "expected a device"),
         (["--data", "digits", "--seed", "-1"], "seed"),
         (["--data", "digits", "--minutes", "nan"], "expected a finite number, got nan"),
