@@ -41,6 +41,18 @@ def image_and_label_names(
     return images[0], labels[0] if labels else None
 
 
+def split_notes(source: Source, names: Iterable[str], images: str) -> list[str]:
+    """A note if `images` are of one split and `names` have images of the other, too."""
+    is_train = {
+        name: split in TRAIN
+        for name in names
+        for split in (*TRAIN, *TEST)
+        if _without_split(name.lower(), split) in IMAGES
+    }
+    others = [name for name, train in is_train.items() if train != is_train.get(images, train)]
+    return [source.split_note(images, ", ".join(others))] if others else []
+
+
 def class_name_field(names: Iterable[str]) -> str | None:
     """The name of the class names among `names`; None if there is none."""
     return next((name for name in names if name.lower() in CLASSES), None)

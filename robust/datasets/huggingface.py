@@ -94,6 +94,9 @@ def _split_files(source: Source, folder: Path, notes: list[str]) -> list[Path]:
     for split in TRAIN if source.train else TEST:
         chosen = [path for path in files if split_of[path] == split]
         if chosen:
+            unread = sorted(splits & set(TEST if source.train else TRAIN))
+            if unread:
+                notes.append(source.split_note(f"its split {split}", ", ".join(unread)))
             return chosen
     wanted = " or ".join(TRAIN if source.train else TEST)
     raise source.error(f"a split {wanted}", ", ".join(sorted(splits)))

@@ -49,7 +49,12 @@ def read_idx_folder(source: Source) -> Dataset:
     if not found:
         expected = f"a file {_PARTS[source.train][0]}-images-idx3-ubyte"
         raise source.error(expected, ", ".join(file.name for file in files) or "no idx files")
-    return read_idx(replace(source, path=found[0]))
+    dataset = read_idx(replace(source, path=found[0]))
+    others = [file.name for file in files if file.name.startswith(_PARTS[not source.train])]
+    if not others:
+        return dataset
+    note = source.split_note(found[0].name, others[0])
+    return replace(dataset, changes=(note, *dataset.changes))
 
 
 def _read(source: Source, path: Path, dimensions: int = 3) -> npt.NDArray[np.uint8]:

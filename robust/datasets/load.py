@@ -18,9 +18,10 @@ def load_dataset(source: str | Path, *, size: int = 32, train: bool = True) -> D
     """Load labeled images as `(N, 3, size, size)`, uint8 or float32 as in the source.
 
     `source` is a name, a file or a folder in one of the formats in `registry.py`; write `./digits`
-    for a folder with the name of a built-in set. `train` chooses the split of a set that has two.
-    Pickles are never executed. `Dataset.changes` lists everything resized, skipped or guessed.
-    Raises DatasetError, which names the source, what was expected and what was found, and
+    for a folder with the name of a built-in set. `train` chooses the split of a set that has two:
+    by default the training split; ``train=False`` reads the test split, as ``robust evaluate`` does
+    by default. Pickles are never executed. `Dataset.changes` lists everything resized, skipped or
+    guessed. Raises DatasetError, which names the source, what was expected and what was found, and
     ValueError for another `size` or `train`.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -10,7 +10,12 @@ import numpy.typing as npt
 
 from robust.datasets.arrays import dataset_from_arrays
 from robust.datasets.dataset import Dataset
-from robust.datasets.fields import class_name_field, image_and_label_names, unused_classes
+from robust.datasets.fields import (
+    class_name_field,
+    image_and_label_names,
+    split_notes,
+    unused_classes,
+)
 from robust.datasets.source import Source
 
 _SVHN_ZERO = 10  # label of the digit 0
@@ -43,7 +48,7 @@ def read_mat(source: Source) -> Dataset:
     labels = labels.reshape(-1) if labels.size == max(labels.shape, default=0) else labels
     count = len(labels) if labels.ndim else 1
     images = _images_first(source, np.asarray(arrays[images_name]), count)
-    notes: list[str] = []
+    notes = split_notes(source, arrays, images_name)
     name = class_name_field(arrays)
     classes = None if name is None else _texts(arrays[name])
     if name is not None and classes is None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from robust.datasets.archive import Archive
 from robust.datasets.arrays import check_image_shape, dataset_from_arrays
 from robust.datasets.dataset import Dataset
-from robust.datasets.fields import class_name_field, image_and_label_names
+from robust.datasets.fields import class_name_field, image_and_label_names, split_notes
 from robust.datasets.source import Source
 
 LABELS_FILE = "labels.npy"
@@ -48,14 +48,14 @@ def read_npz(source: Source) -> Dataset:
         images, labels = image_and_label_names(
             source, arrays, labels_elsewhere=separate is not None
         )
-        classes = class_name_field(arrays)
+        notes, classes = split_notes(source, arrays, images), class_name_field(arrays)
         pixels = _read_member(source, archive, images, are_images=True)
         if labels is not None:
-            targets, notes = _read_member(source, archive, labels), []
+            targets = _read_member(source, archive, labels)
         else:
             assert separate is not None
             targets = read_npy_file(source, separate)
-            notes = [f"read the labels from {separate.name}"]
+            notes.append(f"read the labels from {separate.name}")
         names = None if classes is None else _texts(source, _read_member(source, archive, classes))
     return dataset_from_arrays(source, images=pixels, labels=targets, classes=names, changes=notes)
 

@@ -11,7 +11,12 @@ import torch
 from robust.datasets.arrays import dataset_from_arrays
 from robust.datasets.dataset import Dataset
 from robust.datasets.errors import DatasetError
-from robust.datasets.fields import class_name_field, image_and_label_names, unused_classes
+from robust.datasets.fields import (
+    class_name_field,
+    image_and_label_names,
+    split_notes,
+    unused_classes,
+)
 from robust.datasets.image_list import ImageList
 from robust.datasets.labels import Array, class_names, numeric_tensor, read_labels
 from robust.datasets.npz import labels_file, read_npy_file
@@ -91,6 +96,7 @@ class Finder:
         images, labels = image_and_label_names(
             self.source, values, labels_elsewhere=separate is not None
         )
+        self.changes += split_notes(self.source, values, images)
         if labels is not None:
             targets = values[labels]
         else:

@@ -81,6 +81,12 @@ class Source:
         """An error that names this source."""
         return DatasetError(self.name, expected=expected, found=found)
 
+    def split_note(self, read: str, other: str) -> str:
+        """The entry of `Dataset.changes` for data of which only one split was read."""
+        option = "train=False" if self.train else "--train or train=True"
+        how = "" if self.data is not None else f" ({option} reads that)"
+        return f"read {read}, not {other}{how}"
+
     def check_count(self, count: int) -> None:
         """Raise DatasetError if there are more images than the limit, or none."""
         if count == 0:

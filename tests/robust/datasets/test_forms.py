@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -185,8 +186,24 @@ def test_corruption_severities_and_folders(tmp_path: Path) -> None:
         load_dataset(tmp_path / "snow.npy")
 
 
+def test_requested_split_of_an_mnist_folder(tmp_path: Path) -> None:
+    folder = mnist_file(tmp_path).parent
+    for file in list(folder.glob("t10k-*")):
+        shutil.copy(file, file.with_name(file.name.replace("t10k", "train")))
+    for train, read, other, how in (
+        (True, "train", "t10k", "train=False"),
+        (False, "t10k", "train", "--train or train=True"),
+    ):
+        (note,) = load_dataset(folder, train=train).changes
+        assert note.startswith(f"read {read}-images-idx3-ubyte")
+        assert f"not {other}-images-idx3-ubyte" in note
+        assert note.endswith(f" ({how} reads that)")
+
+
 def test_requested_split_of_a_hub_folder(tmp_path: Path) -> None:
-    assert same(load_dataset(hub(tmp_path)), ROWS[:2], LABELS[:2])
+    dataset = load_dataset(hub(tmp_path))
+    assert same(dataset, ROWS[:2], LABELS[:2])
+    assert dataset.changes == ("read its split train, not test (train=False reads that)",)
     for file in (tmp_path / "data").glob("train*"):
         file.unlink()
     with pytest.raises(DatasetError, match="expected a split train, found test"):

@@ -247,10 +247,19 @@ def test_the_usual_names(tmp_path: Path, images: str, labels: str) -> None:
 
 def test_requested_split_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mnist.npz"
-    parts = {"x_train": IMAGES[:4], "y_train": LABELS[:4], "x_test": IMAGES[4:]}
-    np.savez(path, **parts, y_test=LABELS[4:])
-    assert torch.equal(load_dataset(path).images, torch.from_numpy(IMAGES[:4]))
-    assert load_dataset(path, train=False).labels.tolist() == [1, 2]
+    parts = {"x_train": IMAGES[:4], "y_train": LABELS[:4]}
+    parts |= {"x_test": IMAGES[4:], "y_test": LABELS[4:]}
+    np.savez(path, **parts)
+    torch.save({name: torch.from_numpy(v) for name, v in parts.items()}, path.with_suffix(".pt"))
+    for file in (path, path.with_suffix(".pt")):
+        dataset = load_dataset(file)
+        assert torch.equal(dataset.images, torch.from_numpy(IMAGES[:4]))
+        assert dataset.changes == ("read x_train, not x_test (train=False reads that)",)
+        dataset = load_dataset(file, train=False)
+        assert dataset.labels.tolist() == [1, 2]
+        assert dataset.changes == ("read x_test, not x_train (--train or train=True reads that)",)
+    uploaded = load_upload(path.read_bytes(), "a.npz", size=32, max_images=9)
+    assert uploaded.changes == ("read x_train, not x_test",)
 
 
 @pytest.mark.parametrize(
