@@ -149,11 +149,12 @@ def learning(run: TrainingRun | None, sidecar: Sidecar) -> Section:
     if kept is not None:
         best = f" It had the best {selected}." if selected else ""
         text += f"The checkpoint is epoch {kept} of {len(epochs)}.{best} "
-    text += (
-        "Losses of different phases can't be compared: adversarial images are harder. The epoch "
-        "was selected by these held-out images, so their accuracy is slightly optimistic; the "
-        "evaluation is on images that had no part in the selection."
-    )
+    text += "Losses of different phases can't be compared: adversarial images are harder."
+    if selected:
+        text += (
+            " The epoch was selected by these held-out images, so their accuracy is slightly "
+            "optimistic; that of other images is not."
+        )
     first, last = epochs[0], epochs[-1]
     accuracies = ", ".join(
         f"{label} from {percent(first.get(name), 1)}% to {percent(last.get(name), 1)}%"

@@ -281,6 +281,8 @@ def test_without_evaluation_and_data(
     text = " ".join(page.words)
     assert "Recorded accuracies" in text
     assert "no data was given" in text
+    assert "their accuracy is slightly optimistic; that of other images is not" in text
+    assert "had no part in the selection" not in text
     # The newest first, those of the hold-out last.
     assert [row[-2] for row in table(page, "All accuracies")[1:]] == [
         *("test.npz", "held out from training")
