@@ -12,6 +12,7 @@ from robust.commands.options import (
     ModelChoice,
     attack_options,
     echo_broken,
+    echo_other_threat_model,
     exit_status,
     expand_images,
     json_option,
@@ -90,6 +91,7 @@ def attack(
     _check_names(paths)
     loaded = model.load()
     loaded.check_attacks(attacks)
+    echo_other_threat_model(loaded.sidecar, attacks[0].threat_model)
     classifier, classes = loaded.classifier, loaded.sidecar.classes
     y = None if label is None else find_class(label, classes)
     target_class = None if target is None else find_class(target, classes)

@@ -16,6 +16,7 @@ from robust.commands.options import (
     ModelChoice,
     attack_options,
     data_options,
+    echo_other_threat_model,
     json_option,
     model_options,
     resolve_attacks,
@@ -136,6 +137,7 @@ def evaluate(
     dataset = load_dataset(data, size=size, train=not test)
     scored = match_classes(dataset, classes)
     if world.is_rank0:
+        echo_other_threat_model(loaded.sidecar, attacks[0].threat_model)
         echo_changes(scored)
     if limit is not None:
         indices = first_indices(scored, limit)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from robust.attack_registry import DEFAULT_ATTACKS, REGISTRY, names, takers
 from robust.commands.running import USER_ERROR
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from robust.attacks import AttackSettings
     from robust.checkpoint import Checkpoint
     from robust.classifier import Classifier
+    from robust.sidecar import Sidecar
+    from robust.threat_model import ThreatModel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -334,6 +337,20 @@ def resolve_attacks(
             got = ", ".join(dict.fromkeys(item.name for item in named))
             raise ValueError(f"expected {option} with an attack that takes it, got {got} only")
     return list(dict.fromkeys(attacks))
+
+
+def echo_other_threat_model(sidecar: Sidecar, attacked: ThreatModel) -> None:
+    """Print a note if the default threat model is not the one that the model was trained for."""
+    source = click.get_current_context().get_parameter_source
+    if any(source(name) is not ParameterSource.DEFAULT for name in ("norm", "eps")):
+        return
+    trained = sidecar.threat_model
+    if trained is not None and trained != attacked:
+        click.echo(
+            f"note: the model was trained for {trained}, and is attacked under {attacked}; "
+            "--norm and --eps change that",
+            err=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from robust.images import encode_png, to_float
 from robust.matching import match_classes
 from robust.prediction import predict
 from robust.sidecar import DataRecord
+from robust.threat_model import ThreatModel
 from robust_cli import run
 from tests.support.images import decode_png
 
@@ -512,6 +513,27 @@ def test_evaluate_warns_beside_the_table(
     assert warning.startswith("warning: chance: ")
     assert "no more than by chance; check labels" in warning
     assert "warning" not in output.out
+
+
+def test_default_threat_model_other_than_the_models_is_noted(
+    checkpoint_path: Path,
+    data: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loaded = load_checkpoint(checkpoint_path)
+    path = tmp_path / "model.pt"
+    trained_for = ThreatModel(norm="l2", eps=0.25)
+    save_checkpoint(path, loaded.classifier, replace(loaded.sidecar, threat_model=trained_for))
+    note = "note: the model was trained for l2 0.25, and is attacked under linf 8/255; "
+    evaluate = ["evaluate", "--data", str(data), "--limit", "4", "--curve", "0"]
+    attack = ["attack", str(photo), "--out", str(tmp_path)]
+    for command in (evaluate, attack):
+        arguments = [*command, "--model", str(path), "--attack", "fgsm"]
+        for more, noted in (([], 1), (["--eps", "8/255"], 0), (["--norm", "linf"], 0)):
+            assert run([*arguments, *more]) == 0
+            assert capsys.readouterr().err.count(note) == noted
 
 
 def test_evaluate_warns_of_images_trained_on(
