@@ -260,7 +260,9 @@ class EvaluationResult(BaseModel):
     curve: list[CurveResult]
     probes: ProbeResult | None
     flags: list[FlagResult] = Field(description="Warnings that the numbers may be unreliable.")
-    notes: list[str] = Field(description="Changes to attacks that the model required.")
+    notes: list[str] = Field(
+        description="Changes to attacks that the model required, and missing classes."
+    )
     image_dtype: str = Field(
         default="uint8",
         examples=["uint8"],

@@ -126,11 +126,14 @@ def _best_normalization(
     """Number of correct images with the best normalization, and its name.
 
     None if no normalization beats predicting without one on the first few images, or if none can
-    get significantly more images right.
+    get significantly more images right, and more than those of any one class.
     """
     best: tuple[int | None, str] = None, ""
     tried = int((predicted[:TRIED] == y[:TRIED]).sum())
-    needed = fewest_significant(int((predicted == y).sum()), len(x))
+    # A wrong normalization can make a model answer one class for all images, which is right for
+    # those of that class.
+    most_of_a_class = int(y.bincount().max())
+    needed = max(fewest_significant(int((predicted == y).sum()), len(x)), most_of_a_class + 1)
     if needed > len(x):
         return best
     for name, values in NORMALIZATIONS.items() if x.shape[1] == 3 else ():
@@ -143,7 +146,7 @@ def _best_normalization(
             correct += _count_correct(passes, normalized[TRIED:], y[TRIED:])
         except (ValueError, AssertionError):
             continue  # the model itself refuses values outside [0, 1]
-        if correct > (best[0] or 0):
+        if correct > max(best[0] or 0, most_of_a_class):
             best = correct, name
     return best
 

@@ -77,6 +77,14 @@ def notes(stages: Sequence[AttackSettings], num_classes: int) -> tuple[str, ...]
     return tuple(found)
 
 
+def class_notes(n: int, classes: int, num_classes: int) -> tuple[str, ...]:
+    """A note if `n` images are of fewer classes than the model has, and not by chance."""
+    by_chance = n < 10 * num_classes if classes > 1 else n < FEWEST
+    if classes == num_classes or by_chance:
+        return ()
+    return (f"the images are of {classes} of the model's {num_classes} classes",)
+
+
 def _of_model(evaluation: Evaluation) -> Iterator[Flag]:
     probes, clean = evaluation.probes, evaluation.clean
     classes = len(clean.per_class)

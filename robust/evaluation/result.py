@@ -261,7 +261,7 @@ class Evaluation:
     curve: tuple[CurvePoint, ...] = ()
     probes: Probes | None = None
     flags: tuple[Flag, ...] = ()  # of a finished evaluation
-    notes: tuple[str, ...] = ()  # changes to attacks and curve that the model required
+    notes: tuple[str, ...] = ()  # changes to attacks and curve, and missing classes
     image_dtype: str = "uint8"  # images were scored as given, in this dtype
     precision: str = "fp32"
     precision_reason: str = field(default="", compare=False)  # why the search used it

@@ -13,7 +13,7 @@ from robust.attacks.rows import to_images
 from robust.distributed import SINGLE, World
 from robust.evaluation.checks import PROBED, probe
 from robust.evaluation.curve import CURVE_ATTACK, radii
-from robust.evaluation.flags import find_flags, notes
+from robust.evaluation.flags import class_notes, find_flags, notes
 from robust.evaluation.forecast import Forecast, forecast, forecast_rest
 from robust.evaluation.journal import Journal
 from robust.evaluation.models import Models
@@ -130,7 +130,9 @@ class Work:
             batch_size=self.batch_size,
             meter=self.stages.meter,
         )
-        noted = notes(stages, self.num_classes)
+        noted = notes(stages, self.num_classes) + class_notes(
+            len(self.all_labels), len(self.all_labels.unique()), self.num_classes
+        )
         if self.radii and not probes.differentiated:
             noted += (f"no curve: {CURVE_ATTACK} needs gradients, and the model gives none",)
             self.costs = self.costs[: -len(self.radii)]

@@ -14,6 +14,7 @@ from robust.attacks import ModelError, resolve_attack
 from robust.attacks.passes import Passes
 from robust.classifier import Classifier
 from robust.evaluation import Evaluation, checks, evaluate, evaluate_batches
+from robust.evaluation.flags import class_notes
 from robust.evaluation.verify import verify
 from robust.threat_model import ThreatModel
 
@@ -85,10 +86,42 @@ def test_normalization_that_can_no_longer_help_enough_is_tried_on_few() -> None:
         found[0] = torch.tensor([1.0, 0.0])
         return found
 
-    labels = torch.zeros(50).long()
-    predicted = torch.tensor([1] * 8 + [0] * 33 + [1] * 9)
+    labels = torch.tensor([0] * 8 + [0, 1] * 21)
+    predicted = torch.where(torch.arange(50) < 8, 1, labels)
+    predicted[41:] = 1 - labels[41:]
     found = checks._best_normalization(Passes(logits), torch.rand(50, 3, 4, 4), labels, predicted)
     assert (found, sizes) == ((None, ""), [8, 8, 8])
+
+
+@pytest.mark.parametrize(("second", "found"), [(0, None), (25, 48)])
+def test_normalization_needs_images_of_several_classes(second: int, found: int | None) -> None:
+    """Normalizing twice may make a model answer one class for everything."""
+    labels = torch.tensor([0] * (50 - second) + [1] * second)
+    x = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    answers = labels.clone()
+    answers[-2:] = 2
+
+    def normalized(images: Tensor) -> Tensor:
+        start = 0 if len(images) == 8 else 8
+        return nn.functional.one_hot(answers[start:][: len(images)], 3).float()
+
+    predicted = torch.full_like(labels, 2)
+    assert checks._best_normalization(Passes(normalized), x, labels, predicted)[0] == found
+
+
+def test_images_of_few_classes_are_noted(model: nn.Module, linear_data: Data) -> None:
+    images, labels = linear_data[0][:20], torch.zeros(20).long()
+    note = "the images are of 1 of the model's 2 classes"
+    assert run(model, (images, labels), attacks=[]).notes == (note,)
+    assert run(model, (images[:19], labels[:19]), attacks=[]).notes == ()
+    labels[0] = 1
+    assert run(model, (images, labels), attacks=[]).notes == ()
+
+
+@pytest.mark.parametrize(("n", "noted"), [(99, False), (100, True)])
+def test_missing_classes_are_noted_if_not_by_chance(n: int, noted: bool) -> None:
+    assert bool(class_notes(n, 9, 10)) == noted
+    assert class_notes(n, 10, 10) == ()
 
 
 def test_model_without_gradients_can_be_attacked_by_square(
