@@ -131,7 +131,7 @@ class Work:
             meter=self.stages.meter,
         )
         noted = notes(stages, self.num_classes) + class_notes(
-            len(self.all_labels), len(self.all_labels.unique()), self.num_classes
+            len(self.all_labels), len(set(self.all_labels.tolist())), self.num_classes
         )
         if self.radii and not probes.differentiated:
             noted += (f"no curve: {CURVE_ATTACK} needs gradients, and the model gives none",)
