@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -88,7 +89,7 @@ def certify(
     from robust.datasets import load_dataset
     from robust.environment import device_in_words, versions
     from robust.evaluation import wilson_interval
-    from robust.evaluation.smoothing import ABSTAINED
+    from robust.evaluation.smoothing import ABSTAINED, largest_radius
     from robust.evaluation.smoothing import certify as certify_image
     from robust.images import to_float
     from robust.matching import first_indices, match_classes
@@ -137,6 +138,7 @@ def certify(
         )
         if not correct:
             break
+    most = largest_radius(sigma=sigma, samples=samples, alpha=alpha)
     abstained = sum(row["predicted"] == ABSTAINED for row in rows)
     if str(json_path) != "-":
         click.echo(f"{plain(model.spec)} on {n} of {len(dataset)} images of {plain(dataset.name)}")
@@ -151,6 +153,12 @@ def certify(
             for item in results
         ]
         click.echo(table(header, lines))
+        radii = [row["radius"] for row in rows if row["right"]]
+        if radii:
+            click.echo(
+                f"radius of the correct images: median {median(radii):.3g}, largest "
+                f"{max(radii):.3g}; at most {most:.3g} with these settings"
+            )
         click.echo(
             f"sigma {sigma:g}, {samples} samples, alpha {alpha:g}; abstained on {abstained}; "
             f"{time.perf_counter() - start:.1f} s on {device_in_words(device)}"

@@ -74,6 +74,12 @@ def certify(
     return Certificate(predicted=likeliest, radius=sigma * NormalDist().inv_cdf(share))
 
 
+def largest_radius(*, sigma: float, samples: int, alpha: float) -> float:
+    """The radius of an image if all its noisy copies agree; no image can have a larger one."""
+    share = least_share(samples, samples, alpha=alpha)
+    return max(0.0, sigma * NormalDist().inv_cdf(share))
+
+
 def least_share(seen: int, n: int, *, alpha: float) -> float:
     """The one-sided Clopper-Pearson lower bound on a proportion, from `seen` of `n`.
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from robust import networks
 from robust.attacks import ModelError
-from robust.evaluation.smoothing import ABSTAINED, Certificate, certify, least_share
+from robust.evaluation.smoothing import (
+    ABSTAINED,
+    Certificate,
+    certify,
+    largest_radius,
+    least_share,
+)
 from robust_cli import run
 
 Model = Callable[[Tensor], Tensor]
@@ -51,6 +57,12 @@ def test_it_abstains_on_the_boundary() -> None:
 
 def test_fewer_samples_certify_a_smaller_radius() -> None:
     assert 0 < certified(1.0, samples=100).radius < certified(1.0, samples=1000).radius
+
+
+def test_largest_radius_is_reached_if_all_copies_agree() -> None:
+    most = largest_radius(sigma=0.5, samples=100, alpha=0.001)
+    assert certified(100.0, samples=100).radius == most > certified(0.5, samples=100).radius
+    assert largest_radius(sigma=0.5, samples=100, alpha=1e-40) == 0  # it always abstains
 
 
 def test_noisy_copies_are_classified_in_full_float32() -> None:
@@ -99,8 +111,14 @@ def test_smooth_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert lines[0].endswith("theirs.pt on 3 of 3 images of few.npz")
     assert lines[1].split() == ["l2", "radius", "certified", "%", "95%", "interval", "correct"]
     told = json.loads(out.read_text())
-    right = sum(row["right"] for row in told["images"])
-    assert told["results"][0]["correct"] == right
+    radii = [row["radius"] for row in told["images"] if row["right"]]
+    assert told["results"][0]["correct"] == len(radii) > 0
+    (told_radii,) = [line for line in lines if line.startswith("radius of the correct images: ")]
+    most = largest_radius(sigma=1 / 255, samples=100, alpha=0.001)
+    assert told_radii.endswith(
+        f"median {np.median(radii):.3g}, largest {max(radii):.3g}; at most {most:.3g} with these "
+        "settings"
+    )
     assert "activation" in told["model"]["guessed"]
     assert run([*command, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["results"] == told["results"]
