@@ -20,6 +20,12 @@ from robust.networks import given, resnet
 Format = Literal["torchvision", "safetensors", "onnx", "hub"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 HUB_FILES = ("model.safetensors", "README.md", "config.json")
+# Suffixes of the files; another one would make loaders take them for another format.
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "torchvision": (".pt", ".pth", ".bin"),
+    "safetensors": (".safetensors",),
+    "onnx": (".onnx",),
+}
 TOLERANCE = 1e-4  # largest error of an exported model's logit, relative to the largest logit
 
 
@@ -29,8 +35,8 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) 
     `torchvision` is a state dict for torchvision's own model, and `safetensors` the same with all
     other properties as metadata; `onnx` is the whole model, `images` float32 (N, 3, S, S) in
     [0, 1] to `logits`; `hub` is a folder for the Hugging Face hub. Raises ValueError for another
-    format, an output that would overwrite the checkpoint, a hub folder with other files, or a
-    model that the format can't represent exactly, and OSError.
+    format or suffix, an output that would overwrite the checkpoint, a hub folder with other
+    files, or a model that the format can't represent exactly, and OSError.
     """
     path = Path(path)
     if checkpoint.sidecar.architecture.arch in given.KINDS:
@@ -52,6 +58,11 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path | str, format: Format) 
     writers = {"torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
     if format not in writers:
         raise ValueError(f"expected format to be one of {', '.join(FORMATS)}, got {format!r}")
+    if path.suffix not in SUFFIXES[format]:
+        raise ValueError(
+            f"expected a file that ends in {' or '.join(SUFFIXES[format])} for the {format} "
+            f"format, got {path}"
+        )
     data, usage = writers[format](checkpoint, path)
     files.write_bytes(path, data)
     return usage

@@ -24,7 +24,7 @@ from robust.commands.options import ModelChoice, model_options
     required=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="File to write; for hub a folder.",
+    help="File to write, with the suffix .pt, .safetensors or .onnx; for hub a new folder.",
 )
 def export(model: ModelChoice, file_format: str, out: Path) -> None:
     """Export the model as a state dict, safetensors, ONNX or a Hugging Face folder.

@@ -714,9 +714,9 @@ def test_progress_is_a_bar_on_a_terminal(
 # export
 
 
-@pytest.mark.parametrize("kind", ["torchvision", "safetensors"])
-def test_export_prints_how_to_load(robust: Robust, tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "model.bin"
+@pytest.mark.parametrize(("kind", "suffix"), [("torchvision", "bin"), ("safetensors",) * 2])
+def test_export_prints_how_to_load(robust: Robust, tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
     printed = robust("export", "--format", kind, "--out", path)
     first, second = printed.splitlines()
     assert first == f"wrote {path}; load it with:"

@@ -16,7 +16,7 @@ from torch import Tensor
 from robust import files
 from robust.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sidecar_path
 from robust.classifier import Classifier
-from robust.export import _check_onnx, export_checkpoint
+from robust.export import SUFFIXES, _check_onnx, export_checkpoint
 from robust.sidecar import Sidecar
 
 CLASSES = ("cat", "dog", "frog", "Schiff, groß")
@@ -91,7 +91,8 @@ def test_exports_load_without_this_project(
     ]:
         name = f"{variant}-{kind}"
         checkpoint = checkpoints[variant]
-        usages[name] = export_checkpoint(checkpoint, tmp_path / name, kind)  # type: ignore[arg-type]
+        path = tmp_path / f"{name}{SUFFIXES[kind][0]}"
+        usages[name] = export_checkpoint(checkpoint, path, kind)  # type: ignore[arg-type]
         np.save(tmp_path / f"{name}-images.npy", images(checkpoint).numpy())
         expected[name] = logits(checkpoint)
     onnx_path, usages["normalizing-onnx"] = onnx_file
@@ -242,6 +243,23 @@ def test_hub_folder_of_an_earlier_export_is_replaced(
     for name in ("plain", "normalizing"):
         export_checkpoint(checkpoints[name], tmp_path, "hub")
     assert load_checkpoint(tmp_path).classifier.architecture.mean == MEAN
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("model.pt", "onnx", r"\.onnx for"),
+        ("model.pt", "safetensors", r"\.safetensors for"),
+        ("model.onnx", "torchvision", r"\.pt or \.pth or \.bin for"),
+        ("model", "onnx", r"\.onnx for"),
+    ],
+)
+def test_suffix_of_another_format_is_rejected(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path, name: str, kind: str, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=f"expected a file that ends in {expected} the {kind}"):
+        export_checkpoint(checkpoints["plain"], tmp_path / name, kind)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_format(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
