@@ -212,6 +212,7 @@ class ProbeResult(BaseModel):
     n: int
     difference: float = Field(description="Between two passes, relative to the largest logit.")
     probabilities: bool = Field(description="Whether the model ends in a softmax.")
+    sigmoid: bool = Field(default=False, description="Whether it seems to end in a sigmoid.")
     zero_gradients: int
     nan_gradients: int
     right: int

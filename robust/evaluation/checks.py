@@ -93,6 +93,7 @@ def probe(
         right_normalized=best,
         normalization=name,
         search_difference=_difference(fast, expected),
+        sigmoid=len(x) >= PROBED and not probabilities and _fills_unit_interval(logits),
     )
     return found, predicted.cpu(), seconds
 
@@ -172,6 +173,12 @@ def _check(logits: Tensor, num_classes: int) -> None:
 def _are_probabilities(logits: Tensor) -> bool:
     inside = bool((logits >= -1e-5).all()) and bool((logits <= 1 + 1e-5).all())
     return inside and bool(((logits.sum(dim=1) - 1).abs() < 1e-3).all())
+
+
+def _fills_unit_interval(logits: Tensor) -> bool:
+    """Whether all outputs are in [0, 1], and some near its ends, as those of a sigmoid."""
+    low, high = float(logits.min()), float(logits.max())
+    return 0 <= low < 0.1 and 0.9 < high <= 1
 
 
 @contextmanager

@@ -130,6 +130,12 @@ def _of_probes(probes: Probes, *, chance: float) -> Iterator[Flag]:
             text="the model returns probabilities instead of logits",
             advice="remove its softmax: where it saturates, gradients vanish",
         )
+    if probes.sigmoid:
+        yield Flag(
+            name="sigmoid",
+            text="all outputs are in [0, 1], as after a sigmoid",
+            advice="attack the logits: where the sigmoid saturates, gradients vanish",
+        )
     flat, seen = probes.zero_gradients, probes.differentiated or probes.n
     if flat > FLAT * seen or probes.nan_gradients:
         yield Flag(

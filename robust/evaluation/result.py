@@ -215,6 +215,7 @@ class Probes:
     differentiated: int | None = None
     normalization: str = ""  # the name of that normalization
     search_difference: float = 0.0  # `difference` of the faster float32 copy from the model
+    sigmoid: bool = False  # all outputs are in [0, 1], some near 0 and some near 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,19 @@ class Rounded(torch.autograd.Function):
         return torch.zeros_like(gradient)
 
 
+def test_outputs_of_a_sigmoid(undefended: nn.Module, test_digits: Data) -> None:
+    images, labels = test_digits
+
+    def model(x: Tensor) -> Tensor:
+        return undefended(x).sigmoid()
+
+    assert "sigmoid" in names(run(model, test_digits, []))
+    assert "sigmoid" not in names(run(model, (images[:49], labels[:49]), []))
+    assert "sigmoid" not in names(run(undefended, test_digits, []))
+    softmax = run(lambda x: undefended(x).softmax(1), test_digits, [], allow_probabilities=True)
+    assert {"sigmoid", "probabilities"} & names(softmax) == {"probabilities"}
+
+
 def test_gradients_that_are_zero(undefended: nn.Module, test_digits: Data) -> None:
     """Rounding in front of the model, as of a JPEG."""
     used = attacks("fgsm", "pgd", eps=12 / 255)
