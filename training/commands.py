@@ -196,10 +196,11 @@ def train(
         this = make_manifest(recipe, dataset, seed=seed, init=initial, validation=validation)
         for line in differences_from(recorded_run(recipe_source), this, dataset.classes):
             click.echo(f"note: {recipe_source} {line}", err=True)
-        epochs = f"{recipe.epochs} epochs" if minutes is None else f"{minutes:g} minutes"
+        unit, number = ("epoch", recipe.epochs) if minutes is None else ("minute", minutes)
+        length = f"{number:g} {unit}{'' if number == 1 else 's'}"
         click.echo(
             f"{dataset.name}: {len(dataset)} images, {len(dataset.classes)} classes; "
-            f"recipe {recipe.name}, {epochs} on {world.in_words(str(device))}; "
+            f"recipe {recipe.name}, {length} on {world.in_words(str(device))}; "
             f"writes {out}"
         )
         cost = describe_cost(

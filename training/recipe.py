@@ -230,8 +230,11 @@ class Recipe:
 
 def _check_phase_names(phases: tuple[Phase, ...]) -> None:
     names = [phase.name for phase in phases]
-    if len(set(names)) != len(names) or not any(phase.epochs for phase in phases):
-        raise ValueError(f"phases: expected different names and some epochs, got {names}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"phases: expected different names, got {', '.join(names)}")
+    if not any(phase.epochs for phase in phases):
+        got = ", ".join(f"{name}.epochs=0" for name in names) or "no phases"
+        raise ValueError(f"phases: expected some epochs, got {got}")
     for name in names:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ValueError(f"phases: expected a name such as adversarial, got {name[:40]!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import tomllib
@@ -86,6 +87,10 @@ def _from_function(source: str) -> Recipe:
     build = getattr(module, name, None)
     if not callable(build):
         raise ValueError(f"{source}: expected a function {name!r} in {module_name}, got {build!r}")
+    try:
+        inspect.signature(build).bind()
+    except TypeError as error:
+        raise ValueError(f"{source}: expected a function without arguments, got: {error}") from None
     built = build()
     if not isinstance(built, Recipe):
         raise ValueError(f"{source}: expected a Recipe from {name}(), got {type(built).__name__}")

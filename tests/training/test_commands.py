@@ -146,7 +146,7 @@ def test_fields_can_be_set_and_a_run_repeated_from_its_record(
     record = RunFolder.of(here / "a.pt").manifest
     assert run([*common, "--recipe", str(record), "--out", "b.pt"]) == 0
     assert (here / "b.pt").read_bytes() == (here / "a.pt").read_bytes()
-    capsys.readouterr()
+    assert "; recipe tiny, 1 epoch on cpu" in capsys.readouterr().out
     again = ["train", "--recipe", str(record), "--device", "cpu", "--out", "a.pt", "--resume"]
     assert run(again) == 2  # another seed
     told = capsys.readouterr().err

@@ -95,8 +95,11 @@ def test_classic_cpu_has_classics_shape_and_cpus_cost() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"phases": ()}, "some epochs"),
-        ({"phases": (Phase(name="a", epochs=0),)}, "some epochs"),
+        ({"phases": ()}, "some epochs, got no phases"),
+        (
+            {"phases": (Phase(name="a", epochs=0), Phase(name="b", epochs=0))},
+            "some epochs, got a.epochs=0, b.epochs=0",
+        ),
         ({"phases": (Phase(name="a", epochs=1), Phase(name="a", epochs=1))}, "different names"),
         ({"phases": (Phase(name="a", epochs=1, learning_rate=0),)}, "learning_rate"),
         (

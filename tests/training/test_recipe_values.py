@@ -215,6 +215,7 @@ def test_recipe_from_a_user_function(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for source, expected in (
         ("own_recipes:wrong", r"expected a Recipe from wrong\(\), got int"),
         ("own_recipes:number", "expected a function 'number' in own_recipes, got 3"),
+        ("os:system", r"os:system: expected a function without arguments, got: missing .*command"),
         ("own_recipes:none", "expected a function 'none' in own_recipes, got None"),
         ("no_such_module:f", "no_such_module:f: expected a module to import, got: No module"),
     ):
