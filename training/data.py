@@ -55,7 +55,10 @@ class TrainingData:
         """
         _check_size(dataset, recipe.input_size)
         if validation is None:
-            kept, held = stratified_split(dataset.labels, recipe.held_out, seed=seed)
+            try:
+                kept, held = stratified_split(dataset.labels, recipe.held_out, seed=seed)
+            except ValueError as error:
+                raise TrainingError(f"{dataset.name}: held_out: {error}") from None
             held_out = dataset.subset(held)
             source = {"data": "held out from training"}
         else:
@@ -64,9 +67,11 @@ class TrainingData:
             held_out = match_classes(validation, dataset.classes)
             source = {"data": validation.name, "data_sha256": held_out.sha256}
         if len(kept) < recipe.batch_size:
+            fits = 1 << max(len(kept).bit_length() - 1, 0)  # the largest power of 2
             raise TrainingError(
                 f"{dataset.name}: expected at least one batch of {recipe.batch_size} images to "
                 f"train on, found {len(kept)} (and {len(held_out)} held out)"
+                + (f"; try --set batch_size={fits}" if fits > 1 else "")
             )
         if not len(held_out):
             raise TrainingError(f"{held_out.name}: expected held-out images, found none")

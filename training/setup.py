@@ -95,7 +95,7 @@ def open_run(
             if found != value:
                 raise TrainingError(
                     f"{folder.path}: expected to resume with the same recipe, data, seed and "
-                    f"init, found another {key}"
+                    f"init, found another {key}: {_difference(found, value)}"
                 )
         # A run killed before its first save starts over; with --minutes it is fitted again.
         if fitted and (minutes is None or saved.get("finished") or folder.state.exists()):
@@ -112,6 +112,22 @@ def open_run(
             "folder to start over"
         )
     return manifest, RunState()
+
+
+def _difference(found: Any, value: Any, path: str = "") -> str:
+    """The first field that differs, as in ``batch_size 64 instead of 32``."""
+    if isinstance(found, dict) and isinstance(value, dict):
+        for name in {**value, **found}:
+            if found.get(name) != value.get(name):
+                field = f"{path}.{name}".lstrip(".")
+                return _difference(found.get(name), value.get(name), field)
+    if isinstance(found, list) and isinstance(value, list) and len(found) == len(value):
+        for index, (one, other) in enumerate(zip(found, value, strict=True)):
+            if one != other:
+                # Phases have names, by which `--set` calls them too.
+                named = isinstance(one, dict) and "name" in one
+                return _difference(one, other, one["name"] if named else f"{path}.{index}")
+    return f"{path} {found!r:.60} instead of {value!r:.60}".lstrip()
 
 
 def _as_requested(recipe: dict[str, Any], fitted: dict[str, Any] | None) -> dict[str, Any]:

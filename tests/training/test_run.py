@@ -228,16 +228,26 @@ def test_run_from_before_a_field_existed_is_resumed(
     assert out.read_bytes() == finished.read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["recipe", "seed", "data", "init"])
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ("recipe", "clean.learning_rate .* instead of 0.75"),
+        ("seed", "0 instead of 1"),
+        ("data", "count 80 instead of 79"),
+        ("init", "None instead of '[0-9a-f]"),
+    ],
+)
 def test_resuming_something_else_is_refused(
-    changed: str, tiny: Recipe, colors: Dataset, out: Path, finished: Path
+    changed: str, difference: str, tiny: Recipe, colors: Dataset, out: Path, finished: Path
 ) -> None:
     with pytest.raises(Stopped):
         train(tiny, colors, out=out, device=CPU, should_stop=lambda: True)
-    recipe = replace(tiny, label_smoothing=0.2) if changed == "recipe" else tiny
+    clean, *others = tiny.phases
+    phases = (replace(clean, learning_rate=0.75), *others)
+    recipe = replace(tiny, phases=phases) if changed == "recipe" else tiny
     data = colors.subset(range(79)) if changed == "data" else colors
     init = load_checkpoint(finished) if changed == "init" else None
-    with pytest.raises(TrainingError, match=f"found another {changed}"):
+    with pytest.raises(TrainingError, match=f"found another {changed}: {difference}"):
         train(
             recipe,
             data,
@@ -463,8 +473,11 @@ def test_epochs_between_evaluations_are_not_scored(
 
 
 def test_too_few_images_are_refused(tiny: Recipe, colors: Dataset, out: Path) -> None:
-    with pytest.raises(TrainingError, match="at least one batch of 16 images"):
+    expected = r"at least one batch of 16 images .*; try --set batch_size=8$"
+    with pytest.raises(TrainingError, match=expected):
         train(tiny, colors.limit(16), out=out, device=CPU)
+    with pytest.raises(TrainingError, match="held_out: expected to hold out 1 to 15 of 16 images"):
+        train(replace(tiny, held_out=0.01), colors.limit(16), out=out, device=CPU)
 
 
 def test_a_run_learns(tiny: Recipe, colors: Dataset, out: Path) -> None:
