@@ -65,7 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     def evaluate(model: object, images: Tensor, *args: object, **options: object) -> list[object]:
         clock.spend(0.5 * len(images))
-        return [SimpleNamespace(accuracies=[])]
+        return [SimpleNamespace(accuracies=[], flags=())]
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(context, "score", score)
