@@ -237,7 +237,10 @@ EVALUATE = "evaluate --checkpoint good.pt"
         # export
         ("export --checkpoint good.pt --format keras --out x", ["'keras' is not one of"]),
         ("export --checkpoint good.pt --format safetensors --out good.pt", ["checkpoint itself"]),
-        ("export --checkpoint good.pt --format safetensors --out good.png/x", ["file exists"]),
+        (
+            "export --checkpoint good.pt --format safetensors --out good.png/x.safetensors",
+            ["file exists"],
+        ),
         # a name may hold anything
         ("predict --checkpoint \x1b[2J.pt good.png", ["[2J.pt"]),
     ],
@@ -261,8 +264,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(
 
     before = listing(folder)
     monkeypatch.setattr(os, "fsync", full)
-    line = refused("export --checkpoint good.pt --format safetensors --out new.bin", capsys)
-    assert line.endswith("new.bin: no space left on device")
+    line = refused("export --checkpoint good.pt --format safetensors --out new.safetensors", capsys)
+    assert line.endswith("new.safetensors: no space left on device")
     assert listing(folder) == before
 
 
