@@ -15,7 +15,8 @@ import pytest
 from app.settings import Settings
 from robust.checkpoint import sidecar_path
 from tests.app.conftest import write_checkpoint
-from tests.support.serving import Running, gated, labeled, png, serving, until, write_onnx
+from tests.support.onnx_file import write_onnx
+from tests.support.serving import Running, gated, labeled, png, serving, until
 
 
 @pytest.fixture

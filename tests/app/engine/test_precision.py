@@ -21,7 +21,8 @@ from robust.images import to_float
 from robust.prediction import predict
 from tests.app.http.test_attack import attacked
 from tests.support.images import decode_png
-from tests.support.serving import Running, labeled, png, serving, write_onnx
+from tests.support.onnx_file import write_onnx
+from tests.support.serving import Running, labeled, png, serving
 
 SIDE = 8
 

@@ -16,7 +16,8 @@ from app.settings import Settings
 from robust.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from robust.client import Client
 from tests.app.conftest import write_checkpoint
-from tests.support.serving import CLASSES, Running, png, serving, until, write_onnx
+from tests.support.onnx_file import write_onnx
+from tests.support.serving import CLASSES, Running, png, serving, until
 
 QUERY = "attack=fgsm&attack=pgd&steps=3"
 PNG = base64.b64encode(png(1)).decode()

@@ -11,8 +11,9 @@ from playwright.sync_api import Browser, expect
 
 from app.settings import Settings
 from tests.support.browser import Visit
+from tests.support.onnx_file import write_onnx
 from tests.support.playground import source
-from tests.support.serving import CLASSES, Running, jpeg, labeled, serving, write_onnx
+from tests.support.serving import CLASSES, Running, jpeg, labeled, serving
 
 pytestmark = pytest.mark.browser
 

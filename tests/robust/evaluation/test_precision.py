@@ -20,7 +20,7 @@ from robust.evaluation.precision import choose_precision
 from robust.inference import InferenceClassifier, for_inference
 from robust.packed import Packed
 from robust.threat_model import ThreatModel
-from tests.support.serving import write_onnx
+from tests.support.onnx_file import write_onnx
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
